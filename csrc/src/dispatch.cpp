@@ -1,0 +1,176 @@
+// The C API: argument checks, the choice of the instruction set, and the split over threads.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "fmn/fmn.h"
+#include "kernels.h"
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+namespace {
+
+const fmn::Kernels& choose() {
+    const char* forced = std::getenv("FMN_ISA");
+    if (forced && std::strcmp(forced, "base") == 0) return fmn::base_kernels;
+#ifdef FMN_HAVE_AVX2
+    __builtin_cpu_init();  // its answer includes the operating system's support
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt")) return fmn::avx2_kernels;
+#endif
+    return fmn::base_kernels;
+}
+
+const fmn::Kernels& kernels() {
+    static const fmn::Kernels& chosen = choose();
+    return chosen;
+}
+
+bool valid(const fmn_matrix* m) { return m && m->data && m->n_epochs >= 1 && m->n_samples >= 1; }
+
+const uint8_t* row(const fmn_matrix* m, int64_t e) { return m->data + e * m->stride; }
+
+// Calls work(begin, end) on disjoint parts of [0, n), each a multiple of `grain` long but the last. Threads are started only
+// when each gets at least a megabyte: below that, starting one costs more than it saves.
+template <class Work>
+fmn_status split(int64_t n, int64_t grain, int64_t bytes, int n_threads, const Work& work) {
+    const int64_t wanted = n_threads > 0 ? n_threads : fmn_threads();
+    const int64_t grains = (n + grain - 1) / grain;
+    const int64_t parts = std::max<int64_t>(1, std::min({wanted, grains, bytes >> 20}));
+    const auto bound = [&](int64_t part) { return std::min(n, grains * part / parts * grain); };
+    try {
+        std::vector<std::thread> threads;
+        threads.reserve(static_cast<size_t>(parts - 1));
+        int64_t part = 1;
+        try {
+            for (; part < parts; ++part) threads.emplace_back(work, bound(part), bound(part + 1));
+        } catch (const std::exception&) {  // no more threads to be had: do the rest here
+        }
+        work(bound(0), bound(1));
+        if (part < parts) work(bound(part), n);
+        for (auto& t : threads) t.join();
+    } catch (const std::bad_alloc&) {
+        return FMN_OUT_OF_MEMORY;
+    }
+    return FMN_OK;
+}
+
+// Right, forgotten, learned, retained per group and epoch; one epoch's row is read in the order of the samples, so that
+// floating-point sums do not depend on the thread count.
+template <class T, class Weight>
+fmn_status grouped(const fmn_matrix* m, int64_t reference, const int64_t* groups, int64_t n_groups, int n_threads, T* out,
+                   const Weight& weight) {
+    if (!valid(m) || !groups || !out || n_groups < 1 || reference < 0 || reference >= m->n_epochs)
+        return FMN_INVALID_ARGUMENT;
+    for (int64_t i = 0; i < m->n_samples; ++i)
+        if (groups[i] < 0 || groups[i] >= n_groups) return FMN_INVALID_ARGUMENT;
+    const uint8_t* ref = row(m, reference);
+    const int64_t plane = n_groups * m->n_epochs;
+    std::fill(out, out + 4 * plane, T(0));
+    return split(m->n_epochs, 1, m->n_epochs * m->n_samples, n_threads, [=](int64_t begin, int64_t end) {
+        for (int64_t e = begin; e < end; ++e) {
+            const uint8_t* now = row(m, e);
+            for (int64_t i = 0; i < m->n_samples; ++i) {
+                T* cell = out + groups[i] * m->n_epochs + e;
+                const T w = weight(i);
+                if (now[i]) cell[0] += w;
+                if (now[i] && !ref[i]) cell[plane] += w;
+                if (!now[i] && ref[i]) cell[2 * plane] += w;
+                if (now[i] && ref[i]) cell[3 * plane] += w;
+            }
+        }
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+fmn_status fmn_curve_counts(const fmn_matrix* m, int64_t reference, int n_threads, int64_t* counts) {
+    if (!valid(m) || !counts || reference < 0 || reference >= m->n_epochs) return FMN_INVALID_ARGUMENT;
+    const auto& k = kernels();
+    const uint8_t* ref = row(m, reference);
+    const int64_t n = m->n_epochs;
+    int64_t right_at_reference, same;
+    k.count_row(ref, ref, m->n_samples, &right_at_reference, &same);
+    return split(n, 1, n * m->n_samples, n_threads, [=, &k](int64_t begin, int64_t end) {
+        for (int64_t e = begin; e < end; ++e) {
+            int64_t right, retained;
+            k.count_row(row(m, e), ref, m->n_samples, &right, &retained);
+            counts[e] = right;
+            counts[n + e] = right - retained;
+            counts[2 * n + e] = right_at_reference - retained;
+            counts[3 * n + e] = retained;
+        }
+    });
+}
+
+fmn_status fmn_group_counts(const fmn_matrix* m, int64_t reference, const int64_t* groups, int64_t n_groups, int n_threads,
+                            int64_t* counts) {
+    return grouped(m, reference, groups, n_groups, n_threads, counts, [](int64_t) { return int64_t(1); });
+}
+
+fmn_status fmn_group_sums(const fmn_matrix* m, int64_t reference, const int64_t* groups, int64_t n_groups,
+                          const double* weights, int n_threads, double* sums) {
+    if (!weights) return FMN_INVALID_ARGUMENT;
+    return grouped(m, reference, groups, n_groups, n_threads, sums, [=](int64_t i) { return weights[i]; });
+}
+
+fmn_status fmn_sample_counts(const fmn_matrix* m, int n_threads, int32_t* counts) {
+    if (!valid(m) || !counts || m->n_epochs > INT32_MAX) return FMN_INVALID_ARGUMENT;
+    constexpr int64_t block = 4096;  // five rows of int32 for one block stay in the level-2 cache over all epochs
+    const int64_t n = m->n_samples;
+    return split(n, block, m->n_epochs * n, n_threads, [=](int64_t begin, int64_t end) {
+        for (int64_t start = begin; start < end; start += block) {
+            const int64_t stop = std::min(end, start + block);
+            int32_t *first = counts, *last = counts + n, *events = counts + 2 * n, *right = counts + 3 * n,
+                    *last_wrong = counts + 4 * n;
+            for (int64_t i = start; i < stop; ++i) first[i] = last[i] = last_wrong[i] = -1, events[i] = right[i] = 0;
+            for (int32_t e = 0; e < m->n_epochs; ++e) {
+                const uint8_t* now = row(m, e);
+                const uint8_t* before = row(m, e > 0 ? e - 1 : 0);
+                for (int64_t i = start; i < stop; ++i) {
+                    const int32_t ok = now[i] != 0, was = before[i] != 0;
+                    right[i] += ok;
+                    events[i] += was & ~ok & 1;
+                    first[i] = (first[i] < 0) & ok ? e : first[i];
+                    last[i] = ok ? e : last[i];
+                    last_wrong[i] = ok ? last_wrong[i] : e;
+                }
+            }
+        }
+    });
+}
+
+fmn_status fmn_overlap_counts(const fmn_matrix* m, int n_threads, int64_t* counts) {
+    if (!valid(m) || !counts) return FMN_INVALID_ARGUMENT;
+    const auto& k = kernels();
+    const int64_t n = m->n_epochs, pairs = n * (n + 1) / 2;
+    return split(pairs, 1, pairs * m->n_samples * 2, n_threads, [=, &k](int64_t begin, int64_t end) {
+        int64_t i = 0, skipped = 0;  // pair number `begin` in the order (0,0) (0,1) ... (0,n-1) (1,1) ...
+        while (skipped + (n - i) <= begin) skipped += n - i++;
+        for (int64_t p = begin, j = i + begin - skipped; p < end; ++p) {
+            counts[i * n + j] = counts[j * n + i] = k.count_and(row(m, i), row(m, j), m->n_samples);
+            if (++j == n) j = ++i;
+        }
+    });
+}
+
+const char* fmn_instruction_set(void) { return kernels().name; }
+
+int fmn_threads(void) {
+    const char* forced = std::getenv("FMN_NUM_THREADS");
+    if (forced && std::atoi(forced) > 0) return std::atoi(forced);
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+}  // extern "C"

@@ -1,0 +1,84 @@
+"""fmn_ref: what a network forgot while it was trained, and how to get it back.
+
+Metrics, history, fusion and noise need NumPy alone; the names below that train or evaluate networks load torch on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._backend import Backend, backend
+from .fusion import FusionPlan, best_epsilon, fuse
+from .history import CorrectnessHistory
+from .metrics import (
+    ForgettingCurves,
+    SampleStatistics,
+    correctness,
+    forget_fraction,
+    forgetting_curves,
+    forgetting_matrix,
+    learned_fraction,
+    sample_statistics,
+)
+from .noise import asymmetric_noise, symmetric_noise, transition_noise
+from .recorder import Recorder, Run
+
+if TYPE_CHECKING:
+    from .compare import Comparison, compare, compare_probabilities
+    from .distill import distill
+    from .ensemble import FusedModel, Probabilities, averaged_model
+    from .train import Recipe, train
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Comparison": "compare",
+    "FusedModel": "ensemble",
+    "Probabilities": "ensemble",
+    "Recipe": "train",
+    "averaged_model": "ensemble",
+    "compare": "compare",
+    "compare_probabilities": "compare",
+    "distill": "distill",
+    "train": "train",
+}
+
+__all__ = [
+    "Backend",
+    "Comparison",
+    "CorrectnessHistory",
+    "ForgettingCurves",
+    "FusedModel",
+    "FusionPlan",
+    "Probabilities",
+    "Recipe",
+    "Recorder",
+    "Run",
+    "SampleStatistics",
+    "asymmetric_noise",
+    "averaged_model",
+    "backend",
+    "best_epsilon",
+    "compare",
+    "compare_probabilities",
+    "correctness",
+    "distill",
+    "forget_fraction",
+    "forgetting_curves",
+    "forgetting_matrix",
+    "fuse",
+    "learned_fraction",
+    "sample_statistics",
+    "symmetric_noise",
+    "train",
+    "transition_noise",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        globals()[name] = value  # also replaces the submodule of the same name (train, distill, compare)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,79 @@
+"""Picks the kernels once: the compiled extension, else numba, else NumPy; FMN_BACKEND=cpp|numba|numpy forces one."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+_MODULES = {"cpp": "_kernels", "numba": "_numba", "numpy": "_reference"}
+
+
+class Backend(NamedTuple):
+    """Which kernels are in use, and why.
+
+    Attributes
+    ----------
+    name : {"cpp", "numba", "numpy"}
+    instruction_set : str
+        "avx2" or "base" for "cpp"; "llvm" for numba and "numpy" for NumPy, which choose for themselves.
+    threads : int
+        Threads that one call may use.
+    reason : str
+        Why this backend and not an earlier one.
+    """
+
+    name: str
+    instruction_set: str
+    threads: int
+    reason: str
+
+
+@cache
+def load() -> tuple[ModuleType, Backend]:
+    """The kernel module and its description."""
+    forced = os.environ.get("FMN_BACKEND")
+    if forced:
+        if forced not in _MODULES:
+            raise ValueError(f"FMN_BACKEND: expected one of {', '.join(_MODULES)}, got {forced!r}")
+        return _describe(forced, f"forced by FMN_BACKEND={forced}")
+    missing = []
+    for name in _MODULES:
+        try:
+            return _describe(name, "; ".join(missing) or "compiled extension found")
+        except ImportError as error:
+            missing.append(f"{name} not importable ({error})")
+    raise AssertionError("the NumPy backend always imports")
+
+
+def _describe(name: str, reason: str) -> tuple[ModuleType, Backend]:
+    module = importlib.import_module(f"fmn_ref.{_MODULES[name]}")
+    if name == "cpp":
+        return module, Backend(name, module.instruction_set(), module.threads(), reason)
+    return module, Backend(name, "llvm" if name == "numba" else "numpy", 1, reason)
+
+
+def backend() -> Backend:
+    """Describe the kernels that compute the metrics.
+
+    Returns
+    -------
+    Backend
+        name, instruction_set, threads, reason.
+
+    Raises
+    ------
+    ValueError
+        FMN_BACKEND names no backend.
+    ImportError
+        FMN_BACKEND forces one that is not installed.
+
+    Examples
+    --------
+    >>> import fmn_ref as fmn
+    >>> fmn.backend().name in ("cpp", "numba", "numpy")
+    True
+    """
+    return load()[1]

@@ -1,0 +1,116 @@
+"""Checks at the public edge: each turns what a caller passed into one known kind of array, or says what is wrong with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bool = NDArray[np.bool_]
+Int = NDArray[np.int64]
+Float = NDArray[np.float64]
+
+
+def array(x: Any, name: str) -> NDArray[Any]:
+    """Anything that NumPy can view; a copy only for tensors that live on an accelerator or have no NumPy dtype."""
+    if hasattr(x, "detach") and hasattr(x, "cpu"):  # a torch tensor
+        x = x.detach().cpu()
+        if str(x.dtype) == "torch.bfloat16":
+            x = x.float()
+    elif hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
+        x = np.from_dlpack(x)
+    try:
+        a = np.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected an array, got {type(x).__name__} ({error})") from None
+    if a.dtype.kind not in "biuf":
+        raise TypeError(f"{name}: expected booleans or numbers, got dtype {a.dtype}")
+    return a
+
+
+def correctness(x: Any, name: str = "correct") -> Bool:
+    """(n_epochs, n_samples) bool with adjacent samples."""
+    a = array(x, name)
+    if a.dtype.kind == "f":
+        raise TypeError(f"{name}: expected bool or integers 0 and 1, got dtype {a.dtype}; see fmn_ref.correctness")
+    if a.ndim != 2:
+        raise ValueError(f"{name}: expected shape (n_epochs, n_samples), got shape {a.shape}")
+    if 0 in a.shape:
+        raise ValueError(f"{name}: expected at least one epoch and one sample, got shape {a.shape}")
+    if a.dtype != np.bool_:
+        if a.min() < 0 or a.max() > 1:
+            raise ValueError(f"{name}: expected 0 and 1, got values from {a.min()} to {a.max()}")
+        a = a != 0
+    return a if a.shape[1] == 1 or a.strides[1] == 1 else np.ascontiguousarray(a)
+
+
+def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, name: str = "labels") -> Int:
+    """(n_samples,) int64 in [0, n_classes)."""
+    a = array(x, name)
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got dtype {a.dtype}")
+    if a.ndim != 1 or len(a) == 0:
+        raise ValueError(f"{name}: expected shape (n_samples,) with at least one sample, got shape {a.shape}")
+    if n_samples is not None and len(a) != n_samples:
+        raise ValueError(f"{name}: expected {n_samples} samples, got {len(a)}")
+    if a.min() < 0 or (n_classes is not None and a.max() >= n_classes):
+        bound = "n_classes" if n_classes is None else n_classes
+        raise ValueError(f"{name}: expected classes in [0, {bound}), got values from {a.min()} to {a.max()}")
+    return a.astype(np.int64)
+
+
+def probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "probs") -> Float:
+    """(n_samples, n_classes) float64: finite, not negative, rows summing to 1 within 1e-3 (room for float16)."""
+    a = array(x, name)
+    if a.dtype.kind != "f":
+        raise TypeError(f"{name}: expected floating-point probabilities, got dtype {a.dtype}")
+    if a.ndim != 2 or 0 in a.shape:
+        raise ValueError(f"{name}: expected shape (n_samples, n_classes), not empty, got shape {a.shape}")
+    if shape is not None and a.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape} as in the other epochs, got shape {a.shape}")
+    a = a.astype(np.float64)
+    bad = ~np.isfinite(a) | (a < 0)
+    if bad.any():
+        index = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f"{name}: expected finite probabilities >= 0, got {a[index]} at sample, class {index}")
+    off = np.abs(a.sum(1) - 1)
+    if off.max() > 1e-3:
+        i = int(off.argmax())
+        raise ValueError(f"{name}: expected rows that sum to 1, got {a[i].sum():.6g} at sample {i}; apply softmax first")
+    return a
+
+
+def weights(x: Any, n_samples: int, name: str = "sample_weight") -> Float:
+    """(n_samples,) float64: finite, not negative, not all zero."""
+    a = array(x, name).astype(np.float64)
+    if a.shape != (n_samples,):
+        raise ValueError(f"{name}: expected shape ({n_samples},), got shape {a.shape}")
+    if not np.isfinite(a).all() or (a < 0).any() or not a.any():
+        raise ValueError(f"{name}: expected finite weights >= 0, at least one above 0")
+    return a
+
+
+def index(i: Any, n: int, name: str) -> int:
+    """An integer in [-n, n), counted from the start."""
+    if isinstance(i, bool) or not isinstance(i, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer, got {type(i).__name__}")
+    if not -n <= i < n:
+        raise ValueError(f"{name}: expected an epoch in [-{n}, {n}), got {i}")
+    return int(i) % n
+
+
+def choice(value: Any, options: tuple[str, ...], name: str) -> str:
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+    return str(value)
+
+
+def number(value: Any, low: float, high: float, name: str, kind: type = float) -> Any:
+    """A finite number (an integer for kind=int) in [low, high]."""
+    accepted = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise TypeError(f"{name}: expected {'an integer' if kind is int else 'a number'}, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected a value in [{low}, {high}], got {value}")
+    return kind(value)

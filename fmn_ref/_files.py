@@ -1,0 +1,60 @@
+"""Files that are never half-written: a temporary file beside the target, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+
+def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
+    """Call `write(file)` on a temporary file and move it to `path`; on any error `path` stays as it was."""
+    target = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    sync_folder(target.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename or a new file in `folder` survive a power loss (where folders can be opened: not on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    write_atomic(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def read_json(path: str | os.PathLike[str], format: str) -> dict[str, Any]:
+    """A JSON object with {"format": format, "version": 1}; a ValueError that names the file for anything else."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not a {format} file: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != format:
+        raise ValueError(f"{path}: not a {format} file")
+    if content.get("version") != 1:
+        raise ValueError(f"{path}: {format} version {content.get('version')!r} is not known to this release")
+    return content

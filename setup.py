@@ -1,0 +1,32 @@
+"""Builds the compiled kernels; everything else is in pyproject.toml.
+
+The extension is optional: without a C++ compiler the install succeeds and the package falls back to numba or NumPy
+(`fmn-ref info` says which and why). FMN_REQUIRE_EXT=1 turns that fallback into an error, for CI and wheels.
+"""
+
+import os
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+required = os.environ.get("FMN_REQUIRE_EXT", "0") not in ("", "0")
+sources = ["bindings/module.cpp", "src/dispatch.cpp", "src/kernel_base.cpp", "src/kernel_avx2.cpp"]
+
+
+class Build(build_ext):
+    def run(self):
+        super().run()
+        built = all(os.path.exists(self.get_ext_fullpath(e.name)) for e in self.extensions)
+        print(f"fmn_ref: compiled kernels {'built' if built else 'NOT built, falling back to numba or NumPy'}")
+
+
+extension = Pybind11Extension(
+    "fmn_ref._kernels",
+    [f"csrc/{s}" for s in sources],
+    include_dirs=["csrc/include", "csrc/src"],
+    depends=["csrc/include/fmn/fmn.h", "csrc/src/kernels.h"],
+    cxx_std=17,  # explicit: letting pybind11 probe for it would fail without a compiler instead of falling back
+    extra_compile_args=["/O2"] if os.name == "nt" else ["-O3"],
+    optional=not required,
+)
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})
