@@ -25,23 +25,23 @@ from .noise import asymmetric_noise, symmetric_noise, transition_noise
 from .recorder import Recorder, Run
 
 if TYPE_CHECKING:
-    from .compare import Comparison, compare, compare_probabilities
-    from .distill import distill
+    from .comparison import Comparison, compare, compare_probabilities
+    from .distillation import distill
     from .ensemble import FusedModel, Probabilities, averaged_model
-    from .train import Recipe, train
+    from .training import Recipe, train
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Comparison": "compare",
+    "Comparison": "comparison",
     "FusedModel": "ensemble",
     "Probabilities": "ensemble",
-    "Recipe": "train",
+    "Recipe": "training",
     "averaged_model": "ensemble",
-    "compare": "compare",
-    "compare_probabilities": "compare",
-    "distill": "distill",
-    "train": "train",
+    "compare": "comparison",
+    "compare_probabilities": "comparison",
+    "distill": "distillation",
+    "train": "training",
 }
 
 __all__ = [
@@ -79,6 +79,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-        globals()[name] = value  # also replaces the submodule of the same name (train, distill, compare)
+        globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,61 @@
+"""Checkpoints on disk: tensors only, written atomically, loaded without running code from the file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _files
+
+
+def save_state(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Store `model.state_dict()`, moved to the CPU."""
+    save(to_cpu(model.state_dict()), path)
+
+
+def save(content: Any, path: str | os.PathLike[str]) -> None:
+    """torch.save that never leaves half a file."""
+    _files.write_atomic(path, lambda file: torch.save(content, file))
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """What `save` stored, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        Truncated, not a checkpoint, or a pickle that holds more than tensors and plain containers.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint of tensors: {reason}") from None
+
+
+def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Load a checkpoint into `model`; ValueError naming the file where names or shapes do not fit."""
+    try:
+        model.load_state_dict(load(path))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: does not fit the model: {error}") from None
+    return model
+
+
+def to_cpu(content: Any) -> Any:
+    """The same nested dicts and lists with every tensor on the CPU."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().cpu()
+    if isinstance(content, dict):
+        return {key: to_cpu(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(to_cpu(value) for value in content)
+    return content

@@ -1,0 +1,247 @@
+"""fmn-ref: the metric and the fusion on files, and the demo.
+
+Exit status: 0 done, 1 something was wrong with the input or the disk (one line on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from . import __version__, _check, _files, metrics
+from ._backend import backend
+from .comparison import compare_probabilities
+from .fusion import FusionPlan, fuse
+from .history import CorrectnessHistory, labels_digest
+
+PROBS = "probabilities (n_epochs, n_samples, n_classes): .npy, or .npz with 'probs' and perhaps 'labels'"
+LABELS = "true classes (n_samples,): .npy, or .npz with 'labels'; default: 'labels' in the other file, if it is .npz"
+
+
+def load(path: str, *names: str) -> Any:
+    """An array of a file: .fmnh, .npy (memory-mapped), or the first of `names` in an .npz."""
+    try:
+        if path.endswith(".fmnh"):
+            return CorrectnessHistory.open(path)
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: {error}" if path not in str(error) else str(error)) from None
+    if isinstance(content, np.ndarray):
+        return content
+    for name in names:
+        if name in content:
+            return content[name]
+    raise ValueError(f"{path}: expected an array named {' or '.join(map(repr, names))}, found {list(content)}")
+
+
+def load_labels(path: str | None, beside: str) -> NDArray[np.int64]:
+    """Labels from their own file, or from the .npz that holds the probabilities."""
+    if path is None and not beside.endswith(".npz"):
+        raise ValueError("--labels: needed, since the other file is not an .npz with 'labels' in it")
+    return _check.labels(load(path or beside, "labels"))
+
+
+def load_correct(path: str, labels: str | None) -> Any:
+    """Correctness from a history, a 0/1 matrix, or predictions or scores with labels."""
+    a = load(path, "correct", "predictions", "probs", "scores")
+    if isinstance(a, CorrectnessHistory) or labels is None and a.ndim == 2 and a.dtype.kind != "f":
+        return a
+    return metrics.correctness(a, load_labels(labels, path))
+
+
+def correctness_of(probs: Any, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """One epoch at a time, so that a memory-mapped file is never held whole."""
+    return np.stack([metrics.correctness(probs[e], labels) for e in tqdm(range(len(probs)), "reading", disable=None)])
+
+
+def command_info(args: argparse.Namespace) -> None:
+    b = backend()
+    content = {"version": __version__, **b._asdict()}
+    text = f"fmn_ref {__version__}\nbackend {b.name} ({b.reason})\ninstruction set {b.instruction_set}\nthreads {b.threads}"
+    show(args, content, text)
+
+
+def command_metric(args: argparse.Namespace) -> None:
+    correct = load_correct(args.file, args.labels)
+    epochs = correct.epochs if isinstance(correct, CorrectnessHistory) else range(len(correct))
+    curves = metrics.forgetting_curves(correct, reference=args.reference)
+    stats = metrics.sample_statistics(correct, never_learned=args.never_learned)
+    columns = {
+        "epoch": list(epochs),
+        "accuracy": curves.accuracy.tolist(),
+        "forget_fraction": curves.forget.tolist(),
+        "learned_fraction": curves.learned.tolist(),
+        "retained": curves.retained.tolist(),
+    }
+    peak = int(curves.forget.argmax())
+    summary = {
+        "n_samples": curves.n_samples,
+        "peak_forget_fraction": float(curves.forget[peak]),
+        "peak_epoch": int(epochs[peak]),
+        "forgotten_samples": int(stats.forgotten.sum()),
+    }
+    if args.per_sample:
+        write_per_sample(args.per_sample, stats, args.ids)
+    if args.csv:
+        return print(to_csv(columns), end="")
+    head = f"{'epoch':>6} {'accuracy':>9} {'F_e':>9} {'L_e':>9} {'retained':>9}"
+    rows = [f"{e:6d} " + " ".join(f"{v:9.4f}" for v in values) for e, *values in zip(*columns.values(), strict=True)]
+    end = (
+        f"peak forget fraction {summary['peak_forget_fraction']:.2%} at epoch {summary['peak_epoch']}; "
+        f"{summary['forgotten_samples']} of {curves.n_samples} samples were right once and are wrong at the end"
+    )
+    show(args, {**summary, **columns}, "\n".join([head, *rows, end]))
+
+
+def write_per_sample(path: str, stats: metrics.SampleStatistics, ids: str | None) -> None:
+    n = len(stats.forgotten)
+    names = list(range(n)) if ids is None else Path(ids).read_text().split("\n")[:n]
+    if len(names) != n:
+        raise ValueError(f"{ids}: expected {n} lines, one id per sample, got {len(names)}")
+    columns = {"sample_id": names, **{k: v.tolist() for k, v in vars(stats).items()}}
+    _files.write_atomic(path, lambda f: f.write(to_csv(columns).encode()))
+
+
+def command_fuse(args: argparse.Namespace) -> None:
+    probs = load(args.probs, "probs")
+    labels = load_labels(args.labels, args.probs)
+    correct = load(args.correct, "correct") if args.correct else correctness_of(probs, labels)
+    options = {"window": args.window, "max_rounds": args.max_rounds, "search": args.search}
+    plan = fuse(probs, labels, correct=correct, **options)
+    plan.save(args.output)
+    content = {"members": plan.members, "weights": plan.weights, "selection_accuracy": plan.accuracy}
+    rows = [f"{'round':>6} {'epoch':>6} {'eps':>7} {'accuracy':>9}", f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}"]
+    for i, ((epoch, eps), accuracy) in enumerate(zip(plan.members, plan.accuracy[1:], strict=True), 1):
+        rows.append(f"{i:6d} {epoch:6d} {eps:7.4f} {accuracy:9.4f}")
+    if plan.final_model_alone:
+        rows.append("the final model alone is best")
+    show(args, content, "\n".join([*rows, f"{len(plan.weights)} checkpoints; plan written to {args.output}"]))
+
+
+def command_apply(args: argparse.Namespace) -> None:
+    plan = FusionPlan.load(args.plan)
+    probs = load(args.probs, "probs")
+    labels = None
+    if args.labels or args.probs.endswith(".npz"):
+        labels = load_labels(args.labels, args.probs)
+        if labels_digest(labels).hex() == plan.labels_sha256 and not args.allow_selection_data:
+            raise ValueError(
+                "labels: the ones the plan was chosen on; scoring there flatters (--allow-selection-data permits it)"
+            )
+    fused = plan.apply(probs)
+    _files.write_atomic(args.output, lambda f: np.save(f, fused))
+    content: dict[str, Any] = {"output": args.output, "shape": list(fused.shape)}
+    text = f"fused probabilities {fused.shape} written to {args.output}"
+    if labels is not None:
+        right = metrics.correctness(fused, labels), metrics.correctness(probs[-1], labels)
+        content |= {"accuracy": float(right[0].mean()), "final_model_accuracy": float(right[1].mean())}
+        text += f"\naccuracy {content['accuracy']:.2%}, final model alone {content['final_model_accuracy']:.2%}"
+    show(args, content, text)
+
+
+def command_compare(args: argparse.Namespace) -> None:
+    select, test = load(args.select, "probs"), load(args.test, "probs")
+    y, y_test = load_labels(args.select_labels, args.select), load_labels(args.test_labels, args.test)
+    options = {"window": args.window, "search": args.search, "allow_overlap": args.allow_overlap}
+    table = compare_probabilities(select, y, test, y_test, correct=correctness_of(select, y), **options)
+    print(table.to_json() if args.json else table.to_csv() if args.csv else table.to_markdown(), end="")
+
+
+def command_demo(args: argparse.Namespace) -> None:
+    from . import demo
+
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    results = demo.run_demo(out, args.seeds, args.epochs)
+    show(args, results, f"{demo.table(results)}\nreport: {out / 'report.md'}   numbers: {out / 'results.json'}")
+
+
+def show(args: argparse.Namespace, content: dict[str, Any], text: str) -> None:
+    print(json.dumps(content, indent=1) if args.json else text)
+
+
+def to_csv(columns: dict[str, list[Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return out.getvalue()
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("fmn-ref", description="Measure what a network forgot while it was trained, and fuse it back.")
+    p.add_argument("--version", action="version", version=__version__)
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        c = commands.add_parser(name, help=text, description=text)
+        c.set_defaults(run=run)
+        c.add_argument("--json", action="store_true", help="print JSON")
+        return c
+
+    def selection(c: argparse.ArgumentParser) -> None:
+        c.add_argument("--window", type=int, default=1, help="half width of a member's window (default 1)")
+        c.add_argument("--search", choices=["grid", "exact"], default="grid", help="how epsilon is found (default grid)")
+
+    c = add("demo", command_demo, "train, measure, fuse, distill and compare on scikit-learn's digits (minutes)")
+    c.add_argument("-o", "--output", default="runs/demo", help="folder (default runs/demo); what is done there is reused")
+    c.add_argument("--seeds", type=int, default=5)
+    c.add_argument("--epochs", type=int, default=40)
+
+    add("info", command_info, "say which compiled kernels are in use, and why")
+
+    c = add("metric", command_metric, "forget fraction and its relatives per epoch")
+    c.add_argument("file", help=".fmnh history; .npy or .npz with correctness, predictions or scores of every epoch")
+    c.add_argument("--labels", help="true classes, for a file of predictions or scores; " + LABELS.split(";")[1].strip())
+    c.add_argument("--reference", type=int, default=-1, help="row that stands for the end (default: the last)")
+    c.add_argument("--never-learned", choices=metrics.NEVER_LEARNED, default="nan", help="how never-learned samples count")
+    c.add_argument("--per-sample", metavar="CSV", help="write a table with a row per sample")
+    c.add_argument("--ids", help="text file with a sample id per line, for --per-sample")
+    c.add_argument("--csv", action="store_true", help="print CSV")
+
+    c = add("fuse", command_fuse, "find a fusion plan on a selection set")
+    c.add_argument("probs", help=PROBS)
+    c.add_argument("--labels", help=LABELS)
+    c.add_argument("--correct", help="correctness of the same samples (.fmnh or .npy): then only the chosen epochs are read")
+    c.add_argument("--max-rounds", type=int, help="at most so many members (default: until nothing helps)")
+    c.add_argument("-o", "--output", default="plan.json", help="plan to write (default plan.json)")
+    selection(c)
+
+    c = add("apply", command_apply, "fused probabilities of other samples, by a plan")
+    c.add_argument("plan", help="plan.json")
+    c.add_argument("probs", help=PROBS)
+    c.add_argument("--labels", help="true classes: print the accuracy too")
+    c.add_argument("-o", "--output", default="fused.npy", help="file to write (default fused.npy)")
+    c.add_argument("--allow-selection-data", action="store_true", help="score on the samples that chose the plan")
+
+    c = add("compare", command_compare, "the fusion beside its controls: chosen on one set, scored on another")
+    c.add_argument("--select", required=True, help=PROBS)
+    c.add_argument("--select-labels", help=LABELS)
+    c.add_argument("--test", required=True, help=PROBS)
+    c.add_argument("--test-labels", help=LABELS)
+    c.add_argument("--csv", action="store_true", help="print CSV")
+    c.add_argument("--allow-overlap", action="store_true", help="score on the selection set all the same")
+    selection(c)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        print(f"fmn-ref: error: {error}", file=sys.stderr)
+        return 1
+    return 0

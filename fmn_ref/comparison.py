@@ -1,0 +1,229 @@
+"""compare: the fusion beside every control, chosen on one set and scored on another, at the same number of checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _check, baselines
+from .fusion import FusionPlan, fuse, mixture
+
+Int = NDArray[np.int64]
+EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # per epoch; the one with the best selection accuracy is scored
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: accuracies in [0, 1]; forward_passes is what one prediction costs."""
+
+    method: str
+    forward_passes: int
+    selection_accuracy: float
+    test_accuracy: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table of a comparison, and the plan of its KF row."""
+
+    rows: list[Row]
+    plan: FusionPlan
+    n_selection: int
+    n_test: int
+    notes: list[str] = field(default_factory=list)
+
+    def __getitem__(self, method: str) -> Row:
+        """The row of a method."""
+        for row in self.rows:
+            if row.method == method:
+                return row
+        raise KeyError(f"{method!r}; there are {', '.join(r.method for r in self.rows)}")
+
+    def to_markdown(self) -> str:
+        lines = ["| method | forward passes | selection accuracy | test accuracy |", "|---|--:|--:|--:|"]
+        lines += [
+            f"| {r.method} | {r.forward_passes} | {r.selection_accuracy:.2%} | {r.test_accuracy:.2%} |" for r in self.rows
+        ]
+        counts = f"Chosen on {self.n_selection} samples, scored on {self.n_test} others."
+        return "\n".join([*lines, "", counts, *self.notes]) + "\n"
+
+    def to_csv(self) -> str:
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [f for f in Row.__dataclass_fields__], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(r) for r in self.rows)
+        return out.getvalue()
+
+    def to_json(self) -> str:
+        content = {
+            "rows": [asdict(r) for r in self.rows],
+            "members": [list(m) for m in self.plan.members],
+            "n_selection": self.n_selection,
+            "n_test": self.n_test,
+            "notes": self.notes,
+        }
+        return json.dumps(content, indent=1)
+
+
+def compare_probabilities(
+    select_probs: Any,
+    select_labels: Any,
+    test_probs: Any,
+    test_labels: Any,
+    *,
+    correct: Any = None,
+    window: int = 1,
+    search: str = "grid",
+    allow_overlap: bool = False,
+) -> Comparison:
+    """The methods that mix predictions, from arrays alone.
+
+    Rows: last, best epoch, best window, last-k, equally spaced, top-k, KF(1), KF; k is the number of checkpoints of KF's plan.
+
+    Parameters
+    ----------
+    select_probs, test_probs : (n_epochs, n_samples, n_classes), or sequences of arrays
+    select_labels, test_labels : (n_samples,) integers
+    correct : (n_epochs, n_select) bool, optional
+        History on the selection set; default: from `select_probs`.
+    window, search
+        As `fuse`.
+    allow_overlap : bool
+        Score on the samples that were selected on, all the same.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `fuse`; both sets are the same samples.
+    """
+    final = select_probs[-1], test_probs[-1]
+    if not allow_overlap and np.shape(final[0]) == np.shape(final[1]) and np.array_equal(*final):
+        raise ValueError("test_probs: the same samples as select_probs; scoring there flatters (allow_overlap=True permits)")
+    plan = fuse(select_probs, select_labels, correct=correct, window=window, search=search)
+    first = FusionPlan(plan.members[:1], plan.n_epochs, window, plan.accuracy[:2])
+    y, y_test = _check.labels(select_labels), _check.labels(test_labels)
+    n, k = plan.n_epochs, len(plan.weights)
+    right = np.stack([np.argmax(select_probs[e], 1) == y for e in range(n)]) if correct is None else correct
+    mixed = {
+        "last": baselines.last(n),
+        "best epoch": baselines.best_epoch(right),
+        "best window": baselines.best_window(select_probs, y, window),
+        "last-k": baselines.last(n, k),
+        "equally spaced": baselines.equally_spaced(n, k),
+        "top-k": baselines.top(right, k),
+    }
+    rows = [
+        Row(name, len(w), _score(mixture(select_probs, w), y), _score(mixture(test_probs, w), y_test))
+        for name, w in mixed.items()
+    ]
+    for name, p in (("KF(1)", first), ("KF", plan)):
+        rows.append(Row(name, len(p.weights), p.accuracy[-1], _score(p.apply(test_probs), y_test)))
+    notes = ["The final model alone is best: no epoch knew what would help."] if plan.final_model_alone else []
+    return Comparison(rows, plan, len(y), len(y_test), notes)
+
+
+def compare(
+    run: Any,
+    select_data: Any,
+    test_data: Any,
+    *,
+    train_data: Any = None,
+    make_student: Callable[[], Any] | None = None,
+    distill_options: dict[str, Any] | None = None,
+    window: int = 1,
+    search: str = "grid",
+    allow_overlap: bool = False,
+) -> Comparison:
+    """Every control of METHOD on one run: chosen on `select_data`, scored on `test_data`.
+
+    Rows of `compare_probabilities`; with `train_data` also the averaged weights (EMA and SWA over the epochs' checkpoints, averaged
+    KF; BatchNorm recomputed on `train_data`); with `make_student` too, students distilled from the final model alone and from
+    the fused model.
+
+    Parameters
+    ----------
+    run : Run
+        With its model attached.
+    select_data, test_data, train_data
+        As in `train`. `select_data` is what the run's history was recorded on, or other data.
+    make_student : callable() -> nn.Module, optional
+        A fresh network each time.
+    distill_options : dict, optional
+        Keywords of `distill` (epochs, lr, ...).
+    window, search
+        As `fuse`.
+    allow_overlap : bool
+        Permit samples that stand in both sets.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `fuse` and `distill`; more than 1 % of the test samples stand in the selection set.
+    """
+    from . import data
+
+    if not allow_overlap:
+        _refuse_overlap(data.fingerprints(select_data), data.fingerprints(test_data))
+    select, test = run.probabilities(select_data), run.probabilities(test_data)
+    y, y_test = select.labels, test.labels
+    table = compare_probabilities(select, y, test, y_test, window=window, search=search, allow_overlap=allow_overlap)
+    rows = [
+        Row(name, 1, _model_score(model, select_data, run, y), _model_score(model, test_data, run, y_test))
+        for name, model in _single_models(run, table.plan, select_data, train_data, make_student, distill_options)
+    ]
+    return Comparison([*table.rows, *rows], table.plan, table.n_selection, table.n_test, table.notes)
+
+
+def _single_models(
+    run: Any, plan: FusionPlan, select_data: Any, train_data: Any, make_student: Any, options: dict[str, Any] | None
+) -> Iterator[tuple[str, Any]]:
+    """The controls that are one network in the end."""
+    from .data import labels_of
+    from .distillation import distill
+    from .ensemble import FusedModel, averaged_model
+
+    if train_data is None:
+        return
+    n = plan.n_epochs
+    y = labels_of(select_data)
+    candidates = [averaged_model(run, baselines.ema(n, d), train_data) for d in EMA_DECAYS]
+    yield "EMA", max(candidates, key=lambda m: _model_score(m, select_data, run, y))
+    yield "SWA", averaged_model(run, baselines.swa(n), train_data)
+    yield "averaged KF", averaged_model(run, plan.weights, train_data)
+    if make_student is None:
+        return
+    final = FusionPlan((), n, 0, plan.accuracy[:1])
+    for name, p in (("distilled last", final), ("distilled KF", plan)):
+        yield name, distill(make_student(), FusedModel(p, run), train_data, forward_fn=run.forward_fn, **(options or {}))
+
+
+def _refuse_overlap(select: set[bytes], test: set[bytes]) -> None:
+    both = len(select & test)
+    if both > 0.01 * len(test):  # a few equal images are normal in real data
+        share = f"{both} of {len(test)} test samples are in the selection set"
+        raise ValueError(f"test_data: {share}; scoring there flatters (allow_overlap=True permits it)")
+
+
+def _score(probs: Any, labels: Int) -> float:
+    return float((np.asarray(probs).argmax(1) == labels).mean())
+
+
+def _model_score(model: Any, samples: Any, run: Any, labels: Int) -> float:
+    from .data import predict
+
+    return _score(predict(model, samples, forward_fn=run.forward_fn)[0].numpy(), labels)

@@ -1,0 +1,133 @@
+"""Batches for training and evaluation, and what a model says about them.
+
+Data is either a tuple of tensors or arrays with one row per sample (inputs, labels), which is sliced where it lies, or a torch
+DataLoader, or a Dataset. Batches are what those give: tuples, or dicts with a key "labels".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+
+
+def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """(logits, labels) of a batch (inputs, labels) or of a dict with "labels", whose other entries are keyword arguments."""
+    if isinstance(batch, dict):
+        if "labels" not in batch:
+            raise ValueError(f"batch: expected a key 'labels', got {sorted(batch)}; pass a forward_fn")
+        output = model(**{k: v for k, v in batch.items() if k != "labels"})
+        labels = batch["labels"]
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        output, labels = model(batch[0]), batch[1]
+    else:
+        raise ValueError(f"batch: expected (inputs, labels) or a dict, got {type(batch).__name__}; pass a forward_fn")
+    return getattr(output, "logits", output), labels
+
+
+def is_arrays(data: Any) -> bool:
+    """Whether data is a tuple of tensors or arrays rather than a Dataset or a DataLoader."""
+    return isinstance(data, (tuple, list)) and bool(data) and all(hasattr(a, "shape") for a in data)
+
+
+def as_tensors(data: Any, device: torch.device) -> tuple[Tensor, ...]:
+    """The arrays of a tuple as tensors on the device, checked to be of one length."""
+    tensors = tuple(torch.as_tensor(a).to(device) for a in data)
+    if len(tensors) < 2 or any(t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors) or len(tensors[0]) == 0:
+        shapes = [tuple(t.shape) for t in tensors]
+        raise ValueError(f"data: expected (inputs, labels) with one row per sample, not empty, got shapes {shapes}")
+    return (tensors[0], tensors[1].long(), *tensors[2:])
+
+
+def batches(data: Any, batch_size: int, device: torch.device, *, shuffle: bool = False) -> Iterator[Any]:
+    """One pass over the data, on the device; shuffled by torch's global generator when asked to."""
+    if is_arrays(data):
+        tensors = as_tensors(data, device)
+        n = len(tensors[0])
+        order = torch.randperm(n).to(device) if shuffle else None
+        for start in range(0, n, batch_size):
+            rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
+            yield tuple(t[rows] for t in tensors)
+        return
+    loader: Iterable[Any]
+    if isinstance(data, Dataset):
+        loader = DataLoader(data, batch_size, shuffle=shuffle)
+    elif hasattr(data, "__iter__") and not isinstance(data, (Tensor, np.ndarray, str, Iterator)):
+        loader = data
+    else:
+        raise TypeError(f"data: expected (inputs, labels), a Dataset or a DataLoader, got {type(data).__name__}")
+    for batch in loader:
+        yield to_device(batch, device)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(v, device) for v in batch)
+    return batch
+
+
+def reseed(data: Any, seed: int, epoch: int) -> None:
+    """Make everything random about one epoch a function of (seed, epoch): what resuming needs."""
+    torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    sampler = getattr(data, "sampler", None)
+    for holder in (data, sampler):
+        if isinstance(getattr(holder, "generator", None), torch.Generator):
+            holder.generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)  # type: ignore[union-attr]
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, data: Any, *, batch_size: int = 512, forward_fn: Forward | None = None
+) -> tuple[Tensor, Tensor]:
+    """Probabilities (n_samples, n_classes) float32 and labels (n_samples,), on the CPU; the model is left as it was."""
+    training = model.training
+    model.eval()
+    try:
+        parts = []
+        for batch in batches(data, batch_size, device_of(model)):
+            logits, labels = (forward_fn or default_forward)(model, batch)
+            parts.append((logits.float().softmax(1).cpu(), labels.cpu()))
+    finally:
+        model.train(training)
+    if not parts:
+        raise ValueError("data: expected at least one batch")
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def labels_of(data: Any) -> NDArray[np.int64]:
+    """The labels in the order of evaluation, from the second array, the second entry of tuples, or the key "labels"."""
+    if is_arrays(data):
+        return as_tensors(data, torch.device("cpu"))[1].numpy()
+    parts = [b["labels"] if isinstance(b, dict) else b[1] for b in batches(data, 512, torch.device("cpu"))]
+    return torch.cat(parts).numpy().astype(np.int64)
+
+
+def fingerprints(data: Any) -> set[bytes]:
+    """A hash of each sample's inputs, to notice samples that stand in two sets."""
+    seen = set()
+    for batch in batches(data, 512, torch.device("cpu")):
+        values = [v for k, v in sorted(batch.items()) if k != "labels"] if isinstance(batch, dict) else [batch[0]]
+        arrays = [np.ascontiguousarray(v.detach().numpy()) for v in values if isinstance(v, Tensor)]
+        for row in zip(*arrays, strict=True):
+            seen.add(hashlib.blake2b(b"".join(r.tobytes() for r in row), digest_size=16).digest())
+    return seen

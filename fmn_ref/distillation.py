@@ -1,0 +1,147 @@
+"""distill: one model of the original size that learns what an ensemble says.
+
+    student = fmn.distill(make_model(), fmn.FusedModel(plan, run), (x_train, y_train), epochs=40)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _check, data
+from .recorder import Recorder
+from .training import Recipe, fit, run_config
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    train_data: Any,
+    *,
+    epochs: int,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    forward_fn: data.Forward | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    progress: bool | None = None,
+    **recipe: Any,
+) -> nn.Module:
+    """Train `student` on the soft targets of `teacher`.
+
+    loss = kd_weight * temperature^2 * KL(teacher || student) + (1 - kd_weight) * cross-entropy(labels), both distributions
+    softened by the temperature, the sum over classes, the mean over samples. The papers give neither number; the defaults are
+    the plain soft targets without the given labels, which is what one wants where those are noisy.
+
+    Parameters
+    ----------
+    student : nn.Module
+        Trained in place, on the device where its parameters are.
+    teacher : nn.Module
+        Any module that gives logits or log-probabilities (FusedModel does); used in evaluation mode, without gradients, on the
+        student's device, and left as it was.
+    train_data
+        As in `train`.
+    epochs : int
+    temperature : float > 0
+    kd_weight : float in [0, 1]
+    augment : callable, optional
+        As in `train`. Without it, and with data given as arrays, the teacher is asked once per sample; else on every batch.
+    forward_fn
+        As in `train`; used for both models.
+    run_dir : path, optional
+        Keeps the state after each epoch there, so that a killed distillation continues.
+    resume, progress, **recipe
+        As in `train`.
+
+    Returns
+    -------
+    nn.Module
+        The student, in evaluation mode.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A value out of range; teacher and student that differ in their classes; a `run_dir` of something else.
+    FloatingPointError
+        The loss became NaN or infinite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = torch.randn(64, 8); y = (x[:, 0] > 0).long()
+    >>> student = distill(torch.nn.Linear(8, 2), torch.nn.Linear(8, 2), (x, y), epochs=2, temperature=2.0)
+
+    References
+    ----------
+    arXiv 2507.08686, Section V ("distilled KF"); Hinton et al. 2015 (temperature and its square).
+    """
+    settings = Recipe(**recipe)
+    epochs = _check.number(epochs, 1, 2**31, "epochs", int)
+    temperature = _check.number(temperature, 1e-3, 1e3, "temperature")
+    kd_weight = _check.number(kd_weight, 0, 1, "kd_weight")
+    resume_path = None
+    if run_dir is not None:
+        folder = Path(run_dir)
+        options = {"epochs": epochs, "temperature": temperature, "kd_weight": kd_weight}
+        Recorder(folder, config=run_config(folder, resume, **options, **asdict(settings)))
+        resume_path = folder / "resume.pt"
+    forward = forward_fn or data.default_forward
+    device = data.device_of(student)
+    home, was_training = data.device_of(teacher), teacher.training
+    teacher.to(device).eval()
+    cached = augment is None and data.is_arrays(train_data)
+    if cached:
+        probs, labels = data.predict(teacher, train_data, forward_fn=forward_fn)
+        train_data = (*data.as_tensors(train_data, device)[:1], labels, probs)
+
+    def both(model: nn.Module, batch: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The student's logits; (labels, the teacher's probabilities)."""
+        if cached:
+            logits, labels = forward(model, batch[:2])
+            return logits, (labels, batch[2])
+        logits, labels = forward(model, batch)
+        with torch.no_grad():
+            return logits, (labels, forward(teacher, batch)[0].float().softmax(1))
+
+    def loss(logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        return distillation_loss(logits, targets[1], targets[0], temperature=temperature, kd_weight=kd_weight)
+
+    try:
+        fit(
+            student,
+            train_data,
+            epochs,
+            settings,
+            augment=augment,
+            forward_fn=both,
+            loss_fn=loss,
+            progress=progress,
+            description="distill",
+            resume_path=resume_path,
+        )
+    finally:
+        teacher.to(home).train(was_training)
+    return student.eval()
+
+
+def distillation_loss(
+    logits: Tensor, teacher_probs: Tensor, labels: Tensor, *, temperature: float, kd_weight: float
+) -> Tensor:
+    """The loss of `distill`, from logits (B, K), the teacher's unsoftened probabilities (B, K) and labels (B,)."""
+    if logits.shape != teacher_probs.shape:
+        raise ValueError(f"teacher: gives outputs of shape {tuple(teacher_probs.shape)}, student {tuple(logits.shape)}")
+    soft = teacher_probs.pow(1 / temperature)
+    soft = soft / soft.sum(1, keepdim=True)
+    kd = F.kl_div(F.log_softmax(logits / temperature, 1), soft, reduction="batchmean") * temperature**2
+    if kd_weight == 1:
+        return kd
+    return kd_weight * kd + (1 - kd_weight) * F.cross_entropy(logits, labels)

@@ -1,0 +1,170 @@
+"""What stored epochs predict, and the models made of them: FusedModel (mixed predictions), averaged_model (mixed weights)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from . import _check, checkpoints, data
+from .fusion import FusionPlan
+from .recorder import Run
+
+
+class Probabilities(Sequence[NDArray[np.float32]]):
+    """Predictions of every checkpoint of a run on one data set, computed when read and kept in memory.
+
+    ``probabilities[i]`` is (n_samples, n_classes) float32 for row i of the run's history; ``labels`` is (n_samples,) int64.
+    `fuse(probabilities, labels, correct=history)` reads the last epoch and the chosen windows only.
+    """
+
+    def __init__(self, run: Run, data: Any, *, batch_size: int = 512) -> None:
+        self._model = copy.deepcopy(_model_of(run))
+        self._run, self._data, self._batch_size = run, data, batch_size
+        self._known: dict[int, NDArray[np.float32]] = {}
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return data.labels_of(self._data)
+
+    @property
+    def evaluated(self) -> tuple[int, ...]:
+        """Rows computed so far."""
+        return tuple(sorted(self._known))
+
+    def __len__(self) -> int:
+        return len(self._run.history)
+
+    def __getitem__(self, epoch: Any) -> Any:
+        i = _check.index(epoch, len(self), "epoch")
+        if i not in self._known:
+            checkpoints.load_into(self._model, self._run.checkpoints[i])
+            forward_fn = self._run.forward_fn
+            probs, _ = data.predict(self._model, self._data, batch_size=self._batch_size, forward_fn=forward_fn)
+            self._known[i] = probs.numpy()
+        return self._known[i]
+
+
+class FusedModel(nn.Module):
+    """The fused predictor as a module: as many forward passes as the plan has checkpoints.
+
+    Parameters
+    ----------
+    plan : FusionPlan
+    run : Run
+        With its model attached (``Run.open(run_dir, model)``).
+
+    Returns log-probabilities (batch, n_classes) float32, so that softmax, arg-max and cross-entropy just work. Members are
+    frozen and stay in evaluation mode. `plan.json` and the run directory are its permanent form; its own state_dict
+    loads back too.
+
+    Raises
+    ------
+    ValueError
+        The run has no model, another number of epochs than the plan, or a checkpoint is missing or does not fit.
+    """
+
+    weights: Tensor
+
+    def __init__(self, plan: FusionPlan, run: Run) -> None:
+        super().__init__()
+        if plan.n_epochs != len(run.history):
+            raise ValueError(f"plan: made for {plan.n_epochs} epochs, the run has {len(run.history)}")
+        model, paths, weights = _model_of(run), run.checkpoints, plan.weights
+        self.members = nn.ModuleList(checkpoints.load_into(copy.deepcopy(model), paths[e]) for e in weights)
+        self.members.requires_grad_(False)
+        self.register_buffer("weights", torch.tensor(list(weights.values())))
+        self.eval()
+
+    def train(self, mode: bool = True) -> FusedModel:
+        """Members always stay in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        mixed: Tensor | None = None
+        for weight, member in zip(self.weights, self.members, strict=True):
+            output = member(*args, **kwargs)
+            part = weight * getattr(output, "logits", output).float().softmax(-1)
+            mixed = part if mixed is None else mixed + part
+        assert mixed is not None
+        return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
+
+
+def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batch_size: int = 512) -> nn.Module:
+    """One model whose weights are the weighted mean of checkpoints: averaged KF, SWA, EMA over epochs.
+
+    Parameters
+    ----------
+    run : Run
+        With its model attached.
+    weights : {epoch: weight}
+        Rows of the history; positive, scaled to sum 1. For averaged KF, ``plan.weights``.
+    train_data
+        For the BatchNorm statistics, which an average of weights invalidates: recomputed in one pass, each batch weighed by
+        its samples.
+
+    Returns
+    -------
+    nn.Module
+        A new model in evaluation mode. Integer buffers come from the latest epoch.
+
+    Raises
+    ------
+    ValueError
+        No weights, or not positive; no model; a checkpoint missing or unfit.
+
+    References
+    ----------
+    arXiv 2507.08686 ("averaged KF"); Izmailov et al. 2018 (SWA).
+    """
+    total = sum(weights.values())
+    if not weights or min(weights.values()) < 0 or not 0 < total < float("inf"):
+        raise ValueError(f"weights: expected {{epoch: weight}} with weights >= 0, at least one above 0, got {weights}")
+    model, paths = copy.deepcopy(_model_of(run)), run.checkpoints
+    mean: dict[str, Tensor] = {}
+    for epoch, weight in sorted(weights.items()):
+        state = checkpoints.load(paths[_check.index(epoch, len(paths), "epoch")])
+        for name, value in state.items():
+            if value.is_floating_point():
+                mean[name] = mean.get(name, torch.zeros_like(value, dtype=torch.float64)) + weight / total * value.double()
+            else:
+                mean[name] = value
+    model.load_state_dict(mean)
+    recompute_batchnorm(model, train_data, batch_size=batch_size, forward_fn=run.forward_fn)
+    return model.eval()
+
+
+@torch.no_grad()
+def recompute_batchnorm(
+    model: nn.Module, train_data: Any, *, batch_size: int = 512, forward_fn: data.Forward | None = None
+) -> None:
+    """Set running means and variances to the average over the data, each batch weighed by its number of samples."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [m.momentum for m in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+    seen = 0
+    for batch in data.batches(train_data, batch_size, data.device_of(model)):
+        labels = batch["labels"] if isinstance(batch, dict) else batch[1]
+        seen += len(labels)
+        for norm in norms:
+            norm.momentum = len(labels) / seen
+        (forward_fn or data.default_forward)(model, batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+def _model_of(run: Run) -> nn.Module:
+    if not isinstance(run.model, nn.Module):
+        raise ValueError(f"run: no model attached; use Run.open({str(run.run_dir)!r}, model=...)")
+    return run.model

@@ -1,0 +1,201 @@
+"""Recorder: the correctness history and the checkpoints of one run, written as it goes; Run: the same, read back.
+
+NumPy only: torch is loaded when a torch model is saved or evaluated, never otherwise. A run directory holds run.json,
+history.fmnh and checkpoints/epoch_00000.pt, one for each row of the history (docs/formats.md).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _check, _files, metrics
+from .history import CorrectnessHistory, labels_digest
+
+if TYPE_CHECKING:
+    from .ensemble import Probabilities
+
+Save = Callable[[Path], object]
+
+
+class Run:
+    """A finished or unfinished run: what was right at each epoch, and the weights.
+
+    Attributes
+    ----------
+    run_dir : Path
+    config : dict
+        What run.json says about how the run was made.
+    history : CorrectnessHistory
+    model : torch.nn.Module or None
+        The network that the checkpoints fit; needed to evaluate them, not to read the history.
+    forward_fn : callable or None
+        See `train`.
+    """
+
+    def __init__(self, run_dir: Path, history: CorrectnessHistory, model: Any = None, forward_fn: Any = None) -> None:
+        self.run_dir, self.history, self.model, self.forward_fn = run_dir, history, model, forward_fn
+        self.config: dict[str, Any] = _files.read_json(run_dir / "run.json", "fmn_ref.run")["config"]
+
+    @classmethod
+    def open(cls, run_dir: str | os.PathLike[str], model: Any = None, forward_fn: Any = None) -> Run:
+        """Open a run directory.
+
+        Raises
+        ------
+        FileNotFoundError
+            No run there.
+        ValueError
+            A file of the run is damaged; the message names it.
+        """
+        folder = Path(run_dir)
+        return cls(folder, CorrectnessHistory.open(folder / "history.fmnh"), model, forward_fn)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoint file of each row of the history, in order."""
+        return [checkpoint_path(self.run_dir, e) for e in self.history.epochs]
+
+    def probabilities(self, data: Any, *, batch_size: int = 512) -> Probabilities:
+        """What each epoch's checkpoint predicts on `data`: a sequence of (n_samples, n_classes) arrays, computed when read.
+
+        Raises
+        ------
+        ValueError
+            The run has no model attached.
+        """
+        from .ensemble import Probabilities
+
+        return Probabilities(self, data, batch_size=batch_size)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.run_dir)!r}, n_epochs={len(self.history)}, n_samples={self.history.n_samples})"
+
+
+class Recorder:
+    """Three lines for one's own training loop.
+
+    Parameters
+    ----------
+    run_dir : path
+        Created if missing; a run that is already there is continued after its last epoch.
+    model : torch.nn.Module, optional
+        Its state is stored at each `record`.
+    keep : {"all", "none"}
+        Which checkpoints to keep. "none" records the history alone.
+    save : callable(path), optional
+        Stores the weights of another framework at `path`, instead of `model`'s.
+    config : dict, optional
+        Written to run.json; anything that JSON can hold.
+    forward_fn : callable, optional
+        Handed to `run`; see `train`.
+
+    Raises
+    ------
+    ValueError
+        Unknown `keep`; the run directory belongs to something else or is damaged.
+    OSError
+        The folder cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> recorder = Recorder(tempfile.mkdtemp())
+    >>> for epoch, predictions in enumerate([[0, 1, 1], [0, 0, 1]]):
+    ...     recorder.record(epoch, predictions, labels=[0, 1, 1])
+    >>> recorder.peak_forget_fraction
+    0.3333333333333333
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        model: Any = None,
+        keep: str = "all",
+        *,
+        save: Save | None = None,
+        config: dict[str, Any] | None = None,
+        forward_fn: Any = None,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.model, self.forward_fn = model, forward_fn
+        self._save = _saver(model, save) if _check.choice(keep, ("all", "none"), "keep") == "all" else None
+        self._history: CorrectnessHistory | None = None
+        (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if not (self.run_dir / "run.json").exists():
+            content = {"format": "fmn_ref.run", "version": 1, "config": config or {}, "made_with": _versions()}
+            _files.write_json(self.run_dir / "run.json", content)
+        if (self.run_dir / "history.fmnh").exists():
+            self._history = CorrectnessHistory.open(self.run_dir / "history.fmnh")
+
+    def record(self, epoch: int, scores_or_predictions: Any, labels: Any) -> None:
+        """Store one epoch: the checkpoint first, then the correctness; a crash in between loses neither file.
+
+        Parameters
+        ----------
+        epoch : int
+            Above the last recorded one.
+        scores_or_predictions, labels
+            As `correctness`; the same samples in the same order at every epoch.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `correctness`; other labels than before; an epoch that is already there (`rewind` drops it).
+        OSError
+            A file cannot be written; everything recorded before is intact.
+        """
+        right = metrics.correctness(scores_or_predictions, labels)
+        epoch = _check.number(epoch, 0, 2**62, "epoch", int)
+        if right.ndim != 1:
+            raise ValueError(f"scores_or_predictions: expected one epoch, got correctness of shape {right.shape}")
+        if self._history is None:
+            self._history = CorrectnessHistory(len(right), self.run_dir / "history.fmnh", labels=labels)
+        if self._history.digest != labels_digest(labels):
+            raise ValueError("labels: not the labels (or not in the order) that this run has recorded so far")
+        if epoch in self._history.epochs:
+            raise ValueError(f"epoch: {epoch} is already recorded in {self.run_dir}; recorder.rewind({epoch}) drops it")
+        if self._save is not None:
+            self._save(checkpoint_path(self.run_dir, epoch))
+        self._history.append(right, epoch)
+
+    def rewind(self, epoch: int) -> None:
+        """Drop `epoch` and all later ones: what a loop needs that resumes from an earlier state than was recorded."""
+        if self._history is not None:
+            self._history.truncate(sum(e < epoch for e in self._history.epochs))
+
+    @property
+    def peak_forget_fraction(self) -> float:
+        """max_e F_e so far, against the latest epoch."""
+        return 0.0 if self._history is None else float(metrics.forget_fraction(self._history).max())
+
+    @property
+    def run(self) -> Run:
+        if self._history is None:
+            raise ValueError(f"{self.run_dir}: nothing recorded yet")
+        return Run(self.run_dir, self._history, self.model, self.forward_fn)
+
+
+def checkpoint_path(run_dir: Path, epoch: int) -> Path:
+    return run_dir / "checkpoints" / f"epoch_{epoch:05d}.pt"
+
+
+def _saver(model: Any, save: Save | None) -> Save | None:
+    if save is not None or model is None:
+        return save
+    from .checkpoints import save_state
+
+    return lambda path: save_state(model, path)
+
+
+def _versions() -> dict[str, str]:
+    from . import __version__
+
+    return {"fmn_ref": __version__, "numpy": np.__version__, "python": platform.python_version()}
+
+

@@ -1,0 +1,237 @@
+"""train: one clear loop for classifiers, recorded epoch by epoch and resumable at any moment.
+
+    run = fmn.train(model, (x_train, y_train), (x_val, y_val), epochs=40, run_dir="runs/a")
+
+Everything random about an epoch is a function of (seed, epoch), so a run that was killed continues from its last finished epoch
+and ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import _check, _files, checkpoints, data
+from .recorder import Recorder, Run
+
+logger = logging.getLogger(__name__)
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of `train` and `distill`, passed to them by keyword.
+
+    The defaults are METHOD's recipe for CIFAR with ResNet-18 (the papers give none).
+    """
+
+    batch_size: int = 128
+    optimizer: str = "sgd"  # "sgd" (Nesterov momentum) or "adamw"
+    lr: float = 0.1
+    momentum: float = 0.9  # sgd only
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"  # "cosine" to 0, "step" or "constant"; changes between epochs
+    milestones: tuple[int, ...] = ()  # epochs at which "step" multiplies lr by gamma
+    gamma: float = 0.1
+    amp: bool = False  # bfloat16 autocast
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check.number(self.batch_size, 1, 2**31, "batch_size", int)
+        _check.choice(self.optimizer, ("sgd", "adamw"), "optimizer")
+        _check.choice(self.schedule, ("cosine", "step", "constant"), "schedule")
+        for name in ("lr", "momentum", "weight_decay", "gamma"):
+            _check.number(getattr(self, name), 0, 1e6, name)
+        _check.number(self.seed, 0, 2**32, "seed", int)
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(model.parameters(), self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
+        )
+
+    def make_scheduler(self, optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.schedule == "cosine":
+            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+        milestones = self.milestones if self.schedule == "step" else ()
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), self.gamma)
+
+
+def train(
+    model: nn.Module,
+    train_data: Any,
+    val_data: Any,
+    *,
+    epochs: int,
+    run_dir: str | os.PathLike[str],
+    resume: bool = True,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    forward_fn: data.Forward | None = None,
+    loss_fn: Loss = F.cross_entropy,
+    progress: bool | None = None,
+    **recipe: Any,
+) -> Run:
+    """Train a classifier; store every epoch's checkpoint and which validation samples it gets right.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Trained in place, on the device where its parameters are.
+    train_data, val_data
+        (inputs, labels) tensors or arrays, a torch Dataset, or a DataLoader (then `batch_size` is the loader's). Validation data
+        must keep its order.
+    epochs : int
+    run_dir : path
+    resume : bool
+        Continue (or just return) the run that is in `run_dir`. False: refuse a folder with a run in it.
+    augment : callable, optional
+        inputs -> inputs, on training batches; draws from torch's generator.
+    forward_fn : callable(model, batch) -> (logits, labels), optional
+        For batches that are neither (inputs, labels) nor dicts with "labels". With `augment`, batches must be tuples.
+    loss_fn : callable(logits, labels) -> scalar
+        Default: cross-entropy.
+    progress : bool, optional
+        A bar on stderr with validation accuracy and peak forget fraction; default: when stderr is a terminal.
+    **recipe
+        Fields of `Recipe`: batch_size, optimizer, lr, momentum, weight_decay, schedule, milestones, gamma, amp, seed.
+
+    Returns
+    -------
+    Run
+        With history, checkpoints, and probabilities(data). Epochs count from 0: the state after the first pass.
+
+    Raises
+    ------
+    FileExistsError
+        A run is there and `resume` is False.
+    ValueError, TypeError
+        A recipe value out of range, data that does not fit, or a run in `run_dir` made with another configuration.
+    FloatingPointError
+        The loss became NaN or infinite; what was recorded before is intact.
+
+    Notes
+    -----
+    Bit-identical resuming holds on the same machine with the same thread count, and for randomness from torch's generators
+    (NumPy's and Python's are the caller's affair). The global generator is put back afterwards.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> x = torch.randn(64, 8); y = (x[:, 0] > 0).long()
+    >>> run = train(torch.nn.Linear(8, 2), (x, y), (x, y), epochs=3, run_dir=tempfile.mkdtemp())
+    >>> len(run.history), len(run.checkpoints), run.history.n_samples
+    (3, 3, 64)
+    """
+    settings = Recipe(**recipe)
+    epochs = _check.number(epochs, 1, 2**31, "epochs", int)
+    folder = Path(run_dir)
+    config = run_config(folder, resume, epochs=epochs, **asdict(settings))
+    recorder = Recorder(folder, model, config=config, forward_fn=forward_fn)
+
+    def record(epoch: int) -> dict[str, str]:
+        probs, labels = data.predict(model, val_data, forward_fn=forward_fn)
+        recorder.record(epoch, probs, labels)
+        accuracy = (probs.argmax(1) == labels).double().mean().item()
+        return {"val": f"{accuracy:.2%}", "peak F_e": f"{recorder.peak_forget_fraction:.2%}"}
+
+    fit(
+        model,
+        train_data,
+        epochs,
+        settings,
+        augment=augment,
+        forward_fn=forward_fn,
+        loss_fn=loss_fn,
+        progress=progress,
+        resume_path=folder / "resume.pt",
+        rewind=recorder.rewind,
+        after_epoch=record,
+    )
+    return recorder.run
+
+
+def run_config(folder: Path, resume: bool, **config: Any) -> dict[str, Any]:
+    """The configuration as JSON gives it back; an error if the run in the folder, if any, is not to be continued with it."""
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    if (folder / "run.json").exists():
+        if not resume:
+            raise FileExistsError(f"{folder} holds a run; resume=True continues it, or choose another run_dir")
+        found = _files.read_json(folder / "run.json", "fmn_ref.run")["config"]
+        for key in sorted(plain.keys() | found.keys()):
+            if plain.get(key) != found.get(key):
+                was, now = found.get(key), plain.get(key)
+                raise ValueError(f"{key}: the run in {folder} was made with {was!r}, not {now!r}; choose another run_dir")
+    return plain
+
+
+def fit(
+    model: nn.Module,
+    train_data: Any,
+    epochs: int,
+    recipe: Recipe,
+    *,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    forward_fn: Callable[[nn.Module, Any], tuple[Tensor, Any]] | None = None,
+    loss_fn: Callable[[Tensor, Any], Tensor] = F.cross_entropy,
+    progress: bool | None = None,
+    description: str = "train",
+    resume_path: Path | None = None,
+    rewind: Callable[[int], None] = lambda epoch: None,
+    after_epoch: Callable[[int], dict[str, str]] = lambda epoch: {},
+) -> None:
+    """The loop itself: what `train` and `distill` share. Model and loss may be anything that steps on batches."""
+    device = data.device_of(model)
+    optimizer = recipe.make_optimizer(model)
+    scheduler = recipe.make_scheduler(optimizer, epochs)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    start = _resume(parts, resume_path)
+    rewind(start)
+    devices = [device] if device.type == "cuda" else []
+    bar = tqdm(range(start, epochs), description, epochs, initial=start, disable=_disabled(progress), unit="epoch")
+    with torch.random.fork_rng(devices), bar:
+        for epoch in bar:
+            data.reseed(train_data, recipe.seed, epoch)
+            model.train()
+            for batch in data.batches(train_data, recipe.batch_size, device, shuffle=True):
+                if augment is not None:
+                    batch = (augment(batch[0]), *batch[1:])
+                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
+                    outputs, targets = (forward_fn or data.default_forward)(model, batch)
+                    loss = loss_fn(outputs, targets)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            if not torch.isfinite(loss):  # of the last batch: one look an epoch, no synchronisation in between
+                raise FloatingPointError(f"epoch {epoch}: the loss is {loss.item()}; lower lr?")
+            scheduler.step()
+            bar.set_postfix(after_epoch(epoch))
+            if resume_path is not None:
+                state = {name: part.state_dict() for name, part in parts.items()}
+                checkpoints.save(checkpoints.to_cpu({"epoch": epoch, **state}), resume_path)
+
+
+def _resume(parts: dict[str, Any], path: Path | None) -> int:
+    """Load the state after the last finished epoch; the number of the next."""
+    if path is None or not path.exists():
+        return 0
+    state = checkpoints.load(path)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    logger.info("resuming %s after epoch %d", path.parent, state["epoch"])
+    return int(state["epoch"]) + 1
+
+
+def _disabled(progress: bool | None) -> bool | None:
+    """tqdm's own meaning of None: off unless stderr is a terminal."""
+    return None if progress is None else not progress
