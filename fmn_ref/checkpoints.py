@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
-from pathlib import Path
+import warnings
 from typing import Any
 
 import torch
@@ -32,13 +33,15 @@ def load(path: str | os.PathLike[str]) -> Any:
     ValueError
         Truncated, not a checkpoint, or a pickle that holds more than tensors and plain containers.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint of tensors: {reason}") from None
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remarks about pickles; what is not a checkpoint is an error below
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # what torch gives for a truncated archive
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"{path}: not a readable checkpoint of tensors: {reason}") from None
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
