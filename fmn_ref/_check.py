@@ -77,7 +77,9 @@ def probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "pro
     off = np.abs(a.sum(1) - 1)
     if off.max() > 1e-3:
         i = int(off.argmax())
-        raise ValueError(f"{name}: expected rows that sum to 1, got {a[i].sum():.6g} at sample {i}; apply softmax first")
+        raise ValueError(
+            f"{name}: expected rows that sum to 1, got {a[i].sum():.6g} at sample {i}; apply softmax first"
+        )
     return a
 
 

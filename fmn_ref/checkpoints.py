@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
-import warnings
+import zipfile
 from typing import Any
 
 import torch
@@ -31,15 +30,17 @@ def load(path: str | os.PathLike[str]) -> Any:
     ------
     FileNotFoundError
     ValueError
-        Truncated, not a checkpoint, or a pickle that holds more than tensors and plain containers.
+        Truncated, damaged (a checksum does not match), not a checkpoint, or a pickle that holds more than tensors and plain containers.
     """
-    with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's remarks about pickles; what is not a checkpoint is an error below
+    with open(path, "rb") as file:
         try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch.load does not look at the checksums it wrote
+            if damaged is not None:
+                raise ValueError(f"checksum of {damaged} does not match")
+            file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # what torch gives for a truncated archive
-                raise
+        except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"{path}: not a readable checkpoint of tensors: {reason}") from None
 

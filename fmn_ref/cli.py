@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,23 @@ LABELS = "true classes (n_samples,): .npy, or .npz with 'labels'; default: 'labe
 
 def load(path: str, *names: str) -> Any:
     """An array of a file: .fmnh, .npy (memory-mapped), or the first of `names` in an .npz."""
+    return load_named(path, *names)[0]
+
+
+def load_named(path: str, *names: str) -> tuple[Any, str]:
+    """The array, and the name it had in an .npz."""
     try:
         if path.endswith(".fmnh"):
-            return CorrectnessHistory.open(path)
-        content = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: {error}" if path not in str(error) else str(error)) from None
-    if isinstance(content, np.ndarray):
-        return content
-    for name in names:
-        if name in content:
-            return content[name]
-    raise ValueError(f"{path}: expected an array named {' or '.join(map(repr, names))}, found {list(content)}")
+            return CorrectnessHistory.open(path), ""
+        if not path.endswith(".npz"):
+            return np.load(path, mmap_mode="r", allow_pickle=False), ""
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
+            for name in names:
+                if name in content:
+                    return content[name], name
+            raise ValueError(f"expected an array named {' or '.join(map(repr, names))}, found {list(content)}")
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
 
 
 def load_labels(path: str | None, beside: str) -> NDArray[np.int64]:
@@ -52,9 +58,12 @@ def load_labels(path: str | None, beside: str) -> NDArray[np.int64]:
 
 
 def load_correct(path: str, labels: str | None) -> Any:
-    """Correctness from a history, a 0/1 matrix, or predictions or scores with labels."""
-    a = load(path, "correct", "predictions", "probs", "scores")
-    if isinstance(a, CorrectnessHistory) or labels is None and a.ndim == 2 and a.dtype.kind != "f":
+    """Correctness from a history, a matrix of 0 and 1, or predictions or scores with labels."""
+    a, name = load_named(path, "correct", "predictions", "probs", "scores")
+    if isinstance(a, CorrectnessHistory):
+        return a
+    without_labels = labels is None and not path.endswith(".npz") and a.dtype.kind != "f"
+    if name == "correct" or without_labels:
         return a
     return metrics.correctness(a, load_labels(labels, path))
 
@@ -120,7 +129,10 @@ def command_fuse(args: argparse.Namespace) -> None:
     plan = fuse(probs, labels, correct=correct, **options)
     plan.save(args.output)
     content = {"members": plan.members, "weights": plan.weights, "selection_accuracy": plan.accuracy}
-    rows = [f"{'round':>6} {'epoch':>6} {'eps':>7} {'accuracy':>9}", f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}"]
+    rows = [
+        f"{'round':>6} {'epoch':>6} {'eps':>7} {'accuracy':>9}",
+        f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}",
+    ]
     for i, ((epoch, eps), accuracy) in enumerate(zip(plan.members, plan.accuracy[1:], strict=True), 1):
         rows.append(f"{i:6d} {epoch:6d} {eps:7.4f} {accuracy:9.4f}")
     if plan.final_model_alone:
@@ -154,7 +166,8 @@ def command_compare(args: argparse.Namespace) -> None:
     y, y_test = load_labels(args.select_labels, args.select), load_labels(args.test_labels, args.test)
     options = {"window": args.window, "search": args.search, "allow_overlap": args.allow_overlap}
     table = compare_probabilities(select, y, test, y_test, correct=correctness_of(select, y), **options)
-    print(table.to_json() if args.json else table.to_csv() if args.csv else table.to_markdown(), end="")
+    text = table.to_json() if args.json else table.to_csv() if args.csv else table.to_markdown()
+    print(text.rstrip())
 
 
 def command_demo(args: argparse.Namespace) -> None:
@@ -179,7 +192,9 @@ def to_csv(columns: dict[str, list[Any]]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("fmn-ref", description="Measure what a network forgot while it was trained, and fuse it back.")
+    p = argparse.ArgumentParser(
+        "fmn-ref", description="Measure what a network forgot while it was trained, and fuse it back."
+    )
     p.add_argument("--version", action="version", version=__version__)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -191,10 +206,14 @@ def parser() -> argparse.ArgumentParser:
 
     def selection(c: argparse.ArgumentParser) -> None:
         c.add_argument("--window", type=int, default=1, help="half width of a member's window (default 1)")
-        c.add_argument("--search", choices=["grid", "exact"], default="grid", help="how epsilon is found (default grid)")
+        c.add_argument(
+            "--search", choices=["grid", "exact"], default="grid", help="how epsilon is found (default grid)"
+        )
 
     c = add("demo", command_demo, "train, measure, fuse, distill and compare on scikit-learn's digits (minutes)")
-    c.add_argument("-o", "--output", default="runs/demo", help="folder (default runs/demo); what is done there is reused")
+    c.add_argument(
+        "-o", "--output", default="runs/demo", help="folder (default runs/demo); what is done there is reused"
+    )
     c.add_argument("--seeds", type=int, default=5)
     c.add_argument("--epochs", type=int, default=40)
 
@@ -202,9 +221,13 @@ def parser() -> argparse.ArgumentParser:
 
     c = add("metric", command_metric, "forget fraction and its relatives per epoch")
     c.add_argument("file", help=".fmnh history; .npy or .npz with correctness, predictions or scores of every epoch")
-    c.add_argument("--labels", help="true classes, for a file of predictions or scores; " + LABELS.split(";")[1].strip())
+    c.add_argument(
+        "--labels", help="true classes, for a file of predictions or scores; " + LABELS.split(";")[1].strip()
+    )
     c.add_argument("--reference", type=int, default=-1, help="row that stands for the end (default: the last)")
-    c.add_argument("--never-learned", choices=metrics.NEVER_LEARNED, default="nan", help="how never-learned samples count")
+    c.add_argument(
+        "--never-learned", choices=metrics.NEVER_LEARNED, default="nan", help="how never-learned samples count"
+    )
     c.add_argument("--per-sample", metavar="CSV", help="write a table with a row per sample")
     c.add_argument("--ids", help="text file with a sample id per line, for --per-sample")
     c.add_argument("--csv", action="store_true", help="print CSV")
@@ -212,7 +235,9 @@ def parser() -> argparse.ArgumentParser:
     c = add("fuse", command_fuse, "find a fusion plan on a selection set")
     c.add_argument("probs", help=PROBS)
     c.add_argument("--labels", help=LABELS)
-    c.add_argument("--correct", help="correctness of the same samples (.fmnh or .npy): then only the chosen epochs are read")
+    c.add_argument(
+        "--correct", help="correctness of the same samples (.fmnh or .npy): then only the chosen epochs are read"
+    )
     c.add_argument("--max-rounds", type=int, help="at most so many members (default: until nothing helps)")
     c.add_argument("-o", "--output", default="plan.json", help="plan to write (default plan.json)")
     selection(c)

@@ -49,7 +49,8 @@ class Comparison:
     def to_markdown(self) -> str:
         lines = ["| method | forward passes | selection accuracy | test accuracy |", "|---|--:|--:|--:|"]
         lines += [
-            f"| {r.method} | {r.forward_passes} | {r.selection_accuracy:.2%} | {r.test_accuracy:.2%} |" for r in self.rows
+            f"| {r.method} | {r.forward_passes} | {r.selection_accuracy:.2%} | {r.test_accuracy:.2%} |"
+            for r in self.rows
         ]
         counts = f"Chosen on {self.n_selection} samples, scored on {self.n_test} others."
         return "\n".join([*lines, "", counts, *self.notes]) + "\n"
@@ -109,7 +110,9 @@ def compare_probabilities(
     """
     final = select_probs[-1], test_probs[-1]
     if not allow_overlap and np.shape(final[0]) == np.shape(final[1]) and np.array_equal(*final):
-        raise ValueError("test_probs: the same samples as select_probs; scoring there flatters (allow_overlap=True permits)")
+        raise ValueError(
+            "test_probs: the same samples as select_probs; scoring there flatters (allow_overlap=True permits)"
+        )
     plan = fuse(select_probs, select_labels, correct=correct, window=window, search=search)
     first = FusionPlan(plan.members[:1], plan.n_epochs, window, plan.accuracy[:2])
     y, y_test = _check.labels(select_labels), _check.labels(test_labels)
@@ -209,7 +212,10 @@ def _single_models(
         return
     final = FusionPlan((), n, 0, plan.accuracy[:1])
     for name, p in (("distilled last", final), ("distilled KF", plan)):
-        yield name, distill(make_student(), FusedModel(p, run), train_data, forward_fn=run.forward_fn, **(options or {}))
+        yield (
+            name,
+            distill(make_student(), FusedModel(p, run), train_data, forward_fn=run.forward_fn, **(options or {})),
+        )
 
 
 def _refuse_overlap(select: set[bytes], test: set[bytes]) -> None:

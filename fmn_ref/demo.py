@@ -76,9 +76,7 @@ def run_cell(folder: Path, rate: float, seed: int, epochs: int, progress: bool |
         return cell
     train_set, select, test = load_digits(seed, rate)
     torch.manual_seed(seed)
-    run = train(
-        make_model(), train_set, select, epochs=epochs, run_dir=folder, seed=seed, progress=progress, **RECIPE
-    )
+    run = train(make_model(), train_set, select, epochs=epochs, run_dir=folder, seed=seed, progress=progress, **RECIPE)
     options = {"epochs": epochs, "seed": seed, "progress": progress, **RECIPE}
     table = compare(run, select, test, train_data=train_set, make_student=make_model, distill_options=options)
     table.plan.save(folder / "plan.json")

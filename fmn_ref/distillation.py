@@ -1,6 +1,6 @@
 """distill: one model of the original size that learns what an ensemble says.
 
-    student = fmn.distill(make_model(), fmn.FusedModel(plan, run), (x_train, y_train), epochs=40)
+student = fmn.distill(make_model(), fmn.FusedModel(plan, run), (x_train, y_train), epochs=40)
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,9 @@ class Probabilities(Sequence[NDArray[np.float32]]):
         return len(self._run.history)
 
     def __getitem__(self, epoch: Any) -> Any:
-        i = _check.index(epoch, len(self), "epoch")
+        if not -len(self) <= operator.index(epoch) < len(self):
+            raise IndexError(f"epoch: expected a row in [-{len(self)}, {len(self)}), got {epoch}")
+        i = operator.index(epoch) % len(self)
         if i not in self._known:
             checkpoints.load_into(self._model, self._run.checkpoints[i])
             forward_fn = self._run.forward_fn
@@ -131,7 +134,9 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
         state = checkpoints.load(paths[_check.index(epoch, len(paths), "epoch")])
         for name, value in state.items():
             if value.is_floating_point():
-                mean[name] = mean.get(name, torch.zeros_like(value, dtype=torch.float64)) + weight / total * value.double()
+                mean[name] = (
+                    mean.get(name, torch.zeros_like(value, dtype=torch.float64)) + weight / total * value.double()
+                )
             else:
                 mean[name] = value
     model.load_state_dict(mean)

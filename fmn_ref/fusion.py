@@ -187,10 +187,10 @@ def fuse(
     --------
     The first epoch knows sample 1, which the last one forgot:
 
-    >>> p = [[[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]]
+    >>> p = [[[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [[0.9, 0.1], [0.65, 0.35], [0.2, 0.8]]]
     >>> plan = fuse(p, [0, 1, 1], window=0)
     >>> plan.members, plan.accuracy
-    (((0, 0.26),), (0.6666666666666666, 1.0))
+    (((0, 0.34),), (0.6666666666666666, 1.0))
     >>> plan.apply(p).argmax(1)
     array([0, 1, 1])
 
@@ -255,11 +255,12 @@ def best_epsilon(
 
     Examples
     --------
-    >>> best_epsilon([[0.6, 0.4], [0.9, 0.1]], [[0.1, 0.9], [0.6, 0.4]], [1, 0])
-    (0.21, 1.0)
-    >>> eps, accuracy = best_epsilon([[0.6, 0.4], [0.9, 0.1]], [[0.1, 0.9], [0.6, 0.4]], [1, 0], search="exact")
+    >>> current, candidate = [[0.65, 0.35], [0.9, 0.1]], [[0.1, 0.9], [0.6, 0.4]]
+    >>> best_epsilon(current, candidate, [1, 0])
+    (0.28, 1.0)
+    >>> eps, accuracy = best_epsilon(current, candidate, [1, 0], search="exact")
     >>> round(eps, 3), accuracy
-    (0.6, 1.0)
+    (0.636, 1.0)
     """
     cur = _check.probabilities(current, name="current")
     new = _check.probabilities(candidate, cur.shape, name="candidate")

@@ -135,7 +135,9 @@ class CorrectnessHistory:
             epochs.append(_RECORD.unpack(record[:16].tobytes())[2])
         if torn:
             offset = _PAD + len(epochs) * self._record_size
-            message = f"{self.path}: dropped the torn last record at offset {offset} ({torn}); {len(epochs)} epochs kept"
+            message = (
+                f"{self.path}: dropped the torn last record at offset {offset} ({torn}); {len(epochs)} epochs kept"
+            )
             warnings.warn(message, stacklevel=4)
         return epochs
 

@@ -1,6 +1,6 @@
 """Figures (matplotlib, optional: pip install "fmn_ref[plot]"). Each function returns a Figure; nothing touches pyplot's state.
 
-    fmn_ref.plot.curves(run.history).savefig("curves.png")
+fmn_ref.plot.curves(run.history).savefig("curves.png")
 """
 
 from __future__ import annotations

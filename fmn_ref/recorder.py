@@ -197,5 +197,3 @@ def _versions() -> dict[str, str]:
     from . import __version__
 
     return {"fmn_ref": __version__, "numpy": np.__version__, "python": platform.python_version()}
-
-

@@ -171,7 +171,9 @@ def run_config(folder: Path, resume: bool, **config: Any) -> dict[str, Any]:
         for key in sorted(plain.keys() | found.keys()):
             if plain.get(key) != found.get(key):
                 was, now = found.get(key), plain.get(key)
-                raise ValueError(f"{key}: the run in {folder} was made with {was!r}, not {now!r}; choose another run_dir")
+                raise ValueError(
+                    f"{key}: the run in {folder} was made with {was!r}, not {now!r}; choose another run_dir"
+                )
     return plain
 
 

@@ -228,7 +228,9 @@ class TestPlanFile:
         with pytest.raises(ValueError, match=r"plan\.json"):
             fmn.FusionPlan.load(plan)
 
-    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\x80\x04K\x01.", b'{"format": "fmn_ref.plan", "version": 1}'])
+    @pytest.mark.parametrize(
+        "content", [b"", b"{", b"[]", b"\x80\x04K\x01.", b'{"format": "fmn_ref.plan", "version": 1}']
+    )
     def test_not_a_plan(self, plan, content):
         plan.write_bytes(content)
         with pytest.raises(ValueError, match=r"plan\.json"):

@@ -145,9 +145,7 @@ def test_many_samples_use_threads(each_backend, rng):
     np.testing.assert_array_equal(fmn.forgetting_curves(correct).counts, _reference.curve_counts(correct, 11))
     packed = np.packbits(correct, axis=1)
     right = correct.sum(1)
-    np.testing.assert_array_equal(
-        fmn.forgetting_matrix(correct), right[:, None] - _reference.overlap_counts(packed)
-    )
+    np.testing.assert_array_equal(fmn.forgetting_matrix(correct), right[:, None] - _reference.overlap_counts(packed))
     np.testing.assert_array_equal(fmn.sample_statistics(correct).correctness, correct.sum(0))
 
 

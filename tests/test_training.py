@@ -317,6 +317,15 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=r"a\.pt"):
             checkpoints.load(path)
 
+    def test_a_flipped_bit_is_noticed(self, tmp_path):
+        model = nn.Linear(50, 50)
+        checkpoints.save_state(model, tmp_path / "a.pt")
+        raw = bytearray((tmp_path / "a.pt").read_bytes())
+        raw[raw.index(model.weight.detach().numpy().tobytes()) + 400] ^= 1
+        (tmp_path / "a.pt").write_bytes(raw)
+        with pytest.raises(ValueError, match=r"a\.pt.*checksum"):
+            checkpoints.load(tmp_path / "a.pt")
+
     def test_missing_or_of_another_model(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"none\.pt"):
             checkpoints.load(tmp_path / "none.pt")

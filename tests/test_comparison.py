@@ -1,0 +1,131 @@
+"""The controls and the tables: every row recomputed by hand, figures drawn."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_probs
+from networks import RECIPE, make_data, make_model
+
+import fmn_ref as fmn
+from fmn_ref import baselines, plot
+from fmn_ref.fusion import mixture
+
+TRAIN, VAL, TEST = make_data()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(2)
+    return fmn.train(make_model(), TRAIN, VAL, epochs=12, run_dir=tmp_path_factory.mktemp("run"), **RECIPE)
+
+
+@pytest.fixture(scope="module")
+def table(run):
+    options = {"epochs": 3, **RECIPE}
+    return fmn.compare(run, VAL, TEST, train_data=TRAIN, make_student=make_model, distill_options=options)
+
+
+def test_weights_of_the_controls():
+    correct = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]])
+    assert baselines.last(5) == {4: 1.0}
+    assert baselines.last(5, 9) == baselines.equal(range(5))
+    assert baselines.last(5, 2) == {3: 0.5, 4: 0.5}
+    assert baselines.equally_spaced(9, 3) == baselines.equal([2, 5, 8])
+    assert baselines.equally_spaced(9, 1) == {8: 1.0}
+    assert len(baselines.equally_spaced(40, 7)) == 7
+    assert baselines.best_epoch(correct) == {1: 1.0}
+    assert baselines.top(correct, 2) == {1: 0.5, 2: 0.5}
+    assert baselines.swa(8) == {6: 0.5, 7: 0.5}
+    assert baselines.swa(1) == {0: 1.0}
+    assert baselines.ema(3, 0.5) == {0: 0.25, 1: 0.25, 2: 0.5}
+    assert sum(baselines.ema(200, 0.9).values()) == pytest.approx(1, abs=2e-3)
+
+
+def test_best_window(rng):
+    p, labels = random_probs(rng)
+    scores = [(p[max(0, e - 1) : e + 2].mean(0).argmax(1) == labels).mean() for e in range(len(p))]
+    best = int(np.argmax(scores))
+    assert set(baselines.best_window(p, labels, 1)) == set(range(max(0, best - 1), min(len(p), best + 2)))
+
+
+def test_rows_are_what_they_say(run, table):
+    select, test = run.probabilities(VAL), run.probabilities(TEST)
+    k = len(table.plan.weights)
+    for method, weights in (
+        ("last", {11: 1.0}),
+        ("last-k", baselines.last(12, k)),
+        ("equally spaced", baselines.equally_spaced(12, k)),
+        ("best epoch", baselines.best_epoch(run.history)),
+        ("top-k", baselines.top(run.history, k)),
+        ("KF", table.plan.weights),
+    ):
+        row = table[method]
+        assert row.forward_passes == len(weights)
+        assert row.selection_accuracy == (mixture(select, weights).argmax(1) == VAL[1].numpy()).mean()
+        assert row.test_accuracy == (mixture(test, weights).argmax(1) == TEST[1].numpy()).mean()
+    swa = fmn.averaged_model(run, baselines.swa(12), TRAIN)
+    assert table["SWA"].test_accuracy == (swa(TEST[0]).argmax(1) == TEST[1]).double().mean().item()
+    names = [r.method for r in table.rows]
+    assert names[-5:] == ["EMA", "SWA", "averaged KF", "distilled last", "distilled KF"]
+    assert all(r.forward_passes == 1 for r in table.rows[-5:])
+    with pytest.raises(KeyError, match="there are last"):
+        table["bagging"]
+
+
+def test_formats(table):
+    assert len(list(csv.DictReader(io.StringIO(table.to_csv())))) == len(table.rows)
+    content = json.loads(table.to_json())
+    assert [r["method"] for r in content["rows"]] == [r.method for r in table.rows]
+    assert f"| KF | {table['KF'].forward_passes} |" in table.to_markdown()
+    assert "240 others" in table.to_markdown()
+
+
+def test_scoring_on_the_selection_set_is_refused(run, rng):
+    with pytest.raises(ValueError, match="240 of 240"):
+        fmn.compare(run, VAL, VAL)
+    half = tuple(torch.cat([a[:120], b[:120]]) for a, b in zip(VAL, TEST, strict=True))
+    with pytest.raises(ValueError, match="120 of 240"):
+        fmn.compare(run, VAL, half)
+    assert fmn.compare(run, VAL, VAL, allow_overlap=True)["KF"].test_accuracy > 0
+    p, labels = random_probs(rng)
+    with pytest.raises(ValueError, match="same samples"):
+        fmn.compare_probabilities(p, labels, p, labels)
+
+
+def test_final_model_alone_is_said(rng):
+    p, _ = random_probs(rng)
+    table = fmn.compare_probabilities(p, p[-1].argmax(1), p[:, ::-1], p[-1, ::-1].argmax(1))
+    assert "final model alone is best" in table.to_markdown()
+    assert table["KF"].forward_passes == 1
+
+
+def test_figures(run, table, tmp_path):
+    figures = {
+        "curves": plot.curves(run.history),
+        "matrix": plot.matrix(run.history),
+        "weights": plot.plan_weights(table.plan),
+        "last": plot.last_correct(run.history),
+        "class": plot.per_class(run.history, VAL[1]),
+    }
+    for name, figure in figures.items():
+        figure.savefig(tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    axes = figures["curves"].axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+    np.testing.assert_array_equal(drawn["forget fraction $F_e$"], fmn.forget_fraction(run.history))
+    bars = [bar.get_height() for bar in figures["weights"].axes[0].patches]
+    np.testing.assert_allclose(bars, list(table.plan.weights.values()))
+    forgotten = fmn.sample_statistics(run.history).forgotten
+    assert sum(bar.get_height() for bar in figures["last"].axes[0].patches) == forgotten.sum()
+    shares = [bar.get_height() for bar in figures["class"].axes[0].patches]
+    np.testing.assert_allclose(shares, [forgotten[VAL[1].numpy() == c].mean() for c in range(4)])
+
+
+def test_figures_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"fmn_ref\[plot\]"):
+        plot.curves([[True]])

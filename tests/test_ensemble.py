@@ -1,0 +1,229 @@
+"""FusedModel, averaged weights, BatchNorm, distillation: against torch's own averaging, and against hand-made sums."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import RECIPE, make_data, make_model
+from torch import nn
+from torch.optim import swa_utils
+from torch.utils.data import DataLoader, TensorDataset
+
+import fmn_ref as fmn
+from fmn_ref import baselines, checkpoints, ensemble
+from fmn_ref.distillation import distillation_loss
+
+TRAIN, VAL, TEST = make_data()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("run")
+    return fmn.train(make_model(), TRAIN, VAL, epochs=12, run_dir=folder, **RECIPE)
+
+
+@pytest.fixture(scope="module")
+def plan(run):
+    plan = fmn.fuse(run.probabilities(VAL), VAL[1], correct=run.history)
+    assert plan.members  # the tests below would show little otherwise
+    return plan
+
+
+def test_probabilities_are_lazy_and_right(run):
+    p = run.probabilities(VAL)
+    assert (len(p), p.evaluated) == (12, ())
+    model = checkpoints.load_into(make_model(), run.checkpoints[3]).eval()
+    np.testing.assert_allclose(p[3], model(VAL[0]).softmax(1).detach(), atol=1e-6)
+    assert p[-9] is p[3]
+    assert p.evaluated == (3,)
+    np.testing.assert_array_equal(np.stack([q.argmax(1) for q in p]) == VAL[1].numpy(), run.history.correct())
+    with pytest.raises(IndexError, match="epoch"):
+        p[12]
+
+
+def test_only_the_chosen_windows_are_evaluated(run, plan):
+    p = run.probabilities(TEST)
+    plan.apply(p)
+    assert set(p.evaluated) == {*plan.weights, 11}
+
+
+def test_fused_model_predicts_what_the_plan_says(run, plan):
+    model = fmn.FusedModel(plan, run)
+    log_probs = model(TEST[0])
+    np.testing.assert_allclose(log_probs.exp(), plan.apply(run.probabilities(TEST)), atol=1e-6)
+    assert not log_probs.requires_grad
+    assert not any(m.training for m in model.train().modules())
+    np.testing.assert_array_equal(model(TEST[0]), log_probs)  # and BatchNorm has not moved
+
+
+def test_fused_model_opens_from_disk_in_a_fresh_process(run, plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    model = fmn.FusedModel(plan, run)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    script = (
+        "import sys, torch, numpy as np, fmn_ref as fmn; from networks import *\n"
+        "run = fmn.Run.open(sys.argv[1], make_model())\n"
+        "model = fmn.FusedModel(fmn.FusionPlan.load(sys.argv[2] + '/plan.json'), run)\n"
+        "first = model(make_data()[2][0])\n"
+        "model.load_state_dict(torch.load(sys.argv[2] + '/state.pt'))\n"
+        "assert torch.equal(first, model(make_data()[2][0]))\n"
+        "np.save(sys.argv[2] + '/out.npy', first)\n"
+    )
+    here = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", script, run.run_dir, tmp_path], check=True, cwd=here)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), model(TEST[0]), atol=1e-6)
+
+
+def averaged_by_torch(run, epochs, **options):
+    averaged = swa_utils.AveragedModel(make_model(), **options)
+    for e in epochs:
+        averaged.update_parameters(checkpoints.load_into(make_model(), run.checkpoints[e]))
+    swa_utils.update_bn(DataLoader(TensorDataset(*TRAIN), 60), averaged)  # 240 samples: equal batches, as torch assumes
+    return averaged.eval()
+
+
+def test_swa_equals_torch(run):
+    ours = fmn.averaged_model(run, baselines.swa(12), TRAIN, batch_size=60)
+    theirs = averaged_by_torch(run, [9, 10, 11])
+    # torch runs update_bn with dropout switched on; ours, as the network is used: compare where both agree
+    for name, value in theirs.module.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), value)
+
+
+def test_ema_equals_torch(run):
+    ours = fmn.averaged_model(run, baselines.ema(12, 0.7), TRAIN)
+    theirs = averaged_by_torch(run, range(12), multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.7))
+    for name, value in theirs.module.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), value)
+
+
+def test_recomputed_batchnorm_equals_torch_on_equal_batches_and_weighs_a_short_one():
+    x = torch.randn(100, 6) * 3 + 1
+    ours, theirs = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+    ensemble.recompute_batchnorm(ours, (x, torch.zeros(100)), batch_size=25)
+    swa_utils.update_bn(DataLoader(TensorDataset(x), 25), theirs)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    ensemble.recompute_batchnorm(ours, (x, torch.zeros(100)), batch_size=30)
+    torch.testing.assert_close(ours.running_mean, x.mean(0))  # torch's would weigh the last 10 rows like 30
+    assert ours.momentum == 0.1
+
+
+def test_averaged_kf_keeps_weights_and_integer_buffers(run, plan):
+    model = fmn.averaged_model(run, plan.weights, TRAIN)
+    states = {e: checkpoints.load(run.checkpoints[e]) for e in plan.weights}
+    expected = sum(w * states[e]["0.weight"] for e, w in plan.weights.items())
+    torch.testing.assert_close(model.get_parameter("0.weight"), expected)
+    assert not model.training
+    alone = fmn.averaged_model(run, {5: 2.0}, TRAIN)
+    torch.testing.assert_close(alone.get_parameter("0.weight"), checkpoints.load(run.checkpoints[5])["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda r: fmn.averaged_model(r, {}, TRAIN), "weights"),
+        (lambda r: fmn.averaged_model(r, {0: -1.0, 1: 2.0}, TRAIN), "weights"),
+        (lambda r: fmn.averaged_model(r, {12: 1.0}, TRAIN), "epoch"),
+        (lambda r: fmn.FusedModel(fmn.FusionPlan((), 3, 1, (1.0,)), r), "3 epochs"),
+        (lambda r: fmn.FusedModel(fmn.FusionPlan((), 12, 1, (1.0,)), fmn.Run.open(r.run_dir)), "no model"),
+        (
+            lambda r: fmn.FusedModel(fmn.FusionPlan((), 12, 1, (1.0,)), fmn.Run.open(r.run_dir, nn.ReLU())),
+            "does not fit",
+        ),
+    ],
+)
+def test_bad_input(run, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(run)
+
+
+def test_a_missing_checkpoint_is_named(run, tmp_path):
+    recorder = fmn.Recorder(tmp_path, make_model(), keep="none")
+    recorder.record(0, VAL[1], VAL[1])
+    with pytest.raises(FileNotFoundError, match=r"epoch_00000\.pt"):
+        recorder.run.probabilities(VAL)[0]
+
+
+class TestDistill:
+    def test_the_loss_against_a_sum_by_hand(self):
+        logits, teacher = torch.randn(5, 3), torch.randn(5, 3).softmax(1)
+        labels = torch.tensor([0, 1, 2, 0, 1])
+        t, w = 3.0, 0.7
+        total = 0.0
+        for z, p, y in zip(logits, teacher, labels, strict=True):
+            soft = (p.log() / t).softmax(0)
+            student = (z / t).softmax(0)
+            kl = sum(s * (s.log() - q.log()) for s, q in zip(soft, student, strict=True))
+            total += w * t**2 * kl - (1 - w) * z.log_softmax(0)[y]
+        loss = distillation_loss(logits, teacher, labels, temperature=t, kd_weight=w)
+        torch.testing.assert_close(loss, total / 5)
+
+    def test_a_student_becomes_its_teacher(self, run, plan):
+        teacher = fmn.FusedModel(plan, run)
+        torch.manual_seed(0)
+        student = fmn.distill(make_model(), teacher, TRAIN, epochs=60, **RECIPE)
+        agreement = (student(TEST[0]).argmax(1) == teacher(TEST[0]).argmax(1)).float().mean()
+        assert agreement > 0.85
+        assert not student.training
+
+    def test_without_soft_targets_it_is_training(self, run, tmp_path):
+        torch.manual_seed(2)
+        student = fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, epochs=12, kd_weight=0.0, **RECIPE)
+        for ours, theirs in zip(student.parameters(), run.model.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_online_teacher_sees_what_the_student_sees(self):
+        class Spy(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.seen, self.net = [], nn.Linear(6, 4)
+
+            def forward(self, x):
+                self.seen.append(x)
+                return self.net(x)
+
+        teacher, student = Spy().train(), Spy()
+        marked = {"augment": lambda x: x + 100}
+        fmn.distill(student, teacher, TRAIN, epochs=1, **RECIPE | {"lr": 1e-6}, **marked)
+        assert all(torch.equal(a, b) and a.min() > 50 for a, b in zip(teacher.seen, student.seen, strict=True))
+        assert teacher.training  # put back
+        assert teacher.net.weight.grad is None
+
+    def test_cached_and_online_agree_without_augmentation(self, run, plan):
+        students = []
+        for data in (TRAIN, TensorDataset(*TRAIN)):
+            torch.manual_seed(4)
+            net = nn.Linear(6, 4)
+            loader = data if data is TRAIN else DataLoader(data, 240)
+            options = RECIPE | {"batch_size": 240, "lr": 0.5}
+            students.append(fmn.distill(net, fmn.FusedModel(plan, run), loader, epochs=5, temperature=2.0, **options))
+        torch.testing.assert_close(students[0].weight, students[1].weight)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "words"),
+        [
+            ({"temperature": 0}, ValueError, "temperature"),
+            ({"temperature": "hot"}, TypeError, "temperature"),
+            ({"kd_weight": 1.5}, ValueError, "kd_weight"),
+            ({"epochs": 0}, ValueError, "epochs"),
+            ({"teacher": nn.Linear(6, 5)}, ValueError, "teacher"),
+        ],
+    )
+    def test_bad_input(self, options, error, words):
+        options = {"teacher": nn.Linear(6, 4), "epochs": 1} | RECIPE | options
+        with pytest.raises(error, match=words):
+            fmn.distill(make_model(), options.pop("teacher"), TRAIN, **options)
+
+    def test_another_configuration_is_refused(self, tmp_path):
+        for weight in (1.0, 0.5):
+            options = {"epochs": 1, "run_dir": tmp_path, "kd_weight": weight, **RECIPE}
+            if weight == 1:
+                fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)
+            else:
+                with pytest.raises(ValueError, match="kd_weight"):
+                    fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)

@@ -1,0 +1,182 @@
+"""The package as such: what importing it loads, which backend it picks, its public names, and the examples it documents."""
+
+import doctest
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BACKENDS, random_probs
+
+import fmn_ref as fmn
+from fmn_ref import _backend
+
+MODULES = sorted(p.stem for p in Path(fmn.__file__).parent.glob("*.py") if p.stem not in ("__main__", "_numba"))
+
+
+def python(code, **env):
+    """Run code in a fresh interpreter; its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_tests_run_on_the_installed_package():
+    assert Path(__file__).parent.parent not in Path(fmn.__file__).parents or "site-packages" in fmn.__file__
+
+
+def test_importing_loads_neither_torch_nor_numba():
+    loaded = python("import sys, fmn_ref; print([m for m in ('torch', 'numba', 'matplotlib') if m in sys.modules])")
+    assert loaded == "[]\n"
+
+
+def test_metric_fusion_plan_and_recorder_work_without_torch(tmp_path):
+    p, labels = random_probs(np.random.default_rng(0))
+    np.savez(tmp_path / "p.npz", probs=p, labels=labels)
+    python(
+        "import sys; sys.modules['torch'] = None\n"
+        "import numpy as np, fmn_ref as fmn\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "f = np.load(folder + '/p.npz'); p, y = f['probs'], f['labels']\n"
+        "recorder = fmn.Recorder(folder + '/run', save=lambda path: path.write_bytes(b'weights'))\n"
+        "for epoch, q in enumerate(p): recorder.record(epoch, q, y)\n"
+        "history = fmn.Run.open(folder + '/run').history\n"
+        "assert fmn.forget_fraction(history).shape == (8,)\n"
+        "plan = fmn.fuse(p, y, correct=history); plan.save(folder + '/plan.json')\n"
+        "fmn.FusionPlan.load(folder + '/plan.json').apply(p)\n"
+        "fmn.compare_probabilities(p[:, :30], y[:30], p[:, 30:], y[30:]).to_markdown()\n"
+        "fmn.symmetric_noise(y, 0.2, 5, 0)\n"
+        "from fmn_ref.cli import main\n"
+        "assert main(['metric', folder + '/run/history.fmnh', '--json']) == 0\n"
+        "assert main(['fuse', folder + '/p.npz', '-o', folder + '/plan2.json']) == 0\n"
+        "assert main(['info']) == 0\n"
+    )
+    assert fmn.FusionPlan.load(tmp_path / "plan2.json") == fmn.FusionPlan.load(tmp_path / "plan.json")
+
+
+def test_every_public_name_resolves_is_documented_and_listed():
+    assert set(fmn.__all__) <= set(dir(importlib.import_module("fmn_ref"))) | set(fmn._LAZY)
+    for name in fmn.__all__:
+        assert getattr(fmn, name).__doc__, name
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = fmn.nothing
+
+
+def test_every_public_name_has_a_test():
+    tests = "".join(p.read_text() for p in Path(__file__).parent.glob("test_*.py"))
+    assert [n for n in fmn.__all__ if not re.search(rf"fmn\.{n}\b", tests)] == []
+
+
+def test_results_are_of_the_public_classes(tmp_path):
+    p, labels = random_probs(np.random.default_rng(0))
+    assert isinstance(fmn.backend(), fmn.Backend)
+    assert isinstance(fmn.forgetting_curves([[1]]), fmn.ForgettingCurves)
+    assert isinstance(fmn.sample_statistics([[1]]), fmn.SampleStatistics)
+    assert isinstance(fmn.fuse(p, labels), fmn.FusionPlan)
+    assert isinstance(fmn.compare_probabilities(p, labels, p[:, ::-1], labels[::-1]), fmn.Comparison)
+    recorder = fmn.Recorder(tmp_path)
+    recorder.record(0, [0], [0])
+    assert isinstance(recorder.run, fmn.Run)
+    assert fmn.Recipe(lr=0.5).lr == 0.5
+    assert issubclass(fmn.Probabilities, Sequence)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_documented_examples_run(name):
+    module = importlib.import_module("fmn_ref" if name == "__init__" else f"fmn_ref.{name}")
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_can_be_forced(name):
+    code = "import json, fmn_ref as fmn; print(json.dumps(fmn.backend()._asdict()))"
+    b = json.loads(python(code, FMN_BACKEND=name))
+    assert b["name"] == name
+    assert "forced" in b["reason"]
+    assert b["threads"] >= 1
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2"])
+def test_an_instruction_set_can_be_forced(isa):
+    """Every set this processor has gives the counts of the oracle."""
+    code = (
+        "import numpy as np, fmn_ref as fmn; from fmn_ref import _reference as r\n"
+        "for n in (1, 31, 33, 8191, 70_001):\n"
+        "    c = np.random.default_rng(n).random((5, n)) < 0.5\n"
+        "    assert (fmn.forgetting_curves(c).counts == r.curve_counts(c, 4)).all()\n"
+        "    assert (np.diag(fmn.forgetting_matrix(~c)) == 0).all()\n"
+        "    assert (fmn.forgetting_matrix(c)[:, 4] == r.curve_counts(c, 4)[1]).all()\n"
+        "print(fmn.backend().instruction_set)"
+    )
+    assert python(code, FMN_BACKEND="cpp", FMN_ISA=isa).strip() in (isa, "base")
+
+
+def test_threads_can_be_limited():
+    assert python("import fmn_ref; print(fmn_ref.backend().threads)", FMN_BACKEND="cpp", FMN_NUM_THREADS="3") == "3\n"
+
+
+def test_an_unknown_backend_is_named(monkeypatch):
+    monkeypatch.setenv("FMN_BACKEND", "fortran")
+    _backend.load.cache_clear()
+    with pytest.raises(ValueError, match="FMN_BACKEND.*fortran"):
+        fmn.backend()
+    monkeypatch.undo()
+    _backend.load.cache_clear()
+
+
+@pytest.mark.parametrize(("blocked", "left"), [(("_kernels",), "numba"), (("_kernels", "_numba"), "numpy")])
+def test_fallback_says_why(blocked, left):
+    code = (
+        f"import sys; sys.modules.update({{'fmn_ref.' + b: None for b in {blocked!r}}})\n"
+        "import fmn_ref as fmn; b = fmn.backend(); print(b.name, '|', b.reason)"
+    )
+    name, reason = python(code, FMN_BACKEND="").strip().split(" | ")
+    assert name == left
+    assert reason.count("not importable") == len(blocked)
+
+
+def test_noise_rates_and_classes():
+    y = np.arange(10_000) % 10
+    noisy = fmn.symmetric_noise(y, 0.4, 10, seed=1)
+    assert (noisy != y).sum() == 4000
+    counts = np.bincount((noisy - y)[noisy != y] % 10, minlength=10)
+    assert counts[0] == 0
+    assert counts[1:].min() > 350  # uniform over the other nine: 444 each
+    np.testing.assert_array_equal(noisy, fmn.symmetric_noise(y, 0.4, 10, seed=1))
+    assert (noisy != fmn.symmetric_noise(y, 0.4, 10, seed=2)).any()
+    pairs = fmn.asymmetric_noise(y, 0.25, 10, seed=1)
+    assert (pairs != y).sum() == 2500
+    np.testing.assert_array_equal(pairs[pairs != y], (y[pairs != y] + 1) % 10)
+    half = np.eye(10) * 0.5 + np.roll(np.eye(10), 3, 1) * 0.5
+    moved = fmn.transition_noise(y, half, seed=1)
+    assert set((moved - y) % 10) == {0, 3}
+    assert abs((moved != y).mean() - 0.5) < 0.03
+    np.testing.assert_array_equal(y, np.arange(10_000) % 10)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: fmn.symmetric_noise([0, 1], 1.5, 2, 0), ValueError, "rate"),
+        (lambda: fmn.symmetric_noise([0, 1], "half", 2, 0), TypeError, "rate"),
+        (lambda: fmn.symmetric_noise([0, 2], 0.5, 2, 0), ValueError, "labels"),
+        (lambda: fmn.symmetric_noise([0.0, 1.0], 0.5, 2, 0), TypeError, "labels"),
+        (lambda: fmn.symmetric_noise([], 0.5, 2, 0), TypeError, "labels"),
+        (lambda: fmn.symmetric_noise([0, 0], 0.5, 1, 0), ValueError, "n_classes"),
+        (lambda: fmn.asymmetric_noise([0, 1], 0.5, 2, -1), ValueError, "seed"),
+        (lambda: fmn.asymmetric_noise([0, 1], 0.5, 2.0, 0), TypeError, "n_classes"),
+        (lambda: fmn.transition_noise([0, 1], [[1.0, 0.5], [0.0, 1.0]], 0), ValueError, "transition"),
+        (lambda: fmn.transition_noise([0, 1], [[0.5, 0.5]], 0), ValueError, "square"),
+    ],
+)
+def test_bad_noise(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
