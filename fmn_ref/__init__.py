@@ -1,6 +1,7 @@
 """fmn_ref: what a network forgot while it was trained, and how to get it back.
 
-Metrics, history, fusion and noise need NumPy alone; the names below that train or evaluate networks load torch on first use.
+Metrics, history, fusion and noise need NumPy alone; the names below that train or evaluate networks load torch on first
+use.
 """
 
 from __future__ import annotations

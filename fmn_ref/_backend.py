@@ -39,7 +39,7 @@ def load() -> tuple[ModuleType, Backend]:
         if forced not in _MODULES:
             raise ValueError(f"FMN_BACKEND: expected one of {', '.join(_MODULES)}, got {forced!r}")
         return _describe(forced, f"forced by FMN_BACKEND={forced}")
-    missing = []
+    missing: list[str] = []
     for name in _MODULES:
         try:
             return _describe(name, "; ".join(missing) or "compiled extension found")

@@ -1,4 +1,4 @@
-"""Checks at the public edge: each turns what a caller passed into one known kind of array, or says what is wrong with it."""
+"""Checks at the public edge: each turns what a caller passed into one known kind of array, or says what is wrong."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The controls that a fusion has to beat, each as {epoch: weight} over the rows of the history. NumPy only.
 
-`mixture(probs, weights)` turns such weights into predictions, `averaged_model(run, weights, ...)` into one averaged model.
+`mixture(probs, weights)` turns such weights into predictions, `averaged_model(run, weights, ...)` into one averaged
+model.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def best_window(probs: Any, labels: NDArray[np.int64], window: int) -> Weights:
 
 
 def ema(n_epochs: int, decay: float) -> Weights:
-    """Exponential moving average over the epochs' checkpoints; the first update copies. Weights under 1e-4 are dropped."""
+    """Exponential moving average over the epochs; the first update copies. Weights under 1e-4 are dropped."""
     w = (1 - decay) * decay ** np.arange(n_epochs)[::-1]
     w[0] = decay ** (n_epochs - 1)
     return {e: float(w[e]) for e in range(n_epochs) if w[e] >= 1e-4}

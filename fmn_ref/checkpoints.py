@@ -30,7 +30,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     ------
     FileNotFoundError
     ValueError
-        Truncated, damaged (a checksum does not match), not a checkpoint, or a pickle that holds more than tensors and plain containers.
+        Truncated, damaged (a checksum does not match), not a checkpoint, or a pickle that holds more than tensors and
+        plain containers.
     """
     with open(path, "rb") as file:
         try:

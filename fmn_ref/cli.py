@@ -1,6 +1,7 @@
 """fmn-ref: the metric and the fusion on files, and the demo.
 
-Exit status: 0 done, 1 something was wrong with the input or the disk (one line on stderr), 2 wrong usage, 130 interrupted.
+Exit status: 0 done, 1 something was wrong with the input or the disk (one line on stderr), 2 wrong usage, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def correctness_of(probs: Any, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
 def command_info(args: argparse.Namespace) -> None:
     b = backend()
     content = {"version": __version__, **b._asdict()}
-    text = f"fmn_ref {__version__}\nbackend {b.name} ({b.reason})\ninstruction set {b.instruction_set}\nthreads {b.threads}"
-    show(args, content, text)
+    rows = [f"fmn_ref {__version__}", f"backend {b.name} ({b.reason})", f"instruction set {b.instruction_set}"]
+    show(args, content, "\n".join([*rows, f"threads {b.threads}"]))
 
 
 def command_metric(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""compare: the fusion beside every control, chosen on one set and scored on another, at the same number of checkpoints."""
+"""compare: the fusion beside every control, chosen on one set and scored on another, at equal cost."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Comparison:
 
     def to_csv(self) -> str:
         out = io.StringIO()
-        writer = csv.DictWriter(out, [f for f in Row.__dataclass_fields__], lineterminator="\n")
+        writer = csv.DictWriter(out, list(Row.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(r) for r in self.rows)
         return out.getvalue()
@@ -86,7 +86,8 @@ def compare_probabilities(
 ) -> Comparison:
     """The methods that mix predictions, from arrays alone.
 
-    Rows: last, best epoch, best window, last-k, equally spaced, top-k, KF(1), KF; k is the number of checkpoints of KF's plan.
+    Rows: last, best epoch, best window, last-k, equally spaced, top-k, KF(1), KF; k is the number of checkpoints of
+    KF's plan.
 
     Parameters
     ----------
@@ -150,9 +151,9 @@ def compare(
 ) -> Comparison:
     """Every control of METHOD on one run: chosen on `select_data`, scored on `test_data`.
 
-    Rows of `compare_probabilities`; with `train_data` also the averaged weights (EMA and SWA over the epochs' checkpoints, averaged
-    KF; BatchNorm recomputed on `train_data`); with `make_student` too, students distilled from the final model alone and from
-    the fused model.
+    Rows of `compare_probabilities`; with `train_data` also the averaged weights (EMA and SWA over the epochs'
+    checkpoints, averaged KF; BatchNorm recomputed on `train_data`); with `make_student` too, students distilled from
+    the final model alone and from the fused model.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Batches for training and evaluation, and what a model says about them.
 
-Data is either a tuple of tensors or arrays with one row per sample (inputs, labels), which is sliced where it lies, or a torch
-DataLoader, or a Dataset. Batches are what those give: tuples, or dicts with a key "labels".
+Data is either a tuple of tensors or arrays with one row per sample (inputs, labels), which is sliced where it lies, or
+a torch DataLoader, or a Dataset. Batches are what those give: tuples, or dicts with a key "labels".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """(logits, labels) of a batch (inputs, labels) or of a dict with "labels", whose other entries are keyword arguments."""
+    """(logits, labels) of a batch (inputs, labels), or of a dict with "labels" beside the model's keyword arguments."""
     if isinstance(batch, dict):
         if "labels" not in batch:
             raise ValueError(f"batch: expected a key 'labels', got {sorted(batch)}; pass a forward_fn")
@@ -81,10 +81,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def reseed(data: Any, seed: int, epoch: int) -> None:
     """Make everything random about one epoch a function of (seed, epoch): what resuming needs."""
     torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    sampler = getattr(data, "sampler", None)
+    sampler: Any = getattr(data, "sampler", None)
     for holder in (data, sampler):
         if isinstance(getattr(holder, "generator", None), torch.Generator):
-            holder.generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)  # type: ignore[union-attr]
+            holder.generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
 

@@ -2,15 +2,15 @@
 
     fmn-ref demo
 
-For each noise rate and seed: train, record, fuse, distill, compare with every control. Each finished (rate, seed) is kept in its
-folder, so that a second run reuses it and a killed one continues. Settings were fixed beforehand (METHOD's optimiser; the
-size of the network and the number of epochs so that a run takes seconds); nothing was tuned on test samples.
+For each noise rate and seed: train, record, fuse, distill, compare with every control. Each finished (rate, seed) is
+kept in its folder, so that a second run reuses it and a killed one continues. Settings were fixed beforehand (METHOD's
+optimiser; the size of the network and the number of epochs so that a run takes seconds); nothing was tuned on test
+samples.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,22 +109,23 @@ def run_demo(out: Path, n_seeds: int = 5, epochs: int = 40, progress: bool | Non
     for rate, seed in (bar := tqdm(todo, "demo", unit="run", disable=hidden)):
         bar.set_postfix_str(f"{rate:.0%} wrong labels, seed {seed}")
         cells[rate].append(run_cell(out / f"noise_{rate * 100:02.0f}" / f"seed_{seed}", rate, seed, epochs))
-    results = {"format": "fmn_ref.demo", "version": 1, "n_seeds": n_seeds, "epochs": epochs, "noise": {}}
+    noise = {}
     for rate in RATES:
         methods = [row["method"] for row in cells[rate][0]["rows"]]
-        table = {m: _summary(cells[rate], lambda c, i=i: c["rows"][i]) for i, m in enumerate(methods)}
+        table = {m: _summary([c["rows"][i] for c in cells[rate]]) for i, m in enumerate(methods)}
         peaks = [c["peak_forget_fraction"] for c in cells[rate]]
-        results["noise"][f"{rate:.0%}"] = {"methods": table, "peak_forget_fraction": _mean_se(peaks)}
+        noise[f"{rate:.0%}"] = {"methods": table, "peak_forget_fraction": _mean_se(peaks)}
+    results = {"format": "fmn_ref.demo", "version": 1, "n_seeds": n_seeds, "epochs": epochs, "noise": noise}
     _files.write_json(out / "results.json", results)
     _files.write_atomic(out / "report.md", lambda f: f.write(report(results).encode()))
     return results
 
 
-def _summary(cells: list[dict[str, Any]], row: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "test_accuracy": _mean_se([row(c)["test_accuracy"] for c in cells]),
-        "selection_accuracy": _mean_se([row(c)["selection_accuracy"] for c in cells]),
-        "forward_passes": float(np.mean([row(c)["forward_passes"] for c in cells])),
+        "test_accuracy": _mean_se([r["test_accuracy"] for r in rows]),
+        "selection_accuracy": _mean_se([r["selection_accuracy"] for r in rows]),
+        "forward_passes": float(np.mean([r["forward_passes"] for r in rows])),
     }
 
 
@@ -169,9 +170,10 @@ def report(results: dict[str, Any]) -> str:
         [
             "# What the network forgot, and what fusing it back gives",
             "",
-            f"scikit-learn's digits: {N_TRAIN} training images (labels wrong as stated), {N_SELECT} to choose epochs and",
-            f"weights, {n_test} others to score. Test accuracy in %, mean ± standard error over {results['n_seeds']} seeds,",
-            f"{results['epochs']} epochs each. Everything is chosen on the {N_SELECT}; k is the number of checkpoints of KF.",
+            f"scikit-learn's digits: {N_TRAIN} training images (labels wrong as stated), {N_SELECT} to choose epochs",
+            f"and weights, {n_test} others to score. Test accuracy in %, mean ± standard error over",
+            f"{results['n_seeds']} seeds, {results['epochs']} epochs each. Everything is chosen on the {N_SELECT};",
+            "k is the number of checkpoints in KF's plan.",
             "",
             table(results),
             f"## One run: {RATES[-1]:.0%} wrong labels, seed 0",

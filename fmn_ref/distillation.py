@@ -37,24 +37,26 @@ def distill(
 ) -> nn.Module:
     """Train `student` on the soft targets of `teacher`.
 
-    loss = kd_weight * temperature^2 * KL(teacher || student) + (1 - kd_weight) * cross-entropy(labels), both distributions
-    softened by the temperature, the sum over classes, the mean over samples. The papers give neither number; the defaults are
-    the plain soft targets without the given labels, which is what one wants where those are noisy.
+    loss = kd_weight * temperature^2 * KL(teacher || student) + (1 - kd_weight) * cross-entropy(labels), both
+    distributions softened by the temperature, the sum over classes, the mean over samples. The papers give neither
+    number; the defaults are the plain soft targets without the given labels, which is what one wants where those are
+    noisy.
 
     Parameters
     ----------
     student : nn.Module
         Trained in place, on the device where its parameters are.
     teacher : nn.Module
-        Any module that gives logits or log-probabilities (FusedModel does); used in evaluation mode, without gradients, on the
-        student's device, and left as it was.
+        Any module that gives logits or log-probabilities (FusedModel does); used in evaluation mode, without gradients,
+        on the student's device, and left as it was.
     train_data
         As in `train`.
     epochs : int
     temperature : float > 0
     kd_weight : float in [0, 1]
     augment : callable, optional
-        As in `train`. Without it, and with data given as arrays, the teacher is asked once per sample; else on every batch.
+        As in `train`. Without it, and with data given as arrays, the teacher is asked once per sample; else on every
+        batch.
     forward_fn
         As in `train`; used for both models.
     run_dir : path, optional

@@ -1,4 +1,4 @@
-"""What stored epochs predict, and the models made of them: FusedModel (mixed predictions), averaged_model (mixed weights)."""
+"""What stored epochs predict, and models made of them: FusedModel mixes predictions, averaged_model mixes weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .recorder import Run
 class Probabilities(Sequence[NDArray[np.float32]]):
     """Predictions of every checkpoint of a run on one data set, computed when read and kept in memory.
 
-    ``probabilities[i]`` is (n_samples, n_classes) float32 for row i of the run's history; ``labels`` is (n_samples,) int64.
-    `fuse(probabilities, labels, correct=history)` reads the last epoch and the chosen windows only.
+    ``probabilities[i]`` is (n_samples, n_classes) float32 for row i of the run's history; ``labels`` is (n_samples,)
+    int64. `fuse(probabilities, labels, correct=history)` reads the last epoch and the chosen windows only.
     """
 
     def __init__(self, run: Run, data: Any, *, batch_size: int = 512) -> None:
@@ -62,8 +62,8 @@ class FusedModel(nn.Module):
     run : Run
         With its model attached (``Run.open(run_dir, model)``).
 
-    Returns log-probabilities (batch, n_classes) float32, so that softmax, arg-max and cross-entropy just work. Members are
-    frozen and stay in evaluation mode. `plan.json` and the run directory are its permanent form; its own state_dict
+    Returns log-probabilities (batch, n_classes) float32, so that softmax, arg-max and cross-entropy just work. Members
+    are frozen and stay in evaluation mode. `plan.json` and the run directory are its permanent form; its own state_dict
     loads back too.
 
     Raises
@@ -108,8 +108,8 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     weights : {epoch: weight}
         Rows of the history; positive, scaled to sum 1. For averaged KF, ``plan.weights``.
     train_data
-        For the BatchNorm statistics, which an average of weights invalidates: recomputed in one pass, each batch weighed by
-        its samples.
+        For the BatchNorm statistics, which an average of weights invalidates: recomputed in one pass, each batch
+        weighed by its samples.
 
     Returns
     -------

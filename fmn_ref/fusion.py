@@ -1,7 +1,8 @@
 """Knowledge Fusion: choose epochs by what the current predictor gets wrong, and mix them in. NumPy only.
 
-Input is what every epoch's checkpoint predicts on a labelled selection set. After arXiv 2412.12968, Algorithm 1, and arXiv
-2507.08686, Section IV; where the papers are silent (ties, the ends of the range) the docstrings say what was decided.
+Input is what every epoch's checkpoint predicts on a labelled selection set. After arXiv 2412.12968, Algorithm 1, and
+arXiv 2507.08686, Section IV; where the papers are silent (ties, the ends of the range) the docstrings say what was
+decided.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class FusionPlan:
     Attributes
     ----------
     members : tuple of (epoch, eps)
-        In the order found; fused <- eps * mean of the window around epoch + (1 - eps) * fused, starting from the last epoch.
-        Epochs are row numbers of the probabilities, from 0. Empty when the final model alone is best.
+        In the order found; fused <- eps * mean of the window around epoch + (1 - eps) * fused, starting from the last
+        epoch. Epochs are row numbers of the probabilities, from 0. Empty when the final model alone is best.
     n_epochs : int
     window : int
         A member is the mean over epochs A - window .. A + window, clipped to the range.
@@ -57,7 +58,7 @@ class FusionPlan:
 
     @property
     def weights(self) -> dict[int, float]:
-        """{epoch: weight}, windows spread out, sum 1: the fused prediction is sum_e weight_e * p_e. Zero weights are left out."""
+        """{epoch: weight}, windows spread out, sum 1, zeros left out: the fused prediction is sum_e weight_e * p_e."""
         w = np.zeros(self.n_epochs)
         w[-1] = 1
         for epoch, eps in self.members:
@@ -152,15 +153,15 @@ def fuse(
 ) -> FusionPlan:
     """Knowledge Fusion: find the epochs that know what the final model forgot, and their weights.
 
-    Each round takes the epoch that is right most often where the fused predictor is wrong (ties: the earliest), averages its
-    window, and mixes that in with the epsilon of the best selection accuracy; it stops when accuracy no longer rises. An epoch may
-    be chosen again.
+    Each round takes the epoch that is right most often where the fused predictor is wrong (ties: the earliest),
+    averages its window, and mixes that in with the epsilon of the best selection accuracy; it stops when accuracy no
+    longer rises. An epoch may be chosen again.
 
     Parameters
     ----------
     probs : (n_epochs, n_samples, n_classes) array, or a sequence of (n_samples, n_classes) arrays
-        Predicted probabilities of every epoch on the selection set; float64 inside. With `correct` given, only the last epoch and
-        the chosen windows are read, so the sequence may compute them on demand (`Run.probabilities`).
+        Predicted probabilities of every epoch on the selection set; float64 inside. With `correct` given, only the last
+        epoch and the chosen windows are read, so the sequence may compute them on demand (`Run.probabilities`).
     labels : (n_samples,) integers
     correct : (n_epochs, n_samples) bool or 0 and 1, optional
         The correctness history on the same samples; default: from `probs`.
@@ -237,10 +238,10 @@ def best_epsilon(
     current, candidate : (n_samples, n_classes) probabilities
     labels : (n_samples,) integers
     search : {"grid", "exact"}
-        "grid" tries 0, step, ..., 1 (ties: the smallest). "exact" finds the best over the whole interval: each sample is right
-        on one sub-interval, so one pass gives their ends and one sort the best count; it returns the middle of the first best
-        stretch (or its end, where only equal scores make it best), and 0 when nothing is better than `current`. Never below the
-        grid.
+        "grid" tries 0, step, ..., 1 (ties: the smallest). "exact" finds the best over the whole interval: each sample
+        is right on one sub-interval, so one pass gives their ends and one sort the best count; it returns the middle of
+        the first best stretch (or its end, where only equal scores make it best), and 0 when nothing is better than
+        `current`. Never below the grid.
     step : float
         1 / step must be a whole number.
 
@@ -352,8 +353,8 @@ def _exact(cur: Float, new: Float, y: Int, grid: Float) -> tuple[float, float]:
 def _intervals(cur: Float, new: Float, y: Int) -> tuple[Float, Float, NDArray[np.bool_], NDArray[np.bool_]]:
     """Ends of each right sample's interval of epsilon, and whether they belong to it; samples never right are left out.
 
-    Sample i is right where d_k = (cur_y - cur_k) + eps * slope_k is positive for every k < y and not negative for every k > y
-    (arg-max takes the first of equal scores): each k bounds epsilon from one side.
+    Sample i is right where d_k = (cur_y - cur_k) + eps * slope_k is positive for every k < y and not negative for every
+    k > y (arg-max takes the first of equal scores): each k bounds epsilon from one side.
     """
     n, n_classes = cur.shape
     parts = []

@@ -1,10 +1,11 @@
 """CorrectnessHistory: which samples were right at each epoch, as bits, in memory or in an append-only file. NumPy only.
 
-File (docs/formats.md): a 64-byte header, then one record per epoch of 64 bytes of record header and the row of bits, padded with
-zeros to 64 bytes; so every row is aligned and the whole file can be memory-mapped. All integers are little-endian.
+File (docs/formats.md): a 64-byte header, then one record per epoch of 64 bytes of record header and the row of bits,
+padded with zeros to 64 bytes; so every row is aligned and the whole file can be memory-mapped. All integers are
+little-endian.
 
-    header  8s magic  u32 version  u32 zero  u64 n_samples  32s SHA-256 of the labels (zeros: unknown)  u32 CRC-32 of the 56 before
-    record  4s magic  u32 CRC-32 of the epoch's 8 bytes and the row  i64 epoch  48 zeros  row
+    header  8s magic  u32 version  u32 zero  u64 n_samples  32s SHA-256 of the labels (zeros: unknown)  u32 CRC-32 of
+    the 56 before record  4s magic  u32 CRC-32 of the epoch's 8 bytes and the row  i64 epoch  48 zeros  row
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NO_LABELS = bytes(32)
 
 
 def labels_digest(labels: Any) -> bytes:
-    """SHA-256 of the labels as little-endian int64: tells whether two files speak of the same samples in the same order."""
+    """SHA-256 of the labels as little-endian int64: whether two files speak of the same samples in the same order."""
     return hashlib.sha256(_check.labels(labels).astype("<i8").tobytes()).digest()
 
 
@@ -42,7 +43,8 @@ class CorrectnessHistory:
     ----------
     n_samples : int >= 1
     path : path, optional
-        A new file (conventionally history.fmnh); every append is on disk when it returns. None keeps the history in memory.
+        A new file (conventionally history.fmnh); every append is on disk when it returns. None keeps the history in
+        memory.
     labels : (n_samples,) integers, optional
         Their digest is stored, so that a history is not continued on other samples.
 
@@ -90,8 +92,8 @@ class CorrectnessHistory:
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> CorrectnessHistory:
         """Open a history file, memory-mapped; appending continues it.
 
-        A torn last record (the process or the machine died while it was written) is left out with a warning, and overwritten by
-        the next append; opening alone never changes the file.
+        A torn last record (the process or the machine died while it was written) is left out with a warning, and
+        overwritten by the next append; opening alone never changes the file.
 
         Parameters
         ----------
@@ -110,13 +112,13 @@ class CorrectnessHistory:
         with open(self.path, "rb") as file:
             self.n_samples, self.digest = _read_header(file.read(_PAD), self.path)
         self._rows = np.zeros((0, -(-self.n_samples // 8)), np.uint8)
-        self._epochs = []
         self._epochs = self._scan(verify)
         return self
 
     @property
     def _record_size(self) -> int:
-        return _PAD + -(-self._rows.shape[1] // _PAD) * _PAD
+        n_bytes: int = self._rows.shape[1]
+        return _PAD + -(-n_bytes // _PAD) * _PAD
 
     def _scan(self, verify: bool) -> list[int]:
         """Epoch numbers of the intact records."""
@@ -203,7 +205,7 @@ class CorrectnessHistory:
         assert self.path is not None
         record = bytearray(self._record_size)
         record[_PAD : _PAD + len(packed)] = packed.tobytes()
-        crc = zlib.crc32(record[_PAD:], zlib.crc32(struct.pack("<q", epoch)))
+        crc = _checksum(epoch, bytes(record[_PAD:]))
         _RECORD.pack_into(record, 0, _RECORD_MAGIC, crc, epoch)
         end = _PAD + len(self) * self._record_size
         with open(self.path, "r+b", buffering=0) as file:
@@ -264,6 +266,10 @@ class CorrectnessHistory:
         return f"CorrectnessHistory(n_epochs={len(self)}, n_samples={self.n_samples}, {where})"
 
 
+def _checksum(epoch: int, row: bytes | memoryview) -> int:
+    return zlib.crc32(row, zlib.crc32(struct.pack("<q", epoch)))
+
+
 def _read_header(header: bytes, path: Path) -> tuple[int, bytes]:
     if len(header) < _PAD or not header.startswith(_MAGIC):
         raise ValueError(f"{path}: not a history file (bad magic or shorter than its header, offset 0)")
@@ -272,7 +278,7 @@ def _read_header(header: bytes, path: Path) -> tuple[int, bytes]:
         raise ValueError(f"{path}: corrupt header (CRC-32, offset 0)")
     if version != 1:
         raise ValueError(f"{path}: history version {version} is not known to this release")
-    return n_samples, digest
+    return int(n_samples), digest
 
 
 def _record_fault(record: NDArray[np.uint8], n_samples: int, last: int | None, verify: bool) -> str:
@@ -280,7 +286,7 @@ def _record_fault(record: NDArray[np.uint8], n_samples: int, last: int | None, v
     magic, crc, epoch = _RECORD.unpack(record[:16].tobytes())
     if magic != _RECORD_MAGIC:
         return "bad magic"
-    if verify and zlib.crc32(record[_PAD:], zlib.crc32(struct.pack("<q", epoch))) != crc:
+    if verify and _checksum(epoch, record[_PAD:].data) != crc:
         return "CRC-32 does not match"
     if epoch < 0 or (last is not None and epoch <= last):
         return f"epoch {epoch} after {last}"

@@ -1,14 +1,14 @@
 """The forget fraction and its relatives, over per-sample correctness of every epoch. NumPy only; see `_backend`.
 
-Scores on a labelled set T of n samples, after arXiv 2507.08686 Section III: M_e is the part of T that is wrong at epoch e, E the
-final (or any reference) epoch.
+Scores on a labelled set T of n samples, after arXiv 2507.08686 Section III: M_e is the part of T that is wrong at epoch
+e, E the final (or any reference) epoch.
 
     forget fraction   F_e = acc(e, M_E) |M_E| / n     right at e, wrong at the end
     learned fraction  L_e = acc(E, M_e) |M_e| / n     wrong at e, right at the end
     identity          acc(E) = acc(e) + L_e - F_e
 
-Everywhere `correct` is (n_epochs, n_samples): bool or integers 0 and 1, in anything that NumPy can view (list, memmap, torch
-tensor, DLPack, CorrectnessHistory). Counts are exact integers, the same from every backend.
+Everywhere `correct` is (n_epochs, n_samples): bool or integers 0 and 1, in anything that NumPy can view (list, memmap,
+torch tensor, DLPack, CorrectnessHistory). Counts are exact integers, the same from every backend.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class ForgettingCurves:
 
     Notes
     -----
-    Curves of disjoint sample sets add, ``a + b``: the parts may come from shards, blocks or machines. Group labels are united.
+    Curves of disjoint sample sets add, ``a + b``: the parts may come from shards, blocks or machines. Group labels are
+    united.
     """
 
     counts: NDArray[Any]
@@ -129,26 +130,26 @@ class ForgettingCurves:
             raise ValueError("ForgettingCurves: can only add curves of the same epochs and reference")
         if (self.groups is None) != (other.groups is None):
             raise ValueError("ForgettingCurves: can only add curves that both have groups, or both have none")
-        if self.groups is None or other.groups is None:
-            a, b, groups = self, other, None
-        else:
+        a, b, groups = self, other, None
+        if self.groups is not None and other.groups is not None:
             groups = np.union1d(self.groups, other.groups)
-            a, b = self._spread(groups), other._spread(groups)
+            a, b = _spread(self, self.groups, groups), _spread(other, other.groups, groups)
         return ForgettingCurves(
             a.counts + b.counts, a.n_samples + b.n_samples, a.total + b.total, self.reference, groups
         )
 
-    def _spread(self, groups: NDArray[Any]) -> ForgettingCurves:
-        """The same curves with empty groups where `groups` has more labels."""
-        at = np.searchsorted(groups, self.groups)
 
-        def spread(a: NDArray[Any], axis: int) -> NDArray[Any]:
-            out = np.zeros((*a.shape[:axis], len(groups), *a.shape[axis + 1 :]), a.dtype)
-            out[(slice(None),) * axis + (at,)] = a
-            return out
+def _spread(curves: ForgettingCurves, names: NDArray[Any], groups: NDArray[Any]) -> ForgettingCurves:
+    """The same curves with empty groups where `groups` has more labels than `names`."""
+    at = np.searchsorted(groups, names)
 
-        n, total = spread(self.n_samples, 0), spread(self.total, 0)
-        return ForgettingCurves(spread(self.counts, 1), n, total, self.reference, groups)
+    def spread(a: NDArray[Any], axis: int) -> NDArray[Any]:
+        out = np.zeros((*a.shape[:axis], len(groups), *a.shape[axis + 1 :]), a.dtype)
+        out[(slice(None),) * axis + (at,)] = a
+        return out
+
+    n, total = spread(curves.n_samples, 0), spread(curves.total, 0)
+    return ForgettingCurves(spread(curves.counts, 1), n, total, curves.reference, groups)
 
 
 def forgetting_curves(
@@ -189,18 +190,17 @@ def forgetting_curves(
     r = _check.index(reference, len(c), "reference")
     n_samples = c.shape[1]
     kernels = _backend.load()[0]
-    w = None if sample_weight is None else _check.weights(sample_weight, n_samples)
-    if groups is None and w is None:
+    if groups is None and sample_weight is None:
         return ForgettingCurves(kernels.curve_counts(c, r), n_samples, n_samples, r)
-    if groups is None:
-        sums = kernels.group_sums(c, r, np.zeros(n_samples, np.int64), 1, w)[:, 0]
-        return ForgettingCurves(sums, n_samples, np.add.accumulate(w)[-1], r)
-    names, member = _groups(groups, n_samples)
-    size = np.bincount(member, minlength=len(names))
-    if w is None:
+    names, member = _groups(np.zeros(n_samples, np.int64) if groups is None else groups, n_samples)
+    size = np.bincount(member)
+    if sample_weight is None:
         return ForgettingCurves(kernels.group_counts(c, r, member, len(names)), size, size, r, names)
-    total = np.bincount(member, w, len(names))
-    return ForgettingCurves(kernels.group_sums(c, r, member, len(names), w), size, total, r, names)
+    w = _check.weights(sample_weight, n_samples)
+    sums, total = kernels.group_sums(c, r, member, len(names), w), np.bincount(member, w)
+    if groups is None:
+        return ForgettingCurves(sums[:, 0], n_samples, total[0], r)
+    return ForgettingCurves(sums, size, total, r, names)
 
 
 def _groups(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -287,7 +287,8 @@ class SampleStatistics:
     last_correct : float64
         Last epoch at which it was right; nan when there is none.
     forgetting_events : float64
-        Changes from right to wrong between recorded epochs (Toneva et al. 2019); never-learned samples by the convention asked for.
+        Changes from right to wrong between recorded epochs (Toneva et al. 2019); never-learned samples by the
+        convention asked for.
     correctness : int64
         Number of epochs at which it was right.
     presentations_needed : int64
@@ -311,7 +312,8 @@ def sample_statistics(correct: Any, *, never_learned: str = "nan") -> SampleStat
     ----------
     correct : (n_epochs, n_samples) bool or 0 and 1
     never_learned : {"nan", "toneva", "cartography", "datadiet", "deepcore"}
-        The forgetting events of a sample that was never right: nan, n_epochs, 1000, infinity or 0, as those projects count.
+        The forgetting events of a sample that was never right: nan, n_epochs, 1000, infinity or 0, as those projects
+        count.
 
     Returns
     -------

@@ -15,7 +15,8 @@ Int = NDArray[np.int64]
 def symmetric_noise(labels: Any, rate: float, n_classes: int, seed: int) -> Int:
     """Replace a share of the labels by a uniformly drawn OTHER class.
 
-    Exactly round(rate * n) labels become wrong (the papers do not say whether the true class may be drawn again: ours may not).
+    Exactly round(rate * n) labels become wrong (the papers do not say whether the true class may be drawn again: ours
+    may not).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Figures (matplotlib, optional: pip install "fmn_ref[plot]"). Each function returns a Figure; nothing touches pyplot's state.
+"""Figures (matplotlib, optional: pip install "fmn_ref[plot]"). Each function returns a Figure; pyplot is not touched.
 
 fmn_ref.plot.curves(run.history).savefig("curves.png")
 """
@@ -72,7 +72,7 @@ def last_correct(correct: Any) -> Figure:
     n_epochs = len(np.asarray(correct))
     title = f"Last epoch at which the {int(s.forgotten.sum())} forgotten samples were right"
     figure, axes = _axes(title, "epoch", "samples")
-    axes.hist(s.last_correct[s.forgotten], bins=np.arange(n_epochs + 1) - 0.5, color=_RED)
+    axes.hist(s.last_correct[s.forgotten], bins=list(np.arange(n_epochs + 1) - 0.5), color=_RED)
     return figure
 
 

@@ -62,7 +62,7 @@ class Run:
         return [checkpoint_path(self.run_dir, e) for e in self.history.epochs]
 
     def probabilities(self, data: Any, *, batch_size: int = 512) -> Probabilities:
-        """What each epoch's checkpoint predicts on `data`: a sequence of (n_samples, n_classes) arrays, computed when read.
+        """What each epoch predicts on `data`: a sequence of (n_samples, n_classes) arrays, computed when read.
 
         Raises
         ------

@@ -2,8 +2,8 @@
 
     run = fmn.train(model, (x_train, y_train), (x_val, y_val), epochs=40, run_dir="runs/a")
 
-Everything random about an epoch is a function of (seed, epoch), so a run that was killed continues from its last finished epoch
-and ends with the same bits as one that was not.
+Everything random about an epoch is a function of (seed, epoch), so a run that was killed continues from its last
+finished epoch and ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def train(
     model : nn.Module
         Trained in place, on the device where its parameters are.
     train_data, val_data
-        (inputs, labels) tensors or arrays, a torch Dataset, or a DataLoader (then `batch_size` is the loader's). Validation data
-        must keep its order.
+        (inputs, labels) tensors or arrays, a torch Dataset, or a DataLoader (then `batch_size` is the loader's).
+        Validation data must keep its order.
     epochs : int
     run_dir : path
     resume : bool
@@ -122,8 +122,8 @@ def train(
 
     Notes
     -----
-    Bit-identical resuming holds on the same machine with the same thread count, and for randomness from torch's generators
-    (NumPy's and Python's are the caller's affair). The global generator is put back afterwards.
+    Bit-identical resuming holds on the same machine with the same thread count, and for randomness from torch's
+    generators (NumPy's and Python's are the caller's affair). The global generator is put back afterwards.
 
     Examples
     --------
@@ -162,7 +162,7 @@ def train(
 
 
 def run_config(folder: Path, resume: bool, **config: Any) -> dict[str, Any]:
-    """The configuration as JSON gives it back; an error if the run in the folder, if any, is not to be continued with it."""
+    """The configuration as JSON gives it back; an error if the folder holds a run that it cannot continue."""
     plain: dict[str, Any] = json.loads(json.dumps(config))
     if (folder / "run.json").exists():
         if not resume:
@@ -196,7 +196,7 @@ def fit(
     device = data.device_of(model)
     optimizer = recipe.make_optimizer(model)
     scheduler = recipe.make_scheduler(optimizer, epochs)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     start = _resume(parts, resume_path)
     rewind(start)
     devices = [device] if device.type == "cuda" else []

@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import numpy as np
@@ -47,7 +48,7 @@ def test_plan(seed, search, tmp_path):
     rng = np.random.default_rng(seed)
     p, labels = random_probs(rng, dtype=np.float32)
     plan = fmn.fuse(p, labels, search=search)
-    assert all(b > a for a, b in zip(plan.accuracy, plan.accuracy[1:], strict=False))
+    assert all(b > a for a, b in pairwise(plan.accuracy))
     fused = plan.apply(p)
     assert (fused.argmax(1) == labels).mean() == plan.accuracy[-1]
     assert sum(plan.weights.values()) == pytest.approx(1)
@@ -95,7 +96,7 @@ def test_exact_epsilon_against_rational_arithmetic(problem):
         if c[y] - c[k] != q[y] - q[k]
     ]
     ends = sorted({Fraction(0), Fraction(1), *(g for g in gaps if 0 < g < 1)})
-    stretches = [(a + b) / 2 for a, b in zip(ends, ends[1:], strict=False)]
+    stretches = [(a + b) / 2 for a, b in pairwise(ends)]
     best = max(exact_accuracy(current, candidate, m, labels, x) for x in (*stretches, Fraction(0), Fraction(1)))
     assert accuracy >= best - 1e-12
 

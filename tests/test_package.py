@@ -1,4 +1,4 @@
-"""The package as such: what importing it loads, which backend it picks, its public names, and the examples it documents."""
+"""The package as such: what importing it loads, which backend it picks, its public names, its examples."""
 
 import doctest
 import importlib
@@ -126,7 +126,7 @@ def test_threads_can_be_limited():
 def test_an_unknown_backend_is_named(monkeypatch):
     monkeypatch.setenv("FMN_BACKEND", "fortran")
     _backend.load.cache_clear()
-    with pytest.raises(ValueError, match="FMN_BACKEND.*fortran"):
+    with pytest.raises(ValueError, match=r"FMN_BACKEND.*fortran"):
         fmn.backend()
     monkeypatch.undo()
     _backend.load.cache_clear()
