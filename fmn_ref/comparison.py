@@ -188,23 +188,27 @@ def compare(
     table = compare_probabilities(select, y, test, y_test, window=window, search=search, allow_overlap=allow_overlap)
     rows = [
         Row(name, 1, _model_score(model, select_data, run, y), _model_score(model, test_data, run, y_test))
-        for name, model in _single_models(run, table.plan, select_data, train_data, make_student, distill_options)
+        for name, model in _single_models(run, table.plan, select_data, y, train_data, make_student, distill_options)
     ]
     return Comparison([*table.rows, *rows], table.plan, table.n_selection, table.n_test, table.notes)
 
 
 def _single_models(
-    run: Any, plan: FusionPlan, select_data: Any, train_data: Any, make_student: Any, options: dict[str, Any] | None
+    run: Any,
+    plan: FusionPlan,
+    select_data: Any,
+    y: Int,
+    train_data: Any,
+    make_student: Any,
+    options: dict[str, Any] | None,
 ) -> Iterator[tuple[str, Any]]:
     """The controls that are one network in the end."""
-    from .data import labels_of
     from .distillation import distill
     from .ensemble import FusedModel, averaged_model
 
     if train_data is None:
         return
     n = plan.n_epochs
-    y = labels_of(select_data)
     candidates = [averaged_model(run, baselines.ema(n, d), train_data) for d in EMA_DECAYS]
     yield "EMA", max(candidates, key=lambda m: _model_score(m, select_data, run, y))
     yield "SWA", averaged_model(run, baselines.swa(n), train_data)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,7 +29,9 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         output, labels = model(batch[0]), batch[1]
     else:
         raise ValueError(f"batch: expected (inputs, labels) or a dict, got {type(batch).__name__}; pass a forward_fn")
-    return getattr(output, "logits", output), labels
+    if labels.is_floating_point():
+        raise TypeError(f"labels: expected integers, got {labels.dtype}")
+    return getattr(output, "logits", output), labels.long()
 
 
 def is_arrays(data: Any) -> bool:
@@ -44,7 +45,7 @@ def as_tensors(data: Any, device: torch.device) -> tuple[Tensor, ...]:
     if len(tensors) < 2 or any(t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors) or len(tensors[0]) == 0:
         shapes = [tuple(t.shape) for t in tensors]
         raise ValueError(f"data: expected (inputs, labels) with one row per sample, not empty, got shapes {shapes}")
-    return (tensors[0], tensors[1].long(), *tensors[2:])
+    return tensors
 
 
 def batches(data: Any, batch_size: int, device: torch.device, *, shuffle: bool = False) -> Iterator[Any]:
@@ -114,20 +115,18 @@ def predict(
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def labels_of(data: Any) -> NDArray[np.int64]:
-    """The labels in the order of evaluation, from the second array, the second entry of tuples, or the key "labels"."""
-    if is_arrays(data):
-        return as_tensors(data, torch.device("cpu"))[1].numpy()
-    parts = [b["labels"] if isinstance(b, dict) else b[1] for b in batches(data, 512, torch.device("cpu"))]
-    return torch.cat(parts).numpy().astype(np.int64)
+def inputs_of(batch: Any) -> list[Tensor]:
+    """The tensors of a batch that are not its labels: the first of a tuple, all of a dict but "labels"."""
+    if isinstance(batch, dict):
+        return [v for k, v in sorted(batch.items()) if k != "labels" and isinstance(v, Tensor)]
+    return [batch[0]]
 
 
 def fingerprints(data: Any) -> set[bytes]:
     """A hash of each sample's inputs, to notice samples that stand in two sets."""
     seen = set()
     for batch in batches(data, 512, torch.device("cpu")):
-        values = [v for k, v in sorted(batch.items()) if k != "labels"] if isinstance(batch, dict) else [batch[0]]
-        arrays = [np.ascontiguousarray(v.detach().numpy()) for v in values if isinstance(v, Tensor)]
+        arrays = [np.ascontiguousarray(v.detach().numpy()) for v in inputs_of(batch)]
         for row in zip(*arrays, strict=True):
             seen.add(hashlib.blake2b(b"".join(r.tobytes() for r in row), digest_size=16).digest())
     return seen

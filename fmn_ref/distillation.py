@@ -6,8 +6,10 @@ student = fmn.distill(make_model(), fmn.FusedModel(plan, run), (x_train, y_train
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from . import _check, data
 from .recorder import Recorder
 from .training import Recipe, fit, run_config
+
+Targets = tuple[Tensor, Tensor]  # labels (B,), the teacher's probabilities (B, K)
 
 
 def distill(
@@ -92,53 +96,61 @@ def distill(
     kd_weight = _check.number(kd_weight, 0, 1, "kd_weight")
     resume_path = None
     if run_dir is not None:
-        folder = Path(run_dir)
         options = {"epochs": epochs, "temperature": temperature, "kd_weight": kd_weight}
-        Recorder(folder, config=run_config(folder, resume, **options, **asdict(settings)))
-        resume_path = folder / "resume.pt"
+        Recorder(run_dir, config=run_config(Path(run_dir), resume, **options, **asdict(settings)))
+        resume_path = Path(run_dir) / "resume.pt"
     forward = forward_fn or data.default_forward
-    device = data.device_of(student)
-    home, was_training = data.device_of(teacher), teacher.training
-    teacher.to(device).eval()
     cached = augment is None and data.is_arrays(train_data)
-    if cached:
-        probs, labels = data.predict(teacher, train_data, forward_fn=forward_fn)
-        train_data = (*data.as_tensors(train_data, device)[:1], labels, probs)
-
-    def both(model: nn.Module, batch: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The student's logits; (labels, the teacher's probabilities)."""
+    with _borrowed(teacher, data.device_of(student)):
         if cached:
-            logits, labels = forward(model, batch[:2])
-            return logits, (labels, batch[2])
-        logits, labels = forward(model, batch)
-        with torch.no_grad():
-            return logits, (labels, forward(teacher, batch)[0].float().softmax(1))
-
-    def loss(logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        return distillation_loss(logits, targets[1], targets[0], temperature=temperature, kd_weight=kd_weight)
-
-    try:
+            soft, _ = data.predict(teacher, train_data, forward_fn=forward_fn)
+            train_data = (*data.as_tensors(train_data, data.device_of(student)), soft)
         fit(
             student,
             train_data,
             epochs,
             settings,
             augment=augment,
-            forward_fn=both,
-            loss_fn=loss,
+            forward_fn=partial(_forward_cached if cached else _forward_online, teacher, forward),
+            loss_fn=partial(distillation_loss, temperature=temperature, kd_weight=kd_weight),
             progress=progress,
             description="distill",
             resume_path=resume_path,
         )
-    finally:
-        teacher.to(home).train(was_training)
     return student.eval()
 
 
-def distillation_loss(
-    logits: Tensor, teacher_probs: Tensor, labels: Tensor, *, temperature: float, kd_weight: float
-) -> Tensor:
-    """The loss of `distill`, from logits (B, K), the teacher's unsoftened probabilities (B, K) and labels (B,)."""
+@contextmanager
+def _borrowed(teacher: nn.Module, device: torch.device) -> Iterator[None]:
+    """The teacher on the device and in evaluation mode; afterwards as it was."""
+    home, training = data.device_of(teacher), teacher.training
+    teacher.to(device).eval()
+    try:
+        yield
+    finally:
+        teacher.to(home).train(training)
+
+
+def _forward_cached(
+    teacher: nn.Module, forward: data.Forward, student: nn.Module, batch: Any
+) -> tuple[Tensor, Targets]:
+    """The student's logits, and targets of which the batch's last array is the teacher's part."""
+    logits, labels = forward(student, batch[:-1])
+    return logits, (labels, batch[-1])
+
+
+def _forward_online(
+    teacher: nn.Module, forward: data.Forward, student: nn.Module, batch: Any
+) -> tuple[Tensor, Targets]:
+    """The student's logits, and targets with what the teacher says about the same batch."""
+    logits, labels = forward(student, batch)
+    with torch.no_grad():
+        return logits, (labels, forward(teacher, batch)[0].float().softmax(1))
+
+
+def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:
+    """The loss of `distill`, from logits (B, K) and labels (B,) with the teacher's unsoftened probabilities (B, K)."""
+    labels, teacher_probs = targets
     if logits.shape != teacher_probs.shape:
         raise ValueError(f"teacher: gives outputs of shape {tuple(teacher_probs.shape)}, student {tuple(logits.shape)}")
     soft = teacher_probs.pow(1 / temperature)

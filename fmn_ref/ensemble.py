@@ -28,10 +28,15 @@ class Probabilities(Sequence[NDArray[np.float32]]):
         self._model = copy.deepcopy(_model_of(run))
         self._run, self._data, self._batch_size = run, data, batch_size
         self._known: dict[int, NDArray[np.float32]] = {}
+        self._labels: NDArray[np.int64] | None = None
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        return data.labels_of(self._data)
+        """In the order of evaluation, as the run's forward_fn gives them; evaluates the last epoch if none was yet."""
+        if self._labels is None:
+            self[-1]
+        assert self._labels is not None
+        return self._labels
 
     @property
     def evaluated(self) -> tuple[int, ...]:
@@ -48,8 +53,8 @@ class Probabilities(Sequence[NDArray[np.float32]]):
         if i not in self._known:
             checkpoints.load_into(self._model, self._run.checkpoints[i])
             forward_fn = self._run.forward_fn
-            probs, _ = data.predict(self._model, self._data, batch_size=self._batch_size, forward_fn=forward_fn)
-            self._known[i] = probs.numpy()
+            probs, labels = data.predict(self._model, self._data, batch_size=self._batch_size, forward_fn=forward_fn)
+            self._known[i], self._labels = probs.numpy(), labels.numpy().astype(np.int64)
         return self._known[i]
 
 
@@ -159,10 +164,10 @@ def recompute_batchnorm(
         norm.train()
     seen = 0
     for batch in data.batches(train_data, batch_size, data.device_of(model)):
-        labels = batch["labels"] if isinstance(batch, dict) else batch[1]
-        seen += len(labels)
+        n = len(data.inputs_of(batch)[0])
+        seen += n
         for norm in norms:
-            norm.momentum = len(labels) / seen
+            norm.momentum = n / seen
         (forward_fn or data.default_forward)(model, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -20,7 +20,7 @@ from .history import labels_digest
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
-_BLOCK = 1 << 20  # elements of (n_samples, n_classes) worked on at a time: bounds the temporaries
+_BLOCK = 1 << 16  # elements of (n_samples, n_classes) worked on at a time: temporaries stay in the level-2 cache
 _ROUNDING = 1e-12  # two values of epsilon nearer than this may be told apart by rounding alone
 
 
@@ -272,9 +272,9 @@ def best_epsilon(
     grid = np.arange(n_steps + 1) / n_steps
     if _check.choice(search, ("grid", "exact"), "search") == "exact":
         return _exact(cur, new, y, grid)
-    scores = [_accuracy(_mix(cur, new, eps), y) for eps in grid]
+    scores = _accuracies(cur, new, y, grid)
     best = int(np.argmax(scores))
-    return float(grid[best]), scores[best]
+    return float(grid[best]), float(scores[best])
 
 
 def window_epochs(epoch: int, window: int, n_epochs: int) -> range:
@@ -322,6 +322,20 @@ def _accuracy(probs: Float, y: Int) -> float:
     return float((probs.argmax(1) == y).mean())
 
 
+def _accuracies(cur: Float, new: Float, y: Int, eps: Float) -> Float:
+    """Accuracy at each epsilon, in blocks of samples that stay in the cache."""
+    n_right = np.zeros(len(eps), np.int64)
+    for block in _blocks(*cur.shape):
+        for i, e in enumerate(eps):
+            n_right[i] += (_mix(cur[block], new[block], e).argmax(1) == y[block]).sum()
+    return n_right / len(y)
+
+
+def _blocks(n_samples: int, n_classes: int) -> list[slice]:
+    rows = max(1, _BLOCK // n_classes)
+    return [slice(start, start + rows) for start in range(0, n_samples, rows)]
+
+
 def _exact(cur: Float, new: Float, y: Int, grid: Float) -> tuple[float, float]:
     lo, hi, lo_closed, hi_closed = _intervals(cur, new, y)
     ends = np.unique(np.concatenate([lo, hi, [0.0, 1.0]]))
@@ -344,7 +358,7 @@ def _exact(cur: Float, new: Float, y: Int, grid: Float) -> tuple[float, float]:
     for i in np.lexsort((candidates, np.arange(len(bound)) >= len(middles), -bound)):
         if bound[i] <= best:
             break
-        accuracy = _accuracy(_mix(cur, new, candidates[i]), y)
+        accuracy = float(_accuracies(cur, new, y, candidates[i : i + 1])[0])
         if accuracy > best:
             best_eps, best = float(candidates[i]), accuracy
     return best_eps, best
@@ -356,12 +370,7 @@ def _intervals(cur: Float, new: Float, y: Int) -> tuple[Float, Float, NDArray[np
     Sample i is right where d_k = (cur_y - cur_k) + eps * slope_k is positive for every k < y and not negative for every
     k > y (arg-max takes the first of equal scores): each k bounds epsilon from one side.
     """
-    n, n_classes = cur.shape
-    parts = []
-    rows = max(1, _BLOCK // n_classes)
-    for start in range(0, n, rows):
-        block = slice(start, start + rows)
-        parts.append(_interval_block(cur[block], new[block], y[block, None]))
+    parts = [_interval_block(cur[b], new[b], y[b, None]) for b in _blocks(*cur.shape)]
     lo, hi, lo_closed, hi_closed = (np.concatenate(p) for p in zip(*parts, strict=True))
     some = (lo < hi) | ((lo == hi) & lo_closed & hi_closed)
     return lo[some], hi[some], lo_closed[some], hi_closed[some]

@@ -205,6 +205,7 @@ def fit(
         for epoch in bar:
             data.reseed(train_data, recipe.seed, epoch)
             model.train()
+            loss = None
             for batch in data.batches(train_data, recipe.batch_size, device, shuffle=True):
                 if augment is not None:
                     batch = (augment(batch[0]), *batch[1:])
@@ -214,6 +215,8 @@ def fit(
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
+            if loss is None:
+                raise ValueError("train_data: expected at least one batch")
             if not torch.isfinite(loss):  # of the last batch: one look an epoch, no synchronisation in between
                 raise FloatingPointError(f"epoch {epoch}: the loss is {loss.item()}; lower lr?")
             scheduler.step()

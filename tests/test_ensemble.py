@@ -160,7 +160,7 @@ class TestDistill:
             student = (z / t).softmax(0)
             kl = sum(s * (s.log() - q.log()) for s, q in zip(soft, student, strict=True))
             total += w * t**2 * kl - (1 - w) * z.log_softmax(0)[y]
-        loss = distillation_loss(logits, teacher, labels, temperature=t, kd_weight=w)
+        loss = distillation_loss(logits, (labels, teacher), temperature=t, kd_weight=w)
         torch.testing.assert_close(loss, total / 5)
 
     def test_a_student_becomes_its_teacher(self, run, plan):

@@ -138,7 +138,7 @@ def test_kinds_of_data_give_the_same_history(tmp_path):
     for i, wrap in enumerate((lambda d: d, Pairs, lambda d: DataLoader(TensorDataset(*d), 512))):
         run = fmn.train(fresh(), train_set, wrap(val), epochs=2, run_dir=tmp_path / str(i), **RECIPE)
         histories.append(run.history.packed)
-        np.testing.assert_array_equal(data.labels_of(wrap(val)), val[1])
+        np.testing.assert_array_equal(run.probabilities(wrap(val)).labels, val[1])
     np.testing.assert_array_equal(histories[0], histories[1])
     np.testing.assert_array_equal(histories[0], histories[2])
 
@@ -191,15 +191,24 @@ def test_dict_batches_and_objects_with_logits(tmp_path):
 
 def test_forward_fn(tmp_path):
     train_set, val, _ = make_data()
-    three = [(x, torch.zeros(len(x)), y) for x, y in (train_set, val)]
+    three = [(x, torch.full((len(x),), 0.5), y) for x, y in (train_set, val)]
 
     def forward(model, batch):
+        assert (batch[1] == 0.5).all()
         return model(batch[0]), batch[2].long()
 
-    run = fmn.train(fresh(), Pairs(three[0]), Pairs(three[1]), epochs=2, run_dir=tmp_path, forward_fn=forward, **RECIPE)
     plain = trained(tmp_path / "plain", epochs=2)
-    assert run.history.n_samples == plain.history.n_samples
-    assert run.probabilities(Pairs(three[1]))[-1].shape == (240, 4)
+    options = {"epochs": 2, "forward_fn": forward, **RECIPE}
+    run = fmn.train(fresh(), three[0], three[1], run_dir=tmp_path / "arrays", **options)
+    np.testing.assert_array_equal(run.history.packed, plain.history.packed)
+    np.testing.assert_array_equal(run.probabilities(three[1]).labels, val[1])
+    run = fmn.train(fresh(), three[0], Pairs(three[1]), run_dir=tmp_path / "set", **options)
+    np.testing.assert_array_equal(run.history.packed, plain.history.packed)
+    students = []
+    for d, f in ((three[0], forward), (train_set, None)):
+        options = {"epochs": 2, "forward_fn": f, "kd_weight": 0.5, **RECIPE}
+        students.append(fmn.distill(fresh(), plain.model, d, **options))
+    assert same_weights(*students)
 
 
 def test_progress_shows_accuracy_and_peak_forget_fraction(tmp_path, capsys):
@@ -394,6 +403,7 @@ def test_bad_recipe(tmp_path, options, error, words):
     [
         ((torch.zeros(3, 6), torch.zeros(2)), ValueError, "one row per sample"),
         ((torch.zeros(0, 6), torch.zeros(0)), ValueError, "not empty"),
+        ((torch.zeros(3, 6), torch.zeros(3)), TypeError, "labels.*float32"),
         ((torch.zeros(3, 6),), ValueError, "inputs, labels"),
         (torch.zeros(3, 6), TypeError, "DataLoader"),
         ("runs", TypeError, "DataLoader"),
