@@ -104,11 +104,11 @@ def test_ema_equals_torch(run):
 def test_recomputed_batchnorm_equals_torch_on_equal_batches_and_weighs_a_short_one():
     x = torch.randn(100, 6) * 3 + 1
     ours, theirs = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
-    ensemble.recompute_batchnorm(ours, (x, torch.zeros(100)), batch_size=25)
+    ensemble.recompute_batchnorm(ours, (x, torch.zeros(100, dtype=int)), batch_size=25)
     swa_utils.update_bn(DataLoader(TensorDataset(x), 25), theirs)
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
-    ensemble.recompute_batchnorm(ours, (x, torch.zeros(100)), batch_size=30)
+    ensemble.recompute_batchnorm(ours, (x, torch.zeros(100, dtype=int)), batch_size=30)
     torch.testing.assert_close(ours.running_mean, x.mean(0))  # torch's would weigh the last 10 rows like 30
     assert ours.momentum == 0.1
 
