@@ -25,7 +25,7 @@ def array(x: Any, name: str) -> NDArray[Any]:
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected an array, got {type(x).__name__} ({error})") from None
     if a.dtype.kind not in "biuf":
-        raise TypeError(f"{name}: expected booleans or numbers, got dtype {a.dtype}")
+        raise TypeError(f"{name}: expected booleans or numbers, got {type(x).__name__} of dtype {a.dtype}")
     return a
 
 
@@ -73,7 +73,7 @@ def probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "pro
     bad = ~np.isfinite(a) | (a < 0)
     if bad.any():
         index = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(f"{name}: expected finite probabilities >= 0, got {a[index]} at sample, class {index}")
+        raise ValueError(f"{name}: expected finite probabilities >= 0 (after softmax), got {a[index]} at {index}")
     off = np.abs(a.sum(1) - 1)
     if off.max() > 1e-3:
         i = int(off.argmax())

@@ -15,6 +15,8 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], obje
     The temporary name is fixed, so that what a killed process left is overwritten by the next one.
     """
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target}: the folder {target.parent} does not exist")
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         with open(temporary, "wb") as file:

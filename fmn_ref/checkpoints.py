@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import zipfile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,13 +15,29 @@ from . import _files
 
 
 def save_state(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Store `model.state_dict()`, moved to the CPU."""
-    save(to_cpu(model.state_dict()), path)
+    """Store `model.state_dict()`, moved to the CPU, under the names of the plain model."""
+    save(to_cpu(unwrap(model).state_dict()), path)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel and DistributedDataParallel."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
 
 
 def save(content: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save that never leaves half a file."""
-    _files.write_atomic(path, lambda file: torch.save(content, file))
+    """torch.save that never leaves half a file.
+
+    By way of memory: an interruption or a full disk inside torch.save would surface as an error of its zip writer.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    _files.write_atomic(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -49,7 +66,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a checkpoint into `model`; ValueError naming the file where names or shapes do not fit."""
     try:
-        model.load_state_dict(load(path))
+        unwrap(model).load_state_dict(load(path))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit the model: {error}") from None
     return model

@@ -10,6 +10,7 @@ import argparse
 import csv
 import io
 import json
+import logging
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from . import __version__, _check, _files, metrics
 from ._backend import backend
 from .comparison import compare_probabilities
 from .fusion import FusionPlan, fuse
-from .history import CorrectnessHistory, labels_digest
+from .history import NO_LABELS, CorrectnessHistory, labels_digest
 
 PROBS = "probabilities (n_epochs, n_samples, n_classes): .npy, or .npz with 'probs' and perhaps 'labels'"
 LABELS = "true classes (n_samples,): .npy, or .npz with 'labels'; default: 'labels' in the other file, if it is .npz"
@@ -36,7 +37,9 @@ def load(path: str, *names: str) -> Any:
 
 
 def load_named(path: str, *names: str) -> tuple[Any, str]:
-    """The array, and the name it had in an .npz."""
+    """The array, and the name it had in an .npz. A run directory stands for its history."""
+    if (Path(path) / "history.fmnh").is_file():
+        path = str(Path(path) / "history.fmnh")
     try:
         if path.endswith(".fmnh"):
             return CorrectnessHistory.open(path), ""
@@ -48,13 +51,16 @@ def load_named(path: str, *names: str) -> tuple[Any, str]:
                     return content[name], name
             raise ValueError(f"expected an array named {' or '.join(map(repr, names))}, found {list(content)}")
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
+        reason = (
+            "not an .npy file of numbers" if "pickle" in str(error) else str(error)
+        )  # NumPy suggests to unpickle it
+        raise ValueError(reason if path in reason else f"{path}: {reason}") from None
 
 
-def load_labels(path: str | None, beside: str) -> NDArray[np.int64]:
+def load_labels(path: str | None, beside: str, option: str = "--labels") -> NDArray[np.int64]:
     """Labels from their own file, or from the .npz that holds the probabilities."""
     if path is None and not beside.endswith(".npz"):
-        raise ValueError("--labels: needed, since the other file is not an .npz with 'labels' in it")
+        raise ValueError(f"{option}: needed, since {beside} is not an .npz with 'labels' in it")
     return _check.labels(load(path or beside, "labels"))
 
 
@@ -62,6 +68,8 @@ def load_correct(path: str, labels: str | None) -> Any:
     """Correctness from a history, a matrix of 0 and 1, or predictions or scores with labels."""
     a, name = load_named(path, "correct", "predictions", "probs", "scores")
     if isinstance(a, CorrectnessHistory):
+        if labels is not None and a.digest not in (NO_LABELS, labels_digest(load_labels(labels, path))):
+            raise ValueError(f"{labels}: not the labels that {path} was recorded with")
         return a
     without_labels = labels is None and not path.endswith(".npz") and a.dtype.kind != "f"
     if name == "correct" or without_labels:
@@ -83,11 +91,11 @@ def command_info(args: argparse.Namespace) -> None:
 
 def command_metric(args: argparse.Namespace) -> None:
     correct = load_correct(args.file, args.labels)
-    epochs = correct.epochs if isinstance(correct, CorrectnessHistory) else range(len(correct))
+    epochs = np.array(correct.epochs if isinstance(correct, CorrectnessHistory) else range(len(correct)))
     curves = metrics.forgetting_curves(correct, reference=args.reference)
     stats = metrics.sample_statistics(correct, never_learned=args.never_learned)
     columns = {
-        "epoch": list(epochs),
+        "epoch": epochs.tolist(),
         "accuracy": curves.accuracy.tolist(),
         "forget_fraction": curves.forget.tolist(),
         "learned_fraction": curves.learned.tolist(),
@@ -98,27 +106,31 @@ def command_metric(args: argparse.Namespace) -> None:
         "n_samples": curves.n_samples,
         "peak_forget_fraction": float(curves.forget[peak]),
         "peak_epoch": int(epochs[peak]),
-        "forgotten_samples": int(stats.forgotten.sum()),
+        "forgotten_samples": int(((stats.correctness > 0) & ~np.asarray(correct)[args.reference].astype(bool)).sum()),
     }
     if args.per_sample:
-        write_per_sample(args.per_sample, stats, args.ids)
+        write_per_sample(args.per_sample, stats, epochs, args.ids)
     if args.csv:
         return print(to_csv(columns), end="")
     head = f"{'epoch':>6} {'accuracy':>9} {'F_e':>9} {'L_e':>9} {'retained':>9}"
     rows = [f"{e:6d} " + " ".join(f"{v:9.4f}" for v in values) for e, *values in zip(*columns.values(), strict=True)]
     end = (
         f"peak forget fraction {summary['peak_forget_fraction']:.2%} at epoch {summary['peak_epoch']}; "
-        f"{summary['forgotten_samples']} of {curves.n_samples} samples were right once and are wrong at the end"
+        f"{summary['forgotten_samples']} of {curves.n_samples} samples were right once and are wrong at epoch "
+        f"{epochs[args.reference]}"
     )
     show(args, {**summary, **columns}, "\n".join([head, *rows, end]))
 
 
-def write_per_sample(path: str, stats: metrics.SampleStatistics, ids: str | None) -> None:
+def write_per_sample(path: str, stats: metrics.SampleStatistics, epochs: NDArray[np.int64], ids: str | None) -> None:
     n = len(stats.forgotten)
-    names = list(range(n)) if ids is None else Path(ids).read_text().split("\n")[:n]
+    names = list(range(n)) if ids is None else Path(ids).read_text().splitlines()
     if len(names) != n:
         raise ValueError(f"{ids}: expected {n} lines, one id per sample, got {len(names)}")
     columns = {"sample_id": names, **{k: v.tolist() for k, v in vars(stats).items()}}
+    for k in ("first_learned", "last_correct"):  # rows of the matrix -> epochs; empty for never
+        rows = vars(stats)[k]
+        columns[k] = ["" if np.isnan(r) else int(epochs[int(r)]) for r in rows]
     _files.write_atomic(path, lambda f: f.write(to_csv(columns).encode()))
 
 
@@ -129,7 +141,12 @@ def command_fuse(args: argparse.Namespace) -> None:
     options = {"window": args.window, "max_rounds": args.max_rounds, "search": args.search}
     plan = fuse(probs, labels, correct=correct, **options)
     plan.save(args.output)
-    content = {"members": plan.members, "weights": plan.weights, "selection_accuracy": plan.accuracy}
+    content = {
+        "output": args.output,
+        "members": plan.members,
+        "weights": plan.weights,
+        "selection_accuracy": plan.accuracy,
+    }
     rows = [
         f"{'round':>6} {'epoch':>6} {'eps':>7} {'accuracy':>9}",
         f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}",
@@ -143,6 +160,8 @@ def command_fuse(args: argparse.Namespace) -> None:
 
 def command_apply(args: argparse.Namespace) -> None:
     plan = FusionPlan.load(args.plan)
+    if Path(args.output).resolve() in (Path(args.plan).resolve(), Path(args.probs).resolve()):
+        raise ValueError(f"--output: {args.output} is one of the files to read")
     probs = load(args.probs, "probs")
     labels = None
     if args.labels or args.probs.endswith(".npz"):
@@ -164,7 +183,8 @@ def command_apply(args: argparse.Namespace) -> None:
 
 def command_compare(args: argparse.Namespace) -> None:
     select, test = load(args.select, "probs"), load(args.test, "probs")
-    y, y_test = load_labels(args.select_labels, args.select), load_labels(args.test_labels, args.test)
+    y = load_labels(args.select_labels, args.select, "--select-labels")
+    y_test = load_labels(args.test_labels, args.test, "--test-labels")
     options = {"window": args.window, "search": args.search, "allow_overlap": args.allow_overlap}
     table = compare_probabilities(select, y, test, y_test, correct=correctness_of(select, y), **options)
     text = table.to_json() if args.json else table.to_csv() if args.csv else table.to_markdown()
@@ -174,6 +194,8 @@ def command_compare(args: argparse.Namespace) -> None:
 def command_demo(args: argparse.Namespace) -> None:
     from . import demo
 
+    if not sys.stderr.isatty():  # no bar there: a line per run instead
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     results = demo.run_demo(out, args.seeds, args.epochs)
@@ -215,13 +237,13 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument(
         "-o", "--output", default="runs/demo", help="folder (default runs/demo); what is done there is reused"
     )
-    c.add_argument("--seeds", type=int, default=5)
-    c.add_argument("--epochs", type=int, default=40)
+    c.add_argument("--seeds", type=int, default=5, help="runs per noise rate (default 5)")
+    c.add_argument("--epochs", type=int, default=40, help="of each run (default 40)")
 
     add("info", command_info, "say which compiled kernels are in use, and why")
 
     c = add("metric", command_metric, "forget fraction and its relatives per epoch")
-    c.add_argument("file", help=".fmnh history; .npy or .npz with correctness, predictions or scores of every epoch")
+    c.add_argument("file", help="run directory or .fmnh history; .npy or .npz with correctness, predictions or scores")
     c.add_argument(
         "--labels", help="true classes, for a file of predictions or scores; " + LABELS.split(";")[1].strip()
     )
@@ -266,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except KeyboardInterrupt:
+        print("fmn-ref: interrupted" + "; run it again to continue" * (args.command == "demo"), file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"fmn-ref: error: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from . import _check, baselines
 from .fusion import FusionPlan, fuse, mixture
 
 Int = NDArray[np.int64]
+FLATTERS = "scoring there flatters (allow_overlap=True or --allow-overlap permits it)"
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # per epoch; the one with the best selection accuracy is scored
 
 
@@ -29,9 +30,9 @@ class Row:
     test_accuracy: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
-    """The table of a comparison, and the plan of its KF row."""
+    """The table of a comparison, and the plan of its KF row; `print` shows the table."""
 
     rows: list[Row]
     plan: FusionPlan
@@ -46,13 +47,16 @@ class Comparison:
                 return row
         raise KeyError(f"{method!r}; there are {', '.join(r.method for r in self.rows)}")
 
+    def __str__(self) -> str:
+        return self.to_markdown()
+
     def to_markdown(self) -> str:
         lines = ["| method | forward passes | selection accuracy | test accuracy |", "|---|--:|--:|--:|"]
         lines += [
             f"| {r.method} | {r.forward_passes} | {r.selection_accuracy:.2%} | {r.test_accuracy:.2%} |"
             for r in self.rows
         ]
-        counts = f"Chosen on {self.n_selection} samples, scored on {self.n_test} others."
+        counts = f"Chosen on {self.n_selection} samples, scored on {self.n_test}."
         return "\n".join([*lines, "", counts, *self.notes]) + "\n"
 
     def to_csv(self) -> str:
@@ -109,11 +113,9 @@ def compare_probabilities(
     ValueError, TypeError
         As `fuse`; both sets are the same samples.
     """
-    final = select_probs[-1], test_probs[-1]
-    if not allow_overlap and np.shape(final[0]) == np.shape(final[1]) and np.array_equal(*final):
-        raise ValueError(
-            "test_probs: the same samples as select_probs; scoring there flatters (allow_overlap=True permits)"
-        )
+    same = np.array_equal(select_probs[-1], test_probs[-1])
+    if same and not allow_overlap:
+        raise ValueError(f"test_probs: the same samples as select_probs; {FLATTERS}")
     plan = fuse(select_probs, select_labels, correct=correct, window=window, search=search)
     first = FusionPlan(plan.members[:1], plan.n_epochs, window, plan.accuracy[:2])
     y, y_test = _check.labels(select_labels), _check.labels(test_labels)
@@ -133,7 +135,9 @@ def compare_probabilities(
     ]
     for name, p in (("KF(1)", first), ("KF", plan)):
         rows.append(Row(name, len(p.weights), p.accuracy[-1], _score(p.apply(test_probs), y_test)))
-    notes = ["The final model alone is best: no epoch knew what would help."] if plan.final_model_alone else []
+    notes = ["Scored on the very samples that were selected on."] if same else []
+    if plan.final_model_alone:
+        notes.append("The final model alone is best: no epoch knew what would help.")
     return Comparison(rows, plan, len(y), len(y_test), notes)
 
 
@@ -164,7 +168,7 @@ def compare(
     make_student : callable() -> nn.Module, optional
         A fresh network each time.
     distill_options : dict, optional
-        Keywords of `distill` (epochs, lr, ...).
+        Keywords of `distill`; what is not given is as in the run, if `train` made it.
     window, search
         As `fuse`.
     allow_overlap : bool
@@ -181,6 +185,9 @@ def compare(
     """
     from . import data
 
+    options = _distill_options(run, distill_options)
+    if make_student is not None and (train_data is None or "epochs" not in options):
+        raise ValueError("make_student: needs train_data, and distill_options with at least epochs")
     if not allow_overlap:
         _refuse_overlap(data.fingerprints(select_data), data.fingerprints(test_data))
     select, test = run.probabilities(select_data), run.probabilities(test_data)
@@ -188,7 +195,7 @@ def compare(
     table = compare_probabilities(select, y, test, y_test, window=window, search=search, allow_overlap=allow_overlap)
     rows = [
         Row(name, 1, _model_score(model, select_data, run, y), _model_score(model, test_data, run, y_test))
-        for name, model in _single_models(run, table.plan, select_data, y, train_data, make_student, distill_options)
+        for name, model in _single_models(run, table.plan, select_data, y, train_data, make_student, options)
     ]
     return Comparison([*table.rows, *rows], table.plan, table.n_selection, table.n_test, table.notes)
 
@@ -200,7 +207,7 @@ def _single_models(
     y: Int,
     train_data: Any,
     make_student: Any,
-    options: dict[str, Any] | None,
+    options: dict[str, Any],
 ) -> Iterator[tuple[str, Any]]:
     """The controls that are one network in the end."""
     from .distillation import distill
@@ -219,15 +226,22 @@ def _single_models(
     for name, p in (("distilled last", final), ("distilled KF", plan)):
         yield (
             name,
-            distill(make_student(), FusedModel(p, run), train_data, forward_fn=run.forward_fn, **(options or {})),
+            distill(make_student(), FusedModel(p, run), train_data, forward_fn=run.forward_fn, **options),
         )
+
+
+def _distill_options(run: Any, given: dict[str, Any] | None) -> dict[str, Any]:
+    """The run's own recipe, overridden by what was given."""
+    from .training import Recipe
+
+    known = {"epochs", *(f.name for f in fields(Recipe))}
+    return {k: v for k, v in run.config.items() if k in known} | (given or {})
 
 
 def _refuse_overlap(select: set[bytes], test: set[bytes]) -> None:
     both = len(select & test)
     if both > 0.01 * len(test):  # a few equal images are normal in real data
-        share = f"{both} of {len(test)} test samples are in the selection set"
-        raise ValueError(f"test_data: {share}; scoring there flatters (allow_overlap=True permits it)")
+        raise ValueError(f"test_data: {both} of {len(test)} test samples are in the selection set; {FLATTERS}")
 
 
 def _score(probs: Any, labels: Int) -> float:

@@ -29,8 +29,8 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         output, labels = model(batch[0]), batch[1]
     else:
         raise ValueError(f"batch: expected (inputs, labels) or a dict, got {type(batch).__name__}; pass a forward_fn")
-    if labels.is_floating_point():
-        raise TypeError(f"labels: expected integers, got {labels.dtype}")
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise TypeError(f"labels: expected integers of shape (n,), got {labels.dtype} of shape {tuple(labels.shape)}")
     return getattr(output, "logits", output), labels.long()
 
 
@@ -41,11 +41,23 @@ def is_arrays(data: Any) -> bool:
 
 def as_tensors(data: Any, device: torch.device) -> tuple[Tensor, ...]:
     """The arrays of a tuple as tensors on the device, checked to be of one length."""
-    tensors = tuple(torch.as_tensor(a).to(device) for a in data)
+    tensors = tuple(_as_tensor(a).to(device) for a in data)
     if len(tensors) < 2 or any(t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors) or len(tensors[0]) == 0:
         shapes = [tuple(t.shape) for t in tensors]
         raise ValueError(f"data: expected (inputs, labels) with one row per sample, not empty, got shapes {shapes}")
     return tensors
+
+
+def _as_tensor(a: Any) -> Tensor:
+    """NumPy's default float64 becomes torch's default float32, which is what networks have."""
+    if isinstance(a, np.ndarray) and a.dtype == np.float64:
+        return torch.as_tensor(a, dtype=torch.get_default_dtype())
+    return torch.as_tensor(a)
+
+
+def check_module(model: Any, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def batches(data: Any, batch_size: int, device: torch.device, *, shuffle: bool = False) -> Iterator[Any]:
@@ -104,10 +116,15 @@ def predict(
     training = model.training
     model.eval()
     try:
-        parts = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for batch in batches(data, batch_size, device_of(model)):
             logits, labels = (forward_fn or default_forward)(model, batch)
-            parts.append((logits.float().softmax(1).cpu(), labels.cpu()))
+            logits = logits.float()
+            if not parts and (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(1, device=logits.device)):
+                raise ValueError(
+                    "model: gives probabilities; expected logits or log-probabilities (no softmax at the end)"
+                )
+            parts.append((logits.softmax(1).cpu(), labels.cpu()))
     finally:
         model.train(training)
     if not parts:

@@ -11,6 +11,7 @@ samples.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import _files, plot
+from . import _check, _files, plot
 from .comparison import Comparison, compare
 from .metrics import forgetting_curves
 from .noise import symmetric_noise
 from .recorder import Run
 from .training import train
 
+logger = logging.getLogger(__name__)
 RATES = (0.0, 0.2, 0.4)
 N_TRAIN, N_SELECT = 800, 300
 RECIPE: dict[str, Any] = {"batch_size": 64, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}
@@ -103,12 +105,14 @@ def _figures(run: Run, table: Comparison, labels: Tensor, folder: Path) -> None:
 
 def run_demo(out: Path, n_seeds: int = 5, epochs: int = 40, progress: bool | None = None) -> dict[str, Any]:
     """All cells; writes results.json and report.md in `out`, returns what results.json holds."""
+    _check.number(n_seeds, 1, 10_000, "seeds", int)
     todo = [(rate, seed) for seed in range(n_seeds) for rate in RATES]
     cells: dict[float, list[dict[str, Any]]] = {rate: [] for rate in RATES}
     hidden = None if progress is None else not progress
     for rate, seed in (bar := tqdm(todo, "demo", unit="run", disable=hidden)):
         bar.set_postfix_str(f"{rate:.0%} wrong labels, seed {seed}")
         cells[rate].append(run_cell(out / f"noise_{rate * 100:02.0f}" / f"seed_{seed}", rate, seed, epochs))
+        logger.info("%.0f%% wrong labels, seed %d: done", rate * 100, seed)
     noise = {}
     for rate in RATES:
         methods = [row["method"] for row in cells[rate][0]["rows"]]
@@ -147,7 +151,7 @@ def table(results: dict[str, Any]) -> str:
     lines.append("|---|" + "--:|" * (len(noise) + 1))
     for m in methods:
         passes = [n["methods"][m]["forward_passes"] for n in noise.values()]
-        span = f"{min(passes):.1f}" if min(passes) == max(passes) else f"{min(passes):.1f}-{max(passes):.1f}"
+        span = f"{min(passes):.3g}" if min(passes) == max(passes) else f"{min(passes):.3g}-{max(passes):.3g}"
         scores = [cell(n["methods"][m]["test_accuracy"]) for n in noise.values()]
         lines.append(f"| {m} | " + " | ".join(scores) + f" | {span} |")
     peaks = [cell(n["peak_forget_fraction"]) for n in noise.values()]
@@ -172,7 +176,7 @@ def report(results: dict[str, Any]) -> str:
             "",
             f"scikit-learn's digits: {N_TRAIN} training images (labels wrong as stated), {N_SELECT} to choose epochs",
             f"and weights, {n_test} others to score. Test accuracy in %, mean ± standard error over",
-            f"{results['n_seeds']} seeds, {results['epochs']} epochs each. Everything is chosen on the {N_SELECT};",
+            f"{results['n_seeds']} seed(s), {results['epochs']} epochs each. Everything is chosen on the {N_SELECT};",
             "k is the number of checkpoints in KF's plan.",
             "",
             table(results),

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _check, data
-from .recorder import Recorder
-from .training import Recipe, fit, run_config
+from .training import Recipe, data_digest, fit, open_recorder
 
 Targets = tuple[Tensor, Tensor]  # labels (B,), the teacher's probabilities (B, K)
 
@@ -51,8 +49,8 @@ def distill(
     student : nn.Module
         Trained in place, on the device where its parameters are.
     teacher : nn.Module
-        Any module that gives logits or log-probabilities (FusedModel does); used in evaluation mode, without gradients,
-        on the student's device, and left as it was.
+        Any module that gives logits or log-probabilities (FusedModel does), not probabilities; used in evaluation mode,
+        without gradients, on the student's device, and left as it was.
     train_data
         As in `train`.
     epochs : int
@@ -90,21 +88,33 @@ def distill(
     ----------
     arXiv 2507.08686, Section V ("distilled KF"); Hinton et al. 2015 (temperature and its square).
     """
-    settings = Recipe(**recipe)
+    settings = Recipe.of(recipe)
     epochs = _check.number(epochs, 1, 2**31, "epochs", int)
     temperature = _check.number(temperature, 1e-3, 1e3, "temperature")
     kd_weight = _check.number(kd_weight, 0, 1, "kd_weight")
+    data.check_module(student, "student")
+    data.check_module(teacher, "teacher")
     resume_path = None
     if run_dir is not None:
-        options = {"epochs": epochs, "temperature": temperature, "kd_weight": kd_weight}
-        Recorder(run_dir, config=run_config(Path(run_dir), resume, **options, **asdict(settings)))
-        resume_path = Path(run_dir) / "resume.pt"
+        options = {
+            "epochs": epochs,
+            "temperature": temperature,
+            "kd_weight": kd_weight,
+            "data": data_digest(train_data),
+        }
+        recorder = open_recorder(run_dir, resume, student, {**options, **asdict(settings)})
+        resume_path = recorder.run_dir / "resume.pt"
     forward = forward_fn or data.default_forward
     cached = augment is None and data.is_arrays(train_data)
     with _borrowed(teacher, data.device_of(student)):
         if cached:
             soft, _ = data.predict(teacher, train_data, forward_fn=forward_fn)
             train_data = (*data.as_tensors(train_data, data.device_of(student)), soft)
+        else:
+            first = next(data.batches(train_data, settings.batch_size, data.device_of(student)), None)
+            data.predict(
+                teacher, [] if first is None else [first], forward_fn=forward_fn
+            )  # refuses what gives no logits
         fit(
             student,
             train_data,

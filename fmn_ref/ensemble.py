@@ -25,7 +25,7 @@ class Probabilities(Sequence[NDArray[np.float32]]):
     """
 
     def __init__(self, run: Run, data: Any, *, batch_size: int = 512) -> None:
-        self._model = copy.deepcopy(_model_of(run))
+        self._model = copy.deepcopy(model_of(run))
         self._run, self._data, self._batch_size = run, data, batch_size
         self._known: dict[int, NDArray[np.float32]] = {}
         self._labels: NDArray[np.int64] | None = None
@@ -43,6 +43,9 @@ class Probabilities(Sequence[NDArray[np.float32]]):
         """Rows computed so far."""
         return tuple(sorted(self._known))
 
+    def __repr__(self) -> str:
+        return f"Probabilities({self._run}, evaluated={self.evaluated})"
+
     def __len__(self) -> int:
         return len(self._run.history)
 
@@ -54,7 +57,12 @@ class Probabilities(Sequence[NDArray[np.float32]]):
             checkpoints.load_into(self._model, self._run.checkpoints[i])
             forward_fn = self._run.forward_fn
             probs, labels = data.predict(self._model, self._data, batch_size=self._batch_size, forward_fn=forward_fn)
-            self._known[i], self._labels = probs.numpy(), labels.numpy().astype(np.int64)
+            y = labels.numpy().astype(np.int64)
+            if self._labels is not None and not np.array_equal(y, self._labels):
+                raise ValueError(
+                    "data: gave other labels, or another order, than before; evaluation data must not shuffle"
+                )
+            self._known[i], self._labels = probs.numpy(), y
         return self._known[i]
 
 
@@ -83,7 +91,7 @@ class FusedModel(nn.Module):
         super().__init__()
         if plan.n_epochs != len(run.history):
             raise ValueError(f"plan: made for {plan.n_epochs} epochs, the run has {len(run.history)}")
-        model, paths, weights = _model_of(run), run.checkpoints, plan.weights
+        model, paths, weights = model_of(run), run.checkpoints, plan.weights
         self.members = nn.ModuleList(checkpoints.load_into(copy.deepcopy(model), paths[e]) for e in weights)
         self.members.requires_grad_(False)
         self.register_buffer("weights", torch.tensor(list(weights.values())))
@@ -133,7 +141,7 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     total = sum(weights.values())
     if not weights or min(weights.values()) < 0 or not 0 < total < float("inf"):
         raise ValueError(f"weights: expected {{epoch: weight}} with weights >= 0, at least one above 0, got {weights}")
-    model, paths = copy.deepcopy(_model_of(run)), run.checkpoints
+    model, paths = copy.deepcopy(model_of(run)), run.checkpoints
     mean: dict[str, Tensor] = {}
     for epoch, weight in sorted(weights.items()):
         state = checkpoints.load(paths[_check.index(epoch, len(paths), "epoch")])
@@ -174,7 +182,7 @@ def recompute_batchnorm(
     model.eval()
 
 
-def _model_of(run: Run) -> nn.Module:
+def model_of(run: Run) -> nn.Module:
     if not isinstance(run.model, nn.Module):
         raise ValueError(f"run: no model attached; use Run.open({str(run.run_dir)!r}, model=...)")
-    return run.model
+    return checkpoints.unwrap(run.model)

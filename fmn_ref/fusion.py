@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check, _files
-from .history import labels_digest
+from .history import NO_LABELS, CorrectnessHistory, labels_digest
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -182,7 +182,8 @@ def fuse(
     Raises
     ------
     TypeError, ValueError
-        Shapes that do not fit, labels out of range, non-finite or negative probabilities, rows that do not sum to 1.
+        Shapes that do not fit, labels out of range, non-finite or negative probabilities, rows that do not sum to 1;
+        a history of other samples.
 
     Examples
     --------
@@ -210,9 +211,7 @@ def fuse(
     if correct is None:
         right = np.stack([read(e).argmax(1) == y for e in range(n_epochs)])
     else:
-        right = _check.correctness(correct)
-        if right.shape != (n_epochs, len(y)):
-            raise ValueError(f"correct: expected shape {(n_epochs, len(y))} as probs, got shape {right.shape}")
+        right = _recorded(correct, n_epochs, y, current)
     members: list[tuple[int, float]] = []
     accuracy = [_accuracy(current, y)]
     while max_rounds is None or len(members) < max_rounds:
@@ -277,6 +276,20 @@ def best_epsilon(
     return float(grid[best]), float(scores[best])
 
 
+def _recorded(correct: Any, n_epochs: int, y: Int, final: Float) -> NDArray[np.bool_]:
+    """The correctness history, checked to be of these samples: its last row is compared with the last predictions."""
+    if isinstance(correct, CorrectnessHistory) and correct.digest not in (NO_LABELS, labels_digest(y)):
+        raise ValueError("correct: a history of other labels, or in another order")
+    right = _check.correctness(correct)
+    if right.shape != (n_epochs, len(y)):
+        raise ValueError(f"correct: expected shape {(n_epochs, len(y))} as probs, got shape {right.shape}")
+    differ = int((right[-1] != (final.argmax(1) == y)).sum())
+    if differ > max(1, 0.02 * len(y)):  # a few may differ by rounding, on another device say
+        reason = "other samples, order or preprocessing, or recorded without model.eval()?"
+        raise ValueError(f"correct: last row disagrees with probs[-1] on {differ} of {len(y)} samples: {reason}")
+    return right
+
+
 def window_epochs(epoch: int, window: int, n_epochs: int) -> range:
     """epoch - window .. epoch + window, clipped to the range."""
     return range(max(epoch - window, 0), min(epoch + window, n_epochs - 1) + 1)
@@ -303,7 +316,8 @@ def _reader(probs: Any) -> Callable[[int], Float]:
         raise TypeError(f"probs: expected an array or a sequence of arrays, got {type(probs).__name__}")
     ndim = getattr(probs, "ndim", 3)
     if ndim != 3 or len(probs) == 0:
-        raise ValueError("probs: expected shape (n_epochs, n_samples, n_classes) with at least one epoch")
+        got = f"got shape {probs.shape}" if hasattr(probs, "shape") else "got none"
+        raise ValueError(f"probs: expected shape (n_epochs, n_samples, n_classes) with at least one epoch, {got}")
     shape: list[tuple[int, int]] = []
 
     def read(epoch: int) -> Float:

@@ -99,6 +99,11 @@ class ForgettingCurves:
     reference: int
     groups: NDArray[Any] | None = None
 
+    def __repr__(self) -> str:
+        n, groups = self.counts.shape[-1], "" if self.groups is None else f", {len(self.groups)} groups"
+        peak = f"peak forget fraction {np.nanmax(self.forget):.4f}"
+        return f"ForgettingCurves({n} epochs, {np.sum(self.n_samples)} samples{groups}, {peak})"
+
     def _fraction(self, row: int) -> NDArray[np.float64]:
         with np.errstate(invalid="ignore"):
             return np.asarray(self.counts[row] / np.asarray(self.total)[..., None], np.float64)

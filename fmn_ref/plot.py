@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from . import metrics
+from . import _check, metrics
 from .fusion import FusionPlan
 
 if TYPE_CHECKING:
@@ -22,20 +23,27 @@ _BLUE, _RED, _GREEN, _GREY = "#2563eb", "#dc2626", "#059669", "#6b7280"
 def _axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (6.4, 3.6)) -> tuple[Figure, Axes]:
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise ImportError('figures need matplotlib: pip install "fmn_ref[plot]"') from None
     figure = Figure(size, dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, loc="left", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _epochs(correct: Any) -> NDArray[np.int64]:
+    """Epoch numbers of the rows: those that a history recorded, else 0, 1, ..."""
+    return np.array(getattr(correct, "epochs", range(len(correct))), np.int64)
 
 
 def curves(correct: Any) -> Figure:
     """Accuracy, retained accuracy, F_e and L_e per epoch; the shaded gap between the first two is F_e."""
     c = metrics.forgetting_curves(correct)
-    epochs = np.arange(len(c.accuracy))
+    epochs = _epochs(correct)
     figure, axes = _axes("What is known at each epoch, and what of it is left at the end", "epoch", "share of samples")
     axes.plot(epochs, c.accuracy, color=_BLUE, label="accuracy")
     axes.plot(epochs, c.retained, color=_BLUE, linestyle=":", label="of it still right at the end")
@@ -49,11 +57,11 @@ def curves(correct: Any) -> Figure:
 
 def matrix(correct: Any) -> Figure:
     """Heat map of the forgetting matrix, as shares of the samples."""
-    c = np.asarray(correct)
+    c, epochs = np.asarray(correct), _epochs(correct)
     share = metrics.forgetting_matrix(c) / c.shape[1]
     figure, axes = _axes("Right at epoch i, wrong at epoch j", "epoch j", "epoch i", (4.8, 4.0))
-    image = axes.imshow(share, cmap="magma", origin="lower", vmin=0)
-    figure.colorbar(image, ax=axes, label="share of samples")
+    mesh = axes.pcolormesh(epochs, epochs, share, cmap="magma", vmin=0)
+    figure.colorbar(mesh, ax=axes, label="share of samples")
     return figure
 
 
@@ -62,27 +70,28 @@ def plan_weights(plan: FusionPlan) -> Figure:
     figure, axes = _axes("Weights of the fused prediction", "epoch", "weight")
     weights = plan.weights
     axes.bar(list(weights), list(weights.values()), color=_BLUE, width=0.9)
-    axes.set_xlim(-1, plan.n_epochs)
+    axes.set_xlim(-0.5, plan.n_epochs - 0.5)
     return figure
 
 
 def last_correct(correct: Any) -> Figure:
     """When the samples that are wrong at the end, but were right before, were right for the last time."""
     s = metrics.sample_statistics(correct)
-    n_epochs = len(np.asarray(correct))
+    epochs = _epochs(correct)
     title = f"Last epoch at which the {int(s.forgotten.sum())} forgotten samples were right"
     figure, axes = _axes(title, "epoch", "samples")
-    axes.hist(s.last_correct[s.forgotten], bins=list(np.arange(n_epochs + 1) - 0.5), color=_RED)
+    n = np.bincount(s.last_correct[s.forgotten].astype(int), minlength=len(epochs))
+    axes.bar(epochs, n, width=0.9 * np.diff(epochs).min(initial=epochs[-1] + 1), color=_RED)
     return figure
 
 
 def per_class(correct: Any, labels: Any) -> Figure:
     """Share of each class that was forgotten: right at some epoch and wrong at the end."""
     forgotten = metrics.sample_statistics(correct).forgotten
-    classes, member, size = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    y = _check.labels(labels, len(forgotten))
+    classes, member, size = np.unique(y, return_inverse=True, return_counts=True)
     share = np.bincount(member, forgotten) / size
     figure, axes = _axes("Forgotten samples per class", "class", "share of the class")
-    axes.bar([str(c) for c in classes], share, color=_RED)
+    axes.bar(classes, share, color=_RED)
     axes.axhline(forgotten.mean(), color=_GREY, linewidth=1, linestyle="--")
-    axes.tick_params(axis="x", labelrotation=90 if len(classes) > 20 else 0)
     return figure

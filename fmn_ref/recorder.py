@@ -6,6 +6,7 @@ history.fmnh and checkpoints/epoch_00000.pt, one for each row of the history (do
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -54,6 +55,8 @@ class Run:
             A file of the run is damaged; the message names it.
         """
         folder = Path(run_dir)
+        if not (folder / "run.json").is_file():
+            raise FileNotFoundError(f"{folder}: no run there (run.json is missing)")
         return cls(folder, CorrectnessHistory.open(folder / "history.fmnh"), model, forward_fn)
 
     @property
@@ -91,14 +94,14 @@ class Recorder:
     save : callable(path), optional
         Stores the weights of another framework at `path`, instead of `model`'s.
     config : dict, optional
-        Written to run.json; anything that JSON can hold.
+        Written to run.json; anything that JSON can hold. A run that was made with another one is not continued.
     forward_fn : callable, optional
         Handed to `run`; see `train`.
 
     Raises
     ------
     ValueError
-        Unknown `keep`; the run directory belongs to something else or is damaged.
+        Unknown `keep`; a run made with another `config`, or damaged.
     OSError
         The folder cannot be written.
 
@@ -108,8 +111,8 @@ class Recorder:
     >>> recorder = Recorder(tempfile.mkdtemp())
     >>> for epoch, predictions in enumerate([[0, 1, 1], [0, 0, 1]]):
     ...     recorder.record(epoch, predictions, labels=[0, 1, 1])
-    >>> recorder.peak_forget_fraction
-    0.3333333333333333
+    >>> recorder.peak_forget_fraction, recorder.next_epoch
+    (0.3333333333333333, 2)
     """
 
     def __init__(
@@ -130,6 +133,8 @@ class Recorder:
         if not (self.run_dir / "run.json").exists():
             content = {"format": "fmn_ref.run", "version": 1, "config": config or {}, "made_with": _versions()}
             _files.write_json(self.run_dir / "run.json", content)
+        elif config is not None:
+            _check_same_run(self.run_dir, config)
         if (self.run_dir / "history.fmnh").exists():
             self._history = CorrectnessHistory.open(self.run_dir / "history.fmnh")
 
@@ -158,27 +163,49 @@ class Recorder:
             self._history = CorrectnessHistory(len(right), self.run_dir / "history.fmnh", labels=labels)
         if self._history.digest != labels_digest(labels):
             raise ValueError("labels: not the labels (or not in the order) that this run has recorded so far")
-        if epoch in self._history.epochs:
-            raise ValueError(f"epoch: {epoch} is already recorded in {self.run_dir}; recorder.rewind({epoch}) drops it")
+        if epoch < self.next_epoch:
+            hint = f"go on with {self.next_epoch} (recorder.next_epoch), or drop it with recorder.rewind({epoch})"
+            raise ValueError(f"epoch: {self.run_dir} is already recorded past {epoch}; {hint}")
         if self._save is not None:
             self._save(checkpoint_path(self.run_dir, epoch))
         self._history.append(right, epoch)
 
     def rewind(self, epoch: int) -> None:
         """Drop `epoch` and all later ones: what a loop needs that resumes from an earlier state than was recorded."""
-        if self._history is not None:
-            self._history.truncate(sum(e < epoch for e in self._history.epochs))
+        if self._history is None:
+            return
+        self._history.truncate(sum(e < epoch for e in self._history.epochs))
+        if not len(self._history):  # nothing left: other samples may be recorded
+            (self.run_dir / "history.fmnh").unlink()
+            self._history = None
+
+    @property
+    def next_epoch(self) -> int:
+        """One past the last recorded epoch; 0 for a new run."""
+        return self._history.epochs[-1] + 1 if self._history is not None and len(self._history) else 0
 
     @property
     def peak_forget_fraction(self) -> float:
         """max_e F_e so far, against the latest epoch."""
-        return 0.0 if self._history is None else float(metrics.forget_fraction(self._history).max())
+        return float(metrics.forget_fraction(self._history).max()) if self.next_epoch else 0.0
 
     @property
     def run(self) -> Run:
-        if self._history is None:
+        if self._history is None or not len(self._history):
             raise ValueError(f"{self.run_dir}: nothing recorded yet")
         return Run(self.run_dir, self._history, self.model, self.forward_fn)
+
+    def __repr__(self) -> str:
+        return f"Recorder({str(self.run_dir)!r}, next_epoch={self.next_epoch})"
+
+
+def _check_same_run(run_dir: Path, config: dict[str, Any]) -> None:
+    found = _files.read_json(run_dir / "run.json", "fmn_ref.run")["config"]
+    plain = json.loads(json.dumps(config))
+    for key in sorted(plain.keys() | found.keys()):
+        if plain.get(key) != found.get(key):
+            was, now = found.get(key), plain.get(key)
+            raise ValueError(f"{key}: the run in {run_dir} was made with {was!r}, not {now!r}; choose another folder")
 
 
 def checkpoint_path(run_dir: Path, epoch: int) -> Path:

@@ -8,11 +8,11 @@ finished epoch and ends with the same bits as one that was not.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import _check, _files, checkpoints, data
+from . import _check, checkpoints, data
 from .recorder import Recorder, Run
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,15 @@ class Recipe:
         for name in ("lr", "momentum", "weight_decay", "gamma"):
             _check.number(getattr(self, name), 0, 1e6, name)
         _check.number(self.seed, 0, 2**32, "seed", int)
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Recipe:
+        """A recipe from keywords; an unknown one is named, with those there are."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{name}: not an option; there are {', '.join(known)}")
+        return cls(**options)
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.optimizer == "adamw":
@@ -133,11 +142,12 @@ def train(
     >>> len(run.history), len(run.checkpoints), run.history.n_samples
     (3, 3, 64)
     """
-    settings = Recipe(**recipe)
+    settings = Recipe.of(recipe)
     epochs = _check.number(epochs, 1, 2**31, "epochs", int)
-    folder = Path(run_dir)
-    config = run_config(folder, resume, epochs=epochs, **asdict(settings))
-    recorder = Recorder(folder, model, config=config, forward_fn=forward_fn)
+    data.check_module(model, "model")
+    recorder = open_recorder(
+        run_dir, resume, model, {"epochs": epochs, **asdict(settings), "data": data_digest(train_data)}, forward_fn
+    )
 
     def record(epoch: int) -> dict[str, str]:
         probs, labels = data.predict(model, val_data, forward_fn=forward_fn)
@@ -154,27 +164,30 @@ def train(
         forward_fn=forward_fn,
         loss_fn=loss_fn,
         progress=progress,
-        resume_path=folder / "resume.pt",
+        resume_path=recorder.run_dir / "resume.pt",
         rewind=recorder.rewind,
         after_epoch=record,
     )
     return recorder.run
 
 
-def run_config(folder: Path, resume: bool, **config: Any) -> dict[str, Any]:
-    """The configuration as JSON gives it back; an error if the folder holds a run that it cannot continue."""
-    plain: dict[str, Any] = json.loads(json.dumps(config))
-    if (folder / "run.json").exists():
-        if not resume:
-            raise FileExistsError(f"{folder} holds a run; resume=True continues it, or choose another run_dir")
-        found = _files.read_json(folder / "run.json", "fmn_ref.run")["config"]
-        for key in sorted(plain.keys() | found.keys()):
-            if plain.get(key) != found.get(key):
-                was, now = found.get(key), plain.get(key)
-                raise ValueError(
-                    f"{key}: the run in {folder} was made with {was!r}, not {now!r}; choose another run_dir"
-                )
-    return plain
+def open_recorder(
+    run_dir: str | os.PathLike[str], resume: bool, model: nn.Module, config: dict[str, Any], forward_fn: Any = None
+) -> Recorder:
+    """A recorder for a new run, or for one that may be continued."""
+    if not resume and (Path(run_dir) / "run.json").exists():
+        raise FileExistsError(f"{run_dir} holds a run; resume=True continues it, or choose another run_dir")
+    return Recorder(run_dir, model, config=config, forward_fn=forward_fn)
+
+
+def data_digest(samples: Any) -> str | None:
+    """Notices that a run is continued on other data: of the labels and a few inputs of arrays; None for other data."""
+    if not data.is_arrays(samples):
+        return None
+    tensors = data.as_tensors(samples, torch.device("cpu"))
+    few = tensors[0][:: max(1, len(tensors[0]) // 100)]
+    parts = [few, *tensors[1:]]
+    return hashlib.sha256(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in parts)).hexdigest()[:16]
 
 
 def fit(
@@ -196,8 +209,10 @@ def fit(
     device = data.device_of(model)
     optimizer = recipe.make_optimizer(model)
     scheduler = recipe.make_scheduler(optimizer, epochs)
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts: dict[str, Any] = {"model": checkpoints.unwrap(model), "optimizer": optimizer, "scheduler": scheduler}
     start = _resume(parts, resume_path)
+    if start == epochs:
+        logger.info("%s is complete: nothing to train", resume_path and resume_path.parent)
     rewind(start)
     devices = [device] if device.type == "cuda" else []
     bar = tqdm(range(start, epochs), description, epochs, initial=start, disable=_disabled(progress), unit="epoch")
@@ -211,7 +226,7 @@ def fit(
                     batch = (augment(batch[0]), *batch[1:])
                 with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
                     outputs, targets = (forward_fn or data.default_forward)(model, batch)
-                    loss = loss_fn(outputs, targets)
+                    loss = _loss(loss_fn, outputs, targets)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -226,13 +241,23 @@ def fit(
                 checkpoints.save(checkpoints.to_cpu({"epoch": epoch, **state}), resume_path)
 
 
+def _loss(loss_fn: Callable[[Tensor, Any], Tensor], outputs: Tensor, targets: Any) -> Tensor:
+    try:
+        return loss_fn(outputs, targets)
+    except IndexError as error:  # torch: "Target 5 is out of bounds."
+        raise ValueError(f"labels: outside the {outputs.shape[-1]} classes of the model ({error})") from None
+
+
 def _resume(parts: dict[str, Any], path: Path | None) -> int:
     """Load the state after the last finished epoch; the number of the next."""
     if path is None or not path.exists():
         return 0
     state = checkpoints.load(path)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: does not fit this model and optimizer: {error}") from None
     logger.info("resuming %s after epoch %d", path.parent, state["epoch"])
     return int(state["epoch"]) + 1
 
