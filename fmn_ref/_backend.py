@@ -43,7 +43,7 @@ def load() -> tuple[ModuleType, Backend]:
     for name in _MODULES:
         try:
             return _describe(name, "; ".join(missing) or "compiled extension found")
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # numba's RuntimeError: nowhere to keep its cache
             missing.append(f"{name} not importable ({error})")
     raise AssertionError("the NumPy backend always imports")
 
@@ -51,6 +51,9 @@ def load() -> tuple[ModuleType, Backend]:
 def _describe(name: str, reason: str) -> tuple[ModuleType, Backend]:
     module = importlib.import_module(f"fmn_ref.{_MODULES[name]}")
     if name == "cpp":
+        isa = os.environ.get("FMN_ISA") or module.instruction_set()
+        if isa != module.instruction_set():
+            raise ValueError(f"FMN_ISA: {isa!r} is not to be had here; expected {module.instruction_set()!r} or 'base'")
         return module, Backend(name, module.instruction_set(), module.threads(), reason)
     return module, Backend(name, "llvm" if name == "numba" else "numpy", 1, reason)
 

@@ -46,10 +46,12 @@ def top(correct: Any, k: int) -> Weights:
 
 def best_window(probs: Any, labels: NDArray[np.int64], window: int) -> Weights:
     """The mean over e - window .. e + window with the best selection accuracy; the earliest of equal ones."""
-    n = len(probs)
-    p = [np.asarray(probs[e], np.float64) for e in range(n)]
-    windows = [window_epochs(e, window, n) for e in range(n)]
-    n_right = [int((sum(p[e] for e in w).argmax(1) == labels).sum()) for w in windows]  # type: ignore[union-attr]
+    windows = [window_epochs(e, window, len(probs)) for e in range(len(probs))]
+    n_right: list[int] = []
+    held: dict[int, NDArray[np.float64]] = {}
+    for w in windows:  # one window is held at a time
+        held = {e: held[e] if e in held else np.asarray(probs[e], np.float64) for e in w}
+        n_right.append(int((np.sum(list(held.values()), axis=0).argmax(1) == labels).sum()))
     return equal(windows[int(np.argmax(n_right))])
 
 

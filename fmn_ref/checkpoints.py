@@ -77,7 +77,10 @@ def to_cpu(content: Any) -> Any:
     if isinstance(content, torch.Tensor):
         return content.detach().cpu()
     if isinstance(content, dict):
-        return {key: to_cpu(value) for key, value in content.items()}
+        copied = type(content)((key, to_cpu(value)) for key, value in content.items())
+        if hasattr(content, "_metadata"):  # versions of a state_dict's modules
+            copied._metadata = content._metadata  # type: ignore[attr-defined]
+        return copied
     if isinstance(content, (list, tuple)):
         return type(content)(to_cpu(value) for value in content)
     return content

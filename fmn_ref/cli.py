@@ -44,7 +44,11 @@ def load_named(path: str, *names: str) -> tuple[Any, str]:
         if path.endswith(".fmnh"):
             return CorrectnessHistory.open(path), ""
         if not path.endswith(".npz"):
-            return np.load(path, mmap_mode="r", allow_pickle=False), ""
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                array.close()
+                raise ValueError("an .npz file; its name must say so")
+            return array, ""
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
             for name in names:
                 if name in content:
@@ -64,6 +68,13 @@ def load_labels(path: str | None, beside: str, option: str = "--labels") -> NDAr
     return _check.labels(load(path or beside, "labels"))
 
 
+def has_labels(path: str) -> bool:
+    if not path.endswith(".npz"):
+        return False
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
+        return "labels" in content
+
+
 def load_correct(path: str, labels: str | None) -> Any:
     """Correctness from a history, a matrix of 0 and 1, or predictions or scores with labels."""
     a, name = load_named(path, "correct", "predictions", "probs", "scores")
@@ -79,6 +90,8 @@ def load_correct(path: str, labels: str | None) -> Any:
 
 def correctness_of(probs: Any, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
     """One epoch at a time, so that a memory-mapped file is never held whole."""
+    if probs.ndim != 3 or len(probs) == 0:
+        raise ValueError(f"probs: expected shape (n_epochs, n_samples, n_classes), got shape {probs.shape}")
     return np.stack([metrics.correctness(probs[e], labels) for e in tqdm(range(len(probs)), "reading", disable=None)])
 
 
@@ -164,11 +177,11 @@ def command_apply(args: argparse.Namespace) -> None:
         raise ValueError(f"--output: {args.output} is one of the files to read")
     probs = load(args.probs, "probs")
     labels = None
-    if args.labels or args.probs.endswith(".npz"):
+    if args.labels or has_labels(args.probs):
         labels = load_labels(args.labels, args.probs)
         if labels_digest(labels).hex() == plan.labels_sha256 and not args.allow_selection_data:
             raise ValueError(
-                "labels: the ones the plan was chosen on; scoring there flatters (--allow-selection-data permits it)"
+                "labels: those that the plan was chosen on; scoring there flatters (--allow-selection-data permits it)"
             )
     fused = plan.apply(probs)
     _files.write_atomic(args.output, lambda f: np.save(f, fused))

@@ -7,7 +7,9 @@ a torch DataLoader, or a Dataset. Batches are what those give: tuples, or dicts 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """(logits, labels) of a batch (inputs, labels), or of a dict with "labels" beside the model's keyword arguments."""
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise ValueError(f"batch: expected a key 'labels', got {sorted(batch)}; pass a forward_fn")
         output = model(**{k: v for k, v in batch.items() if k != "labels"})
@@ -34,14 +36,21 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return getattr(output, "logits", output), labels.long()
 
 
+def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[Tensor, Tensor]:
+    """(logits, labels); an ensemble runs the function on each of its members (FusedModel.forward_batch)."""
+    function = forward_fn or default_forward
+    ensemble = getattr(model, "forward_batch", None)
+    return function(model, batch) if ensemble is None else ensemble(batch, function)
+
+
 def is_arrays(data: Any) -> bool:
     """Whether data is a tuple of tensors or arrays rather than a Dataset or a DataLoader."""
     return isinstance(data, (tuple, list)) and bool(data) and all(hasattr(a, "shape") for a in data)
 
 
-def as_tensors(data: Any, device: torch.device) -> tuple[Tensor, ...]:
-    """The arrays of a tuple as tensors on the device, checked to be of one length."""
-    tensors = tuple(_as_tensor(a).to(device) for a in data)
+def as_tensors(data: Any) -> tuple[Tensor, ...]:
+    """The arrays of a tuple as tensors, where they are, checked to be of one length."""
+    tensors = tuple(_as_tensor(a) for a in data)
     if len(tensors) < 2 or any(t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors) or len(tensors[0]) == 0:
         shapes = [tuple(t.shape) for t in tensors]
         raise ValueError(f"data: expected (inputs, labels) with one row per sample, not empty, got shapes {shapes}")
@@ -50,9 +59,14 @@ def as_tensors(data: Any, device: torch.device) -> tuple[Tensor, ...]:
 
 def _as_tensor(a: Any) -> Tensor:
     """NumPy's default float64 becomes torch's default float32, which is what networks have."""
-    if isinstance(a, np.ndarray) and a.dtype == np.float64:
-        return torch.as_tensor(a, dtype=torch.get_default_dtype())
-    return torch.as_tensor(a)
+    if isinstance(a, Tensor):
+        return a
+    a = np.asarray(a)
+    if any(stride < 0 for stride in a.strides):
+        a = np.ascontiguousarray(a)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a read-only array (a memory-mapped file): nothing here writes to it
+        return torch.as_tensor(a, dtype=torch.get_default_dtype() if a.dtype == np.float64 else None)
 
 
 def check_module(model: Any, name: str) -> None:
@@ -61,14 +75,20 @@ def check_module(model: Any, name: str) -> None:
 
 
 def batches(data: Any, batch_size: int, device: torch.device, *, shuffle: bool = False) -> Iterator[Any]:
-    """One pass over the data, on the device; shuffled by torch's global generator when asked to."""
+    """One pass over the data, on the device; shuffled by torch's global generator when asked to.
+
+    A single sample left over from arrays joins the batch before it: BatchNorm cannot train on one.
+    """
     if is_arrays(data):
-        tensors = as_tensors(data, device)
+        tensors = as_tensors(data)
         n = len(tensors[0])
-        order = torch.randperm(n).to(device) if shuffle else None
-        for start in range(0, n, batch_size):
-            rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
-            yield tuple(t[rows] for t in tensors)
+        order = torch.randperm(n) if shuffle else None
+        stops = [*range(batch_size, n, batch_size), n]
+        if len(stops) > 1 and n - stops[-2] == 1:
+            del stops[-2]
+        for start, stop in zip([0, *stops], stops, strict=False):
+            chosen = (t[start:stop] if order is None else t[order[start:stop].to(t.device)] for t in tensors)
+            yield tuple(t.to(device, non_blocking=True) for t in chosen)
         return
     loader: Iterable[Any]
     if isinstance(data, Dataset):
@@ -84,22 +104,23 @@ def batches(data: Any, batch_size: int, device: torch.device, *, shuffle: bool =
 def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {k: to_device(v, device) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(v, device) for v in batch)
+        return tuple(to_device(v, device) for v in batch)
     return batch
 
 
 def reseed(data: Any, seed: int, epoch: int) -> None:
     """Make everything random about one epoch a function of (seed, epoch): what resuming needs."""
     torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    sampler: Any = getattr(data, "sampler", None)
-    for holder in (data, sampler):
+    batch_sampler = getattr(data, "batch_sampler", None)
+    holders: list[Any] = [data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    for holder in holders:
         if isinstance(getattr(holder, "generator", None), torch.Generator):
             holder.generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch)
+        if hasattr(holder, "set_epoch"):
+            holder.set_epoch(epoch)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -108,25 +129,33 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-@torch.no_grad()
-def predict(
-    model: nn.Module, data: Any, *, batch_size: int = 512, forward_fn: Forward | None = None
-) -> tuple[Tensor, Tensor]:
-    """Probabilities (n_samples, n_classes) float32 and labels (n_samples,), on the CPU; the model is left as it was."""
-    training = model.training
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
+    modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        parts: list[tuple[Tensor, Tensor]] = []
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, data: Any, *, batch_size: int = 512, forward_fn: Forward | None = None, log: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Probabilities (log: their logarithms) (n_samples, n_classes) float32 and labels (n_samples,), on the CPU."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    with evaluating(model):
         for batch in batches(data, batch_size, device_of(model)):
-            logits, labels = (forward_fn or default_forward)(model, batch)
+            logits, labels = forward(model, batch, forward_fn)
             logits = logits.float()
             if not parts and (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(1, device=logits.device)):
                 raise ValueError(
                     "model: gives probabilities; expected logits or log-probabilities (no softmax at the end)"
                 )
-            parts.append((logits.softmax(1).cpu(), labels.cpu()))
-    finally:
-        model.train(training)
+            parts.append(((logits.log_softmax(1) if log else logits.softmax(1)).cpu(), labels.cpu()))
     if not parts:
         raise ValueError("data: expected at least one batch")
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -134,7 +163,7 @@ def predict(
 
 def inputs_of(batch: Any) -> list[Tensor]:
     """The tensors of a batch that are not its labels: the first of a tuple, all of a dict but "labels"."""
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return [v for k, v in sorted(batch.items()) if k != "labels" and isinstance(v, Tensor)]
     return [batch[0]]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _check, data
-from .training import Recipe, data_digest, fit, open_recorder
+from .recorder import claim
+from .training import Recipe, data_digest, fit, tensors_digest
 
-Targets = tuple[Tensor, Tensor]  # labels (B,), the teacher's probabilities (B, K)
+Targets = tuple[Tensor, Tensor]  # labels (B,), the teacher's log-probabilities (B, K)
 
 
 def distill(
@@ -96,20 +98,14 @@ def distill(
     data.check_module(teacher, "teacher")
     resume_path = None
     if run_dir is not None:
-        options = {
-            "epochs": epochs,
-            "temperature": temperature,
-            "kd_weight": kd_weight,
-            "data": data_digest(train_data),
-        }
-        recorder = open_recorder(run_dir, resume, student, {**options, **asdict(settings)})
-        resume_path = recorder.run_dir / "resume.pt"
-    forward = forward_fn or data.default_forward
+        config = {"epochs": epochs, "temperature": temperature, "kd_weight": kd_weight, **asdict(settings)}
+        config |= {"data": data_digest(train_data), "teacher": tensors_digest(teacher.state_dict().values())}
+        resume_path = claim(Path(run_dir), config, resume) / "resume.pt"
     cached = augment is None and data.is_arrays(train_data)
     with _borrowed(teacher, data.device_of(student)):
         if cached:
-            soft, _ = data.predict(teacher, train_data, forward_fn=forward_fn)
-            train_data = (*data.as_tensors(train_data, data.device_of(student)), soft)
+            soft, _ = data.predict(teacher, train_data, forward_fn=forward_fn, log=True)
+            train_data = (*data.as_tensors(train_data), soft)
         else:
             first = next(data.batches(train_data, settings.batch_size, data.device_of(student)), None)
             data.predict(
@@ -121,7 +117,7 @@ def distill(
             epochs,
             settings,
             augment=augment,
-            forward_fn=partial(_forward_cached if cached else _forward_online, teacher, forward),
+            forward_fn=partial(_forward_cached if cached else _forward_online, teacher, forward_fn),
             loss_fn=partial(distillation_loss, temperature=temperature, kd_weight=kd_weight),
             progress=progress,
             description="distill",
@@ -133,38 +129,39 @@ def distill(
 @contextmanager
 def _borrowed(teacher: nn.Module, device: torch.device) -> Iterator[None]:
     """The teacher on the device and in evaluation mode; afterwards as it was."""
-    home, training = data.device_of(teacher), teacher.training
-    teacher.to(device).eval()
+    home = data.device_of(teacher)
+    teacher.to(device)
     try:
-        yield
+        with data.evaluating(teacher):
+            yield
     finally:
-        teacher.to(home).train(training)
+        teacher.to(home)
 
 
 def _forward_cached(
-    teacher: nn.Module, forward: data.Forward, student: nn.Module, batch: Any
+    teacher: nn.Module, forward_fn: data.Forward | None, student: nn.Module, batch: Any
 ) -> tuple[Tensor, Targets]:
     """The student's logits, and targets of which the batch's last array is the teacher's part."""
-    logits, labels = forward(student, batch[:-1])
+    logits, labels = data.forward(student, batch[:-1], forward_fn)
     return logits, (labels, batch[-1])
 
 
 def _forward_online(
-    teacher: nn.Module, forward: data.Forward, student: nn.Module, batch: Any
+    teacher: nn.Module, forward_fn: data.Forward | None, student: nn.Module, batch: Any
 ) -> tuple[Tensor, Targets]:
     """The student's logits, and targets with what the teacher says about the same batch."""
-    logits, labels = forward(student, batch)
+    logits, labels = data.forward(student, batch, forward_fn)
     with torch.no_grad():
-        return logits, (labels, forward(teacher, batch)[0].float().softmax(1))
+        return logits, (labels, data.forward(teacher, batch, forward_fn)[0].float().log_softmax(1))
 
 
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:
-    """The loss of `distill`, from logits (B, K) and labels (B,) with the teacher's unsoftened probabilities (B, K)."""
-    labels, teacher_probs = targets
-    if logits.shape != teacher_probs.shape:
-        raise ValueError(f"teacher: gives outputs of shape {tuple(teacher_probs.shape)}, student {tuple(logits.shape)}")
-    soft = teacher_probs.pow(1 / temperature)
-    soft = soft / soft.sum(1, keepdim=True)
+    """The loss of `distill`, from logits (B, K) and labels (B,) with the teacher's log-probabilities (B, K)."""
+    labels, teacher_log_probs = targets
+    if logits.shape != teacher_log_probs.shape:
+        shapes = tuple(teacher_log_probs.shape), tuple(logits.shape)
+        raise ValueError(f"teacher: gives outputs of shape {shapes[0]}, student {shapes[1]}")
+    soft = (teacher_log_probs / temperature).softmax(1)
     kd = F.kl_div(F.log_softmax(logits / temperature, 1), soft, reduction="batchmean") * temperature**2
     if kd_weight == 1:
         return kd

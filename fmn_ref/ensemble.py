@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from . import _check, checkpoints, data
 from .fusion import FusionPlan
 from .recorder import Run
 
+CACHE_BYTES = 4 << 30
+
 
 class Probabilities(Sequence[NDArray[np.float32]]):
-    """Predictions of every checkpoint of a run on one data set, computed when read and kept in memory.
+    """Predictions of every checkpoint of a run on one data set, computed when read; up to 4 GiB stay in memory.
 
     ``probabilities[i]`` is (n_samples, n_classes) float32 for row i of the run's history; ``labels`` is (n_samples,)
     int64. `fuse(probabilities, labels, correct=history)` reads the last epoch and the chosen windows only.
@@ -40,7 +43,7 @@ class Probabilities(Sequence[NDArray[np.float32]]):
 
     @property
     def evaluated(self) -> tuple[int, ...]:
-        """Rows computed so far."""
+        """Rows that are in memory."""
         return tuple(sorted(self._known))
 
     def __repr__(self) -> str:
@@ -63,6 +66,8 @@ class Probabilities(Sequence[NDArray[np.float32]]):
                     "data: gave other labels, or another order, than before; evaluation data must not shuffle"
                 )
             self._known[i], self._labels = probs.numpy(), y
+            while len(self._known) > 2 and sum(p.nbytes for p in self._known.values()) > CACHE_BYTES:
+                del self._known[next(iter(self._known))]
         return self._known[i]
 
 
@@ -82,7 +87,9 @@ class FusedModel(nn.Module):
     Raises
     ------
     ValueError
-        The run has no model, another number of epochs than the plan, or a checkpoint is missing or does not fit.
+        The run has no model, another number of epochs than the plan, or a checkpoint is damaged or does not fit.
+    FileNotFoundError
+        A checkpoint is missing.
     """
 
     weights: Tensor
@@ -102,12 +109,27 @@ class FusedModel(nn.Module):
         return super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        mixed: Tensor | None = None
-        for weight, member in zip(self.weights, self.members, strict=True):
+        def logits(member: nn.Module) -> Tensor:
             output = member(*args, **kwargs)
-            part = weight * getattr(output, "logits", output).float().softmax(-1)
-            mixed = part if mixed is None else mixed + part
-        assert mixed is not None
+            return cast(Tensor, getattr(output, "logits", output))
+
+        return self._mix(logits)
+
+    def forward_batch(self, batch: Any, forward_fn: data.Forward) -> tuple[Tensor, Tensor]:
+        """(log-probabilities, labels) of a batch, by a function that gives (logits, labels) for a single member."""
+        labels: list[Tensor] = []
+
+        def logits(member: nn.Module) -> Tensor:
+            output, y = forward_fn(member, batch)
+            labels[:] = [y]
+            return output
+
+        return self._mix(logits), labels[0]
+
+    def _mix(self, logits: Callable[[nn.Module], Tensor]) -> Tensor:
+        """log sum_e weight_e softmax(logits of member e), one member after the other."""
+        parts = (w * logits(m).float().softmax(-1) for w, m in zip(self.weights, self.members, strict=True))
+        mixed: Tensor = reduce(torch.add, parts)
         return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
 
 
@@ -138,21 +160,23 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     ----------
     arXiv 2507.08686 ("averaged KF"); Izmailov et al. 2018 (SWA).
     """
+    if not isinstance(weights, dict) or not weights or not all(0 <= w < float("inf") for w in weights.values()):
+        raise ValueError(f"weights: expected {{epoch: weight}} with weights >= 0, got {weights}")
     total = sum(weights.values())
-    if not weights or min(weights.values()) < 0 or not 0 < total < float("inf"):
-        raise ValueError(f"weights: expected {{epoch: weight}} with weights >= 0, at least one above 0, got {weights}")
-    model, paths = copy.deepcopy(model_of(run)), run.checkpoints
+    if total == 0:
+        raise ValueError("weights: expected at least one above 0")
+    paths = run.checkpoints
     mean: dict[str, Tensor] = {}
     for epoch, weight in sorted(weights.items()):
-        state = checkpoints.load(paths[_check.index(epoch, len(paths), "epoch")])
-        for name, value in state.items():
-            if value.is_floating_point():
-                mean[name] = (
-                    mean.get(name, torch.zeros_like(value, dtype=torch.float64)) + weight / total * value.double()
-                )
-            else:
-                mean[name] = value
-    model.load_state_dict(mean)
+        path = paths[_check.index(epoch, len(paths), "epoch")]
+        for name, value in checkpoints.load(path).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                mean[name] = mean.get(name, 0) + weight / total * value.double()
+    model = checkpoints.load_into(copy.deepcopy(model_of(run)), path)  # the rest of the state: from the latest epoch
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name in mean:
+                value.copy_(mean[name])
     recompute_batchnorm(model, train_data, batch_size=batch_size, forward_fn=run.forward_fn)
     return model.eval()
 
@@ -173,10 +197,12 @@ def recompute_batchnorm(
     seen = 0
     for batch in data.batches(train_data, batch_size, data.device_of(model)):
         n = len(data.inputs_of(batch)[0])
+        if n == 1:  # a single value has no variance: torch refuses
+            continue
         seen += n
         for norm in norms:
             norm.momentum = n / seen
-        (forward_fn or data.default_forward)(model, batch)
+        data.forward(model, batch, forward_fn)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()

@@ -21,7 +21,7 @@ from .history import NO_LABELS, CorrectnessHistory, labels_digest
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 _BLOCK = 1 << 16  # elements of (n_samples, n_classes) worked on at a time: temporaries stay in the level-2 cache
-_ROUNDING = 1e-12  # two values of epsilon nearer than this may be told apart by rounding alone
+_ROUNDING = 4e-15  # bounds the error of a difference of two mixed probabilities, and of a crossing times its slope
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,7 @@ def fuse(
     arXiv 2412.12968, Algorithm 1; arXiv 2507.08686, Section IV.
     """
     _check.choice(method, ("forget",), "method")
+    pick, grid = _searches[_check.choice(search, ("grid", "exact"), "search")], _grid(step)
     window = _check.number(window, 0, 2**31, "window", int)
     if max_rounds is not None:
         max_rounds = _check.number(max_rounds, 1, 2**31, "max_rounds", int)
@@ -218,7 +219,7 @@ def fuse(
         forgotten = right[:, current.argmax(1) != y].sum(1)  # n * F_e against the current predictor
         epoch = int(forgotten.argmax())
         candidate = window_mean(read, epoch, window, n_epochs)
-        eps, best = best_epsilon(current, candidate, y, search=search, step=step)
+        eps, best = pick(current, candidate, y, grid)
         if best <= accuracy[-1]:
             break
         current = _mix(current, candidate, eps)
@@ -265,15 +266,7 @@ def best_epsilon(
     cur = _check.probabilities(current, name="current")
     new = _check.probabilities(candidate, cur.shape, name="candidate")
     y = _check.labels(labels, *cur.shape)
-    n_steps = round(1 / _check.number(step, 1e-6, 1, "step"))
-    if abs(n_steps * step - 1) > 1e-9:
-        raise ValueError(f"step: expected a value that divides 1, got {step}")
-    grid = np.arange(n_steps + 1) / n_steps
-    if _check.choice(search, ("grid", "exact"), "search") == "exact":
-        return _exact(cur, new, y, grid)
-    scores = _accuracies(cur, new, y, grid)
-    best = int(np.argmax(scores))
-    return float(grid[best]), float(scores[best])
+    return _searches[_check.choice(search, ("grid", "exact"), "search")](cur, new, y, _grid(step))
 
 
 def _recorded(correct: Any, n_epochs: int, y: Int, final: Float) -> NDArray[np.bool_]:
@@ -350,24 +343,31 @@ def _blocks(n_samples: int, n_classes: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, n_samples, rows)]
 
 
-def _exact(cur: Float, new: Float, y: Int, grid: Float) -> tuple[float, float]:
+def _grid(step: float) -> Float:
+    n_steps = round(1 / _check.number(step, 1e-6, 1, "step"))
+    if abs(n_steps * step - 1) > 1e-9:
+        raise ValueError(f"step: expected a value that divides 1, got {step}")
+    return np.asarray(np.arange(n_steps + 1) / n_steps)
+
+
+def _best_on_grid(cur: Float, new: Float, y: Int, grid: Float) -> tuple[float, float]:
+    scores = _accuracies(cur, new, y, grid)
+    best = int(np.argmax(scores))
+    return float(grid[best]), float(scores[best])
+
+
+def _best_exactly(cur: Float, new: Float, y: Int, grid: Float) -> tuple[float, float]:
     lo, hi, lo_closed, hi_closed = _intervals(cur, new, y)
     ends = np.unique(np.concatenate([lo, hi, [0.0, 1.0]]))
     middles = (ends[:-1] + ends[1:]) / 2
-    los, his = np.sort(lo), np.sort(hi)
-    open_los, open_his = np.sort(lo[~lo_closed]), np.sort(hi[~hi_closed])
-
-    def started(x: Float, side: Any) -> Int:
-        return np.searchsorted(los, x, side)
-
-    inside = started(middles, "right") - np.searchsorted(his, middles, "left")
-    at_ends = started(ends, "right") - np.searchsorted(his, ends, "left")
-    for values in (open_los, open_his):  # an open end is not part of its interval
+    at_ends = _n_inside(lo, hi, ends)
+    for values in (lo[~lo_closed], hi[~hi_closed]):  # an open end is not part of its interval
+        values.sort()
         at_ends -= np.searchsorted(values, ends, "right") - np.searchsorted(values, ends, "left")
-    # What rounding might make of a grid point is bounded from above; one that could win is evaluated with the others.
-    near = started(grid + _ROUNDING, "right") - np.searchsorted(his, grid - _ROUNDING, "left")
+    # A grid point where rounding could make more samples right than the intervals say is evaluated with the others.
+    on_grid = _n_inside(*_intervals(cur, new, y, slack=_ROUNDING)[:2], grid)
     candidates = np.concatenate([middles, ends, grid])
-    bound = np.concatenate([inside, at_ends, near]) / len(y)
+    bound = np.concatenate([_n_inside(lo, hi, middles), at_ends, on_grid]) / len(y)
     best_eps, best = 0.0, _accuracy(cur, y)
     for i in np.lexsort((candidates, np.arange(len(bound)) >= len(middles), -bound)):
         if bound[i] <= best:
@@ -378,25 +378,39 @@ def _exact(cur: Float, new: Float, y: Int, grid: Float) -> tuple[float, float]:
     return best_eps, best
 
 
-def _intervals(cur: Float, new: Float, y: Int) -> tuple[Float, Float, NDArray[np.bool_], NDArray[np.bool_]]:
+_searches = {"grid": _best_on_grid, "exact": _best_exactly}
+
+
+def _n_inside(lo: Float, hi: Float, x: Float) -> Int:
+    """How many of the closed intervals each x lies in."""
+    return np.searchsorted(np.sort(lo), x, "right") - np.searchsorted(np.sort(hi), x, "left")
+
+
+def _intervals(
+    cur: Float, new: Float, y: Int, slack: float = 0.0
+) -> tuple[Float, Float, NDArray[np.bool_], NDArray[np.bool_]]:
     """Ends of each right sample's interval of epsilon, and whether they belong to it; samples never right are left out.
 
     Sample i is right where d_k = (cur_y - cur_k) + eps * slope_k is positive for every k < y and not negative for every
-    k > y (arg-max takes the first of equal scores): each k bounds epsilon from one side.
+    k > y (arg-max takes the first of equal scores): each k bounds epsilon from one side. With slack, d_k may fall short
+    by that much: the widest interval that rounding could make of it.
     """
-    parts = [_interval_block(cur[b], new[b], y[b, None]) for b in _blocks(*cur.shape)]
+    parts = [_interval_block(cur[b], new[b], y[b, None], slack) for b in _blocks(*cur.shape)]
     lo, hi, lo_closed, hi_closed = (np.concatenate(p) for p in zip(*parts, strict=True))
     some = (lo < hi) | ((lo == hi) & lo_closed & hi_closed)
     return lo[some], hi[some], lo_closed[some], hi_closed[some]
 
 
-def _interval_block(cur: Float, new: Float, y: Int) -> tuple[Float, Float, NDArray[np.bool_], NDArray[np.bool_]]:
+def _interval_block(
+    cur: Float, new: Float, y: Int, slack: float
+) -> tuple[Float, Float, NDArray[np.bool_], NDArray[np.bool_]]:
     at_zero = np.take_along_axis(cur, y, 1) - cur  # (B, K)
     slope = np.take_along_axis(new, y, 1) - new - at_zero
+    at_zero += slack
     k = np.arange(cur.shape[1])
-    with np.errstate(divide="ignore", invalid="ignore"):
+    beats_equal = (k > y) | (slack > 0)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         crossing = -at_zero / slope
-    beats_equal = k > y
     lost = (slope == 0) & ~((at_zero > 0) | ((at_zero == 0) & beats_equal)) & (k != y)
     rising, falling = (slope > 0) & (k != y), (slope < 0) & (k != y)
 

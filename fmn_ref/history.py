@@ -10,6 +10,7 @@ little-endian.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
@@ -87,6 +88,7 @@ class CorrectnessHistory:
             header = _HEADER.pack(_MAGIC, 1, 0, self.n_samples, self.digest)
             header = (header + struct.pack("<I", zlib.crc32(header))).ljust(_PAD, b"\0")
             _files.write_atomic(self.path, lambda file: file.write(header))
+            self._size = _PAD
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> CorrectnessHistory:
@@ -123,7 +125,8 @@ class CorrectnessHistory:
     def _scan(self, verify: bool) -> list[int]:
         """Epoch numbers of the intact records."""
         assert self.path is not None
-        size = self.path.stat().st_size - _PAD
+        self._size = self.path.stat().st_size
+        size = self._size - _PAD
         n = size // self._record_size
         torn = "incomplete" if size % self._record_size else ""
         epochs: list[int] = []
@@ -174,7 +177,7 @@ class CorrectnessHistory:
         Raises
         ------
         TypeError, ValueError
-            Wrong dtype or length, an epoch that is not above the last.
+            Wrong dtype or length, an epoch that is not above the last; the file was changed by another writer.
         OSError
             The disk is full or the file cannot be written; the history is then as it was before.
         """
@@ -209,28 +212,32 @@ class CorrectnessHistory:
         _RECORD.pack_into(record, 0, _RECORD_MAGIC, crc, epoch)
         end = _PAD + len(self) * self._record_size
         with open(self.path, "r+b", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != self._size:
+                raise ValueError(f"{self.path}: changed since it was opened here; a history has one writer")
             file.truncate(end)  # drops a torn record
             file.seek(end)
             try:
                 if file.write(record) != len(record):
-                    raise OSError(f"{self.path}: no space left for one more epoch")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(end)
                 raise
+            finally:
+                self._size = os.fstat(file.fileno()).st_size
 
     def truncate(self, n_epochs: int) -> None:
         """Keep the first n_epochs rows and drop the rest, in the file too."""
         n: int = _check.number(n_epochs, 0, len(self), "n_epochs", int)
         if self.path is not None:
-            with open(self.path, "r+b") as file:
-                file.truncate(_PAD + n * self._record_size)
-                os.fsync(file.fileno())
+            kept = self.path.read_bytes()[: _PAD + n * self._record_size]
+            _files.write_atomic(self.path, lambda file: file.write(kept))  # a new file: views of the old one stay valid
+            self._size = len(kept)
         del self._epochs[n:]
 
     def correct(self) -> NDArray[np.bool_]:
         """(n_epochs, n_samples) bool: a new array, eight times the size of the bits."""
-        return np.unpackbits(self.packed, axis=1, count=self.n_samples, bitorder="little").astype(bool)
+        return np.unpackbits(self.packed, axis=1, count=self.n_samples, bitorder="little").view(np.bool_)
 
     @classmethod
     def concatenate(

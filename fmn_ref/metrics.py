@@ -276,7 +276,10 @@ def forgetting_matrix(correct: Any) -> NDArray[np.int64]:
     array([[0, 1],
            [2, 0]])
     """
-    packed = np.packbits(_check.correctness(correct), axis=1)
+    is_history = hasattr(correct, "packed")
+    packed = correct.packed if is_history else np.packbits(_check.correctness(correct), axis=1)
+    if len(packed) == 0:
+        raise ValueError("correct: expected at least one epoch")
     overlap = _backend.load()[0].overlap_counts(packed)
     return np.asarray(np.diag(overlap)[:, None] - overlap)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,7 @@ def symmetric_noise(labels: Any, rate: float, n_classes: int, seed: int) -> Int:
     >>> int((symmetric_noise([0] * 10, 0.4, 3, seed=0) != 0).sum())
     4
     """
-    other = (1.0 - np.eye(_check.number(n_classes, 2, 2**31, "n_classes", int))) / (n_classes - 1)
-    return _replace(labels, rate, other, seed)
+    return _shift(labels, rate, n_classes, seed, lambda generator, n: generator.integers(1, n_classes, n))
 
 
 def asymmetric_noise(labels: Any, rate: float, n_classes: int, seed: int) -> Int:
@@ -53,8 +53,7 @@ def asymmetric_noise(labels: Any, rate: float, n_classes: int, seed: int) -> Int
     >>> asymmetric_noise([0, 1, 2], 1.0, 3, seed=0)
     array([1, 2, 0])
     """
-    following = np.roll(np.eye(_check.number(n_classes, 2, 2**31, "n_classes", int)), 1, axis=1)
-    return _replace(labels, rate, following, seed)
+    return _shift(labels, rate, n_classes, seed, lambda generator, n: np.ones(n, np.int64))
 
 
 def transition_noise(labels: Any, transition: Any, seed: int) -> Int:
@@ -84,24 +83,25 @@ def transition_noise(labels: Any, transition: Any, seed: int) -> Int:
     matrix = _check.probabilities(transition, name="transition")
     if matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"transition: expected a square matrix, got shape {matrix.shape}")
-    return _draw(_check.labels(labels, n_classes=len(matrix)), matrix, _generator(seed))
+    y = _check.labels(labels, n_classes=len(matrix))
+    u = _generator(seed).random(len(y))
+    cumulative = np.cumsum(matrix, axis=1)
+    noisy = np.empty_like(y)
+    for c in np.unique(y):  # by the inverse of the cumulative distribution
+        noisy[y == c] = np.searchsorted(cumulative[c], u[y == c] * cumulative[c, -1], "right")
+    return noisy
 
 
 def _generator(seed: int) -> np.random.Generator:
     return np.random.default_rng(_check.number(seed, 0, 2**63, "seed", int))
 
 
-def _draw(labels: Int, matrix: NDArray[np.float64], generator: np.random.Generator) -> Int:
-    """One draw per label from its row, by the inverse of the cumulative distribution."""
-    cumulative = np.cumsum(matrix, axis=1)
-    u = generator.random(len(labels)) * cumulative[labels, -1]
-    return np.asarray((u[:, None] >= cumulative[labels]).sum(1), np.int64)
-
-
-def _replace(labels: Any, rate: float, matrix: NDArray[np.float64], seed: int) -> Int:
-    noisy = _check.labels(labels, n_classes=len(matrix))
+def _shift(labels: Any, rate: float, n_classes: int, seed: int, draw: Callable[[np.random.Generator, int], Int]) -> Int:
+    """Move round(rate * n) labels, chosen at random, up by what is drawn, around the end."""
+    n_classes = _check.number(n_classes, 2, 2**31, "n_classes", int)
+    noisy = _check.labels(labels, n_classes=n_classes)
     n_wrong = round(_check.number(rate, 0, 1, "rate") * len(noisy))
     generator = _generator(seed)
     chosen = generator.permutation(len(noisy))[:n_wrong]
-    noisy[chosen] = _draw(noisy[chosen], matrix, generator)
+    noisy[chosen] = (noisy[chosen] + draw(generator, n_wrong)) % n_classes
     return noisy

@@ -41,7 +41,7 @@ class Run:
 
     def __init__(self, run_dir: Path, history: CorrectnessHistory, model: Any = None, forward_fn: Any = None) -> None:
         self.run_dir, self.history, self.model, self.forward_fn = run_dir, history, model, forward_fn
-        self.config: dict[str, Any] = _files.read_json(run_dir / "run.json", "fmn_ref.run")["config"]
+        self.config = _read_config(run_dir)
 
     @classmethod
     def open(cls, run_dir: str | os.PathLike[str], model: Any = None, forward_fn: Any = None) -> Run:
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The checkpoint file of each row of the history, in order."""
+        """The checkpoint file of each row of the history, in order (there is none on disk with keep="none")."""
         return [checkpoint_path(self.run_dir, e) for e in self.history.epochs]
 
     def probabilities(self, data: Any, *, batch_size: int = 512) -> Probabilities:
@@ -129,12 +129,8 @@ class Recorder:
         self.model, self.forward_fn = model, forward_fn
         self._save = _saver(model, save) if _check.choice(keep, ("all", "none"), "keep") == "all" else None
         self._history: CorrectnessHistory | None = None
-        (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if not (self.run_dir / "run.json").exists():
-            content = {"format": "fmn_ref.run", "version": 1, "config": config or {}, "made_with": _versions()}
-            _files.write_json(self.run_dir / "run.json", content)
-        elif config is not None:
-            _check_same_run(self.run_dir, config)
+        claim(self.run_dir, config)
+        (self.run_dir / "checkpoints").mkdir(exist_ok=True)
         if (self.run_dir / "history.fmnh").exists():
             self._history = CorrectnessHistory.open(self.run_dir / "history.fmnh")
 
@@ -199,13 +195,30 @@ class Recorder:
         return f"Recorder({str(self.run_dir)!r}, next_epoch={self.next_epoch})"
 
 
-def _check_same_run(run_dir: Path, config: dict[str, Any]) -> None:
-    found = _files.read_json(run_dir / "run.json", "fmn_ref.run")["config"]
-    plain = json.loads(json.dumps(config))
+def claim(run_dir: Path, config: dict[str, Any] | None, resume: bool = True) -> Path:
+    """Make the folder and its run.json, or check that what is there was made with this configuration (None: any)."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "run.json"
+    if not path.exists():
+        content = {"format": "fmn_ref.run", "version": 1, "config": config or {}, "made_with": _versions()}
+        _files.write_json(path, content)
+        return run_dir
+    if not resume:
+        raise FileExistsError(f"{run_dir} holds a run; resume=True continues it, or choose another run_dir")
+    found = _read_config(run_dir)
+    plain = found if config is None else json.loads(json.dumps(config))
     for key in sorted(plain.keys() | found.keys()):
         if plain.get(key) != found.get(key):
             was, now = found.get(key), plain.get(key)
             raise ValueError(f"{key}: the run in {run_dir} was made with {was!r}, not {now!r}; choose another folder")
+    return run_dir
+
+
+def _read_config(run_dir: Path) -> dict[str, Any]:
+    config = _files.read_json(run_dir / "run.json", "fmn_ref.run").get("config")
+    if not isinstance(config, dict):
+        raise ValueError(f"{run_dir / 'run.json'}: has no configuration")
+    return config
 
 
 def checkpoint_path(run_dir: Path, epoch: int) -> Path:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import _check, checkpoints, data
-from .recorder import Recorder, Run
+from .recorder import Recorder, Run, claim
 
 logger = logging.getLogger(__name__)
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -47,12 +47,14 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check.number(self.batch_size, 1, 2**31, "batch_size", int)
+        number = {"batch_size": _check.number(self.batch_size, 1, 2**31, "batch_size", int)}
         _check.choice(self.optimizer, ("sgd", "adamw"), "optimizer")
         _check.choice(self.schedule, ("cosine", "step", "constant"), "schedule")
         for name in ("lr", "momentum", "weight_decay", "gamma"):
-            _check.number(getattr(self, name), 0, 1e6, name)
-        _check.number(self.seed, 0, 2**32, "seed", int)
+            number[name] = _check.number(getattr(self, name), 0, 1e6, name)
+        number["seed"] = _check.number(self.seed, 0, 2**32, "seed", int)
+        for name, value in number.items():
+            object.__setattr__(self, name, value)  # plain numbers, also where NumPy's were given
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Recipe:
@@ -145,9 +147,22 @@ def train(
     settings = Recipe.of(recipe)
     epochs = _check.number(epochs, 1, 2**31, "epochs", int)
     data.check_module(model, "model")
-    recorder = open_recorder(
-        run_dir, resume, model, {"epochs": epochs, **asdict(settings), "data": data_digest(train_data)}, forward_fn
-    )
+    config = {"epochs": epochs, **asdict(settings), "data": data_digest(train_data), "val_data": data_digest(val_data)}
+    claim(Path(run_dir), config, resume)
+    recorder = Recorder(run_dir, model, config=config, forward_fn=forward_fn)
+    resume_path = recorder.run_dir / "resume.pt"
+    if recorder.next_epoch == epochs and not resume_path.exists():  # complete, and tidied up by somebody
+        checkpoints.load_into(model, recorder.run.checkpoints[-1]).eval()
+        return recorder.run
+
+    def rewind(start: int) -> None:
+        """Go back to where resume.pt is: at most one epoch, if nobody meddled."""
+        if not start <= recorder.next_epoch <= start + 1:
+            found = f"after {start} epochs" if resume_path.exists() else "missing"
+            raise ValueError(
+                f"{resume_path}: is {found}, but the history has {recorder.next_epoch}; restore either file"
+            )
+        recorder.rewind(start)
 
     def record(epoch: int) -> dict[str, str]:
         probs, labels = data.predict(model, val_data, forward_fn=forward_fn)
@@ -164,30 +179,28 @@ def train(
         forward_fn=forward_fn,
         loss_fn=loss_fn,
         progress=progress,
-        resume_path=recorder.run_dir / "resume.pt",
-        rewind=recorder.rewind,
+        resume_path=resume_path,
+        rewind=rewind,
         after_epoch=record,
     )
+    model.eval()
     return recorder.run
-
-
-def open_recorder(
-    run_dir: str | os.PathLike[str], resume: bool, model: nn.Module, config: dict[str, Any], forward_fn: Any = None
-) -> Recorder:
-    """A recorder for a new run, or for one that may be continued."""
-    if not resume and (Path(run_dir) / "run.json").exists():
-        raise FileExistsError(f"{run_dir} holds a run; resume=True continues it, or choose another run_dir")
-    return Recorder(run_dir, model, config=config, forward_fn=forward_fn)
 
 
 def data_digest(samples: Any) -> str | None:
     """Notices that a run is continued on other data: of the labels and a few inputs of arrays; None for other data."""
     if not data.is_arrays(samples):
         return None
-    tensors = data.as_tensors(samples, torch.device("cpu"))
-    few = tensors[0][:: max(1, len(tensors[0]) // 100)]
-    parts = [few, *tensors[1:]]
-    return hashlib.sha256(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in parts)).hexdigest()[:16]
+    inputs, *rest = data.as_tensors(samples)
+    return tensors_digest([inputs[:: max(1, len(inputs) // 100)], *rest])
+
+
+def tensors_digest(tensors: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for t in tensors:
+        if isinstance(t, Tensor):
+            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def fit(

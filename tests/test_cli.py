@@ -23,7 +23,7 @@ def files(tmp_path, monkeypatch):
     np.save("labels.npy", labels[:40])
     np.savez("test.npz", probs=p[:, 40:], labels=labels[40:])
     np.save("correct.npy", fmn.correctness(p[:, :40], labels[:40]))
-    history = fmn.CorrectnessHistory(40, "history.fmnh")
+    history = fmn.CorrectnessHistory(40, "history.fmnh", labels=labels[:40])
     for row in fmn.correctness(p[:, :40], labels[:40]):
         history.append(row)
     return tmp_path
@@ -137,12 +137,19 @@ def test_final_model_alone(files, capsys):
         (["metric", "correct.npy", "--per-sample", "s.csv", "--ids", "short.txt"], "short.txt"),
         (["metric", "correct.npy", "--per-sample", "no/such/folder.csv"], "folder.csv"),
         (["metric", "other.npz"], "named 'correct'"),
-        (["fuse", "correct.npy", "--labels", "labels.npy"], "scores"),
+        (["fuse", "correct.npy", "--labels", "labels.npy"], "n_classes"),
         (["fuse", "probs.npy"], "--labels"),
         (["fuse", "probs.npy", "--labels", "labels.npy", "-o", "no/such/plan.json"], "plan.json"),
         (["apply", "correct.npy", "probs.npy"], "correct.npy"),
         (["apply", "none.json", "probs.npy"], "none.json"),
-        (["compare", "--select", "test.npz", "--test", "test.npz"], "same samples"),
+        (["compare", "--select", "test.npz", "--test", "test.npz"], "40 of 40 test samples"),
+        (["compare", "--select", "test.npz", "--test", "probs.npy"], "--test-labels"),
+        (["compare", "--select", "test.npz", "--test", "probs.npy", "--test-labels", "labels3.npy"], "test_labels"),
+        (["apply", "plan3.json", "probs.npy", "-o", "plan3.json"], "one of the files"),
+        (["metric", "disguised"], "disguised: an .npz file"),
+        (["metric", "history.fmnh", "--labels", "labels3.npy"], "labels3.npy: not the labels"),
+        (["demo", "--seeds", "0"], "seeds"),
+        (["metric", "text.npy"], "text.npy: not an .npy file"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(files, capsys, args, words):
@@ -153,6 +160,10 @@ def test_bad_input_is_one_line_on_stderr(files, capsys, args, words):
     (files / "short.txt").write_text("a\nb\n")
     for name, source in (("npy", "correct.npy"), ("npz", "test.npz"), ("fmnh", "history.fmnh")):
         (files / f"truncated.{name}").write_bytes((files / source).read_bytes()[:50])
+    (files / "text.npy").write_text("epoch,accuracy\n")
+    (files / "disguised").write_bytes((files / "test.npz").read_bytes())
+    fmn.FusionPlan((), 8, 1, (0.5,)).save("plan3.json")
+    (files / "runs" / "demo").mkdir(parents=True)
     before = sorted(files.rglob("*"))
     assert main(args) == 1
     shown = capsys.readouterr()

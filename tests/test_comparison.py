@@ -91,14 +91,33 @@ def test_scoring_on_the_selection_set_is_refused(run, rng):
     with pytest.raises(ValueError, match="120 of 240"):
         fmn.compare(run, VAL, half)
     assert fmn.compare(run, VAL, VAL, allow_overlap=True)["KF"].test_accuracy > 0
+    with pytest.raises(ValueError, match="10 of 240"):
+        fmn.compare(run, tuple(a[:10] for a in TEST), TEST)
     p, labels = random_probs(rng)
-    with pytest.raises(ValueError, match="same samples"):
-        fmn.compare_probabilities(p, labels, p, labels)
+    for part in (slice(None), slice(None, None, -1), slice(20, 40)):
+        with pytest.raises(ValueError, match="are in the selection set"):
+            fmn.compare_probabilities(p, labels, p[:, part], labels[part])
+    table = fmn.compare_probabilities(p, labels, p, labels, allow_overlap=True)
+    assert "selected on" in str(table)
+    for bad in ([1], labels[31:], labels[30:] + 5):
+        with pytest.raises(ValueError, match="test_labels"):
+            fmn.compare_probabilities(p[:, :30], labels[:30], p[:, 30:], bad)
+    assert "selected on" not in str(fmn.compare_probabilities(p[:, :30], labels[:30], p[:, 30:], labels[30:]))
+
+
+def test_students_need_train_data_and_epochs(run):
+    with pytest.raises(ValueError, match="make_student"):
+        fmn.compare(run, VAL, TEST, make_student=make_model)
+    bare = fmn.Run(run.run_dir, run.history, run.model)
+    bare.config = {}
+    with pytest.raises(ValueError, match="make_student"):
+        fmn.compare(bare, VAL, TEST, train_data=TRAIN, make_student=make_model)
 
 
 def test_final_model_alone_is_said(rng):
     p, _ = random_probs(rng)
-    table = fmn.compare_probabilities(p, p[-1].argmax(1), p[:, ::-1], p[-1, ::-1].argmax(1))
+    y = p[-1].argmax(1)
+    table = fmn.compare_probabilities(p[:, :30], y[:30], p[:, 30:], y[30:])
     assert "final model alone is best" in table.to_markdown()
     assert table["KF"].forward_passes == 1
 

@@ -142,6 +142,63 @@ def test_bad_input(run, call, words):
         call(run)
 
 
+def test_a_shuffled_data_set_is_noticed(run):
+    loader = DataLoader(TensorDataset(*VAL), 32, shuffle=True)
+    p = run.probabilities(loader)
+    with pytest.raises(ValueError, match="must not shuffle"):
+        fmn.fuse(p, p.labels)
+    with pytest.raises(ValueError, match=r"must not shuffle|disagrees"):
+        fmn.compare(run, loader, TEST)
+
+
+def test_little_memory_evaluates_again(run, monkeypatch):
+    monkeypatch.setattr(ensemble, "CACHE_BYTES", 1)
+    p = run.probabilities(VAL)
+    first = [q.copy() for q in p]
+    assert p.evaluated == (10, 11)
+    np.testing.assert_array_equal(p[0], first[0])
+
+
+class Tuples(nn.Module):
+    """Logits and something else: only a forward_fn knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = make_model()
+        self.register_buffer("steps", torch.tensor(7))
+
+    def forward(self, x):
+        return self.net(x), x
+
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 3}
+
+
+def test_forward_fn_is_asked_for_each_member(tmp_path):
+    def forward(model, batch):
+        return model(batch[0])[0], batch[1]
+
+    run = fmn.train(Tuples(), TRAIN, VAL, epochs=6, run_dir=tmp_path, forward_fn=forward, **RECIPE)
+    options = {"epochs": 2, "progress": False}
+    table = fmn.compare(run, VAL, TEST, train_data=TRAIN, make_student=Tuples, distill_options=options)
+    assert len(table.rows) == 13
+    fused = fmn.FusedModel(table.plan, run)
+    log_probs, labels = fused.forward_batch(TEST, forward)
+    np.testing.assert_allclose(log_probs.exp(), table.plan.apply(run.probabilities(TEST)), atol=1e-6)
+    assert labels is TEST[1]
+    assert fmn.averaged_model(run, {4: 0.5, 5: 0.5}, TRAIN).steps == 7
+
+
+def test_a_last_batch_of_one_sample(tmp_path):
+    one = tuple(a[:129] for a in TRAIN)
+    run = fmn.train(make_model(), one, VAL, epochs=1, run_dir=tmp_path, **RECIPE | {"batch_size": 128})
+    fmn.averaged_model(run, {0: 1.0}, one, batch_size=64)
+    fmn.averaged_model(run, {0: 1.0}, DataLoader(TensorDataset(*one), 64))
+
+
 def test_a_missing_checkpoint_is_named(run, tmp_path):
     recorder = fmn.Recorder(tmp_path, make_model(), keep="none")
     recorder.record(0, VAL[1], VAL[1])
@@ -160,8 +217,39 @@ class TestDistill:
             student = (z / t).softmax(0)
             kl = sum(s * (s.log() - q.log()) for s, q in zip(soft, student, strict=True))
             total += w * t**2 * kl - (1 - w) * z.log_softmax(0)[y]
-        loss = distillation_loss(logits, (labels, teacher), temperature=t, kd_weight=w)
+        loss = distillation_loss(logits, (labels, teacher.log()), temperature=t, kd_weight=w)
         torch.testing.assert_close(loss, total / 5)
+
+    @pytest.mark.parametrize("temperature", [0.01, 100.0])
+    def test_extreme_temperatures_do_not_overflow(self, temperature):
+        log_probs = torch.tensor([[0.0, -120.0, -300.0]])
+        soft = (log_probs.double() / temperature).softmax(1)
+        z = torch.zeros(1, 3)
+        loss = distillation_loss(z, (torch.tensor([0]), log_probs), temperature=temperature, kd_weight=1.0)
+        expected = temperature**2 * (torch.special.xlogy(soft, soft).sum() + np.log(3))
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+
+    def test_a_teacher_of_probabilities_is_refused(self):
+        teacher = nn.Sequential(nn.Linear(6, 4), nn.Softmax(1))
+        for options in ({}, {"augment": lambda x: x}):
+            with pytest.raises(ValueError, match="gives probabilities"):
+                fmn.distill(make_model(), teacher, TRAIN, epochs=1, **RECIPE | options)
+
+    def test_the_teacher_is_left_as_it_was(self):
+        teacher = make_model().train()
+        teacher[1].eval()
+        fmn.distill(make_model(), teacher, TRAIN, epochs=1, **RECIPE)
+        assert [m.training for m in teacher] == [True, False, True, True, True]
+
+    def test_another_teacher_is_refused_in_the_same_folder(self, tmp_path):
+        for ok in (True, False):
+            options = {"epochs": 1, "run_dir": tmp_path, **RECIPE}
+            if ok:
+                fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)
+                assert sorted(p.name for p in tmp_path.iterdir()) == ["resume.pt", "run.json"]
+            else:
+                with pytest.raises(ValueError, match="teacher"):
+                    fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)
 
     def test_a_student_becomes_its_teacher(self, run, plan):
         teacher = fmn.FusedModel(plan, run)

@@ -107,6 +107,35 @@ def test_exact_epsilon_of_a_single_tie():
     assert fmn.best_epsilon(current, candidate, [0, 0], search="exact") == (0.5, 1.0)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_exact_is_not_below_the_grid_where_rounding_decides(seed):
+    """Saturated float32 softmax against ties: differences far below the spacing of the numbers around them."""
+    rng = np.random.default_rng(seed)
+    for _ in range(150):
+        n, k = rng.integers(2, 12), 3
+        z = rng.normal(0, 30, (n, k))
+        saturated = np.exp(z - z.max(1, keepdims=True)).astype(np.float32)
+        saturated /= saturated.sum(1, keepdims=True)
+        tied = rng.choice([[0.25, 0.5, 0.25], [0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, 0.0]], n)
+        nearly = tied + rng.integers(-2, 3, (n, k)) * 1e-16
+        labels = rng.integers(0, k, n)
+        for pair in ((saturated, tied), (tied, saturated), (tied, nearly.clip(0)), (nearly.clip(0), saturated)):
+            grid, exact = (fmn.best_epsilon(*pair, labels, search=s)[1] for s in ("grid", "exact"))
+            assert exact >= grid
+
+
+def test_a_history_of_other_samples_is_refused(rng):
+    p, labels = random_probs(rng)
+    history = fmn.CorrectnessHistory(60, labels=labels)
+    for row in fmn.correctness(p, labels):
+        history.append(row)
+    assert fmn.fuse(p, labels, correct=history) == fmn.fuse(p, labels)
+    with pytest.raises(ValueError, match="other labels"):
+        fmn.fuse(p, labels[::-1], correct=history)
+    with pytest.raises(ValueError, match="disagrees"):
+        fmn.fuse(p[:, ::-1], labels, correct=history)
+
+
 def test_large_input_is_done_in_blocks(rng):
     current, candidate = rng.dirichlet(np.ones(50), (2, 30_000))
     labels = np.where(rng.random(30_000) < 0.5, current.argmax(1), candidate.argmax(1))
@@ -171,7 +200,7 @@ def spoiled(value, where=(1, 2, 0)):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: fmn.fuse(P[0], Y), ValueError, "n_epochs, n_samples, n_classes"),
+        (lambda: fmn.fuse(P[0], Y), ValueError, r"n_epochs, n_samples, n_classes.*\(4, 2\)"),
         (lambda: fmn.fuse(P[:0], Y), ValueError, "at least one epoch"),
         (lambda: fmn.fuse(P[:, :0], []), ValueError, "empty"),
         (lambda: fmn.fuse(P, Y[:3]), ValueError, "labels"),

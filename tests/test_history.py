@@ -162,6 +162,28 @@ def test_a_full_disk_leaves_the_history_as_it_was(path, monkeypatch):
     assert len(CorrectnessHistory.open(path)) == 6
 
 
+def test_two_writers_are_noticed(path):
+    a = filled(path)
+    b = CorrectnessHistory.open(path)
+    a.append(CORRECT[0])
+    with pytest.raises(ValueError, match="one writer"):
+        b.append(CORRECT[1])
+    np.testing.assert_array_equal(CorrectnessHistory.open(path).correct(), CORRECT[[0, 1, 2, 3, 4, 0]])
+
+
+def test_truncating_leaves_open_views_alone(path):
+    h = filled(path)
+    packed = h.packed
+    h.truncate(0)
+    np.testing.assert_array_equal(packed, np.packbits(CORRECT, axis=1, bitorder="little"))
+
+
+def test_the_matrix_of_a_history(path):
+    np.testing.assert_array_equal(fmn.forgetting_matrix(filled(path)), fmn.forgetting_matrix(CORRECT))
+    with pytest.raises(ValueError, match="at least one epoch"):
+        fmn.forgetting_matrix(CorrectnessHistory(3))
+
+
 def test_truncate(path):
     for h in (filled(path), filled(None)):
         h.truncate(2)

@@ -245,6 +245,16 @@ class TestRecorder:
         recorder.record(1, [1, 1], [0, 1])
         np.testing.assert_array_equal(fmn.Run.open(tmp_path).history.correct(), [[True, True], [False, True]])
 
+    def test_rewinding_everything_allows_other_samples(self, tmp_path):
+        recorder = fmn.Recorder(tmp_path)
+        recorder.rewind(0)
+        recorder.record(4, [0, 1], [0, 1])
+        assert recorder.next_epoch == 5
+        recorder.rewind(0)
+        assert (recorder.next_epoch, recorder.peak_forget_fraction) == (0, 0)
+        recorder.record(0, [0, 1, 2], [0, 1, 1])
+        assert "next_epoch=1" in repr(recorder)
+
     def test_other_frameworks_save_their_own(self, tmp_path):
         recorder = fmn.Recorder(tmp_path, save=lambda path: path.write_text("weights"))
         recorder.record(0, [0], [0])
@@ -258,7 +268,7 @@ class TestRecorder:
     @pytest.mark.parametrize(
         ("call", "error", "words"),
         [
-            (lambda r: r.record(0, [0, 1], [0, 1]), ValueError, "already recorded"),
+            (lambda r: r.record(0, [0, 1], [0, 1]), ValueError, "next_epoch"),
             (lambda r: r.record(1, [0, 1], [1, 1]), ValueError, "labels"),
             (lambda r: r.record(1, [0, 1, 1], [0, 1, 1]), ValueError, "labels"),
             (lambda r: r.record(1, [[np.nan, 0], [0, 1]], [0, 1]), ValueError, "NaN"),
@@ -267,6 +277,7 @@ class TestRecorder:
             (lambda r: r.record("one", [0, 1], [0, 1]), TypeError, "epoch"),
             (lambda r: r.record(1, ["a", "b"], [0, 1]), TypeError, "predictions_or_scores"),
             (lambda r: fmn.Recorder(r.run_dir, keep="some"), ValueError, "keep"),
+            (lambda r: fmn.Recorder(r.run_dir, config={"lr": 1}), ValueError, "lr"),
             (lambda r: r.run.probabilities(([0.0], [0])), ValueError, "no model"),
         ],
     )
@@ -298,7 +309,33 @@ class TestRecorder:
         assert (tmp_path / "run").read_text() == "mine"
 
 
+class Versioned(nn.Module):
+    """Changes its weights when it loads a state of an older version, as some torch modules do."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def _load_from_state_dict(self, state, prefix, metadata, *args):
+        if metadata.get("version", 1) < 2:
+            state[prefix + "weight"] = -state[prefix + "weight"]
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+
+
 class TestCheckpoints:
+    def test_versions_of_modules_are_kept(self, tmp_path):
+        checkpoints.save_state(Versioned(), tmp_path / "a.pt")
+        assert (checkpoints.load_into(Versioned(), tmp_path / "a.pt").weight == 1).all()
+
+    def test_wrapped_models_are_stored_under_plain_names(self, tmp_path):
+        model = fresh()
+        for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+            checkpoints.save_state(wrapped, tmp_path / "a.pt")
+            assert same_weights(checkpoints.load_into(make_model(), tmp_path / "a.pt"), model)
+            checkpoints.load_into(wrapped, tmp_path / "a.pt")
+
     def test_round_trip_keeps_everything(self, tmp_path):
         model = fresh()
         checkpoints.save_state(model, tmp_path / "a.pt")
@@ -422,6 +459,41 @@ def test_labels_out_of_range_are_named(tmp_path):
     train_set, (x, y), _ = make_data()
     with pytest.raises(ValueError, match="labels"):
         fmn.train(fresh(), train_set, (x, y + 4), epochs=1, run_dir=tmp_path, **RECIPE)
+
+
+def test_other_data_is_refused(tmp_path):
+    (x, y), val, _ = make_data()
+    trained(tmp_path, epochs=2)
+    for train_set, val_set, name in (((x, y.flip(0)), val, "data"), ((x, y), (val[0][:77], val[1][:77]), "val_data")):
+        with pytest.raises(ValueError, match=f"^{name}:"):
+            fmn.train(fresh(), train_set, val_set, epochs=2, run_dir=tmp_path, **RECIPE)
+
+
+def test_without_resume_file_nothing_is_lost(tmp_path):
+    done = trained(tmp_path / "done", epochs=3)
+    (tmp_path / "done" / "resume.pt").unlink()
+    assert same_weights(trained(tmp_path / "done", epochs=3).model, done.model)
+    trained(tmp_path / "half", epochs=3)
+    history = fmn.CorrectnessHistory.open(tmp_path / "half" / "history.fmnh")
+    history.truncate(2)
+    with pytest.raises(ValueError, match=r"resume\.pt: is after 3 epochs, but the history has 2"):
+        trained(tmp_path / "half", epochs=3)
+    (tmp_path / "half" / "resume.pt").unlink()
+    with pytest.raises(ValueError, match=r"resume\.pt: is missing, but the history has 2"):
+        trained(tmp_path / "half", epochs=3)
+    assert len(fmn.Run.open(tmp_path / "half").history) == 2
+
+
+def test_numpy_arrays_of_any_kind(tmp_path):
+    """Double precision, reversed, memory-mapped, numbers of NumPy's in the recipe."""
+    (x, y), val, _ = make_data()
+    np.save(tmp_path / "x.npy", x.numpy().astype(np.float64))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    run = fmn.train(
+        fresh(), (mapped, y.numpy()), val, epochs=2, run_dir=tmp_path / "a", **RECIPE | {"seed": np.int64(5)}
+    )
+    np.testing.assert_array_equal(run.history.packed, trained(tmp_path / "b", epochs=2).history.packed)
+    fmn.train(fresh(), (mapped[::-1], y.numpy()[::-1]), val, epochs=1, run_dir=tmp_path / "c", **RECIPE)
 
 
 def test_another_configuration_is_refused(tmp_path):
