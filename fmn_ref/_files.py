@@ -24,8 +24,10 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], obje
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(target)  # a full disk is reported without a name
         raise
     sync_folder(target.parent)
 

@@ -115,6 +115,14 @@ def compare_probabilities(
     """
     if not allow_overlap:
         _refuse_overlap(_rows(select_probs), _rows(test_probs), "test_probs")
+    rows, plan = _mixed(select_probs, select_labels, test_probs, test_labels, correct, window, search)
+    return _comparison(rows, plan, select_labels, test_labels, allow_overlap)
+
+
+def _mixed(
+    select_probs: Any, select_labels: Any, test_probs: Any, test_labels: Any, correct: Any, window: int, search: str
+) -> tuple[list[Row], FusionPlan]:
+    """The rows that mix predictions."""
     plan = fuse(select_probs, select_labels, correct=correct, window=window, search=search)
     first = FusionPlan(plan.members[:1], plan.n_epochs, window, plan.accuracy[:2])
     y = _check.labels(select_labels)
@@ -136,6 +144,10 @@ def compare_probabilities(
     ]
     for name, p in (("KF(1)", first), ("KF", plan)):
         rows.append(Row(name, len(p.weights), p.accuracy[-1], _score(p.apply(test_probs), y_test)))
+    return rows, plan
+
+
+def _comparison(rows: list[Row], plan: FusionPlan, y: Any, y_test: Any, allow_overlap: bool) -> Comparison:
     notes = ["Samples that were selected on may be among the scored ones."] if allow_overlap else []
     if plan.final_model_alone:
         notes.append("The final model alone is best: no epoch knew what would help.")
@@ -193,13 +205,12 @@ def compare(
         _refuse_overlap(data.fingerprints(select_data), data.fingerprints(test_data), "test_data")
     select, test = run.probabilities(select_data), run.probabilities(test_data)
     y, y_test = select.labels, test.labels
-    table = compare_probabilities(select, y, test, y_test, window=window, search=search, allow_overlap=True)
-    rows = [
+    rows, plan = _mixed(select, y, test, y_test, None, window, search)
+    rows += [
         Row(name, 1, _model_score(model, select_data, run, y), _model_score(model, test_data, run, y_test))
-        for name, model in _single_models(run, table.plan, select_data, y, train_data, make_student, options)
+        for name, model in _single_models(run, plan, select_data, y, train_data, make_student, options)
     ]
-    notes = table.notes[not allow_overlap :]
-    return Comparison([*table.rows, *rows], table.plan, table.n_selection, table.n_test, notes)
+    return _comparison(rows, plan, y, y_test, allow_overlap)
 
 
 def _single_models(
@@ -226,10 +237,8 @@ def _single_models(
         return
     final = FusionPlan((), n, 0, plan.accuracy[:1])
     for name, p in (("distilled last", final), ("distilled KF", plan)):
-        yield (
-            name,
-            distill(make_student(), FusedModel(p, run), train_data, forward_fn=run.forward_fn, **options),
-        )
+        teacher = FusedModel(p, run)
+        yield name, distill(make_student(), teacher, train_data, forward_fn=run.forward_fn, **options)
 
 
 def _distill_options(run: Any, given: dict[str, Any] | None) -> dict[str, Any]:

@@ -218,9 +218,10 @@ class CorrectnessHistory:
             file.seek(end)
             try:
                 if file.write(record) != len(record):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
-            except OSError:
+            except OSError as error:
+                error.filename = str(self.path)
                 file.truncate(end)
                 raise
             finally:

@@ -134,7 +134,8 @@ def train(
     Notes
     -----
     Bit-identical resuming holds on the same machine with the same thread count, and for randomness from torch's
-    generators (NumPy's and Python's are the caller's affair). The global generator is put back afterwards.
+    generators (NumPy's and Python's are the caller's affair, as are a DataLoader's persistent workers). The global
+    generator is put back afterwards; the model is left in evaluation mode.
 
     Examples
     --------
@@ -149,7 +150,7 @@ def train(
     data.check_module(model, "model")
     config = {"epochs": epochs, **asdict(settings), "data": data_digest(train_data), "val_data": data_digest(val_data)}
     claim(Path(run_dir), config, resume)
-    recorder = Recorder(run_dir, model, config=config, forward_fn=forward_fn)
+    recorder = Recorder(run_dir, model, forward_fn=forward_fn)
     resume_path = recorder.run_dir / "resume.pt"
     if recorder.next_epoch == epochs and not resume_path.exists():  # complete, and tidied up by somebody
         checkpoints.load_into(model, recorder.run.checkpoints[-1]).eval()
