@@ -18,6 +18,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	@echo "Installing into $(VENV): about a minute ..."
 	$(BIN)/pip install -q -c constraints.txt ".[test]"
 	@touch $@
 	@$(BIN)/fmn-ref info
