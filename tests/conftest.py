@@ -40,6 +40,10 @@ def awkward_correctness(rng):
     """(name, array) pairs: every layout and dtype that a correctness matrix may come in."""
     for n_samples in (1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 255, 256, 257, 8159, 8161, 8192, 9000):
         yield f"size {n_samples}", rng.random((5, n_samples)) < 0.6
+    for n_epochs in (254, 255, 256, 510, 511, 700):  # the compiled kernels count epochs in bytes, 255 at a time
+        correct = rng.random((n_epochs, 90)) < 0.5
+        correct[:, :9], correct[:300, 9:20], correct[300:, 20:30], correct[:, 30:33] = False, False, False, True
+        yield f"{n_epochs} epochs", correct
     base = rng.random((12, 300)) < 0.5
     yield "one epoch", base[:1]
     yield "all right", np.ones((4, 70), bool)

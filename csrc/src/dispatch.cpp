@@ -70,21 +70,49 @@ fmn_status grouped(const fmn_matrix* m, int64_t reference, const int64_t* groups
     for (int64_t i = 0; i < m->n_samples; ++i)
         if (groups[i] < 0 || groups[i] >= n_groups) return FMN_INVALID_ARGUMENT;
     const uint8_t* ref = row(m, reference);
-    const int64_t plane = n_groups * m->n_epochs;
-    std::fill(out, out + 4 * plane, T(0));
-    return split(m->n_epochs, 1, m->n_epochs * m->n_samples, n_threads, [=](int64_t begin, int64_t end) {
+    const int64_t n_epochs = m->n_epochs, plane = n_groups * n_epochs;
+    std::vector<T> scratch;
+    try {
+        scratch.resize(static_cast<size_t>(5 * plane));
+    } catch (const std::exception&) {
+        return FMN_OUT_OF_MEMORY;
+    }
+    T* const sums = scratch.data();  // per epoch and group: wrong at both, learned, forgotten, retained; right
+    return split(n_epochs, 1, n_epochs * m->n_samples, n_threads, [=](int64_t begin, int64_t end) {
         for (int64_t e = begin; e < end; ++e) {
             const uint8_t* now = row(m, e);
+            T* const of_epoch = sums + 5 * n_groups * e;
             for (int64_t i = 0; i < m->n_samples; ++i) {
-                T* cell = out + groups[i] * m->n_epochs + e;
+                const int right = now[i] != 0;
                 const T w = weight(i);
-                if (now[i]) cell[0] += w;
-                if (now[i] && !ref[i]) cell[plane] += w;
-                if (!now[i] && ref[i]) cell[2 * plane] += w;
-                if (now[i] && ref[i]) cell[3 * plane] += w;
+                T* cell = of_epoch + 5 * groups[i];
+                cell[2 * right + (ref[i] != 0)] += w;
+                cell[4] += right ? w : T(0);
+            }
+            for (int64_t g = 0; g < n_groups; ++g) {
+                const T* cell = of_epoch + 5 * g;
+                T* to = out + g * n_epochs + e;
+                to[0] = cell[4];
+                to[plane] = cell[2];
+                to[2 * plane] = cell[1];
+                to[3 * plane] = cell[3];
             }
         }
     });
+}
+
+// Adds a block's epochs, which begin at `base`, to the counts of its samples (rows of n).
+void add_block(const fmn::SampleBlock& block, int64_t size, int32_t base, int32_t length, int64_t n, int32_t* counts) {
+    int32_t *first = counts, *last = counts + n, *events = counts + 2 * n, *right = counts + 3 * n, *wrong = counts + 4 * n;
+    for (int64_t i = 0; i < size; ++i) {
+        if (base == 0) first[i] = last[i] = wrong[i] = -1, events[i] = right[i] = 0;
+        const bool any_right = block.right[i] > 0, any_wrong = block.right[i] < length;
+        first[i] = (first[i] < 0) & any_right ? base + block.first[i] : first[i];
+        last[i] = any_right ? base + block.last[i] : last[i];
+        wrong[i] = any_wrong ? base + block.last_wrong[i] : wrong[i];
+        events[i] += block.events[i];
+        right[i] += block.right[i];
+    }
 }
 
 }  // namespace
@@ -123,25 +151,21 @@ fmn_status fmn_group_sums(const fmn_matrix* m, int64_t reference, const int64_t*
 
 fmn_status fmn_sample_counts(const fmn_matrix* m, int n_threads, int32_t* counts) {
     if (!valid(m) || !counts || m->n_epochs > INT32_MAX) return FMN_INVALID_ARGUMENT;
-    constexpr int64_t block = 4096;  // five rows of int32 for one block stay in the level-2 cache over all epochs
+    using Block = fmn::SampleBlock;
+    const auto& k = kernels();
     const int64_t n = m->n_samples;
-    return split(n, block, m->n_epochs * n, n_threads, [=](int64_t begin, int64_t end) {
-        for (int64_t start = begin; start < end; start += block) {
-            const int64_t stop = std::min(end, start + block);
-            int32_t *first = counts, *last = counts + n, *events = counts + 2 * n, *right = counts + 3 * n,
-                    *last_wrong = counts + 4 * n;
-            for (int64_t i = start; i < stop; ++i) first[i] = last[i] = last_wrong[i] = -1, events[i] = right[i] = 0;
-            for (int32_t e = 0; e < m->n_epochs; ++e) {
-                const uint8_t* now = row(m, e);
-                const uint8_t* before = row(m, e > 0 ? e - 1 : 0);
-                for (int64_t i = start; i < stop; ++i) {
-                    const int32_t ok = now[i] != 0, was = before[i] != 0;
-                    right[i] += ok;
-                    events[i] += was & ~ok & 1;
-                    first[i] = (first[i] < 0) & ok ? e : first[i];
-                    last[i] = ok ? e : last[i];
-                    last_wrong[i] = ok ? last_wrong[i] : e;
-                }
+    const int32_t n_epochs = static_cast<int32_t>(m->n_epochs);
+    return split(n, Block::size, m->n_epochs * n, n_threads, [=, &k](int64_t begin, int64_t end) {
+        Block block;
+        for (int64_t start = begin; start < end; start += Block::size) {
+            const int64_t size = std::min(end - start, Block::size);
+            for (int32_t base = 0; base < n_epochs; base += Block::max_epochs) {
+                const int32_t length = std::min(n_epochs - base, Block::max_epochs);
+                std::memset(&block, 0, sizeof block);
+                for (int32_t e = base; e < base + length; ++e)
+                    k.update_samples(row(m, e > 0 ? e - 1 : 0) + start, row(m, e) + start, size,
+                                     static_cast<uint8_t>(e - base), &block);
+                add_block(block, size, base, length, n, counts + start);
             }
         }
     });

@@ -41,8 +41,12 @@ int64_t count_and(const uint8_t* a, const uint8_t* b, int64_t n_bytes) {
     return total;
 }
 
+void update_samples(const uint8_t* before, const uint8_t* now, int64_t n, uint8_t e, SampleBlock* block) {
+    update_samples_loop(before, now, n, e, block);
+}
+
 }  // namespace
 
-const Kernels base_kernels = {"base", count_row, count_and};
+const Kernels base_kernels = {"base", count_row, count_and, update_samples};
 
 }  // namespace fmn

@@ -31,7 +31,8 @@ typedef struct {
  * F_e = counts[1][e] / n_samples. Reads the matrix once: O(n_epochs * n_samples). */
 fmn_status fmn_curve_counts(const fmn_matrix* correct, int64_t reference, int n_threads, int64_t* counts);
 
-/* The same within groups: groups[i] in [0, n_groups) for each sample; counts is (4, n_groups, n_epochs). */
+/* The same within groups: groups[i] in [0, n_groups) for each sample; counts is (4, n_groups, n_epochs). This function and
+ * the next allocate 40 * n_groups * n_epochs bytes while they run. */
 fmn_status fmn_group_counts(const fmn_matrix* correct, int64_t reference, const int64_t* groups, int64_t n_groups,
                             int n_threads, int64_t* counts);
 
