@@ -55,9 +55,9 @@ def load_named(path: str, *names: str) -> tuple[Any, str]:
                     return content[name], name
             raise ValueError(f"expected an array named {' or '.join(map(repr, names))}, found {list(content)}")
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = (
-            "not an .npy file of numbers" if "pickle" in str(error) else str(error)
-        )  # NumPy suggests to unpickle it
+        reason = str(error)
+        if "pickle" in reason:  # NumPy suggests to unpickle it
+            reason = "not an .npy file of numbers"
         raise ValueError(reason if path in reason else f"{path}: {reason}") from None
 
 
@@ -85,7 +85,8 @@ def load_correct(path: str, labels: str | None) -> Any:
     without_labels = labels is None and not path.endswith(".npz") and a.dtype.kind != "f"
     if name == "correct" or without_labels:
         return a
-    return metrics.correctness(a, load_labels(labels, path))
+    y = load_labels(labels, path)
+    return correctness_of(a, y) if a.ndim == 3 else metrics.correctness(a, y)
 
 
 def correctness_of(probs: Any, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
