@@ -2,7 +2,7 @@
 
     python benchmarks/metric_throughput.py [--epochs 200] [--samples 1281167]
 
-A row: function, backend, median milliseconds of 7 calls, GB/s of correctness bytes (epochs x samples), ratio to NumPy.
+A row: function, backend, median ms of 7 calls (NumPy: 3), GB/s of correctness bytes (epochs x samples), ratio to NumPy.
 Each result is compared with NumPy's before it is timed; inputs are bool bytes (packed bits for the matrix) in memory.
 """
 

@@ -88,8 +88,10 @@ def weights(x: Any, n_samples: int, name: str = "sample_weight") -> Float:
     a = array(x, name).astype(np.float64)
     if a.shape != (n_samples,):
         raise ValueError(f"{name}: expected shape ({n_samples},), got shape {a.shape}")
-    if not np.isfinite(a).all() or (a < 0).any() or not a.any():
-        raise ValueError(f"{name}: expected finite weights >= 0, at least one above 0")
+    with np.errstate(over="ignore"):
+        total = a.sum()
+    if not np.isfinite(total) or (a < 0).any() or not a.any():
+        raise ValueError(f"{name}: expected weights >= 0 with a finite sum above 0")
     return a
 
 

@@ -50,7 +50,7 @@ def read_json(path: str | os.PathLike[str], format: str) -> dict[str, Any]:
     """A JSON object with {"format": format, "version": 1}; a ValueError that names the file for anything else."""
     try:
         content = json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a {format} file: {error}") from None
     if not isinstance(content, dict) or content.get("format") != format:
         raise ValueError(f"{path}: not a {format} file")

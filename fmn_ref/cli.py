@@ -12,7 +12,9 @@ import io
 import json
 import logging
 import sys
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,12 @@ PROBS = "probabilities (n_epochs, n_samples, n_classes): .npy, or .npz with 'pro
 LABELS = "true classes (n_samples,): .npy, or .npz with 'labels'; default: 'labels' in the other file, if it is .npz"
 
 
-def load(path: str, *names: str) -> Any:
-    """An array of a file: .fmnh, .npy (memory-mapped), or the first of `names` in an .npz."""
-    return load_named(path, *names)[0]
+def load(path: str, *names: str) -> NDArray[Any]:
+    """An array of a file: .npy (memory-mapped), or the first of `names` in an .npz."""
+    a: NDArray[Any] | CorrectnessHistory = load_named(path, *names)[0]
+    if isinstance(a, CorrectnessHistory):
+        raise ValueError(f"{path}: holds correctness, not {names[0]}")
+    return a
 
 
 def load_named(path: str, *names: str) -> tuple[Any, str]:
@@ -54,7 +59,7 @@ def load_named(path: str, *names: str) -> tuple[Any, str]:
                 if name in content:
                     return content[name], name
             raise ValueError(f"expected an array named {' or '.join(map(repr, names))}, found {list(content)}")
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error)
         if "pickle" in reason:  # NumPy suggests to unpickle it
             reason = "not an .npy file of numbers"
@@ -151,7 +156,7 @@ def write_per_sample(path: str, stats: metrics.SampleStatistics, epochs: NDArray
 def command_fuse(args: argparse.Namespace) -> None:
     probs = load(args.probs, "probs")
     labels = load_labels(args.labels, args.probs)
-    correct = load(args.correct, "correct") if args.correct else correctness_of(probs, labels)
+    correct = load_named(args.correct, "correct")[0] if args.correct else correctness_of(probs, labels)
     options = {"window": args.window, "max_rounds": args.max_rounds, "search": args.search}
     plan = fuse(probs, labels, correct=correct, **options)
     plan.save(args.output)
@@ -174,8 +179,6 @@ def command_fuse(args: argparse.Namespace) -> None:
 
 def command_apply(args: argparse.Namespace) -> None:
     plan = FusionPlan.load(args.plan)
-    if Path(args.output).resolve() in (Path(args.plan).resolve(), Path(args.probs).resolve()):
-        raise ValueError(f"--output: {args.output} is one of the files to read")
     probs = load(args.probs, "probs")
     labels = None
     if args.labels or has_labels(args.probs):
@@ -297,9 +300,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def check_output(args: argparse.Namespace) -> None:
+    """No command writes over a file that it reads."""
+    inputs = [vars(args).get(name) for name in ("file", "plan", "probs", "labels", "correct", "ids")]
+    for output in (vars(args).get("output"), vars(args).get("per_sample")):
+        if output and Path(output).resolve() in [Path(i).resolve() for i in inputs if i]:
+            raise ValueError(f"{output}: is one of the files to read; choose another name for what is written")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
+        check_output(args)
         args.run(args)
     except KeyboardInterrupt:
         print("fmn-ref: interrupted" + "; run it again to continue" * (args.command == "demo"), file=sys.stderr)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check, baselines
-from .fusion import FusionPlan, fuse, mixture
+from .fusion import Epochs, FusionPlan, fuse, mixture
 
 Int = NDArray[np.int64]
 FLATTERS = "scoring there flatters (allow_overlap=True or --allow-overlap permits it)"
@@ -113,6 +113,7 @@ def compare_probabilities(
     ValueError, TypeError
         As `fuse`; more than 1 % of the samples stand in both sets (the same predictions at the first and last epoch).
     """
+    select_probs, test_probs = Epochs(select_probs, "select_probs"), Epochs(test_probs, "test_probs")
     if not allow_overlap:
         _refuse_overlap(_rows(select_probs), _rows(test_probs), "test_probs")
     rows, plan = _mixed(select_probs, select_labels, test_probs, test_labels, correct, window, search)
@@ -126,9 +127,11 @@ def _mixed(
     plan = fuse(select_probs, select_labels, correct=correct, window=window, search=search)
     first = FusionPlan(plan.members[:1], plan.n_epochs, window, plan.accuracy[:2])
     y = _check.labels(select_labels)
-    n_test, n_classes = np.shape(test_probs[-1])
-    y_test = _check.labels(test_labels, n_test, n_classes, "test_labels")
     n, k = plan.n_epochs, len(plan.weights)
+    n_test, n_classes = np.shape(test_probs[-1])
+    if (len(test_probs), n_classes) != (n, np.shape(select_probs[-1])[1]):
+        raise ValueError("test_probs: expected as many epochs and classes as select_probs")
+    y_test = _check.labels(test_labels, n_test, n_classes, "test_labels")
     right = np.stack([np.argmax(select_probs[e], 1) == y for e in range(n)]) if correct is None else correct
     mixed = {
         "last": baselines.last(n),
@@ -197,7 +200,9 @@ def compare(
         As `fuse` and `distill`; more than 1 % of the samples stand in both sets.
     """
     from . import data
+    from .ensemble import model_of
 
+    model_of(run)
     options = _distill_options(run, distill_options)
     if make_student is not None and (train_data is None or "epochs" not in options):
         raise ValueError("make_student: needs train_data, and distill_options with at least epochs")
@@ -251,7 +256,7 @@ def _distill_options(run: Any, given: dict[str, Any] | None) -> dict[str, Any]:
 
 def _rows(probs: Any) -> set[bytes]:
     """What the first and the last epoch predict for each sample: two samples rarely share that."""
-    return {a.tobytes() + b.tobytes() for a, b in zip(np.asarray(probs[0]), np.asarray(probs[-1]), strict=True)}
+    return {a.tobytes() + b.tobytes() for a, b in zip(probs[0], probs[-1], strict=True)}
 
 
 def _refuse_overlap(select: set[bytes], test: set[bytes], name: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
@@ -37,9 +37,9 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[Tensor, Tensor]:
-    """(logits, labels); an ensemble runs the function on each of its members (FusedModel.forward_batch)."""
+    """(logits, labels); an ensemble runs the function on each of its members (FusedModel)."""
     function = forward_fn or default_forward
-    ensemble = getattr(model, "forward_batch", None)
+    ensemble = getattr(model, "_fmn_forward_batch", None)
     return function(model, batch) if ensemble is None else ensemble(batch, function)
 
 
@@ -54,6 +54,8 @@ def as_tensors(data: Any) -> tuple[Tensor, ...]:
     if len(tensors) < 2 or any(t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors) or len(tensors[0]) == 0:
         shapes = [tuple(t.shape) for t in tensors]
         raise ValueError(f"data: expected (inputs, labels) with one row per sample, not empty, got shapes {shapes}")
+    if len(tensors) == 2 and not tensors[1].is_floating_point() and (tensors[1] < 0).any():
+        raise ValueError(f"labels: expected classes from 0, got {int(tensors[1].min())}")  # torch ignores -100
     return tensors
 
 
@@ -75,24 +77,19 @@ def check_module(model: Any, name: str) -> None:
 
 
 def batches(data: Any, batch_size: int, device: torch.device, *, shuffle: bool = False) -> Iterator[Any]:
-    """One pass over the data, on the device; shuffled by torch's global generator when asked to.
-
-    A single sample left over from arrays joins the batch before it: BatchNorm cannot train on one.
-    """
+    """One pass over the data, on the device; shuffled by torch's global generator when asked to."""
     if is_arrays(data):
         tensors = as_tensors(data)
-        n = len(tensors[0])
-        order = torch.randperm(n) if shuffle else None
-        stops = [*range(batch_size, n, batch_size), n]
-        if len(stops) > 1 and n - stops[-2] == 1:
-            del stops[-2]
-        for start, stop in zip([0, *stops], stops, strict=False):
-            chosen = (t[start:stop] if order is None else t[order[start:stop].to(t.device)] for t in tensors)
-            yield tuple(t.to(device, non_blocking=True) for t in chosen)
+        for rows in _index_batches(len(tensors[0]), batch_size, shuffle):
+            yield tuple(t[rows.to(t.device) if shuffle else _as_slice(rows)].to(device) for t in tensors)
         return
     loader: Iterable[Any]
-    if isinstance(data, Dataset):
-        loader = DataLoader(data, batch_size, shuffle=shuffle)
+    if isinstance(data, IterableDataset):
+        loader = DataLoader(data, batch_size)
+    elif isinstance(data, Dataset):
+        order = _index_batches(len(data), batch_size, shuffle)  # type: ignore[arg-type]
+        own = torch.Generator()  # or the loader would draw from the global one, and change what the model draws
+        loader = DataLoader(data, batch_sampler=[rows.tolist() for rows in order], generator=own)
     elif hasattr(data, "__iter__") and not isinstance(data, (Tensor, np.ndarray, str, Iterator)):
         loader = data
     else:
@@ -101,13 +98,28 @@ def batches(data: Any, batch_size: int, device: torch.device, *, shuffle: bool =
         yield to_device(batch, device)
 
 
+def _index_batches(n: int, batch_size: int, shuffle: bool) -> list[Tensor]:
+    """Row numbers of each batch; a single one left over joins the batch before it: BatchNorm cannot train on one."""
+    order = torch.randperm(n) if shuffle else torch.arange(n)
+    rows = [order[start : start + batch_size] for start in range(0, n, batch_size)]
+    if len(rows) > 1 and len(rows[-1]) == 1:
+        rows[-2:] = [torch.cat(rows[-2:])]
+    return rows
+
+
+def _as_slice(rows: Tensor) -> slice:
+    """Consecutive rows as a view rather than a copy."""
+    return slice(int(rows[0]), int(rows[-1]) + 1)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {k: to_device(v, device) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return tuple(to_device(v, device) for v in batch)
+        moved = [to_device(v, device) for v in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else tuple(moved)  # a namedtuple stays one
     return batch
 
 
@@ -165,6 +177,8 @@ def inputs_of(batch: Any) -> list[Tensor]:
     """The tensors of a batch that are not its labels: the first of a tuple, all of a dict but "labels"."""
     if isinstance(batch, Mapping):
         return [v for k, v in sorted(batch.items()) if k != "labels" and isinstance(v, Tensor)]
+    if not isinstance(batch, (tuple, list)) or not batch:
+        raise TypeError(f"batch: expected a tuple or a dict, got {type(batch).__name__}")
     return [batch[0]]
 
 
@@ -172,7 +186,7 @@ def fingerprints(data: Any) -> set[bytes]:
     """A hash of each sample's inputs, to notice samples that stand in two sets."""
     seen = set()
     for batch in batches(data, 512, torch.device("cpu")):
-        arrays = [np.ascontiguousarray(v.detach().numpy()) for v in inputs_of(batch)]
+        arrays = [v.detach().contiguous().reshape(len(v), -1).view(torch.uint8).numpy() for v in inputs_of(batch)]
         for row in zip(*arrays, strict=True):
             seen.add(hashlib.blake2b(b"".join(r.tobytes() for r in row), digest_size=16).digest())
     return seen

@@ -29,7 +29,8 @@ class Probabilities(Sequence[NDArray[np.float32]]):
 
     def __init__(self, run: Run, data: Any, *, batch_size: int = 512) -> None:
         self._model = copy.deepcopy(model_of(run))
-        self._run, self._data, self._batch_size = run, data, batch_size
+        self._run, self._data = run, data
+        self._batch_size = _check.number(batch_size, 1, 2**31, "batch_size", int)
         self._known: dict[int, NDArray[np.float32]] = {}
         self._labels: NDArray[np.int64] | None = None
 
@@ -53,6 +54,8 @@ class Probabilities(Sequence[NDArray[np.float32]]):
         return len(self._run.history)
 
     def __getitem__(self, epoch: Any) -> Any:
+        if isinstance(epoch, slice):
+            return [self[i] for i in range(*epoch.indices(len(self)))]
         if not -len(self) <= operator.index(epoch) < len(self):
             raise IndexError(f"epoch: expected a row in [-{len(self)}, {len(self)}), got {epoch}")
         i = operator.index(epoch) % len(self)
@@ -96,7 +99,9 @@ class FusedModel(nn.Module):
 
     def __init__(self, plan: FusionPlan, run: Run) -> None:
         super().__init__()
-        if plan.n_epochs != len(run.history):
+        if not isinstance(plan, FusionPlan):
+            raise TypeError(f"plan: expected a FusionPlan, got {type(plan).__name__}")
+        if plan.n_epochs != len(run_of(run).history):
             raise ValueError(f"plan: made for {plan.n_epochs} epochs, the run has {len(run.history)}")
         model, paths, weights = model_of(run), run.checkpoints, plan.weights
         self.members = nn.ModuleList(checkpoints.load_into(copy.deepcopy(model), paths[e]) for e in weights)
@@ -115,7 +120,7 @@ class FusedModel(nn.Module):
 
         return self._mix(logits)
 
-    def forward_batch(self, batch: Any, forward_fn: data.Forward) -> tuple[Tensor, Tensor]:
+    def _fmn_forward_batch(self, batch: Any, forward_fn: data.Forward) -> tuple[Tensor, Tensor]:
         """(log-probabilities, labels) of a batch, by a function that gives (logits, labels) for a single member."""
         labels: list[Tensor] = []
 
@@ -160,23 +165,22 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     ----------
     arXiv 2507.08686 ("averaged KF"); Izmailov et al. 2018 (SWA).
     """
-    if not isinstance(weights, dict) or not weights or not all(0 <= w < float("inf") for w in weights.values()):
-        raise ValueError(f"weights: expected {{epoch: weight}} with weights >= 0, got {weights}")
-    total = sum(weights.values())
+    paths, model = run_of(run).checkpoints, copy.deepcopy(model_of(run))
+    if not isinstance(weights, dict):
+        raise TypeError(f"weights: expected {{epoch: weight}}, got {type(weights).__name__}")
+    rows = [(_check.index(e, len(paths), "epoch"), _check.number(w, 0, 1e300, "weights")) for e, w in weights.items()]
+    total = sum(w for _, w in rows)
     if total == 0:
         raise ValueError("weights: expected at least one above 0")
-    paths = run.checkpoints
     mean: dict[str, Tensor] = {}
-    for epoch, weight in sorted(weights.items()):
-        path = paths[_check.index(epoch, len(paths), "epoch")]
-        for name, value in checkpoints.load(path).items():
+    for epoch, weight in sorted(rows):
+        state = checkpoints.load_into(model, paths[epoch]).state_dict()
+        for name, value in state.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 mean[name] = mean.get(name, 0) + weight / total * value.double()
-    model = checkpoints.load_into(copy.deepcopy(model_of(run)), path)  # the rest of the state: from the latest epoch
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name in mean:
-                value.copy_(mean[name])
+    with torch.no_grad():  # what is not a floating-point number stays as in the latest epoch
+        for name, average in mean.items():
+            state[name].copy_(average)
     recompute_batchnorm(model, train_data, batch_size=batch_size, forward_fn=run.forward_fn)
     return model.eval()
 
@@ -197,18 +201,30 @@ def recompute_batchnorm(
     seen = 0
     for batch in data.batches(train_data, batch_size, data.device_of(model)):
         n = len(data.inputs_of(batch)[0])
-        if n == 1:  # a single value has no variance: torch refuses
-            continue
-        seen += n
         for norm in norms:
-            norm.momentum = n / seen
-        data.forward(model, batch, forward_fn)
+            norm.momentum = n / (seen + n)
+        try:
+            data.forward(model, batch, forward_fn)
+        except ValueError:
+            if n > 1:
+                raise
+            continue  # torch: a single value per channel has no variance
+        seen += n
+    if not seen:
+        raise ValueError("train_data: expected at least one batch of two or more samples, for BatchNorm")
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
 
 
-def model_of(run: Run) -> nn.Module:
+def run_of(run: Any) -> Run:
+    if not isinstance(run, Run):
+        raise TypeError(f"run: expected a Run, got {type(run).__name__}")
+    return run
+
+
+def model_of(run: Any) -> nn.Module:
+    run = run_of(run)
     if not isinstance(run.model, nn.Module):
         raise ValueError(f"run: no model attached; use Run.open({str(run.run_dir)!r}, model=...)")
     return checkpoints.unwrap(run.model)

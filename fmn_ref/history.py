@@ -212,8 +212,7 @@ class CorrectnessHistory:
         _RECORD.pack_into(record, 0, _RECORD_MAGIC, crc, epoch)
         end = _PAD + len(self) * self._record_size
         with open(self.path, "r+b", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size != self._size:
-                raise ValueError(f"{self.path}: changed since it was opened here; a history has one writer")
+            self._check_only_writer(os.fstat(file.fileno()).st_size)
             file.truncate(end)  # drops a torn record
             file.seek(end)
             try:
@@ -231,10 +230,16 @@ class CorrectnessHistory:
         """Keep the first n_epochs rows and drop the rest, in the file too."""
         n: int = _check.number(n_epochs, 0, len(self), "n_epochs", int)
         if self.path is not None:
+            self._check_only_writer(self.path.stat().st_size)
             kept = self.path.read_bytes()[: _PAD + n * self._record_size]
             _files.write_atomic(self.path, lambda file: file.write(kept))  # a new file: views of the old one stay valid
             self._size = len(kept)
+        self._rows = self._rows.copy()  # views of the old ones stay as they are
         del self._epochs[n:]
+
+    def _check_only_writer(self, size: int) -> None:
+        if size != self._size:
+            raise ValueError(f"{self.path}: changed since it was opened here; a history has one writer")
 
     def correct(self) -> NDArray[np.bool_]:
         """(n_epochs, n_samples) bool: a new array, eight times the size of the bits."""
@@ -282,7 +287,10 @@ def _read_header(header: bytes, path: Path) -> tuple[int, bytes]:
     if len(header) < _PAD or not header.startswith(_MAGIC):
         raise ValueError(f"{path}: not a history file (bad magic or shorter than its header, offset 0)")
     _, version, _, n_samples, digest = _HEADER.unpack(header[: _HEADER.size])
-    if zlib.crc32(header[: _HEADER.size]) != struct.unpack_from("<I", header, _HEADER.size)[0] or n_samples < 1:
+    if (
+        zlib.crc32(header[: _HEADER.size]) != struct.unpack_from("<I", header, _HEADER.size)[0]
+        or not 1 <= n_samples <= 2**48
+    ):
         raise ValueError(f"{path}: corrupt header (CRC-32, offset 0)")
     if version != 1:
         raise ValueError(f"{path}: history version {version} is not known to this release")

@@ -128,6 +128,10 @@ class ForgettingCurves:
         """Share right at e and still right at the reference."""
         return self._fraction(3)
 
+    def __radd__(self, other: int) -> ForgettingCurves:
+        """0 + curves, so that sum() works."""
+        return self if other == 0 else NotImplemented
+
     def __add__(self, other: ForgettingCurves) -> ForgettingCurves:
         if not isinstance(other, ForgettingCurves):
             return NotImplemented

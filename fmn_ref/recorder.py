@@ -127,12 +127,17 @@ class Recorder:
     ) -> None:
         self.run_dir = Path(run_dir)
         self.model, self.forward_fn = model, forward_fn
+        if model is not None and not hasattr(model, "state_dict"):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if save is not None and not callable(save):
+            raise TypeError(f"save: expected a function of a path, got {type(save).__name__}")
         self._save = _saver(model, save) if _check.choice(keep, ("all", "none"), "keep") == "all" else None
         self._history: CorrectnessHistory | None = None
         claim(self.run_dir, config)
         (self.run_dir / "checkpoints").mkdir(exist_ok=True)
         if (self.run_dir / "history.fmnh").exists():
             self._history = CorrectnessHistory.open(self.run_dir / "history.fmnh")
+            self.rewind(self.next_epoch)  # one without epochs, after a crash, makes room for a new one
 
     def record(self, epoch: int, scores_or_predictions: Any, labels: Any) -> None:
         """Store one epoch: the checkpoint first, then the correctness; a crash in between loses neither file.
@@ -155,22 +160,24 @@ class Recorder:
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         if right.ndim != 1:
             raise ValueError(f"scores_or_predictions: expected one epoch, got correctness of shape {right.shape}")
-        if self._history is None:
-            self._history = CorrectnessHistory(len(right), self.run_dir / "history.fmnh", labels=labels)
-        if self._history.digest != labels_digest(labels):
+        if self._history is not None and self._history.digest != labels_digest(labels):
             raise ValueError("labels: not the labels (or not in the order) that this run has recorded so far")
         if epoch < self.next_epoch:
             hint = f"go on with {self.next_epoch} (recorder.next_epoch), or drop it with recorder.rewind({epoch})"
             raise ValueError(f"epoch: {self.run_dir} is already recorded past {epoch}; {hint}")
         if self._save is not None:
             self._save(checkpoint_path(self.run_dir, epoch))
+        if self._history is None:
+            self._history = CorrectnessHistory(len(right), self.run_dir / "history.fmnh", labels=labels)
         self._history.append(right, epoch)
 
     def rewind(self, epoch: int) -> None:
         """Drop `epoch` and all later ones: what a loop needs that resumes from an earlier state than was recorded."""
+        epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         if self._history is None:
             return
-        self._history.truncate(sum(e < epoch for e in self._history.epochs))
+        if epoch < self.next_epoch:
+            self._history.truncate(sum(e < epoch for e in self._history.epochs))
         if not len(self._history):  # nothing left: other samples may be recorded
             (self.run_dir / "history.fmnh").unlink()
             self._history = None
@@ -197,16 +204,26 @@ class Recorder:
 
 def claim(run_dir: Path, config: dict[str, Any] | None, resume: bool = True) -> Path:
     """Make the folder and its run.json, or check that what is there was made with this configuration (None: any)."""
+    if config is not None and not isinstance(config, dict):
+        raise TypeError(f"config: expected a dict, got {type(config).__name__}")
+    try:
+        plain = None if config is None else json.loads(json.dumps(config))
+    except TypeError as error:
+        raise TypeError(f"config: {error}") from None
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "run.json"
-    if not path.exists():
-        content = {"format": "fmn_ref.run", "version": 1, "config": config or {}, "made_with": _versions()}
-        _files.write_json(path, content)
-        return run_dir
-    if not resume:
+    begun = any((run_dir / name).exists() for name in ("history.fmnh", "resume.pt"))
+    if begun and not path.exists():
+        raise FileNotFoundError(f"{path}: missing, but the folder holds a run; restore it or choose another folder")
+    if begun and not resume:
         raise FileExistsError(f"{run_dir} holds a run; resume=True continues it, or choose another run_dir")
+    if not begun:
+        if plain is not None or not path.exists():  # also where an attempt failed before its first epoch
+            content = {"format": "fmn_ref.run", "version": 1, "config": plain or {}, "made_with": _versions()}
+            _files.write_json(path, content)
+        return run_dir
     found = _read_config(run_dir)
-    plain = found if config is None else json.loads(json.dumps(config))
+    plain = found if plain is None else plain
     for key in sorted(plain.keys() | found.keys()):
         if plain.get(key) != found.get(key):
             was, now = found.get(key), plain.get(key)

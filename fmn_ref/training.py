@@ -53,6 +53,12 @@ class Recipe:
         for name in ("lr", "momentum", "weight_decay", "gamma"):
             number[name] = _check.number(getattr(self, name), 0, 1e6, name)
         number["seed"] = _check.number(self.seed, 0, 2**32, "seed", int)
+        if not isinstance(self.amp, bool):
+            raise TypeError(f"amp: expected True or False, got {self.amp!r}")
+        if not isinstance(self.milestones, (list, tuple)):
+            raise TypeError(f"milestones: expected a tuple of epochs, got {self.milestones!r}")
+        for epoch in self.milestones:
+            _check.number(epoch, 0, 2**31, "milestones", int)
         for name, value in number.items():
             object.__setattr__(self, name, value)  # plain numbers, also where NumPy's were given
 
@@ -267,6 +273,8 @@ def _resume(parts: dict[str, Any], path: Path | None) -> int:
     if path is None or not path.exists():
         return 0
     state = checkpoints.load(path)
+    if not isinstance(state, dict) or state.keys() != {"epoch", *parts} or not isinstance(state["epoch"], int):
+        raise ValueError(f"{path}: not what train or distill left to resume from")
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])

@@ -146,6 +146,12 @@ def test_final_model_alone(files, capsys):
         (["compare", "--select", "test.npz", "--test", "probs.npy"], "--test-labels"),
         (["compare", "--select", "test.npz", "--test", "probs.npy", "--test-labels", "labels3.npy"], "test_labels"),
         (["apply", "plan3.json", "probs.npy", "-o", "plan3.json"], "one of the files"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "-o", "probs.npy"], "probs.npy: is one of the files"),
+        (["apply", "plan3.json", "probs.npy", "--labels", "labels.npy", "-o", "labels.npy"], "is one of the files"),
+        (["metric", "correct.npy", "--per-sample", "correct.npy"], "is one of the files"),
+        (["fuse", "history.fmnh", "--labels", "labels.npy"], "history.fmnh: holds correctness, not probs"),
+        (["compare", "--select", "test.npz", "--test", "run"], "run: holds correctness"),
+        (["fuse", "header.npy", "--labels", "labels.npy"], "header.npy"),
         (["metric", "disguised"], "disguised: an .npz file"),
         (["metric", "history.fmnh", "--labels", "labels3.npy"], "labels3.npy: not the labels"),
         (["demo", "--seeds", "0"], "seeds"),
@@ -164,6 +170,10 @@ def test_bad_input_is_one_line_on_stderr(files, capsys, args, words):
     (files / "disguised").write_bytes((files / "test.npz").read_bytes())
     fmn.FusionPlan((), 8, 1, (0.5,)).save("plan3.json")
     (files / "runs" / "demo").mkdir(parents=True)
+    (files / "run").mkdir()
+    (files / "run" / "history.fmnh").write_bytes((files / "history.fmnh").read_bytes())
+    header = (files / "probs.npy").read_bytes()
+    (files / "header.npy").write_bytes(header.replace(b"'descr'", b"'descr\"", 1))
     before = sorted(files.rglob("*"))
     assert main(args) == 1
     shown = capsys.readouterr()

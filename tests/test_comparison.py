@@ -105,6 +105,31 @@ def test_scoring_on_the_selection_set_is_refused(run, rng):
     assert "selected on" not in str(fmn.compare_probabilities(p[:, :30], labels[:30], p[:, 30:], labels[30:]))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"select_probs": None}, "select_probs"),
+        ({"test_probs": None}, "test_probs"),
+        ({"test_probs": np.full((2, 4, 3), 1 / 3)}, "test_probs"),
+        ({"test_probs": np.full((3, 4, 2), 1 / 2)}, "test_probs"),
+        ({"test_probs": np.full((4, 3), 1 / 3)}, "test_probs"),
+        ({"test_probs": np.zeros((0, 4, 3))}, "test_probs"),
+        ({"test_probs": np.full((3, 4, 3), np.nan)}, "test_probs"),
+        ({"test_labels": [0, 1, 2, 3]}, "test_labels"),
+        ({"select_labels": [0, 1]}, "labels"),
+    ],
+)
+def test_bad_probabilities(change, words):
+    rng = np.random.default_rng(0)
+    given = {"select_probs": rng.dirichlet(np.ones(3), (3, 4)), "test_probs": rng.dirichlet(np.ones(3), (3, 4))}
+    given |= {"select_labels": [0, 1, 2, 0], "test_labels": [0, 1, 2, 0]}
+    assert len(fmn.compare_probabilities(**given).rows) == 8
+    as_tensors = {k: torch.tensor(v) for k, v in given.items()}
+    assert fmn.compare_probabilities(**as_tensors).rows == fmn.compare_probabilities(**given).rows
+    with pytest.raises((ValueError, TypeError), match=f"^{words}"):
+        fmn.compare_probabilities(**given | change)
+
+
 def test_students_need_train_data_and_epochs(run):
     with pytest.raises(ValueError, match="make_student"):
         fmn.compare(run, VAL, TEST, make_student=make_model)

@@ -186,7 +186,7 @@ def test_forward_fn_is_asked_for_each_member(tmp_path):
     table = fmn.compare(run, VAL, TEST, train_data=TRAIN, make_student=Tuples, distill_options=options)
     assert len(table.rows) == 13
     fused = fmn.FusedModel(table.plan, run)
-    log_probs, labels = fused.forward_batch(TEST, forward)
+    log_probs, labels = fused._fmn_forward_batch(TEST, forward)
     np.testing.assert_allclose(log_probs.exp(), table.plan.apply(run.probabilities(TEST)), atol=1e-6)
     assert labels is TEST[1]
     assert fmn.averaged_model(run, {4: 0.5, 5: 0.5}, TRAIN).steps == 7
@@ -197,6 +197,50 @@ def test_a_last_batch_of_one_sample(tmp_path):
     run = fmn.train(make_model(), one, VAL, epochs=1, run_dir=tmp_path, **RECIPE | {"batch_size": 128})
     fmn.averaged_model(run, {0: 1.0}, one, batch_size=64)
     fmn.averaged_model(run, {0: 1.0}, DataLoader(TensorDataset(*one), 64))
+
+
+def test_average_refuses_a_checkpoint_that_does_not_fit(tmp_path):
+    run = fmn.train(make_model(), TRAIN, VAL, epochs=3, run_dir=tmp_path, **RECIPE)
+    state = checkpoints.load(run.checkpoints[0])
+    for content in ({f"module.{k}": v for k, v in state.items()}, [1], {"0.weight": torch.zeros(2, 2)}):
+        checkpoints.save(content, run.checkpoints[0])
+        with pytest.raises(ValueError, match=r"epoch_00000\.pt: does not fit"):
+            fmn.averaged_model(run, {0: 0.5, 2: 0.5}, TRAIN)
+
+
+def test_batchnorm_needs_a_batch_of_two(run):
+    for bad in (DataLoader(TensorDataset(*TRAIN), 1), tuple(a[:1] for a in TRAIN), []):
+        with pytest.raises(ValueError, match="train_data"):
+            fmn.averaged_model(run, {0: 1.0}, bad)
+
+
+def test_average_counts_rows_from_both_ends(run):
+    ours, theirs = fmn.averaged_model(run, {-1: 0.5, 0: 0.5}, TRAIN), fmn.averaged_model(run, {11: 1, 0: 1}, TRAIN)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda run: fmn.FusedModel(None, run), "plan"),
+        (lambda run: fmn.FusedModel(fmn.FusionPlan((), 12, 1, (1.0,)), None), "run"),
+        (lambda run: fmn.Probabilities(None, VAL), "run"),
+        (lambda run: fmn.averaged_model(None, {0: 1.0}, TRAIN), "run"),
+        (lambda run: fmn.averaged_model(run, {0: "a"}, TRAIN), "weights"),
+        (lambda run: fmn.averaged_model(run, None, TRAIN), "weights"),
+        (lambda run: fmn.compare(None, VAL, TEST), "run"),
+        (lambda run: fmn.distill(make_model, make_model(), TRAIN, epochs=1), "student"),
+        (lambda run: fmn.distill(make_model(), None, TRAIN, epochs=1), "teacher"),
+    ],
+)
+def test_what_is_not_of_the_kind_is_named(run, call, words):
+    with pytest.raises(TypeError, match=f"^{words}: expected"):
+        call(run)
+
+
+def test_probabilities_can_be_sliced(run):
+    p = run.probabilities(VAL)
+    np.testing.assert_array_equal(np.stack(p[2:5]), np.stack([p[2], p[3], p[4]]))
 
 
 def test_a_missing_checkpoint_is_named(run, tmp_path):

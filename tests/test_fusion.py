@@ -7,6 +7,7 @@ from itertools import pairwise
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from conftest import random_probs
 from hypothesis import given, settings
 
@@ -134,6 +135,19 @@ def test_a_history_of_other_samples_is_refused(rng):
         fmn.fuse(p, labels[::-1], correct=history)
     with pytest.raises(ValueError, match="disagrees"):
         fmn.fuse(p[:, ::-1], labels, correct=history)
+    with pytest.raises(ValueError, match="disagrees"):
+        fmn.fuse(p[:, :1], labels[:1], correct=~fmn.correctness(p, labels)[:, :1])
+
+
+def test_a_history_recorded_in_half_precision_is_accepted():
+    """Many arg-maxes differ there, all of them between scores that are nearly equal."""
+    rng = np.random.default_rng(0)
+    logits = torch.tensor(rng.normal(3, 0.3, (3, 2000, 50)))
+    labels = rng.integers(0, 50, 2000)
+    correct = fmn.correctness(logits.bfloat16(), labels)
+    probs = logits.softmax(2).numpy()
+    assert (correct[-1] != fmn.correctness(probs, labels)[-1]).any()
+    assert fmn.fuse(probs, labels, correct=correct).n_epochs == 3
 
 
 def test_large_input_is_done_in_blocks(rng):
@@ -223,6 +237,9 @@ def spoiled(value, where=(1, 2, 0)):
         (lambda: fmn.fuse(P, Y, step=0), ValueError, "step"),
         (lambda: fmn.best_epsilon(P[0], P[0, :3], Y), ValueError, "candidate"),
         (lambda: fmn.fuse(P, Y).apply(P[:2]), ValueError, "3 epochs"),
+        (lambda: fmn.FusionPlan(((5, 0.5),), 3, 1, (0.5, 0.6)), ValueError, "epoch"),
+        (lambda: fmn.FusionPlan(((1, 5.0),), 3, 1, (0.5, 0.6)), ValueError, "eps"),
+        (lambda: fmn.FusionPlan((), 3, 1, (0.5, 0.6)), ValueError, "accuracy"),
     ],
 )
 def test_bad_input(call, error, words):
@@ -248,6 +265,8 @@ class TestPlanFile:
             {"n_epochs": 0},
             {"n_epochs": "many"},
             {"window": -1},
+            {"method": 7},
+            {"search": "fast"},
             {"version": 2},
             {"format": "other"},
             {"selection_accuracy": [0.5, float("nan")]},
@@ -259,7 +278,7 @@ class TestPlanFile:
             fmn.FusionPlan.load(plan)
 
     @pytest.mark.parametrize(
-        "content", [b"", b"{", b"[]", b"\x80\x04K\x01.", b'{"format": "fmn_ref.plan", "version": 1}']
+        "content", [b"", b"[" * 100_000, b"{", b"[]", b"\x80\x04K\x01.", b'{"format": "fmn_ref.plan", "version": 1}']
     )
     def test_not_a_plan(self, plan, content):
         plan.write_bytes(content)

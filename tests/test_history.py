@@ -166,15 +166,18 @@ def test_two_writers_are_noticed(path):
     a = filled(path)
     b = CorrectnessHistory.open(path)
     a.append(CORRECT[0])
-    with pytest.raises(ValueError, match="one writer"):
-        b.append(CORRECT[1])
+    for change in (lambda: b.append(CORRECT[1]), lambda: b.truncate(1)):
+        with pytest.raises(ValueError, match="one writer"):
+            change()
     np.testing.assert_array_equal(CorrectnessHistory.open(path).correct(), CORRECT[[0, 1, 2, 3, 4, 0]])
 
 
-def test_truncating_leaves_open_views_alone(path):
-    h = filled(path)
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_truncating_leaves_open_views_alone(path, on_disk):
+    h = filled(path if on_disk else None)
     packed = h.packed
     h.truncate(0)
+    h.append(~CORRECT[0])
     np.testing.assert_array_equal(packed, np.packbits(CORRECT, axis=1, bitorder="little"))
 
 

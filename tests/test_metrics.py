@@ -118,7 +118,7 @@ def test_curves_of_disjoint_samples_add(each_backend, correct, data):
     whole = fmn.forgetting_curves(correct, groups=groups)
     if 0 < cut < n:
         parts = [fmn.forgetting_curves(correct[:, s], groups=groups[s]) for s in (slice(cut), slice(cut, None))]
-        added = parts[0] + parts[1]
+        added = sum(parts)
         np.testing.assert_array_equal(added.counts, whole.counts)
         np.testing.assert_array_equal(added.groups, whole.groups)
         np.testing.assert_array_equal(added.forget, whole.forget)
@@ -236,6 +236,7 @@ GOOD = np.eye(3, dtype=bool)
         (lambda: fmn.forget_fraction(GOOD, sample_weight=[1, -2, 1]), ValueError, "sample_weight"),
         (lambda: fmn.forget_fraction(GOOD, sample_weight=[1, np.nan, 1]), ValueError, "sample_weight"),
         (lambda: fmn.forget_fraction(GOOD, sample_weight=[0, 0, 0]), ValueError, "sample_weight"),
+        (lambda: fmn.forget_fraction(GOOD, sample_weight=[1e308] * 3), ValueError, "sample_weight"),
         (lambda: fmn.forget_fraction(GOOD, sample_weight=["a", "b", "c"]), TypeError, "sample_weight"),
         (lambda: fmn.forgetting_curves(GOOD, groups=[0, 1]), ValueError, "groups"),
         (lambda: fmn.forgetting_curves(GOOD, groups=[0.5, 1, 2]), ValueError, "groups"),

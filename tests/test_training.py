@@ -4,13 +4,14 @@ import errno
 import os
 import pickle
 import struct
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from networks import RECIPE, make_data, make_model
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import fmn_ref as fmn
 from fmn_ref import _files, checkpoints, data
@@ -255,6 +256,21 @@ class TestRecorder:
         recorder.record(0, [0, 1, 2], [0, 1, 1])
         assert "next_epoch=1" in repr(recorder)
 
+    def test_a_failed_save_leaves_nothing_behind(self, tmp_path):
+        def broken(path):
+            raise OSError("no room")
+
+        with pytest.raises(OSError, match="no room"):
+            fmn.Recorder(tmp_path, save=broken).record(0, [0, 1], [0, 1])
+        fmn.Recorder(tmp_path).record(0, [0, 1, 1], [0, 1, 1])
+        assert fmn.Run.open(tmp_path).history.n_samples == 3
+
+    def test_a_history_without_epochs_makes_room(self, tmp_path):
+        fmn.Recorder(tmp_path)
+        fmn.CorrectnessHistory(2, tmp_path / "history.fmnh", labels=[0, 1])  # killed before its first row
+        fmn.Recorder(tmp_path).record(0, [0, 1, 1], [0, 1, 1])
+        assert fmn.Run.open(tmp_path).history.n_samples == 3
+
     def test_other_frameworks_save_their_own(self, tmp_path):
         recorder = fmn.Recorder(tmp_path, save=lambda path: path.write_text("weights"))
         recorder.record(0, [0], [0])
@@ -278,6 +294,12 @@ class TestRecorder:
             (lambda r: r.record(1, ["a", "b"], [0, 1]), TypeError, "predictions_or_scores"),
             (lambda r: fmn.Recorder(r.run_dir, keep="some"), ValueError, "keep"),
             (lambda r: fmn.Recorder(r.run_dir, config={"lr": 1}), ValueError, "lr"),
+            (lambda r: fmn.Recorder(r.run_dir, config=[1]), TypeError, "config"),
+            (lambda r: fmn.Recorder(r.run_dir, config={"a": object()}), TypeError, "config"),
+            (lambda r: fmn.Recorder(r.run_dir, model="abc"), TypeError, "model"),
+            (lambda r: fmn.Recorder(r.run_dir, save=3), TypeError, "save"),
+            (lambda r: r.rewind(-1), ValueError, "epoch"),
+            (lambda r: r.rewind("a"), TypeError, "epoch"),
             (lambda r: r.run.probabilities(([0.0], [0])), ValueError, "no model"),
         ],
     )
@@ -427,6 +449,9 @@ def test_a_full_disk_during_training_is_survived(run, tmp_path, monkeypatch):
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"seed": -1}, ValueError, "seed"),
         ({"learning_rate": 0.1}, TypeError, "learning_rate"),
+        ({"amp": "no"}, TypeError, "amp"),
+        ({"milestones": "12"}, TypeError, "milestones"),
+        ({"milestones": (1.5,)}, TypeError, "milestones"),
         ({"lr": 1e6, "momentum": 0.99}, FloatingPointError, "loss"),
     ],
 )
@@ -467,6 +492,63 @@ def test_other_data_is_refused(tmp_path):
     for train_set, val_set, name in (((x, y.flip(0)), val, "data"), ((x, y), (val[0][:77], val[1][:77]), "val_data")):
         with pytest.raises(ValueError, match=f"^{name}:"):
             fmn.train(fresh(), train_set, val_set, epochs=2, run_dir=tmp_path, **RECIPE)
+
+
+def test_a_failed_first_attempt_does_not_block_the_folder(tmp_path):
+    (x, y), val, _ = make_data()
+    for bad in ((x, y + 1), (x, y - 1), None, (x, y.float())):
+        with pytest.raises((ValueError, TypeError), match=r"labels|data"):
+            fmn.train(fresh(), bad, val, epochs=2, run_dir=tmp_path, **RECIPE)
+    assert len(trained(tmp_path, epochs=2).history) == 2
+
+
+def test_a_missing_run_json_is_not_made_up(tmp_path):
+    trained(tmp_path, epochs=2)
+    (tmp_path / "run.json").unlink()
+    for resume in (True, False):
+        with pytest.raises(FileNotFoundError, match=r"run\.json"):
+            trained(tmp_path, epochs=2, resume=resume)
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), {"model": {}}, {"epoch": "1", "model": {}}, [1]], ids=str)
+def test_a_resume_file_of_something_else(tmp_path, content):
+    trained(tmp_path, epochs=2)
+    checkpoints.save(content, tmp_path / "resume.pt")
+    model = fresh()
+    with pytest.raises(ValueError, match=r"resume\.pt"):
+        fmn.train(model, *make_data()[:2], epochs=2, run_dir=tmp_path, **RECIPE)
+    assert same_weights(model, fresh())
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Named(Pairs):
+    def __getitem__(self, i):
+        return Pair(*super().__getitem__(i))
+
+
+def test_datasets_give_the_bits_that_arrays_give(tmp_path):
+    """A last batch of one sample and named tuples included."""
+    (x, y), val, _ = make_data()
+    some = x[:97], y[:97]
+    runs = [fmn.train(fresh(), some, val, epochs=2, run_dir=tmp_path / "a", **RECIPE)]
+    runs.append(fmn.train(fresh(), Pairs(some), val, epochs=2, run_dir=tmp_path / "b", **RECIPE))
+    options = {"forward_fn": lambda model, batch: (model(batch.x), batch.y), **RECIPE}
+    runs.append(fmn.train(fresh(), Named(some), Named(val), epochs=2, run_dir=tmp_path / "c", **options))
+    for run in runs[1:]:
+        assert same_weights(run.model, runs[0].model)
+        np.testing.assert_array_equal(run.history.packed, runs[0].history.packed)
+
+
+def test_a_stream_of_samples_can_be_trained_on(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return zip(*make_data()[0], strict=True)
+
+    assert len(fmn.train(fresh(), Stream(), make_data()[1], epochs=2, run_dir=tmp_path, **RECIPE).history) == 2
 
 
 def test_without_resume_file_nothing_is_lost(tmp_path):
