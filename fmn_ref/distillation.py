@@ -108,9 +108,8 @@ def distill(
             train_data = (*data.as_tensors(train_data), soft)
         else:
             first = next(data.batches(train_data, settings.batch_size, data.device_of(student)), None)
-            data.predict(
-                teacher, [] if first is None else [first], forward_fn=forward_fn
-            )  # refuses what gives no logits
+            if first is not None:  # refused at once where it gives no logits
+                data.predict(teacher, [first], forward_fn=forward_fn)
         fit(
             student,
             train_data,

@@ -20,7 +20,7 @@ from .history import NO_LABELS, CorrectnessHistory, labels_digest
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
-_BLOCK = 1 << 16  # elements of (n_samples, n_classes) worked on at a time: temporaries stay in the level-2 cache
+_BLOCK = 1 << 16  # elements of (n_samples, n_classes) worked on at a time: the fastest of 2^12, 2^14, 2^16 and 2^20
 _ROUNDING = 4e-15  # bounds the error of a difference of two mixed probabilities, and of a crossing times its slope
 
 
@@ -103,7 +103,7 @@ class FusionPlan:
             raise ValueError(f"probs: expected {self.n_epochs} epochs as in the plan, got {len(epochs)}")
         fused = epochs[self.n_epochs - 1]
         for epoch, eps in self.members:
-            fused = _mix(fused, window_mean(epochs, epoch, self.window, self.n_epochs), eps)
+            fused = _mix(fused, window_mean(epochs, epoch, self.window), eps)
         return fused
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -204,7 +204,7 @@ def fuse(
     arXiv 2412.12968, Algorithm 1; arXiv 2507.08686, Section IV.
     """
     _check.choice(method, ("forget",), "method")
-    pick, grid = _searches[_check.choice(search, ("grid", "exact"), "search")], _grid(step)
+    pick, grid = _SEARCHES[_check.choice(search, ("grid", "exact"), "search")], _grid(step)
     window = _check.number(window, 0, 2**31, "window", int)
     if max_rounds is not None:
         max_rounds = _check.number(max_rounds, 1, 2**31, "max_rounds", int)
@@ -221,7 +221,7 @@ def fuse(
     while max_rounds is None or len(members) < max_rounds:
         forgotten = right[:, current.argmax(1) != y].sum(1)  # n * F_e against the current predictor
         epoch = int(forgotten.argmax())
-        candidate = window_mean(probs, epoch, window, n_epochs)
+        candidate = window_mean(probs, epoch, window)
         eps, best = pick(current, candidate, y, grid)
         if best <= accuracy[-1]:
             break
@@ -269,7 +269,7 @@ def best_epsilon(
     cur = _check.probabilities(current, name="current")
     new = _check.probabilities(candidate, cur.shape, name="candidate")
     y = _check.labels(labels, *cur.shape)
-    return _searches[_check.choice(search, ("grid", "exact"), "search")](cur, new, y, _grid(step))
+    return _SEARCHES[_check.choice(search, ("grid", "exact"), "search")](cur, new, y, _grid(step))
 
 
 def _recorded(correct: Any, n_epochs: int, y: Int, final: Float) -> NDArray[np.bool_]:
@@ -293,9 +293,9 @@ def window_epochs(epoch: int, window: int, n_epochs: int) -> range:
     return range(max(epoch - window, 0), min(epoch + window, n_epochs - 1) + 1)
 
 
-def window_mean(probs: Epochs, epoch: int, window: int, n_epochs: int) -> Float:
+def window_mean(probs: Epochs, epoch: int, window: int) -> Float:
     """Mean probabilities of a window."""
-    chosen = window_epochs(epoch, window, n_epochs)
+    chosen = window_epochs(epoch, window, len(probs))
     total = probs[chosen[0]]
     for e in chosen[1:]:
         total = total + probs[e]
@@ -342,7 +342,7 @@ def _accuracy(probs: Float, y: Int) -> float:
 
 
 def _accuracies(cur: Float, new: Float, y: Int, eps: Float) -> Float:
-    """Accuracy at each epsilon, in blocks of samples that stay in the cache."""
+    """Accuracy at each epsilon, by blocks of samples."""
     n_right = np.zeros(len(eps), np.int64)
     for block in _blocks(*cur.shape):
         for i, e in enumerate(eps):
@@ -390,7 +390,7 @@ def _best_exactly(cur: Float, new: Float, y: Int, grid: Float) -> tuple[float, f
     return best_eps, best
 
 
-_searches = {"grid": _best_on_grid, "exact": _best_exactly}
+_SEARCHES = {"grid": _best_on_grid, "exact": _best_exactly}
 
 
 def _n_inside(lo: Float, hi: Float, x: Float) -> Int:

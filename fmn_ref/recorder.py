@@ -6,14 +6,13 @@ history.fmnh and checkpoints/epoch_00000.pt, one for each row of the history (do
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from . import _check, _files, metrics
 from .history import CorrectnessHistory, labels_digest
@@ -223,7 +222,8 @@ def claim(run_dir: Path, config: dict[str, Any] | None, resume: bool = True) -> 
             _files.write_json(path, content)
         return run_dir
     found = _read_config(run_dir)
-    plain = found if plain is None else plain
+    if plain is None:
+        return run_dir
     for key in sorted(plain.keys() | found.keys()):
         if plain.get(key) != found.get(key):
             was, now = found.get(key), plain.get(key)
@@ -251,6 +251,11 @@ def _saver(model: Any, save: Save | None) -> Save | None:
 
 
 def _versions() -> dict[str, str]:
-    from . import __version__
+    """Of what computes; read from the metadata, so that torch is not loaded for it."""
+    from importlib import metadata  # slow to import, and needed once a run
 
-    return {"fmn_ref": __version__, "numpy": np.__version__, "python": platform.python_version()}
+    versions = {"python": platform.python_version()}
+    for name in ("fmn_ref", "numpy", "torch"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

@@ -41,7 +41,6 @@ def equal(a, b):
 
 def test_killed_ten_times(tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    begin = time.monotonic()
     process = start(undisturbed)
     begin = time.monotonic()
     process.communicate()

@@ -1,6 +1,7 @@
 """Recorder, checkpoints and the training loop."""
 
 import errno
+import json
 import os
 import pickle
 import struct
@@ -42,6 +43,8 @@ def test_a_run_holds_every_epoch(run):
     assert all(p.exists() for p in run.checkpoints)
     assert run.config["epochs"] == 6
     assert run.config["lr"] == 0.1
+    made_with = json.loads((run.run_dir / "run.json").read_text())["made_with"]
+    assert made_with.keys() == {"python", "fmn_ref", "numpy", "torch"}
     assert "n_epochs=6" in repr(run)
 
 
@@ -417,6 +420,23 @@ class TestCheckpoints:
             checkpoints.save_state(fresh(), path)
         assert path.read_bytes() == before
         assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda folder: fmn.Recorder(folder),
+        lambda folder: trained(folder, epochs=1),
+        lambda folder: fmn.distill(fresh(), fresh(), make_data()[0], epochs=1, run_dir=folder, **RECIPE),
+        lambda folder: fmn.CorrectnessHistory(3, f"{folder}/history.fmnh"),
+        lambda folder: fmn.FusionPlan((), 3, 1, (0.5,)).save(f"{folder}/plan.json"),
+        lambda folder: checkpoints.save_state(fresh(), f"{folder}/a.pt"),
+    ],
+)
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs a folder that nobody can write to")
+def test_an_unwritable_folder_is_named(call):
+    with pytest.raises(OSError, match="/proc/"):
+        call("/proc/self/fd")
 
 
 def test_a_full_disk_during_training_is_survived(run, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ bool valid(const fmn_matrix* m) { return m && m->data && m->n_epochs >= 1 && m->
 const uint8_t* row(const fmn_matrix* m, int64_t e) { return m->data + e * m->stride; }
 
 // Calls work(begin, end) on disjoint parts of [0, n), each a multiple of `grain` long but the last. Threads are started only
-// when each gets at least a megabyte: below that, starting one costs more than it saves.
+// when each gets at least a megabyte, so that small calls start none.
 template <class Work>
 fmn_status split(int64_t n, int64_t grain, int64_t bytes, int n_threads, const Work& work) {
     const int64_t wanted = n_threads > 0 ? n_threads : fmn_threads();

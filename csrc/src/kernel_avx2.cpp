@@ -17,7 +17,7 @@ FMN_AVX2 inline int64_t sum(__m256i v) {  // of four 64-bit lanes
 }
 
 // Per 32 bytes: compare with zero (0xFF where wrong) and subtract from byte counters; vpsadbw widens them every 255 steps,
-// before they can overflow. Bound by the two loads; counts wrong and wrong-at-either, the complements of what is wanted.
+// before they can overflow. Counts wrong and wrong-at-either, the complements of what is wanted.
 FMN_AVX2 void count_row(const uint8_t* row, const uint8_t* ref, int64_t n, int64_t* right, int64_t* retained) {
     const __m256i zero = _mm256_setzero_si256();
     __m256i wrong64 = zero, either64 = zero;
@@ -40,7 +40,7 @@ FMN_AVX2 void count_row(const uint8_t* row, const uint8_t* ref, int64_t n, int64
     *retained = i - sum(either64) + tail_retained;
 }
 
-// One popcnt per 8 bytes, four a step to hide its latency: bound by popcnt (one a cycle).
+// One popcnt per 8 bytes, in four independent sums.
 FMN_AVX2 int64_t count_and(const uint8_t* a, const uint8_t* b, int64_t n_bytes) {
     int64_t total[4] = {0, 0, 0, 0};
     int64_t i = 0;
@@ -53,7 +53,7 @@ FMN_AVX2 int64_t count_and(const uint8_t* a, const uint8_t* b, int64_t n_bytes) 
     return total[0] + total[1] + total[2] + total[3] + base_kernels.count_and(a + i, b + i, n_bytes - i);
 }
 
-// 32 samples a step; bound by the five states that each row byte moves through the level-1 cache.
+// 32 samples a step.
 FMN_AVX2 void update_samples(const uint8_t* before, const uint8_t* now, int64_t n, uint8_t e, SampleBlock* block) {
     update_samples_loop(before, now, n, e, block);
 }
