@@ -9,8 +9,9 @@ import os
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
+kinds = ("base", "avx2", "avx512", "neon")  # each compiles to nothing on other processors
 required = os.environ.get("FMN_REQUIRE_EXT", "0") not in ("", "0")
-sources = ["bindings/module.cpp", "src/dispatch.cpp", "src/kernel_base.cpp", "src/kernel_avx2.cpp"]
+sources = ["bindings/module.cpp", *(f"src/{s}.cpp" for s in ("dispatch", *(f"kernel_{k}" for k in kinds)))]
 
 
 class Build(build_ext):
@@ -24,7 +25,7 @@ extension = Pybind11Extension(
     "fmn_ref._kernels",
     [f"csrc/{s}" for s in sources],
     include_dirs=["csrc/include", "csrc/src"],
-    depends=["csrc/include/fmn/fmn.h", "csrc/src/kernels.h"],
+    depends=["csrc/include/fmn/fmn.h", "csrc/src/kernels.h", "csrc/src/loops.h"],
     cxx_std=17,  # explicit: letting pybind11 probe for it would fail without a compiler instead of falling back
     extra_compile_args=["/O2"] if os.name == "nt" else ["-O3"],
     optional=not required,

@@ -1,4 +1,4 @@
-"""Picks the kernels once: the compiled extension, else numba, else NumPy; FMN_BACKEND=cpp|numba|numpy forces one."""
+"""Picks the kernels once: the compiled extension, else numba, else NumPy; FMN_BACKEND=cpp|numba|numpy|torch forces."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import importlib
 import os
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-_MODULES = {"cpp": "_kernels", "numba": "_numba", "numpy": "_reference"}
+import numpy as np
+
+_MODULES = {"cpp": "_kernels", "numba": "_numba", "numpy": "_reference", "torch": "_torch"}
 
 
 class Backend(NamedTuple):
@@ -16,9 +18,10 @@ class Backend(NamedTuple):
 
     Attributes
     ----------
-    name : {"cpp", "numba", "numpy"}
+    name : {"cpp", "numba", "numpy", "torch"}
+        "torch" only if forced; tensors that live on an accelerator are reduced by torch whatever is said here.
     instruction_set : str
-        "avx2" or "base" for "cpp"; "llvm" for numba and "numpy" for NumPy, which choose for themselves.
+        "avx512", "avx2", "neon" or "base" for "cpp"; the others choose for themselves: "llvm", "numpy", "torch".
     threads : int
         Threads that one call may use.
     reason : str
@@ -40,7 +43,7 @@ def load() -> tuple[ModuleType, Backend]:
             raise ValueError(f"FMN_BACKEND: expected one of {', '.join(_MODULES)}, got {forced!r}")
         return _describe(forced, f"forced by FMN_BACKEND={forced}")
     missing: list[str] = []
-    for name in _MODULES:
+    for name in ("cpp", "numba", "numpy"):
         try:
             return _describe(name, "; ".join(missing) or "compiled extension found")
         except (ImportError, RuntimeError) as error:  # numba's RuntimeError: nowhere to keep its cache
@@ -53,9 +56,18 @@ def _describe(name: str, reason: str) -> tuple[ModuleType, Backend]:
     if name == "cpp":
         isa = os.environ.get("FMN_ISA") or module.instruction_set()
         if isa != module.instruction_set():
-            raise ValueError(f"FMN_ISA: {isa!r} is not to be had here; expected {module.instruction_set()!r} or 'base'")
+            raise ValueError(
+                f"FMN_ISA: {isa!r} is not to be had here; expected {module.instruction_set()!r} or a lesser one"
+            )
         return module, Backend(name, module.instruction_set(), module.threads(), reason)
-    return module, Backend(name, "llvm" if name == "numba" else "numpy", 1, reason)
+    return module, Backend(name, "llvm" if name == "numba" else name, 1, reason)
+
+
+def kernels_for(a: Any) -> ModuleType:
+    """The kernels in use, or torch's for a tensor that is no NumPy array since it lives on an accelerator."""
+    if isinstance(a, np.ndarray):
+        return load()[0]
+    return importlib.import_module("fmn_ref._torch")
 
 
 def backend() -> Backend:
@@ -76,7 +88,7 @@ def backend() -> Backend:
     Examples
     --------
     >>> import fmn_ref as fmn
-    >>> fmn.backend().name in ("cpp", "numba", "numpy")
+    >>> fmn.backend().name in ("cpp", "numba", "numpy", "torch")
     True
     """
     return load()[1]

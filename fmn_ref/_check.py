@@ -14,7 +14,7 @@ Float = NDArray[np.float64]
 
 def array(x: Any, name: str) -> NDArray[Any]:
     """Anything that NumPy can view; a copy only for tensors that live on an accelerator or have no NumPy dtype."""
-    if hasattr(x, "detach") and hasattr(x, "cpu"):  # a torch tensor
+    if is_tensor(x):
         x = x.detach().cpu()
         if str(x.dtype) == "torch.bfloat16":
             x = x.float()
@@ -29,20 +29,73 @@ def array(x: Any, name: str) -> NDArray[Any]:
     return a
 
 
-def correctness(x: Any, name: str = "correct") -> Bool:
-    """(n_epochs, n_samples) bool with adjacent samples."""
-    a = array(x, name)
-    if a.dtype.kind == "f":
+def is_tensor(x: Any) -> bool:
+    """A torch tensor, told without importing torch."""
+    return not isinstance(x, np.ndarray) and hasattr(x, "detach") and hasattr(x, "cpu")
+
+
+def on_device(x: Any) -> bool:
+    """A torch tensor that lives on an accelerator."""
+    return is_tensor(x) and x.device.type != "cpu"
+
+
+def kind(a: Any) -> str:
+    """ "b", "i" (signed or not) or "f", of an array or a tensor."""
+    if isinstance(a, np.ndarray):
+        return "i" if a.dtype.kind == "u" else str(a.dtype.kind)
+    return "f" if a.dtype.is_floating_point else "b" if str(a.dtype) == "torch.bool" else "i"
+
+
+def matrix(x: Any, name: str = "correct") -> Any:
+    """(n_epochs, n_samples) array, or tensor on its accelerator, of bool or integers; values are not checked yet."""
+    a = x.detach() if on_device(x) else array(x, name)
+    if kind(a) == "f":
         raise TypeError(f"{name}: expected bool or integers 0 and 1, got dtype {a.dtype}; see fmn_ref.correctness")
     if a.ndim != 2:
-        raise ValueError(f"{name}: expected shape (n_epochs, n_samples), got shape {a.shape}")
+        raise ValueError(f"{name}: expected shape (n_epochs, n_samples), got shape {tuple(a.shape)}")
+    return a
+
+
+def predictions_or_scores(x: Any) -> tuple[Any, bool]:
+    """Array, or tensor on its accelerator, of integers or floats; and whether it is uint16 that hold bfloat16."""
+    name = "predictions_or_scores"
+    bfloat16 = is_tensor(x) and str(x.dtype) == "torch.bfloat16"
+    if on_device(x):
+        a = x.detach()
+    elif bfloat16:
+        import torch
+
+        a = x.detach().view(torch.int16).numpy().view(np.uint16)
+    else:
+        a = array(x, name)
+    if kind(a) == "b":
+        raise TypeError(f"{name}: expected class numbers or scores, got bool; is it correctness already?")
+    return a, bfloat16
+
+
+def plain(a: Any) -> Any:
+    """The same with native bytes and adjacent values along the last axis; tensors as they are."""
+    if not isinstance(a, np.ndarray):
+        return a
+    a = a.astype(a.dtype.newbyteorder("="), copy=False)
+    return a if a.size < 2 or a.shape[-1] == 1 or a.strides[-1] == a.itemsize else np.ascontiguousarray(a)
+
+
+def zeros_and_ones(a: Any, name: str) -> Any:
+    """The same as bool, where it holds no other numbers than 0 and 1."""
+    if kind(a) == "b":
+        return a
+    if a.min() < 0 or a.max() > 1:
+        raise ValueError(f"{name}: expected 0 and 1, got values from {int(a.min())} to {int(a.max())}")
+    return a != 0
+
+
+def correctness(x: Any, name: str = "correct") -> Bool:
+    """(n_epochs, n_samples) bool in memory."""
+    a = matrix(array(x, name), name)
     if 0 in a.shape:
         raise ValueError(f"{name}: expected at least one epoch and one sample, got shape {a.shape}")
-    if a.dtype != np.bool_:
-        if a.min() < 0 or a.max() > 1:
-            raise ValueError(f"{name}: expected 0 and 1, got values from {a.min()} to {a.max()}")
-        a = a != 0
-    return a if a.shape[1] == 1 or a.strides[1] == 1 else np.ascontiguousarray(a)
+    return np.asarray(zeros_and_ones(a, name))
 
 
 def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, name: str = "labels") -> Int:

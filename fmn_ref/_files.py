@@ -1,12 +1,16 @@
-"""Files that are never half-written: a temporary file beside the target, fsync, rename, fsync of the folder."""
+"""Files that are never half-written (a temporary file beside the target, fsync, rename, fsync of the folder), and the
+pages of mapped ones."""
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
@@ -57,3 +61,18 @@ def read_json(path: str | os.PathLike[str], format: str) -> dict[str, Any]:
     if content.get("version") != 1:
         raise ValueError(f"{path}: {format} version {content.get('version')!r} is not known to this release")
     return content
+
+
+def mapping(a: Any) -> mmap.mmap | None:
+    """The file mapping behind an array, if its pages may be dropped: copy-on-write ones would lose data."""
+    while a is not None and not isinstance(a, mmap.mmap):
+        if isinstance(a, np.memmap) and a.mode == "c":
+            return None
+        a = getattr(a, "base", None)
+    return a
+
+
+def drop_pages(mapped: mmap.mmap) -> None:
+    """Give mapped pages back: they stay in the system's cache, but not in this process."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)

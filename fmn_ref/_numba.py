@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from ._reference import pack, pack_predictions, pack_scores, unpack
+
+Rows = NDArray[Any]
+Int = NDArray[np.int64]
+
+__all__ = [
+    "curve_counts",
+    "group_counts",
+    "group_sums",
+    "overlap_counts",
+    "pack",
+    "pack_predictions",
+    "pack_scores",
+    "sample_counts",
+    "unpack",
+]
+
+
+def _correct(rows: Rows, n_samples: int) -> NDArray[np.bool_]:
+    return unpack(rows, n_samples) if rows.dtype == np.uint8 else rows
 
 
 @njit(cache=True, nogil=True)
 def _curve_counts(correct, reference, counts):  # type: ignore[no-untyped-def]
     at_end = correct[reference]
+    right_at_end = at_end.sum()
     for e in range(correct.shape[0]):
         now = correct[e]
         right = retained = 0
         for i in range(correct.shape[1]):
             right += now[i]
             retained += now[i] & at_end[i]
-        counts[0, e] = right
-        counts[3, e] = retained
-    for e in range(correct.shape[0]):
-        counts[1, e] = counts[0, e] - counts[3, e]
-        counts[2, e] = counts[0, reference] - counts[3, e]
+        counts[0, e] += right
+        counts[1, e] += right - retained
+        counts[2, e] += right_at_end - retained
+        counts[3, e] += retained
 
 
 @njit(cache=True, nogil=True)
@@ -59,44 +82,38 @@ def _overlap_counts(packed, popcount, counts):  # type: ignore[no-untyped-def]
             total = 0
             for b in range(packed.shape[1]):
                 total += popcount[packed[i, b] & packed[j, b]]
-            counts[i, j] = counts[j, i] = total
+            counts[i, j] += total
+            if i != j:
+                counts[j, i] += total
 
 
-def curve_counts(correct: NDArray[np.bool_], reference: int) -> NDArray[np.int64]:
-    counts = np.zeros((4, len(correct)), np.int64)
-    _curve_counts(correct, reference, counts)
-    return counts
+def curve_counts(rows: Rows, n_samples: int, reference: int, counts: Int) -> None:
+    _curve_counts(_correct(rows, n_samples), reference, counts)
 
 
-def group_counts(
-    correct: NDArray[np.bool_], reference: int, groups: NDArray[np.int64], n_groups: int
-) -> NDArray[np.int64]:
-    counts = np.zeros((4, n_groups, len(correct)), np.int64)
-    _group_sums(correct, reference, groups, np.ones(len(groups), np.int64), counts)
-    return counts
+def group_counts(rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, counts: Int) -> None:
+    _group_sums(_correct(rows, n_samples), reference, groups, np.ones(n_samples, np.int64), counts)
 
 
 def group_sums(
-    correct: NDArray[np.bool_],
+    rows: Rows,
+    n_samples: int,
     reference: int,
-    groups: NDArray[np.int64],
+    groups: Int,
     n_groups: int,
     weights: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    sums = np.zeros((4, n_groups, len(correct)))
-    _group_sums(correct, reference, groups, weights, sums)
-    return sums
+    sums: NDArray[np.float64],
+) -> None:
+    _group_sums(_correct(rows, n_samples), reference, groups, weights, sums)
 
 
-def sample_counts(correct: NDArray[np.bool_]) -> NDArray[np.int32]:
-    counts = np.full((5, correct.shape[1]), -1, np.int32)
+def sample_counts(rows: Rows, n_samples: int) -> NDArray[np.int32]:
+    counts = np.full((5, n_samples), -1, np.int32)
     counts[2:4] = 0
-    _sample_counts(correct, counts)
+    _sample_counts(_correct(rows, n_samples), counts)
     return counts
 
 
-def overlap_counts(packed: NDArray[np.uint8]) -> NDArray[np.int64]:
+def overlap_counts(rows: Rows, n_samples: int, counts: Int) -> None:
     popcount = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.int64)
-    counts = np.zeros((len(packed), len(packed)), np.int64)
-    _overlap_counts(packed, popcount, counts)
-    return counts
+    _overlap_counts(pack(_correct(rows, n_samples), n_samples), popcount, counts)

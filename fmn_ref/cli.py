@@ -12,93 +12,23 @@ import io
 import json
 import logging
 import sys
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from . import __version__, _check, _files, metrics
 from ._backend import backend
+from ._load import correctness_of, has_labels, load, load_correct, load_labels, load_named
+from ._matrix import Matrix
 from .comparison import compare_probabilities
 from .fusion import FusionPlan, fuse
-from .history import NO_LABELS, CorrectnessHistory, labels_digest
+from .history import CorrectnessHistory, labels_digest
 
 PROBS = "probabilities (n_epochs, n_samples, n_classes): .npy, or .npz with 'probs' and perhaps 'labels'"
 LABELS = "true classes (n_samples,): .npy, or .npz with 'labels'; default: 'labels' in the other file, if it is .npz"
-
-
-def load(path: str, *names: str) -> NDArray[Any]:
-    """An array of a file: .npy (memory-mapped), or the first of `names` in an .npz."""
-    a: NDArray[Any] | CorrectnessHistory = load_named(path, *names)[0]
-    if isinstance(a, CorrectnessHistory):
-        raise ValueError(f"{path}: holds correctness, not {names[0]}")
-    return a
-
-
-def load_named(path: str, *names: str) -> tuple[Any, str]:
-    """The array, and the name it had in an .npz. A run directory stands for its history."""
-    if (Path(path) / "history.fmnh").is_file():
-        path = str(Path(path) / "history.fmnh")
-    try:
-        if path.endswith(".fmnh"):
-            return CorrectnessHistory.open(path), ""
-        if not path.endswith(".npz"):
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if not isinstance(array, np.ndarray):
-                array.close()
-                raise ValueError("an .npz file; its name must say so")
-            return array, ""
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
-            for name in names:
-                if name in content:
-                    return content[name], name
-            raise ValueError(f"expected an array named {' or '.join(map(repr, names))}, found {list(content)}")
-    except (ValueError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error)
-        if "pickle" in reason:  # NumPy suggests to unpickle it
-            reason = "not an .npy file of numbers"
-        raise ValueError(reason if path in reason else f"{path}: {reason}") from None
-
-
-def load_labels(path: str | None, beside: str, option: str = "--labels") -> NDArray[np.int64]:
-    """Labels from their own file, or from the .npz that holds the probabilities."""
-    if path is None and not beside.endswith(".npz"):
-        raise ValueError(f"{option}: needed, since {beside} is not an .npz with 'labels' in it")
-    return _check.labels(load(path or beside, "labels"))
-
-
-def has_labels(path: str) -> bool:
-    if not path.endswith(".npz"):
-        return False
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
-        return "labels" in content
-
-
-def load_correct(path: str, labels: str | None) -> Any:
-    """Correctness from a history, a matrix of 0 and 1, or predictions or scores with labels."""
-    a, name = load_named(path, "correct", "predictions", "probs", "scores")
-    if isinstance(a, CorrectnessHistory):
-        if labels is not None and a.digest not in (NO_LABELS, labels_digest(load_labels(labels, path))):
-            raise ValueError(f"{labels}: not the labels that {path} was recorded with")
-        return a
-    without_labels = labels is None and not path.endswith(".npz") and a.dtype.kind != "f"
-    if name == "correct" or without_labels:
-        return a
-    y = load_labels(labels, path)
-    return correctness_of(a, y) if a.ndim == 3 else metrics.correctness(a, y)
-
-
-def correctness_of(probs: Any, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """One epoch at a time, so that a memory-mapped file is never held whole."""
-    if probs.ndim != 3 or len(probs) == 0:
-        raise ValueError(f"probs: expected shape (n_epochs, n_samples, n_classes), got shape {probs.shape}")
-    return np.stack([metrics.correctness(probs[e], labels) for e in tqdm(range(len(probs)), "reading", disable=None)])
 
 
 def command_info(args: argparse.Namespace) -> None:
@@ -109,10 +39,9 @@ def command_info(args: argparse.Namespace) -> None:
 
 
 def command_metric(args: argparse.Namespace) -> None:
-    correct = load_correct(args.file, args.labels)
+    correct = load_correct(args.file, args.labels, verify=not args.no_verify)
     epochs = np.array(correct.epochs if isinstance(correct, CorrectnessHistory) else range(len(correct)))
-    curves = metrics.forgetting_curves(correct, reference=args.reference)
-    stats = metrics.sample_statistics(correct, never_learned=args.never_learned)
+    curves, n_forgotten = curves_and_forgotten(correct, args.reference)
     columns = {
         "epoch": epochs.tolist(),
         "accuracy": curves.accuracy.tolist(),
@@ -125,9 +54,10 @@ def command_metric(args: argparse.Namespace) -> None:
         "n_samples": curves.n_samples,
         "peak_forget_fraction": float(curves.forget[peak]),
         "peak_epoch": int(epochs[peak]),
-        "forgotten_samples": int(((stats.correctness > 0) & ~np.asarray(correct)[args.reference].astype(bool)).sum()),
+        "forgotten_samples": n_forgotten,
     }
     if args.per_sample:
+        stats = metrics.sample_statistics(correct, never_learned=args.never_learned, progress=True)
         write_per_sample(args.per_sample, stats, epochs, args.ids)
     if args.csv:
         return print(to_csv(columns), end="")
@@ -139,6 +69,18 @@ def command_metric(args: argparse.Namespace) -> None:
         f"{epochs[args.reference]}"
     )
     show(args, {**summary, **columns}, "\n".join([head, *rows, end]))
+
+
+def curves_and_forgotten(correct: Any, reference: int) -> tuple[metrics.ForgettingCurves, int]:
+    """The curves, and how many samples were right at some epoch and are wrong at the reference, in one reading."""
+    m = Matrix(correct)
+    r, n = _check.index(reference, m.n_epochs, "reference"), m.n_samples
+    counts, of_ever = np.zeros((4, m.n_epochs), np.int64), np.zeros((4, 2), np.int64)
+    for part, rows in m.blocks(progress=True):
+        m.kernels.curve_counts(rows, part.stop - part.start, r, counts)
+        ever = np.stack([np.bitwise_or.reduce(rows, axis=0), rows[r]])
+        m.kernels.curve_counts(ever, part.stop - part.start, 1, of_ever)
+    return metrics.ForgettingCurves(counts, n, n, r), int(of_ever[1, 0])
 
 
 def write_per_sample(path: str, stats: metrics.SampleStatistics, epochs: NDArray[np.int64], ids: str | None) -> None:
@@ -271,6 +213,9 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--per-sample", metavar="CSV", help="write a table with a row per sample")
     c.add_argument("--ids", help="text file with a sample id per line, for --per-sample")
     c.add_argument("--csv", action="store_true", help="print CSV")
+    c.add_argument(
+        "--no-verify", action="store_true", help="do not check a history's CRC-32s, which reads it once more"
+    )
 
     c = add("fuse", command_fuse, "find a fusion plan on a selection set")
     c.add_argument("probs", help=PROBS)

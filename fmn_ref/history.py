@@ -130,7 +130,9 @@ class CorrectnessHistory:
         n = size // self._record_size
         torn = "incomplete" if size % self._record_size else ""
         epochs: list[int] = []
-        for i, record in enumerate(self._map(n)):
+        records = self._map(n)
+        mapping = _files.mapping(records)
+        for i, record in enumerate(records):
             fault = _record_fault(record, self.n_samples, epochs[-1] if epochs else None, verify)
             if fault and i == n - 1 and not torn:
                 torn = fault
@@ -138,6 +140,8 @@ class CorrectnessHistory:
             if fault:
                 raise ValueError(f"{self.path}: corrupt record at offset {_PAD + i * self._record_size}: {fault}")
             epochs.append(_RECORD.unpack(record[:16].tobytes())[2])
+            if mapping is not None:
+                _files.drop_pages(mapping)
         if torn:
             offset = _PAD + len(epochs) * self._record_size
             message = (

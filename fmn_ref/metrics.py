@@ -8,11 +8,14 @@ e, E the final (or any reference) epoch.
     identity          acc(E) = acc(e) + L_e - F_e
 
 Everywhere `correct` is (n_epochs, n_samples): bool or integers 0 and 1, in anything that NumPy can view (list, memmap,
-torch tensor, DLPack, CorrectnessHistory). Counts are exact integers, the same from every backend.
+torch tensor, DLPack), or a CorrectnessHistory, whose bits are read as they are. Memory-mapped arrays and history files
+may be larger than memory: they are streamed in blocks. Tensors on an accelerator are reduced there. Counts are exact
+integers, the same from every backend.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _backend, _check
+from ._matrix import Matrix
 
 NEVER_LEARNED = ("nan", "toneva", "cartography", "datadiet", "deepcore")
 
@@ -53,22 +57,25 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     >>> correctness([[0.9, 0.1], [0.5, 0.5]], [0, 1])
     array([ True, False])
     """
-    a = _check.array(predictions_or_scores, "predictions_or_scores")
-    if a.dtype.kind == "b":
-        raise TypeError("predictions_or_scores: expected class numbers or scores, got bool; is it correctness already?")
-    if a.dtype.kind in "iu":
+    a, bfloat16 = _check.predictions_or_scores(predictions_or_scores)
+    kernels, shape = _backend.kernels_for(a), tuple(a.shape)
+    if _check.kind(a) == "i" and not bfloat16:
         y = _check.labels(labels)
-        if a.ndim < 1 or a.shape[-1] != len(y):
-            raise ValueError(f"predictions: expected shape (..., {len(y)}) as labels, got shape {a.shape}")
-        return np.asarray(a == y)
-    if a.ndim < 2 or a.shape[-1] == 0:
-        raise ValueError(f"scores: expected shape (..., n_samples, n_classes), got shape {a.shape}")
-    y = _check.labels(labels, a.shape[-2], a.shape[-1])
-    predicted = a.argmax(-1)
-    if np.isnan(np.take_along_axis(a, predicted[..., None], -1)).any():  # arg-max stops at a NaN wherever there is one
-        at = tuple(int(i) for i in np.argwhere(np.isnan(a))[0])
-        raise ValueError(f"scores: expected numbers, got NaN at index {at}")
-    return np.asarray(predicted == y)
+        if a.ndim < 1 or shape[-1] != len(y):
+            raise ValueError(f"predictions: expected shape (..., {len(y)}) as labels, got shape {shape}")
+        bits = kernels.pack_predictions(_check.plain(a.reshape(-1, len(y))), y)
+        return np.asarray(kernels.unpack(bits, len(y))).reshape(shape)
+    if a.ndim < 2 or shape[-1] == 0:
+        raise ValueError(f"scores: expected shape (..., n_samples, n_classes), got shape {shape}")
+    y = _check.labels(labels, shape[-2], shape[-1])
+    out = np.empty(shape[:-1], bool)
+    for epoch in np.ndindex(shape[:-2]):
+        bits = kernels.pack_scores(_check.plain(a[epoch]), y, bfloat16)
+        if bits is None:
+            at = (*epoch, *(int(i[0]) for i in (a[epoch] != a[epoch]).nonzero()))
+            raise ValueError(f"scores: expected numbers, got NaN at index {at}")
+        out[epoch] = kernels.unpack(bits[None], len(y))[0]
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +112,10 @@ class ForgettingCurves:
         return f"ForgettingCurves({n} epochs, {np.sum(self.n_samples)} samples{groups}, {peak})"
 
     def _fraction(self, row: int) -> NDArray[np.float64]:
-        with np.errstate(invalid="ignore"):
-            return np.asarray(self.counts[row] / np.asarray(self.total)[..., None], np.float64)
+        if self.groups is None:
+            return np.asarray(self.counts[row] / self.total)
+        with np.errstate(invalid="ignore"):  # of an empty group
+            return np.asarray(self.counts[row] / self.total[:, None])
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
@@ -162,7 +171,7 @@ def _spread(curves: ForgettingCurves, names: NDArray[Any], groups: NDArray[Any])
 
 
 def forgetting_curves(
-    correct: Any, *, reference: int = -1, groups: Any = None, sample_weight: Any = None
+    correct: Any, *, reference: int = -1, groups: Any = None, sample_weight: Any = None, progress: bool = False
 ) -> ForgettingCurves:
     """Accuracy, F_e, L_e and retained accuracy of every epoch in one pass.
 
@@ -174,7 +183,10 @@ def forgetting_curves(
     groups : (n_samples,), optional
         A label per sample (class, cluster, annotator): the same curves inside each group.
     sample_weight : (n_samples,) float, optional
-        Finite, >= 0; fractions become shares of the total weight. Summed in double in the order of the samples.
+        Finite, >= 0; fractions become shares of the total weight. Summed in double in the order of the samples (on an
+        accelerator: in the device's order).
+    progress : bool
+        Show a bar on stderr, if that is a terminal, while a file is streamed.
 
     Returns
     -------
@@ -195,21 +207,31 @@ def forgetting_curves(
     ----------
     arXiv 2507.08686, Section III (F_e, L_e); arXiv 2412.12968.
     """
-    c = _check.correctness(correct)
-    r = _check.index(reference, len(c), "reference")
-    n_samples = c.shape[1]
-    kernels = _backend.load()[0]
+    m = Matrix(correct)
+    r = _check.index(reference, m.n_epochs, "reference")
+    n, k = m.n_samples, m.kernels
     if groups is None and sample_weight is None:
-        return ForgettingCurves(kernels.curve_counts(c, r), n_samples, n_samples, r)
-    names, member = _groups(np.zeros(n_samples, np.int64) if groups is None else groups, n_samples)
-    size = np.bincount(member)
-    if sample_weight is None:
-        return ForgettingCurves(kernels.group_counts(c, r, member, len(names)), size, size, r, names)
-    w = _check.weights(sample_weight, n_samples)
-    sums, total = kernels.group_sums(c, r, member, len(names), w), np.bincount(member, w)
+        return ForgettingCurves(_curve_counts(m, r, progress), n, n, r)
+    names, member = _groups(np.zeros(n, np.int64) if groups is None else groups, n)
+    w = None if sample_weight is None else _check.weights(sample_weight, n)
+    sums = np.zeros((4, len(names), m.n_epochs), np.int64 if w is None else np.float64)
+    for part, rows in m.blocks(progress):
+        n_part, g = part.stop - part.start, member[part]
+        if w is None:
+            k.group_counts(rows, n_part, r, g, len(names), sums)
+        else:
+            k.group_sums(rows, n_part, r, g, len(names), w[part], sums)
+    size, total = np.bincount(member), np.bincount(member, w)
     if groups is None:
-        return ForgettingCurves(sums[:, 0], n_samples, total[0], r)
-    return ForgettingCurves(sums, size, total, r, names)
+        return ForgettingCurves(sums[:, 0], n, total[0], r)
+    return ForgettingCurves(sums, size, size if w is None else total, r, names)
+
+
+def _curve_counts(m: Matrix, reference: int, progress: bool = False) -> NDArray[np.int64]:
+    counts = np.zeros((4, m.n_epochs), np.int64)
+    for part, rows in m.blocks(progress):
+        m.kernels.curve_counts(rows, part.stop - part.start, reference, counts)
+    return counts
 
 
 def _groups(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -257,17 +279,20 @@ def learned_fraction(correct: Any, *, reference: int = -1, sample_weight: Any = 
     return forgetting_curves(correct, reference=reference, sample_weight=sample_weight).learned
 
 
-def forgetting_matrix(correct: Any) -> NDArray[np.int64]:
+def forgetting_matrix(correct: Any, *, progress: bool = False) -> NDArray[np.int64]:
     """How many samples are right at epoch i and wrong at epoch j.
 
     Parameters
     ----------
     correct : (n_epochs, n_samples) bool or 0 and 1
+    progress : bool
+        As `forgetting_curves`.
 
     Returns
     -------
     (n_epochs, n_epochs) int64
-        Zero diagonal; the last column divided by n_samples is F_e, the last row L_e.
+        Zero diagonal; the last column divided by n_samples is F_e, the last row L_e. Matrices of disjoint sample sets
+        add.
 
     Raises
     ------
@@ -280,11 +305,11 @@ def forgetting_matrix(correct: Any) -> NDArray[np.int64]:
     array([[0, 1],
            [2, 0]])
     """
-    is_history = hasattr(correct, "packed")
-    packed = correct.packed if is_history else np.packbits(_check.correctness(correct), axis=1)
-    if len(packed) == 0:
-        raise ValueError("correct: expected at least one epoch")
-    overlap = _backend.load()[0].overlap_counts(packed)
+    m = Matrix(correct)
+    overlap = np.zeros((m.n_epochs, m.n_epochs), np.int64)
+    for part, rows in m.blocks(progress):
+        n = part.stop - part.start
+        m.kernels.overlap_counts(rows if m.bits else m.kernels.pack(rows, n), n, overlap)
     return np.asarray(np.diag(overlap)[:, None] - overlap)
 
 
@@ -316,8 +341,21 @@ class SampleStatistics:
     presentations_needed: NDArray[np.int64]
     forgotten: NDArray[np.bool_]
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[SampleStatistics]) -> SampleStatistics:
+        """Join the statistics of disjoint samples over the same epochs (shards, blocks, machines), in the order given.
 
-def sample_statistics(correct: Any, *, never_learned: str = "nan") -> SampleStatistics:
+        Raises
+        ------
+        ValueError
+            Nothing to join.
+        """
+        if not parts:
+            raise ValueError("parts: expected at least one")
+        return cls(**{name: np.concatenate([vars(p)[name] for p in parts]) for name in vars(parts[0])})
+
+
+def sample_statistics(correct: Any, *, never_learned: str = "nan", progress: bool = False) -> SampleStatistics:
     """Per-sample learning and forgetting, in one pass.
 
     Parameters
@@ -326,6 +364,8 @@ def sample_statistics(correct: Any, *, never_learned: str = "nan") -> SampleStat
     never_learned : {"nan", "toneva", "cartography", "datadiet", "deepcore"}
         The forgetting events of a sample that was never right: nan, n_epochs, 1000, infinity or 0, as those projects
         count.
+    progress : bool
+        As `forgetting_curves`.
 
     Returns
     -------
@@ -346,10 +386,11 @@ def sample_statistics(correct: Any, *, never_learned: str = "nan") -> SampleStat
     ----------
     Toneva et al., "An Empirical Study of Example Forgetting", ICLR 2019; arXiv 2507.08686, Section III.
     """
-    c = _check.correctness(correct)
+    m = Matrix(correct)
     _check.choice(never_learned, NEVER_LEARNED, "never_learned")
-    value = dict(zip(NEVER_LEARNED, (np.nan, len(c), 1000.0, np.inf, 0.0), strict=True))[never_learned]
-    first, last, events, right, last_wrong = _backend.load()[0].sample_counts(c)
+    value = dict(zip(NEVER_LEARNED, (np.nan, m.n_epochs, 1000.0, np.inf, 0.0), strict=True))[never_learned]
+    counts = [m.kernels.sample_counts(rows, part.stop - part.start) for part, rows in m.blocks(progress)]
+    first, last, events, right, last_wrong = counts[0] if len(counts) == 1 else np.concatenate(counts, axis=1)
     never = first < 0
     return SampleStatistics(
         first_learned=np.where(never, np.nan, first),
@@ -357,5 +398,5 @@ def sample_statistics(correct: Any, *, never_learned: str = "nan") -> SampleStat
         forgetting_events=np.where(never, value, events),
         correctness=right.astype(np.int64),
         presentations_needed=last_wrong.astype(np.int64) + 1,
-        forgotten=~never & ~c[-1],
+        forgotten=~never & (last_wrong == m.n_epochs - 1),
     )

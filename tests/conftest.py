@@ -10,7 +10,7 @@ import torch
 
 from fmn_ref import _backend
 
-BACKENDS = [b for b in ("cpp", "numba", "numpy") if b != "numba" or importlib.util.find_spec("numba")]
+BACKENDS = [b for b in ("cpp", "numba", "numpy", "torch") if b != "numba" or importlib.util.find_spec("numba")]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -212,7 +212,7 @@ def test_interrupt(monkeypatch):
 
     monkeypatch.setattr("fmn_ref.cli.metrics.forgetting_curves", interrupted)
     assert main(["metric", "x.fmnh"]) == 1  # no such file comes first
-    monkeypatch.setattr("fmn_ref.cli.load_correct", lambda *a: interrupted(None))
+    monkeypatch.setattr("fmn_ref.cli.load_correct", lambda *a, **k: interrupted(None))
     assert main(["metric", "x.fmnh"]) == 130
 
 

@@ -2,7 +2,6 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <new>
 #include <string>
 
 #include "fmn/fmn.h"
@@ -11,74 +10,132 @@ namespace py = pybind11;
 
 namespace {
 
-fmn_matrix matrix(const py::array& a, const char* name) {
-    if (a.ndim() != 2 || a.itemsize() != 1 || (a.shape(1) > 1 && a.strides(1) != 1))
-        throw py::value_error(std::string(name) + ": expected a 2-d array of bytes with adjacent columns");
-    return {static_cast<const uint8_t*>(a.data()), a.shape(0), a.shape(1), a.strides(0)};
+// Rows of n_samples bytes (dtype bool) or of as many bits (uint8).
+fmn_matrix matrix(const py::array& a, int64_t n_samples) {
+    const bool bytes = a.dtype().kind() == 'b';
+    const int64_t width = bytes ? n_samples : (n_samples + 7) / 8;
+    if (a.ndim() != 2 || a.itemsize() != 1 || a.shape(1) != width || (width > 1 && a.strides(1) != 1))
+        throw py::value_error("rows: expected n_samples adjacent bool, or as many bits in uint8");
+    return {static_cast<const uint8_t*>(a.data()), a.shape(0), n_samples, a.strides(0), bytes ? FMN_BYTES : FMN_BITS};
 }
 
 template <class T>
-using Vector = py::array_t<T, py::array::c_style>;
+using Array = py::array_t<T, py::array::c_style>;
 
 template <class T>
-const T* vector(const Vector<T>& a, int64_t n, const char* name) {
+T* output(Array<T>& a, int64_t size, const char* name) {
+    if (a.size() != size) throw py::value_error(std::string(name) + ": wrong size");
+    return a.mutable_data();
+}
+
+template <class T>
+const T* vector(const Array<T>& a, int64_t n, const char* name) {
     if (a.ndim() != 1 || a.shape(0) != n) throw py::value_error(std::string(name) + ": expected one value per sample");
     return a.data();
 }
 
 template <class Call>
-void run(const Call& call) {
+fmn_status run(const Call& call) {
     fmn_status status;
     {
         py::gil_scoped_release release;
         status = call();
     }
-    if (status == FMN_OUT_OF_MEMORY) throw std::bad_alloc();
-    if (status != FMN_OK) throw py::value_error("invalid argument: empty matrix, or reference or group out of range");
+    if (status == FMN_INVALID_ARGUMENT) throw py::value_error("invalid argument: reference, group, label or type out of range");
+    return status;
 }
 
-py::array curve_counts(const py::array& correct, int64_t reference) {
-    const auto m = matrix(correct, "correct");
-    py::array_t<int64_t> out({int64_t(4), m.n_epochs});
-    int64_t* p = out.mutable_data();
-    run([&] { return fmn_curve_counts(&m, reference, 0, p); });
-    return out;
+void curve_counts(const py::array& rows, int64_t n_samples, int64_t reference, Array<int64_t> counts) {
+    const auto m = matrix(rows, n_samples);
+    auto* out = output(counts, 4 * m.n_epochs, "counts");
+    run([&] { return fmn_curve_counts(&m, reference, 0, out); });
 }
 
-py::array group_counts(const py::array& correct, int64_t reference, const Vector<int64_t>& groups, int64_t n_groups) {
-    const auto m = matrix(correct, "correct");
-    const auto* g = vector(groups, m.n_samples, "groups");
-    py::array_t<int64_t> out({int64_t(4), n_groups, m.n_epochs});
-    int64_t* p = out.mutable_data();
-    run([&] { return fmn_group_counts(&m, reference, g, n_groups, 0, p); });
-    return out;
+void group_counts(const py::array& rows, int64_t n_samples, int64_t reference, const Array<int64_t>& groups,
+                  int64_t n_groups, Array<int64_t> counts) {
+    const auto m = matrix(rows, n_samples);
+    const auto* g = vector(groups, n_samples, "groups");
+    auto* out = output(counts, 4 * n_groups * m.n_epochs, "counts");
+    run([&] { return fmn_group_counts(&m, reference, g, n_groups, 0, out); });
 }
 
-py::array group_sums(const py::array& correct, int64_t reference, const Vector<int64_t>& groups, int64_t n_groups,
-                     const Vector<double>& weights) {
-    const auto m = matrix(correct, "correct");
-    const auto* g = vector(groups, m.n_samples, "groups");
-    const auto* w = vector(weights, m.n_samples, "weights");
-    py::array_t<double> out({int64_t(4), n_groups, m.n_epochs});
-    double* p = out.mutable_data();
-    run([&] { return fmn_group_sums(&m, reference, g, n_groups, w, 0, p); });
-    return out;
+void group_sums(const py::array& rows, int64_t n_samples, int64_t reference, const Array<int64_t>& groups,
+                int64_t n_groups, const Array<double>& weights, Array<double> sums) {
+    const auto m = matrix(rows, n_samples);
+    const auto* g = vector(groups, n_samples, "groups");
+    const auto* w = vector(weights, n_samples, "weights");
+    auto* out = output(sums, 4 * n_groups * m.n_epochs, "sums");
+    run([&] { return fmn_group_sums(&m, reference, g, n_groups, w, 0, out); });
 }
 
-py::array sample_counts(const py::array& correct) {
-    const auto m = matrix(correct, "correct");
-    py::array_t<int32_t> out({int64_t(5), m.n_samples});
-    int32_t* p = out.mutable_data();
+py::array sample_counts(const py::array& rows, int64_t n_samples) {
+    const auto m = matrix(rows, n_samples);
+    py::array_t<int32_t> out({int64_t(5), n_samples});
+    auto* p = out.mutable_data();
     run([&] { return fmn_sample_counts(&m, 0, p); });
     return out;
 }
 
-py::array overlap_counts(const py::array& packed) {
-    const auto m = matrix(packed, "packed");
-    py::array_t<int64_t> out({m.n_epochs, m.n_epochs});
-    int64_t* p = out.mutable_data();
-    run([&] { return fmn_overlap_counts(&m, 0, p); });
+void overlap_counts(const py::array& rows, int64_t n_samples, Array<int64_t> counts) {
+    const auto m = matrix(rows, n_samples);
+    auto* out = output(counts, m.n_epochs * m.n_epochs, "counts");
+    run([&] { return fmn_overlap_counts(&m, 0, out); });
+}
+
+py::array pack(const py::array& rows, int64_t n_samples) {
+    const auto m = matrix(rows, n_samples);
+    const int64_t width = (n_samples + 7) / 8;
+    py::array_t<uint8_t> out({m.n_epochs, width});
+    auto* p = out.mutable_data();
+    run([&] { return fmn_pack(&m, 0, p, width); });
     return out;
+}
+
+py::array unpack(const py::array& rows, int64_t n_samples) {
+    const auto m = matrix(rows, n_samples);
+    py::array_t<bool> out({m.n_epochs, n_samples});
+    auto* p = reinterpret_cast<uint8_t*>(out.mutable_data());
+    run([&] { return fmn_unpack(&m, 0, p, n_samples); });
+    return out;
+}
+
+fmn_type type_of(const py::dtype& dtype, bool bfloat16) {
+    if (bfloat16) return FMN_BFLOAT16;
+    const std::string name = std::string(1, dtype.kind()) + std::to_string(dtype.itemsize());
+    const char* names[] = {"i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "", "f4", "f8"};
+    for (int type = 0; type < 12; ++type)
+        if (name == names[type]) return static_cast<fmn_type>(type);
+    throw py::type_error("expected integers, or floats of 16 to 64 bits");
+}
+
+void check_rows(const py::array& a) {  // an empty array has no strides to speak of
+    if (a.ndim() != 2 || (a.size() > 0 && a.shape(1) > 1 && a.strides(1) != a.itemsize()))
+        throw py::value_error("expected two axes, the last one contiguous");
+}
+
+py::array pack_predictions(const py::array& predictions, const Array<int64_t>& labels) {
+    check_rows(predictions);
+    const int64_t n_epochs = predictions.shape(0), n = predictions.shape(1), width = (n + 7) / 8;
+    const auto* y = vector(labels, n, "labels");
+    const auto type = type_of(predictions.dtype(), false);
+    py::array_t<uint8_t> out({n_epochs, width});
+    auto* p = out.mutable_data();
+    run([&] {
+        return fmn_pack_predictions(predictions.data(), type, n_epochs, n, predictions.strides(0), y, 0, p, width);
+    });
+    return out;
+}
+
+py::object pack_scores(const py::array& scores, const Array<int64_t>& labels, bool bfloat16) {
+    check_rows(scores);
+    const int64_t n = scores.shape(0), n_classes = scores.shape(1);
+    const auto* y = vector(labels, n, "labels");
+    const auto type = type_of(scores.dtype(), bfloat16);
+    py::array_t<uint8_t> out((n + 7) / 8);
+    auto* p = out.mutable_data();
+    const auto status =
+        run([&] { return fmn_pack_scores(scores.data(), type, n, n_classes, scores.strides(0), y, 0, p); });
+    return status == FMN_OK ? py::object(out) : py::none();
 }
 
 }  // namespace
@@ -86,11 +143,17 @@ py::array overlap_counts(const py::array& packed) {
 PYBIND11_MODULE(_kernels, m) {
     using namespace py::literals;
     m.doc() = "Compiled kernels of fmn_ref; see _kernels.pyi.";
-    m.def("curve_counts", curve_counts, "correct"_a, "reference"_a);
-    m.def("group_counts", group_counts, "correct"_a, "reference"_a, "groups"_a, "n_groups"_a);
-    m.def("group_sums", group_sums, "correct"_a, "reference"_a, "groups"_a, "n_groups"_a, "weights"_a);
-    m.def("sample_counts", sample_counts, "correct"_a);
-    m.def("overlap_counts", overlap_counts, "packed"_a);
+    m.def("curve_counts", curve_counts, "rows"_a, "n_samples"_a, "reference"_a, "counts"_a.noconvert());
+    m.def("group_counts", group_counts, "rows"_a, "n_samples"_a, "reference"_a, "groups"_a, "n_groups"_a,
+          "counts"_a.noconvert());
+    m.def("group_sums", group_sums, "rows"_a, "n_samples"_a, "reference"_a, "groups"_a, "n_groups"_a, "weights"_a,
+          "sums"_a.noconvert());
+    m.def("sample_counts", sample_counts, "rows"_a, "n_samples"_a);
+    m.def("overlap_counts", overlap_counts, "rows"_a, "n_samples"_a, "counts"_a.noconvert());
+    m.def("pack", pack, "rows"_a, "n_samples"_a);
+    m.def("unpack", unpack, "rows"_a, "n_samples"_a);
+    m.def("pack_predictions", pack_predictions, "predictions"_a, "labels"_a);
+    m.def("pack_scores", pack_scores, "scores"_a, "labels"_a, "bfloat16"_a = false);
     m.def("instruction_set", fmn_instruction_set);
     m.def("threads", fmn_threads);
 }

@@ -1,11 +1,11 @@
-// The C API: argument checks, the choice of the instruction set, and the split over threads.
+// The C API: argument checks, the choice of the instruction set, and the cut into pieces for the threads.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <new>
+#include <mutex>
 #include <thread>
-#include <vector>
 
 #include "fmn/fmn.h"
 #include "kernels.h"
@@ -16,86 +16,161 @@
 
 namespace {
 
-const fmn::Kernels& choose() {
-    const char* forced = std::getenv("FMN_ISA");
-    if (forced && std::strcmp(forced, "base") == 0) return fmn::base_kernels;
-#ifdef FMN_HAVE_AVX2
-    __builtin_cpu_init();  // its answer includes the operating system's support
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt")) return fmn::avx2_kernels;
+using fmn::Kernels;
+
+// The kernels this processor can run, the best first.
+int available(const Kernels* found[3]) {
+    int n = 0;
+#ifdef FMN_X86
+    __builtin_cpu_init();  // its answers include the operating system's support
+#ifdef FMN_SIMDE
+    found[n++] = &fmn::avx512_kernels;  // emulated
+#else
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vpopcntdq")) found[n++] = &fmn::avx512_kernels;
 #endif
-    return fmn::base_kernels;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt")) found[n++] = &fmn::avx2_kernels;
+#elif defined(FMN_NEON)
+    found[n++] = &fmn::neon_kernels;
+#endif
+    found[n++] = &fmn::base_kernels;
+    return n;
 }
 
-const fmn::Kernels& kernels() {
-    static const fmn::Kernels& chosen = choose();
+const Kernels& choose() {
+    const Kernels* found[3];
+    const int n = available(found);
+    const char* wanted = std::getenv("FMN_ISA");
+    for (int i = 0; wanted && i < n; ++i)
+        if (std::strcmp(found[i]->name, wanted) == 0) return *found[i];
+    return *found[0];
+}
+
+const Kernels& kernels() {
+    static const Kernels& chosen = choose();
     return chosen;
 }
 
-bool valid(const fmn_matrix* m) { return m && m->data && m->n_epochs >= 1 && m->n_samples >= 1; }
-
-const uint8_t* row(const fmn_matrix* m, int64_t e) { return m->data + e * m->stride; }
-
-// Calls work(begin, end) on disjoint parts of [0, n), each a multiple of `grain` long but the last. Threads are started only
-// when each gets at least a megabyte, so that small calls start none.
-template <class Work>
-fmn_status split(int64_t n, int64_t grain, int64_t bytes, int n_threads, const Work& work) {
-    const int64_t wanted = n_threads > 0 ? n_threads : fmn_threads();
-    const int64_t grains = (n + grain - 1) / grain;
-    const int64_t parts = std::max<int64_t>(1, std::min({wanted, grains, bytes >> 20}));
-    const auto bound = [&](int64_t part) { return std::min(n, grains * part / parts * grain); };
-    try {
-        std::vector<std::thread> threads;
-        threads.reserve(static_cast<size_t>(parts - 1));
-        int64_t part = 1;
-        try {
-            for (; part < parts; ++part) threads.emplace_back(work, bound(part), bound(part + 1));
-        } catch (const std::exception&) {  // no more threads to be had: do the rest here
-        }
-        work(bound(0), bound(1));
-        if (part < parts) work(bound(part), n);
-        for (auto& t : threads) t.join();
-    } catch (const std::bad_alloc&) {
-        return FMN_OUT_OF_MEMORY;
-    }
-    return FMN_OK;
+bool valid(const fmn_matrix* m) {
+    return m && m->n_epochs >= 0 && m->n_samples >= 0 && (m->data || m->n_epochs == 0 || m->n_samples == 0) &&
+           (m->format == FMN_BYTES || m->format == FMN_BITS);
 }
 
-// Right, forgotten, learned, retained per group and epoch; one epoch's row is read in the order of the samples, so that
-// floating-point sums do not depend on the thread count.
-template <class T, class Weight>
-fmn_status grouped(const fmn_matrix* m, int64_t reference, const int64_t* groups, int64_t n_groups, int n_threads, T* out,
-                   const Weight& weight) {
-    if (!valid(m) || !groups || !out || n_groups < 1 || reference < 0 || reference >= m->n_epochs)
-        return FMN_INVALID_ARGUMENT;
-    for (int64_t i = 0; i < m->n_samples; ++i)
-        if (groups[i] < 0 || groups[i] >= n_groups) return FMN_INVALID_ARGUMENT;
-    const uint8_t* ref = row(m, reference);
-    const int64_t n_epochs = m->n_epochs, plane = n_groups * n_epochs;
-    std::vector<T> scratch;
+bool valid(const fmn_matrix* m, int64_t reference) { return valid(m) && 0 <= reference && reference < m->n_epochs; }
+
+// Row e from sample i on; for bits, i is a multiple of 8.
+const uint8_t* at(const fmn_matrix* m, int64_t e, int64_t i) {
+    return m->data + e * m->stride + (m->format == FMN_BITS ? i / 8 : i);
+}
+
+int64_t row_bytes(const fmn_matrix* m) { return m->format == FMN_BITS ? (m->n_samples + 7) / 8 : m->n_samples; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls work(begin, end) on disjoint parts of [0, n) that make it up, in as many threads as have a megabyte each to read.
+template <class Work>
+void split(int64_t n, int64_t bytes, int n_threads, const Work& work) {
+    constexpr int64_t most = 256;
+    const int64_t useful = std::min({n, bytes >> 20, most});
+    if (useful <= 1) return work(0, n);
+    const int64_t parts = std::min<int64_t>(useful, n_threads > 0 ? n_threads : fmn_threads());
+    const auto bound = [=](int64_t part) { return n / parts * part + std::min(part, n % parts); };
+    std::thread threads[most];
+    int64_t part = 1;
     try {
-        scratch.resize(static_cast<size_t>(5 * plane));
-    } catch (const std::exception&) {
-        return FMN_OUT_OF_MEMORY;
+        for (; part < parts; ++part) threads[part] = std::thread(work, bound(part), bound(part + 1));
+    } catch (const std::exception&) {  // no more threads to be had: do the rest here
     }
-    T* const sums = scratch.data();  // per epoch and group: wrong at both, learned, forgotten, retained; right
-    return split(n_epochs, 1, n_epochs * m->n_samples, n_threads, [=](int64_t begin, int64_t end) {
-        for (int64_t e = begin; e < end; ++e) {
-            const uint8_t* now = row(m, e);
-            T* const of_epoch = sums + 5 * n_groups * e;
-            for (int64_t i = 0; i < m->n_samples; ++i) {
-                const int right = now[i] != 0;
-                const T w = weight(i);
-                T* cell = of_epoch + 5 * groups[i];
-                cell[2 * right + (ref[i] != 0)] += w;
-                cell[4] += right ? w : T(0);
-            }
-            for (int64_t g = 0; g < n_groups; ++g) {
-                const T* cell = of_epoch + 5 * g;
-                T* to = out + g * n_epochs + e;
-                to[0] = cell[4];
-                to[plane] = cell[2];
-                to[2 * plane] = cell[1];
-                to[3 * plane] = cell[3];
+    work(0, bound(1));
+    if (part < parts) work(bound(part), n);
+    while (--part > 0) threads[part].join();
+}
+
+// The last bits of a row that fill no byte, as a mask; 0 if there are none.
+uint8_t tail_mask(int64_t n_samples) { return static_cast<uint8_t>((1 << n_samples % 8) - 1); }
+
+int popcount8(unsigned v) {
+    int n = 0;
+    for (; v; v &= v - 1) ++n;
+    return n;
+}
+
+constexpr int64_t reference_piece = 1 << 19;  // samples: 64 KiB of bits
+
+// A piece of the reference row as bits: where they lie, or packed here.
+struct ReferencePiece {
+    const uint8_t* bits;
+    uint8_t packed[reference_piece / 8];
+
+    void read(const Kernels& k, const fmn_matrix* m, int64_t reference, int64_t start, int64_t n) {
+        bits = m->format == FMN_BITS ? at(m, reference, start) : packed;
+        if (m->format == FMN_BYTES) k.pack(at(m, reference, start), n, packed);
+    }
+};
+
+// Right and retained of n_rows epochs from e on, in a piece of the samples.
+void count(const Kernels& k, const fmn_matrix* m, int64_t e, int n_rows, int64_t start, int64_t n, const uint8_t* ref,
+           int64_t* counts) {
+    const uint8_t* rows[fmn::count_rows];
+    for (int r = 0; r < n_rows; ++r) rows[r] = at(m, e + r, start);
+    if (m->format == FMN_BYTES) return k.count_bytes(rows, n_rows, ref, n, counts);
+    k.count_bits(rows, n_rows, ref, n / 8, counts);
+    const uint8_t mask = tail_mask(n);
+    for (int r = 0; mask && r < n_rows; ++r) {
+        counts[2 * r] += popcount8(rows[r][n / 8] & mask);
+        counts[2 * r + 1] += popcount8(rows[r][n / 8] & ref[n / 8] & mask);
+    }
+}
+
+// Forgotten and learned from right and retained; all four are sums over the same samples.
+void derive(int64_t* counts, int64_t plane, int64_t n_epochs, int64_t reference) {
+    for (int64_t i = 0; i < plane; ++i) {
+        const int64_t right_at_reference = counts[i / n_epochs * n_epochs + reference];
+        counts[plane + i] = counts[i] - counts[3 * plane + i];
+        counts[2 * plane + i] = right_at_reference - counts[3 * plane + i];
+    }
+}
+
+// A matrix of 8 x 8 bits, a byte per row, transposed by swaps of blocks of 1, 2 and 4 (Hacker's Delight, 7-3).
+uint64_t transposed(uint64_t x) {
+    x = (x & 0xAA55AA55AA55AA55u) | (x & 0x00AA00AA00AA00AAu) << 7 | (x >> 7 & 0x00AA00AA00AA00AAu);
+    x = (x & 0xCCCC3333CCCC3333u) | (x & 0x0000CCCC0000CCCCu) << 14 | (x >> 14 & 0x0000CCCC0000CCCCu);
+    return (x & 0xF0F0F0F00F0F0F0Fu) | (x & 0x00000000F0F0F0F0u) << 28 | (x >> 28 & 0x00000000F0F0F0F0u);
+}
+
+bool valid_groups(const int64_t* groups, int64_t n_samples, int64_t n_groups) {
+    if (n_groups < 1 || (!groups && n_samples > 0)) return false;
+    return std::all_of(groups, groups + n_samples, [=](int64_t g) { return 0 <= g && g < n_groups; });
+}
+
+// Eight epochs at a time, the samples in order: so a sum in floating point does not depend on the thread count.
+template <class T, class Add>
+void add_groups(const fmn_matrix* m, int64_t reference, const int64_t* groups, const double* weights, int64_t n_groups,
+                int n_threads, T* sums, const Add& add) {
+    constexpr int64_t block = 2048;
+    const auto& k = kernels();
+    const int64_t n_epochs = m->n_epochs;
+    split(ceil_div(n_epochs, 8), n_epochs * row_bytes(m), n_threads, [=, &k](int64_t first, int64_t last) {
+        uint8_t bits[8][block / 8] = {}, reference_bits[block / 8], right[block], at_end[block];
+        const auto packed = [=, &k](int64_t e, int64_t start, int64_t n, uint8_t* out) {
+            if (m->format == FMN_BYTES) return k.pack(at(m, e, start), n, out);
+            std::memcpy(out, at(m, e, start), static_cast<size_t>(ceil_div(n, 8)));
+        };
+        for (int64_t tile = first; tile < last; ++tile) {
+            const int n_lanes = static_cast<int>(std::min<int64_t>(8, n_epochs - 8 * tile));
+            for (int64_t start = 0; start < m->n_samples; start += block) {
+                const int64_t n = std::min(block, m->n_samples - start);
+                packed(reference, start, n, reference_bits);
+                k.unpack(reference_bits, n, at_end);
+                for (int64_t i = 0; i < n; ++i) at_end[i] = static_cast<uint8_t>(-at_end[i]);
+                for (int lane = 0; lane < n_lanes; ++lane) packed(8 * tile + lane, start, n, bits[lane]);
+                for (int64_t i = 0; i < n; i += 8) {
+                    uint64_t rows = 0;
+                    for (int lane = 0; lane < n_lanes; ++lane) rows |= uint64_t(bits[lane][i / 8]) << 8 * lane;
+                    rows = transposed(rows);
+                    for (int s = 0; s < 8; ++s) right[i + s] = static_cast<uint8_t>(rows >> 8 * s);
+                }
+                add({right, at_end, groups + start, weights ? weights + start : nullptr, n, sums + 8 * tile, n_epochs,
+                     n_groups * n_epochs, n_lanes});
             }
         }
     });
@@ -104,85 +179,261 @@ fmn_status grouped(const fmn_matrix* m, int64_t reference, const int64_t* groups
 // Adds a block's epochs, which begin at `base`, to the counts of its samples (rows of n).
 void add_block(const fmn::SampleBlock& block, int64_t size, int32_t base, int32_t length, int64_t n, int32_t* counts) {
     int32_t *first = counts, *last = counts + n, *events = counts + 2 * n, *right = counts + 3 * n, *wrong = counts + 4 * n;
+    for (int row = 0; base == 0 && row < 5; ++row) std::fill_n(counts + row * n, size, row == 2 || row == 3 ? 0 : -1);
+    FMN_NO_ALIAS
     for (int64_t i = 0; i < size; ++i) {
-        if (base == 0) first[i] = last[i] = wrong[i] = -1, events[i] = right[i] = 0;
-        const bool any_right = block.right[i] > 0, any_wrong = block.right[i] < length;
-        first[i] = (first[i] < 0) & any_right ? base + block.first[i] : first[i];
-        last[i] = any_right ? base + block.last[i] : last[i];
-        wrong[i] = any_wrong ? base + block.last_wrong[i] : wrong[i];
+        const int32_t n_wrong = block.wrong[i];
+        first[i] = (first[i] < 0) & (n_wrong < length) ? base + block.first[i] : first[i];
+        last[i] = n_wrong < length ? base + block.last[i] : last[i];
+        wrong[i] = n_wrong > 0 ? base + block.last_wrong[i] : wrong[i];
         events[i] += block.events[i];
-        right[i] += block.right[i];
+        right[i] += length - n_wrong;
     }
 }
+
+// Rows of a block of samples as bytes, sample_rows at a time with the row before: where they lie, or unpacked here.
+class Rows {
+public:
+    Rows(const Kernels& k, const fmn_matrix* m, int64_t start, int64_t n) : k_(k), m_(m), start_(start), n_(n) {}
+
+    const uint8_t* const* read(int64_t e, int n_rows) {  // in order of the epochs
+        const bool bits = m_->format == FMN_BITS;
+        rows_[0] = e > 0 ? previous_ : nullptr;
+        if (bits && e > 0) rows_[0] = static_cast<uint8_t*>(std::memcpy(unpacked_[0], previous_, sizeof unpacked_[0]));
+        for (int i = 1; i <= n_rows; ++i) {
+            rows_[i] = bits ? unpacked_[i] : at(m_, e + i - 1, start_);
+            if (bits) k_.unpack(at(m_, e + i - 1, start_), n_, unpacked_[i]);
+        }
+        if (e == 0) rows_[0] = rows_[1];  // nothing is forgotten at the first epoch
+        for (int64_t i = 0; i < n_rows; ++i)
+            rows_[n_rows + 1 + i] = at(m_, std::min(e + n_rows + i, m_->n_epochs - 1), start_);
+        previous_ = rows_[n_rows];
+        return rows_;
+    }
+
+private:
+    const Kernels& k_;
+    const fmn_matrix* m_;
+    int64_t start_, n_;
+    const uint8_t* previous_ = nullptr;
+    const uint8_t* rows_[2 * fmn::sample_rows + 1] = {};
+    uint8_t unpacked_[fmn::sample_rows + 1][fmn::SampleBlock::size];
+};
+
+void count_samples(const Kernels& k, const fmn_matrix* m, int64_t start, int64_t size, int32_t* counts) {
+    fmn::SampleBlock block;
+    Rows rows(k, m, start, size);
+    const int32_t n_epochs = static_cast<int32_t>(m->n_epochs);
+    for (int32_t base = 0, length; base < n_epochs; base += length) {
+        length = std::min(n_epochs - base, fmn::SampleBlock::max_epochs);
+        std::memset(&block, 0, sizeof block);
+        for (int32_t e = 0, n_rows; e < length; e += n_rows) {
+            n_rows = length - e >= fmn::sample_rows ? fmn::sample_rows : 1;
+            k.update_samples(rows.read(base + e, n_rows), n_rows, size, static_cast<uint8_t>(e), &block);
+        }
+        add_block(block, size, base, length, m->n_samples, counts + start);
+    }
+}
+
+// A tile of the all-pairs matrix: 32 rows against 32, through their samples in pieces that stay in the level-2 cache.
+struct OverlapTile {
+    static constexpr int rows = 32;
+    static constexpr int64_t piece = 1024;  // bytes of bits
+    int64_t counts[rows][rows] = {};
+    uint8_t packed[2][rows][piece];
+    const uint8_t *a[rows], *b[rows + 3];
+
+    // Rows i, i + 1, ... as bits, as many as there are; the places after them repeat the last, so that fours are full.
+    void read(const Kernels& k, const fmn_matrix* m, int64_t i, int64_t start, int64_t n, int side, int n_places) {
+        const uint8_t** out = side ? b : a;
+        for (int64_t row = 0; row < n_places; ++row) {
+            const int64_t e = std::min(i + row, m->n_epochs - 1);
+            out[row] = m->format == FMN_BITS ? at(m, e, start) : packed[side][std::min<int64_t>(row, rows - 1)];
+            if (m->format == FMN_BYTES && row < rows) k.pack(at(m, e, start), n, packed[side][row]);
+        }
+    }
+
+    void add(const Kernels& k, const fmn_matrix* m, int64_t i0, int64_t j0, int64_t start, int64_t n) {
+        const int n_i = static_cast<int>(std::min<int64_t>(rows, m->n_epochs - i0));
+        const int n_j = static_cast<int>(std::min<int64_t>(rows, m->n_epochs - j0));
+        read(k, m, i0, start, n, 0, n_i);
+        read(k, m, j0, start, n, 1, (n_j + 3) / 4 * 4);
+        for (int i = 0; i < n_i; ++i)
+            for (int j = i0 == j0 ? i / 4 * 4 : 0; j < n_j; j += 4) k.count_overlaps(a[i], b + j, n / 8, &counts[i][j]);
+        const uint8_t mask = tail_mask(n);
+        for (int i = 0; mask && i < n_i; ++i)
+            for (int j = 0; j < n_j; ++j) counts[i][j] += popcount8(a[i][n / 8] & b[j][n / 8] & mask);
+    }
+};
+
+int64_t type_size(fmn_type type) {
+    switch (type) {
+        case FMN_INT8: case FMN_UINT8: return 1;
+        case FMN_INT16: case FMN_UINT16: case FMN_FLOAT16: case FMN_BFLOAT16: return 2;
+        case FMN_INT32: case FMN_UINT32: case FMN_FLOAT32: return 4;
+        case FMN_INT64: case FMN_UINT64: case FMN_FLOAT64: return 8;
+    }
+    return 0;
+}
+
+bool is_float(fmn_type type) {
+    return type == FMN_FLOAT16 || type == FMN_BFLOAT16 || type == FMN_FLOAT32 || type == FMN_FLOAT64;
+}
+
+constexpr int64_t conversion_block = 4096;  // samples whose bytes are made on the stack, then packed
 
 }  // namespace
 
 extern "C" {
 
 fmn_status fmn_curve_counts(const fmn_matrix* m, int64_t reference, int n_threads, int64_t* counts) {
-    if (!valid(m) || !counts || reference < 0 || reference >= m->n_epochs) return FMN_INVALID_ARGUMENT;
+    if (!valid(m, reference) || !counts) return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
-    const uint8_t* ref = row(m, reference);
-    const int64_t n = m->n_epochs;
-    int64_t right_at_reference, same;
-    k.count_row(ref, ref, m->n_samples, &right_at_reference, &same);
-    return split(n, 1, n * m->n_samples, n_threads, [=, &k](int64_t begin, int64_t end) {
-        for (int64_t e = begin; e < end; ++e) {
-            int64_t right, retained;
-            k.count_row(row(m, e), ref, m->n_samples, &right, &retained);
-            counts[e] = right;
-            counts[n + e] = right - retained;
-            counts[2 * n + e] = right_at_reference - retained;
-            counts[3 * n + e] = retained;
+    // All epochs of a piece of the samples, then the next. The piece is long, so that memory is read in long runs, and its
+    // reference row stays in the level-2 cache, since it is kept as bits.
+    const int64_t n = m->n_epochs, fours = ceil_div(n, fmn::count_rows), pieces = ceil_div(m->n_samples, reference_piece);
+    std::mutex adding;
+    split(fours * pieces, n * row_bytes(m), n_threads, [=, &k, &adding](int64_t begin, int64_t end) {
+        ReferencePiece ref;
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t e = unit % fours * fmn::count_rows, start = unit / fours * reference_piece;
+            const int64_t size = std::min(m->n_samples - start, reference_piece);
+            const int n_rows = static_cast<int>(std::min<int64_t>(fmn::count_rows, n - e));
+            if (unit == begin || e == 0) ref.read(k, m, reference, start, size);
+            int64_t piece[2 * fmn::count_rows];
+            count(k, m, e, n_rows, start, size, ref.bits, piece);
+            const std::lock_guard<std::mutex> lock(adding);
+            for (int r = 0; r < n_rows; ++r) {
+                counts[e + r] += piece[2 * r];
+                counts[3 * n + e + r] += piece[2 * r + 1];
+            }
         }
     });
+    derive(counts, n, n, reference);
+    return FMN_OK;
 }
 
 fmn_status fmn_group_counts(const fmn_matrix* m, int64_t reference, const int64_t* groups, int64_t n_groups, int n_threads,
                             int64_t* counts) {
-    return grouped(m, reference, groups, n_groups, n_threads, counts, [](int64_t) { return int64_t(1); });
+    if (!valid(m, reference) || !counts || !valid_groups(groups, m->n_samples, n_groups)) return FMN_INVALID_ARGUMENT;
+    add_groups(m, reference, groups, nullptr, n_groups, n_threads, counts, kernels().add_counts);
+    derive(counts, n_groups * m->n_epochs, m->n_epochs, reference);
+    return FMN_OK;
 }
 
 fmn_status fmn_group_sums(const fmn_matrix* m, int64_t reference, const int64_t* groups, int64_t n_groups,
                           const double* weights, int n_threads, double* sums) {
-    if (!weights) return FMN_INVALID_ARGUMENT;
-    return grouped(m, reference, groups, n_groups, n_threads, sums, [=](int64_t i) { return weights[i]; });
+    if (!valid(m, reference) || !sums || (!weights && m->n_samples > 0) ||
+        !valid_groups(groups, m->n_samples, n_groups))
+        return FMN_INVALID_ARGUMENT;
+    add_groups(m, reference, groups, weights, n_groups, n_threads, sums, kernels().add_weights);
+    return FMN_OK;
 }
 
 fmn_status fmn_sample_counts(const fmn_matrix* m, int n_threads, int32_t* counts) {
-    if (!valid(m) || !counts || m->n_epochs > INT32_MAX) return FMN_INVALID_ARGUMENT;
-    using Block = fmn::SampleBlock;
+    if (!valid(m) || (!counts && m->n_samples > 0) || m->n_epochs > INT32_MAX) return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
-    const int64_t n = m->n_samples;
-    const int32_t n_epochs = static_cast<int32_t>(m->n_epochs);
-    return split(n, Block::size, m->n_epochs * n, n_threads, [=, &k](int64_t begin, int64_t end) {
-        Block block;
-        for (int64_t start = begin; start < end; start += Block::size) {
-            const int64_t size = std::min(end - start, Block::size);
-            for (int32_t base = 0; base < n_epochs; base += Block::max_epochs) {
-                const int32_t length = std::min(n_epochs - base, Block::max_epochs);
-                std::memset(&block, 0, sizeof block);
-                for (int32_t e = base; e < base + length; ++e)
-                    k.update_samples(row(m, e > 0 ? e - 1 : 0) + start, row(m, e) + start, size,
-                                     static_cast<uint8_t>(e - base), &block);
-                add_block(block, size, base, length, n, counts + start);
-            }
-        }
+    constexpr int64_t size = fmn::SampleBlock::size;
+    for (int64_t row = 0; m->n_epochs == 0 && row < 5; ++row)
+        std::fill_n(counts + row * m->n_samples, m->n_samples, row == 2 || row == 3 ? 0 : -1);
+    split(ceil_div(m->n_samples, size), m->n_epochs * row_bytes(m), n_threads, [=, &k](int64_t begin, int64_t end) {
+        for (int64_t start = begin * size; start < std::min(end * size, m->n_samples); start += size)
+            count_samples(k, m, start, std::min(size, m->n_samples - start), counts);
     });
+    return FMN_OK;
 }
 
 fmn_status fmn_overlap_counts(const fmn_matrix* m, int n_threads, int64_t* counts) {
-    if (!valid(m) || !counts) return FMN_INVALID_ARGUMENT;
+    if (!valid(m) || (!counts && m->n_epochs > 0)) return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
-    const int64_t n = m->n_epochs, pairs = n * (n + 1) / 2;
-    return split(pairs, 1, pairs * m->n_samples * 2, n_threads, [=, &k](int64_t begin, int64_t end) {
-        int64_t i = 0, skipped = 0;  // pair number `begin` in the order (0,0) (0,1) ... (0,n-1) (1,1) ...
-        while (skipped + (n - i) <= begin) skipped += n - i++;
-        for (int64_t p = begin, j = i + begin - skipped; p < end; ++p) {
-            counts[i * n + j] = counts[j * n + i] = k.count_and(row(m, i), row(m, j), m->n_samples);
-            if (++j == n) j = ++i;
+    const int64_t n = m->n_epochs, samples = m->n_samples, rows = OverlapTile::rows, piece = 8 * OverlapTile::piece;
+    const int64_t tiles = ceil_div(n, rows), section = 1 << 22, sections = ceil_div(samples, section);
+    const int64_t units = tiles * (tiles + 1) / 2 * sections;
+    std::atomic<int64_t> next{0};  // tiles on the diagonal are half the work: threads take units as they are done
+    std::mutex adding;
+    split(units, n * n * row_bytes(m), n_threads, [=, &k, &next, &adding](int64_t, int64_t) {
+        for (int64_t unit; (unit = next++) < units;) {
+            int64_t pair = unit / sections, i0 = 0;
+            while (pair >= tiles - i0) pair -= tiles - i0++;
+            const int64_t j0 = (i0 + pair) * rows, begin = unit % sections * section;
+            i0 *= rows;
+            OverlapTile tile;
+            const int64_t end = std::min(begin + section, samples);
+            for (int64_t start = begin; start < end; start += piece)
+                tile.add(k, m, i0, j0, start, std::min(piece, end - start));
+            const std::lock_guard<std::mutex> lock(adding);
+            for (int64_t i = i0; i < std::min(i0 + rows, n); ++i)
+                for (int64_t j = std::max(i, j0); j < std::min(j0 + rows, n); ++j) {
+                    counts[i * n + j] += tile.counts[i - i0][j - j0];
+                    if (i != j) counts[j * n + i] += tile.counts[i - i0][j - j0];
+                }
         }
     });
+    return FMN_OK;
+}
+
+fmn_status fmn_pack(const fmn_matrix* m, int n_threads, uint8_t* bits, int64_t stride) {
+    if (!valid(m) || m->format != FMN_BYTES || (!bits && row_bytes(m) * m->n_epochs > 0)) return FMN_INVALID_ARGUMENT;
+    const auto& k = kernels();
+    const int64_t piece = 1 << 18, pieces = ceil_div(m->n_samples, piece);
+    split(m->n_epochs * pieces, m->n_epochs * row_bytes(m), n_threads, [=, &k](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t e = unit / pieces, start = unit % pieces * piece;
+            k.pack(at(m, e, start), std::min(piece, m->n_samples - start), bits + e * stride + start / 8);
+        }
+    });
+    return FMN_OK;
+}
+
+fmn_status fmn_unpack(const fmn_matrix* m, int n_threads, uint8_t* bytes, int64_t stride) {
+    if (!valid(m) || m->format != FMN_BITS || (!bytes && row_bytes(m) * m->n_epochs > 0)) return FMN_INVALID_ARGUMENT;
+    const auto& k = kernels();
+    const int64_t piece = 1 << 18, pieces = ceil_div(m->n_samples, piece);
+    split(m->n_epochs * pieces, m->n_epochs * m->n_samples, n_threads, [=, &k](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t e = unit / pieces, start = unit % pieces * piece;
+            k.unpack(at(m, e, start), std::min(piece, m->n_samples - start), bytes + e * stride + start);
+        }
+    });
+    return FMN_OK;
+}
+
+fmn_status fmn_pack_predictions(const void* predictions, fmn_type type, int64_t n_epochs, int64_t n_samples, int64_t stride,
+                                const int64_t* labels, int n_threads, uint8_t* bits, int64_t bits_stride) {
+    const int64_t size = type_size(type), blocks = ceil_div(n_samples, conversion_block);
+    if (n_epochs < 0 || n_samples < 0 || size == 0 || is_float(type)) return FMN_INVALID_ARGUMENT;
+    if (n_epochs * n_samples > 0 && (!predictions || !labels || !bits)) return FMN_INVALID_ARGUMENT;
+    const auto& k = kernels();
+    const auto* data = static_cast<const uint8_t*>(predictions);
+    split(n_epochs * blocks, n_epochs * n_samples * size, n_threads, [=, &k](int64_t begin, int64_t end) {
+        uint8_t bytes[conversion_block];
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t e = unit / blocks, start = unit % blocks * conversion_block;
+            const int64_t n = std::min(conversion_block, n_samples - start);
+            k.compare(data + e * stride + start * size, type, labels + start, n, bytes);
+            k.pack(bytes, n, bits + e * bits_stride + start / 8);
+        }
+    });
+    return FMN_OK;
+}
+
+fmn_status fmn_pack_scores(const void* scores, fmn_type type, int64_t n_samples, int64_t n_classes, int64_t stride,
+                           const int64_t* labels, int n_threads, uint8_t* bits) {
+    if (!is_float(type) || n_samples < 0 || n_classes < 1) return FMN_INVALID_ARGUMENT;
+    if (n_samples > 0 && (!scores || !bits || !valid_groups(labels, n_samples, n_classes))) return FMN_INVALID_ARGUMENT;
+    const auto& k = kernels();
+    const auto* data = static_cast<const uint8_t*>(scores);
+    const int64_t block = 64, blocks = ceil_div(n_samples, block);
+    std::atomic<bool> any_nan{false};
+    split(blocks, n_samples * n_classes * type_size(type), n_threads, [=, &k, &any_nan](int64_t begin, int64_t end) {
+        uint8_t bytes[block];
+        for (int64_t start = begin * block; start < std::min(end * block, n_samples); start += block) {
+            const int64_t n = std::min(block, n_samples - start);
+            if (k.compare_scores(data + start * stride, type, n_classes, stride, labels + start, n, bytes)) any_nan = true;
+            k.pack(bytes, n, bits + start / 8);
+        }
+    });
+    return any_nan ? FMN_NOT_A_NUMBER : FMN_OK;
 }
 
 const char* fmn_instruction_set(void) { return kernels().name; }

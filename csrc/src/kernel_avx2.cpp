@@ -1,66 +1,222 @@
 // AVX2 kernels. Function attributes, not compiler flags, select the instruction set, so nothing else in the program is
 // compiled for AVX2; no <vector> or <algorithm> here for the same reason.
-#include "kernels.h"
+#include "loops.h"
 
-#ifdef FMN_HAVE_AVX2
+#ifdef FMN_X86
 #include <immintrin.h>
 #define FMN_AVX2 __attribute__((target("avx2,popcnt")))
 
 namespace fmn {
 namespace {
 
-FMN_AVX2 inline __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+FMN_AVX2 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+FMN_AVX2 inline void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
 FMN_AVX2 inline int64_t sum(__m256i v) {  // of four 64-bit lanes
     return _mm256_extract_epi64(v, 0) + _mm256_extract_epi64(v, 1) + _mm256_extract_epi64(v, 2) +
            _mm256_extract_epi64(v, 3);
 }
 
-// Per 32 bytes: compare with zero (0xFF where wrong) and subtract from byte counters; vpsadbw widens them every 255 steps,
-// before they can overflow. Counts wrong and wrong-at-either, the complements of what is wanted.
-FMN_AVX2 void count_row(const uint8_t* row, const uint8_t* ref, int64_t n, int64_t* right, int64_t* retained) {
+// Bits set in each byte, from a table of nibbles.
+FMN_AVX2 inline __m256i popcount_bytes(__m256i v) {
+    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2,
+                                           3, 2, 3, 3, 4);
+    const __m256i low = _mm256_set1_epi8(15);
+    return _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(v, low)),
+                           _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)));
+}
+
+// 32 bytes to 32 bits: vpmovmskb takes the top bit of each.
+FMN_AVX2 inline uint32_t pack32(const uint8_t* bytes) {
+    return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(load(bytes), _mm256_setzero_si256())));
+}
+
+// 64 bytes to a word of bits, counted in general registers. Bound by memory. Two rows at once: a second stream beside the
+// one of the row keeps the processor from prefetching well when it is re-read from cache for every row.
+template <int n_rows>
+FMN_AVX2 inline void count_bytes_by(const uint8_t* const* rows, const uint8_t* ref, int64_t n, int64_t* counts) {
+    int64_t sums[2 * n_rows] = {}, i = 0;
+    for (; i + 64 <= n; i += 64) {
+        const uint64_t end = loops::load<uint64_t>(ref + i / 8);
+        for (int r = 0; r < n_rows; ++r) {
+            const uint64_t now = pack32(rows[r] + i) | uint64_t(pack32(rows[r] + i + 32)) << 32;
+            sums[2 * r] += __builtin_popcountll(now);
+            sums[2 * r + 1] += __builtin_popcountll(now & end);
+        }
+    }
+    for (int r = 0; r < n_rows; ++r) loops::count_bytes_from(i, rows[r], ref, n, sums + 2 * r);
+    for (int k = 0; k < 2 * n_rows; ++k) counts[k] = sums[k];
+}
+
+FMN_AVX2 void count_bytes(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int64_t n, int64_t* counts) {
+    int r = 0;
+    for (; r + 2 <= n_rows; r += 2) count_bytes_by<2>(rows + r, ref, n, counts + 2 * r);
+    if (r < n_rows) count_bytes_by<1>(rows + r, ref, n, counts + 2 * r);
+}
+
+// Byte counters grow by at most 8 a step: 31 steps before vpsadbw widens them. Four rows for one reading of the reference.
+// Bound by memory, or in cache by the two shuffles per count.
+template <int n_rows>
+FMN_AVX2 inline void count_bits_by(const uint8_t* const* rows, const uint8_t* ref, int64_t n, int64_t* counts) {
     const __m256i zero = _mm256_setzero_si256();
-    __m256i wrong64 = zero, either64 = zero;
+    __m256i sum64[2 * n_rows];
+    for (auto& s : sum64) s = zero;
     int64_t i = 0;
     while (i + 32 <= n) {
-        __m256i wrong8 = zero, either8 = zero;
-        const int64_t blocks = (n - i) / 32 < 255 ? (n - i) / 32 : 255;
-        for (int64_t k = 0; k < blocks; ++k, i += 32) {
-            const __m256i wrong = _mm256_cmpeq_epi8(load(row + i), zero);
-            const __m256i wrong_ref = _mm256_cmpeq_epi8(load(ref + i), zero);
-            wrong8 = _mm256_sub_epi8(wrong8, wrong);
-            either8 = _mm256_sub_epi8(either8, _mm256_or_si256(wrong, wrong_ref));
+        __m256i sum8[2 * n_rows];
+        for (auto& s : sum8) s = zero;
+        const int64_t steps = (n - i) / 32 < 31 ? (n - i) / 32 : 31;
+        for (int64_t step = 0; step < steps; ++step, i += 32) {
+            const __m256i end = load(ref + i);
+            for (int r = 0; r < n_rows; ++r) {
+                const __m256i now = load(rows[r] + i);
+                sum8[2 * r] = _mm256_add_epi8(sum8[2 * r], popcount_bytes(now));
+                sum8[2 * r + 1] = _mm256_add_epi8(sum8[2 * r + 1], popcount_bytes(_mm256_and_si256(now, end)));
+            }
         }
-        wrong64 = _mm256_add_epi64(wrong64, _mm256_sad_epu8(wrong8, zero));
-        either64 = _mm256_add_epi64(either64, _mm256_sad_epu8(either8, zero));
+        for (int k = 0; k < 2 * n_rows; ++k) sum64[k] = _mm256_add_epi64(sum64[k], _mm256_sad_epu8(sum8[k], zero));
     }
-    int64_t tail_right, tail_retained;
-    base_kernels.count_row(row + i, ref + i, n - i, &tail_right, &tail_retained);
-    *right = i - sum(wrong64) + tail_right;
-    *retained = i - sum(either64) + tail_retained;
+    for (int k = 0; k < 2 * n_rows; ++k) counts[k] = sum(sum64[k]);
+    for (int r = 0; r < n_rows; ++r) loops::count_bits_from(i, rows[r], ref, n, counts + 2 * r);
 }
 
-// One popcnt per 8 bytes, in four independent sums.
-FMN_AVX2 int64_t count_and(const uint8_t* a, const uint8_t* b, int64_t n_bytes) {
-    int64_t total[4] = {0, 0, 0, 0};
+FMN_AVX2 void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int64_t n, int64_t* counts) {
+    if (n_rows == count_rows) return count_bits_by<count_rows>(rows, ref, n, counts);
+    for (int r = 0; r < n_rows; ++r) count_bits_by<1>(rows + r, ref, n, counts + 2 * r);
+}
+
+// One row against four, so that its load is shared; otherwise as count_bits.
+FMN_AVX2 void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i sum64[4] = {zero, zero, zero, zero};
     int64_t i = 0;
-    for (; i + 32 <= n_bytes; i += 32) {
-        uint64_t x[4], y[4];
-        __builtin_memcpy(x, a + i, 32);
-        __builtin_memcpy(y, b + i, 32);
-        for (int k = 0; k < 4; ++k) total[k] += __builtin_popcountll(x[k] & y[k]);
+    while (i + 32 <= n) {
+        __m256i sum8[4] = {zero, zero, zero, zero};
+        const int64_t steps = (n - i) / 32 < 31 ? (n - i) / 32 : 31;
+        for (int64_t step = 0; step < steps; ++step, i += 32) {
+            const __m256i v = load(a + i);
+            for (int k = 0; k < 4; ++k)
+                sum8[k] = _mm256_add_epi8(sum8[k], popcount_bytes(_mm256_and_si256(v, load(b[k] + i))));
+        }
+        for (int k = 0; k < 4; ++k) sum64[k] = _mm256_add_epi64(sum64[k], _mm256_sad_epu8(sum8[k], zero));
     }
-    return total[0] + total[1] + total[2] + total[3] + base_kernels.count_and(a + i, b + i, n_bytes - i);
+    const uint8_t* const rest[4] = {b[0] + i, b[1] + i, b[2] + i, b[3] + i};
+    loops::count_overlaps(a + i, rest, n - i, counts);
+    for (int k = 0; k < 4; ++k) counts[k] += sum(sum64[k]);
 }
 
-// 32 samples a step.
-FMN_AVX2 void update_samples(const uint8_t* before, const uint8_t* now, int64_t n, uint8_t e, SampleBlock* block) {
-    update_samples_loop(before, now, n, e, block);
+FMN_AVX2 void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        const uint32_t word = pack32(bytes + i);
+        __builtin_memcpy(bits + i / 8, &word, 4);
+    }
+    loops::pack(bytes + i, n - i, bits + i / 8);
+}
+
+// Each of 32 bytes gets the byte that holds its bit, and keeps that bit alone.
+FMN_AVX2 void unpack(const uint8_t* bits, int64_t n, uint8_t* bytes) {
+    const __m256i which = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u)), one = _mm256_set1_epi8(1);
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        int word;
+        __builtin_memcpy(&word, bits + i / 8, 4);
+        const __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(word), which), bit);
+        store(bytes + i, _mm256_and_si256(_mm256_cmpeq_epi8(own, bit), one));
+    }
+    loops::unpack(bits + i / 8, n - i, bytes + i);
+}
+
+FMN_AVX2 void compare(const void* predictions, fmn_type type, const int64_t* labels, int64_t n, uint8_t* bytes) {
+    loops::compare(predictions, type, labels, n, bytes);
+}
+
+FMN_AVX2 bool compare_scores(const uint8_t* scores, fmn_type type, int64_t n_classes, int64_t stride, const int64_t* labels,
+                             int64_t n, uint8_t* bytes) {
+    return loops::compare_scores(scores, type, n_classes, stride, labels, n, bytes);
+}
+
+// 32 samples a step, through eight epochs in registers: one load and eight operations per epoch. Eight rows are more
+// streams than the processor prefetches by itself, so the next eight are asked for on the way.
+template <int n_rows>
+FMN_AVX2 inline int64_t update_samples_by(const uint8_t* const* rows, int64_t n, uint8_t e, SampleBlock* s) {
+    const __m256i zero = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        __m256i was = _mm256_cmpeq_epi8(load(rows[0] + i), zero), wrong = load(s->wrong + i), first = load(s->first + i);
+        __m256i last = load(s->last + i), last_wrong = load(s->last_wrong + i), events = load(s->events + i);
+        for (int k = 0; k < n_rows; ++k) {
+            __builtin_prefetch(rows[n_rows + 1 + k] + i);
+            const __m256i now = _mm256_cmpeq_epi8(load(rows[k + 1] + i), zero);
+            const __m256i epoch = _mm256_set1_epi8(static_cast<char>(e + k));
+            wrong = _mm256_sub_epi8(wrong, now);
+            first = _mm256_sub_epi8(first, _mm256_cmpeq_epi8(wrong, _mm256_set1_epi8(static_cast<char>(e + k + 1))));
+            last = _mm256_blendv_epi8(epoch, last, now);
+            last_wrong = _mm256_blendv_epi8(last_wrong, epoch, now);
+            events = _mm256_sub_epi8(events, _mm256_andnot_si256(was, now));
+            was = now;
+        }
+        store(s->wrong + i, wrong), store(s->first + i, first), store(s->last + i, last);
+        store(s->last_wrong + i, last_wrong), store(s->events + i, events);
+    }
+    return i;
+}
+
+// All ones in the 64-bit lanes whose bit is set, for the lower and the upper four of eight epochs.
+FMN_AVX2 inline void spread(int right, __m256i lanes[2]) {
+    const __m256i bits = _mm256_set1_epi64x(right), low = _mm256_setr_epi64x(1, 2, 4, 8);
+    const __m256i high = _mm256_setr_epi64x(16, 32, 64, 128);
+    lanes[0] = _mm256_cmpeq_epi64(_mm256_and_si256(bits, low), low);
+    lanes[1] = _mm256_cmpeq_epi64(_mm256_and_si256(bits, high), high);
+}
+
+// Four epochs a step. Bound by the loads and stores of the sums, which lie where the groups say.
+FMN_AVX2 void add_counts(const GroupTile<int64_t>& t) {
+    if (t.n_lanes < 8) return loops::add_counts(t);
+    for (int64_t i = 0; i < t.n_samples; ++i) {
+        int64_t* sums = t.sums + t.groups[i] * t.n_epochs;
+        __m256i right[2];
+        spread(t.right[i], right);
+        const __m256i at_end = _mm256_set1_epi8(static_cast<char>(t.at_end[i]));
+        for (int half = 0; half < 2; ++half, sums += 4) {
+            store(sums, _mm256_sub_epi64(load(sums), right[half]));
+            int64_t* retained = sums + 3 * t.plane;
+            store(retained, _mm256_sub_epi64(load(retained), _mm256_and_si256(right[half], at_end)));
+        }
+    }
+}
+
+FMN_AVX2 void add_weights(const GroupTile<double>& t) {
+    if (t.n_lanes < 8) return loops::add_weights(t);
+    for (int64_t i = 0; i < t.n_samples; ++i) {
+        double* sums = t.sums + t.groups[i] * t.n_epochs;
+        __m256i right[2];
+        spread(t.right[i], right);
+        const __m256i w = _mm256_castpd_si256(_mm256_set1_pd(t.weights[i]));
+        const __m256i at_end = _mm256_set1_epi8(static_cast<char>(t.at_end[i]));
+        const __m256i w_end = _mm256_and_si256(w, at_end), w_not = _mm256_andnot_si256(at_end, w);
+        for (int half = 0; half < 2; ++half, sums += 4) {
+            const __m256i terms[4] = {_mm256_and_si256(right[half], w), _mm256_and_si256(right[half], w_not),
+                                      _mm256_andnot_si256(right[half], w_end), _mm256_and_si256(right[half], w_end)};
+            for (int row = 0; row < 4; ++row) {
+                double* sum = sums + row * t.plane;
+                _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), _mm256_castsi256_pd(terms[row])));
+            }
+        }
+    }
 }
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", count_row, count_and, update_samples};
+FMN_AVX2 void update_samples_avx2(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t e, SampleBlock* block) {
+    const int64_t done = n_rows == sample_rows ? update_samples_by<sample_rows>(rows, n, e, block)
+                                               : update_samples_by<1>(rows, n, e, block);
+    loops::update_samples_from(done, rows, n_rows, n, e, block);
+}
+
+const Kernels avx2_kernels = {"avx2",  count_bytes,    count_bits,          count_overlaps, pack,       unpack,
+                              compare, compare_scores, update_samples_avx2, add_counts,     add_weights};
 
 }  // namespace fmn
 #endif

@@ -1,0 +1,154 @@
+// AVX-512 kernels (F, BW, VPOPCNTDQ: Ice Lake, Zen 4 and later). Function attributes as in kernel_avx2.cpp. Compiled with
+// -DFMN_SIMDE the same source runs anywhere, instruction by instruction emulated: that is how it is tested without AVX-512.
+#include "loops.h"
+
+#ifdef FMN_X86
+#ifdef FMN_SIMDE
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#define FMN_AVX512 __attribute__((target("popcnt")))
+#else
+#include <immintrin.h>
+#define FMN_AVX512 __attribute__((target("avx512f,avx512bw,avx512vpopcntdq,popcnt")))
+#endif
+
+namespace fmn {
+namespace {
+
+FMN_AVX512 inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
+FMN_AVX512 inline void store(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
+
+FMN_AVX512 inline int64_t sum(__m512i v) {  // of eight 64-bit lanes
+    int64_t lanes[8], total = 0;
+    store(lanes, v);
+    for (int64_t lane : lanes) total += lane;
+    return total;
+}
+
+FMN_AVX512 inline uint64_t pack64(const uint8_t* bytes) {
+    const __m512i v = load(bytes);
+    return _mm512_test_epi8_mask(v, v);
+}
+
+// As in kernel_avx2.cpp, with a mask register for the word.
+template <int n_rows>
+FMN_AVX512 inline void count_bytes_by(const uint8_t* const* rows, const uint8_t* ref, int64_t n, int64_t* counts) {
+    int64_t sums[2 * n_rows] = {}, i = 0;
+    for (; i + 64 <= n; i += 64) {
+        const uint64_t end = loops::load<uint64_t>(ref + i / 8);
+        for (int r = 0; r < n_rows; ++r) {
+            const uint64_t now = pack64(rows[r] + i);
+            sums[2 * r] += __builtin_popcountll(now);
+            sums[2 * r + 1] += __builtin_popcountll(now & end);
+        }
+    }
+    for (int r = 0; r < n_rows; ++r) loops::count_bytes_from(i, rows[r], ref, n, sums + 2 * r);
+    for (int k = 0; k < 2 * n_rows; ++k) counts[k] = sums[k];
+}
+
+FMN_AVX512 void count_bytes(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int64_t n, int64_t* counts) {
+    int r = 0;
+    for (; r + 2 <= n_rows; r += 2) count_bytes_by<2>(rows + r, ref, n, counts + 2 * r);
+    if (r < n_rows) count_bytes_by<1>(rows + r, ref, n, counts + 2 * r);
+}
+
+// One vpopcntq per 64 bytes and count. Bound by memory, or in cache by the loads.
+template <int n_rows>
+FMN_AVX512 inline void count_bits_by(const uint8_t* const* rows, const uint8_t* ref, int64_t n, int64_t* counts) {
+    __m512i sum64[2 * n_rows];
+    for (auto& s : sum64) s = _mm512_setzero_si512();
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        const __m512i end = load(ref + i);
+        for (int r = 0; r < n_rows; ++r) {
+            const __m512i now = load(rows[r] + i), both = _mm512_and_si512(now, end);
+            sum64[2 * r] = _mm512_add_epi64(sum64[2 * r], _mm512_popcnt_epi64(now));
+            sum64[2 * r + 1] = _mm512_add_epi64(sum64[2 * r + 1], _mm512_popcnt_epi64(both));
+        }
+    }
+    for (int k = 0; k < 2 * n_rows; ++k) counts[k] = sum(sum64[k]);
+    for (int r = 0; r < n_rows; ++r) loops::count_bits_from(i, rows[r], ref, n, counts + 2 * r);
+}
+
+FMN_AVX512 void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int64_t n, int64_t* counts) {
+    if (n_rows == count_rows) return count_bits_by<count_rows>(rows, ref, n, counts);
+    for (int r = 0; r < n_rows; ++r) count_bits_by<1>(rows + r, ref, n, counts + 2 * r);
+}
+
+// One row against four, so that its load is shared.
+FMN_AVX512 void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
+    const __m512i zero = _mm512_setzero_si512();
+    __m512i sum64[4] = {zero, zero, zero, zero};
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        const __m512i v = load(a + i);
+        for (int k = 0; k < 4; ++k)
+            sum64[k] = _mm512_add_epi64(sum64[k], _mm512_popcnt_epi64(_mm512_and_si512(v, load(b[k] + i))));
+    }
+    const uint8_t* const rest[4] = {b[0] + i, b[1] + i, b[2] + i, b[3] + i};
+    loops::count_overlaps(a + i, rest, n - i, counts);
+    for (int k = 0; k < 4; ++k) counts[k] += sum(sum64[k]);
+}
+
+FMN_AVX512 void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        const uint64_t word = pack64(bytes + i);
+        __builtin_memcpy(bits + i / 8, &word, 8);
+    }
+    loops::pack(bytes + i, n - i, bits + i / 8);
+}
+
+FMN_AVX512 void unpack(const uint8_t* bits, int64_t n, uint8_t* bytes) {
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64)
+        store(bytes + i, _mm512_maskz_mov_epi8(loops::load<uint64_t>(bits + i / 8), _mm512_set1_epi8(1)));
+    loops::unpack(bits + i / 8, n - i, bytes + i);
+}
+
+FMN_AVX512 void compare(const void* predictions, fmn_type type, const int64_t* labels, int64_t n, uint8_t* bytes) {
+    loops::compare(predictions, type, labels, n, bytes);
+}
+
+FMN_AVX512 bool compare_scores(const uint8_t* scores, fmn_type type, int64_t n_classes, int64_t stride,
+                               const int64_t* labels, int64_t n, uint8_t* bytes) {
+    return loops::compare_scores(scores, type, n_classes, stride, labels, n, bytes);
+}
+
+// Eight epochs a step: the byte of bits is the mask. Bound by the loads and stores of the sums.
+FMN_AVX512 void add_counts(const GroupTile<int64_t>& t) {
+    if (t.n_lanes < 8) return loops::add_counts(t);
+    const __m512i one = _mm512_set1_epi64(1);
+    for (int64_t i = 0; i < t.n_samples; ++i) {
+        int64_t* sums = t.sums + t.groups[i] * t.n_epochs;
+        const uint8_t masks[2] = {t.right[i], static_cast<uint8_t>(t.right[i] & t.at_end[i])};
+        for (int k = 0; k < 2; ++k, sums += 3 * t.plane) {
+            const __m512i sum = load(sums);
+            store(sums, _mm512_mask_add_epi64(sum, masks[k], sum, one));
+        }
+    }
+}
+
+FMN_AVX512 void add_weights(const GroupTile<double>& t) {
+    if (t.n_lanes < 8) return loops::add_weights(t);
+    for (int64_t i = 0; i < t.n_samples; ++i) {
+        double* sums = t.sums + t.groups[i] * t.n_epochs;
+        const uint8_t right = t.right[i], end = t.at_end[i], not_end = static_cast<uint8_t>(~end);
+        const uint8_t masks[4] = {right, static_cast<uint8_t>(right & not_end), static_cast<uint8_t>(~right & end),
+                                   static_cast<uint8_t>(right & end)};
+        const __m512d w = _mm512_set1_pd(t.weights[i]);
+        for (int row = 0; row < 4; ++row, sums += t.plane) {
+            const __m512d sum = _mm512_loadu_pd(sums);
+            _mm512_storeu_pd(sums, _mm512_mask_add_pd(sum, masks[row], sum, w));
+        }
+    }
+}
+
+}  // namespace
+
+// The samples' blocks take the AVX2 kernel: twice the width at half the rate was no faster (Zen 4), and memory bounds both.
+const Kernels avx512_kernels = {"avx512", count_bytes,    count_bits,          count_overlaps, pack,       unpack,
+                                compare,  compare_scores, update_samples_avx2, add_counts,     add_weights};
+
+}  // namespace fmn
+#endif

@@ -1,0 +1,89 @@
+// NEON kernels for 64-bit Arm, where NEON is always there: what the compiler makes of the plain loops, but for the counts of
+// bits (vcntq_u8 has no scalar twin) and for packing.
+#include "loops.h"
+
+#ifdef FMN_NEON
+#include <arm_neon.h>
+
+namespace fmn {
+namespace {
+
+const uint8_t places[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};  // bit k of a byte, twice
+
+// Byte counters of 16 samples at a time, widened every 255 steps, before they can overflow. Bound by memory.
+void count_bytes(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int64_t n, int64_t* counts) {
+    const uint8x16_t place = vld1q_u8(places);
+    for (int r = 0; r < n_rows; ++r, counts += 2) {
+        counts[0] = counts[1] = 0;
+        int64_t i = 0;
+        while (i + 16 <= n) {
+            uint8x16_t right8 = vdupq_n_u8(0), retained8 = right8;
+            const int64_t steps = (n - i) / 16 < 255 ? (n - i) / 16 : 255;
+            for (int64_t k = 0; k < steps; ++k, i += 16) {
+                const uint8x16_t v = vld1q_u8(rows[r] + i), now = vtstq_u8(v, v);
+                const uint8x16_t end = vcombine_u8(vdup_n_u8(ref[i / 8]), vdup_n_u8(ref[i / 8 + 1]));
+                right8 = vsubq_u8(right8, now);
+                retained8 = vsubq_u8(retained8, vandq_u8(now, vtstq_u8(end, place)));
+            }
+            counts[0] += vaddlvq_u8(right8);
+            counts[1] += vaddlvq_u8(retained8);
+        }
+        loops::count_bytes_from(i, rows[r], ref, n, counts);
+    }
+}
+
+// Byte counters grow by at most 8 a step: 31 steps before they are widened. Bound by memory.
+void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int64_t n, int64_t* counts) {
+    for (int r = 0; r < n_rows; ++r, counts += 2) {
+        counts[0] = counts[1] = 0;
+        int64_t i = 0;
+        while (i + 16 <= n) {
+            uint8x16_t right8 = vdupq_n_u8(0), retained8 = right8;
+            const int64_t steps = (n - i) / 16 < 31 ? (n - i) / 16 : 31;
+            for (int64_t k = 0; k < steps; ++k, i += 16) {
+                const uint8x16_t now = vld1q_u8(rows[r] + i);
+                right8 = vaddq_u8(right8, vcntq_u8(now));
+                retained8 = vaddq_u8(retained8, vcntq_u8(vandq_u8(now, vld1q_u8(ref + i))));
+            }
+            counts[0] += vaddlvq_u8(right8);
+            counts[1] += vaddlvq_u8(retained8);
+        }
+        loops::count_bits_from(i, rows[r], ref, n, counts);
+    }
+}
+
+void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
+    int64_t i = 0;
+    while (i + 16 <= n) {
+        uint8x16_t sum8[4] = {vdupq_n_u8(0), vdupq_n_u8(0), vdupq_n_u8(0), vdupq_n_u8(0)};
+        const int64_t steps = (n - i) / 16 < 31 ? (n - i) / 16 : 31;
+        for (int64_t step = 0; step < steps; ++step, i += 16) {
+            const uint8x16_t v = vld1q_u8(a + i);
+            for (int k = 0; k < 4; ++k) sum8[k] = vaddq_u8(sum8[k], vcntq_u8(vandq_u8(v, vld1q_u8(b[k] + i))));
+        }
+        for (int k = 0; k < 4; ++k) counts[k] += vaddlvq_u8(sum8[k]);
+    }
+    const uint8_t* const rest[4] = {b[0] + i, b[1] + i, b[2] + i, b[3] + i};
+    loops::count_overlaps(a + i, rest, n - i, counts);
+}
+
+// Each byte keeps the one bit of its place; pairwise additions gather eight of them into one byte.
+void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
+    const uint8x16_t mask = vld1q_u8(places);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const uint8x16_t v = vld1q_u8(bytes + i), own = vandq_u8(vtstq_u8(v, v), mask);
+        bits[i / 8] = vaddv_u8(vget_low_u8(own));
+        bits[i / 8 + 1] = vaddv_u8(vget_high_u8(own));
+    }
+    loops::pack(bytes + i, n - i, bits + i / 8);
+}
+
+}  // namespace
+
+const Kernels neon_kernels = {
+    "neon",        count_bytes,           count_bits,            count_overlaps,    pack,              loops::unpack,
+    loops::compare, loops::compare_scores, loops::update_samples, loops::add_counts, loops::add_weights};
+
+}  // namespace fmn
+#endif

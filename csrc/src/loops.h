@@ -1,0 +1,241 @@
+// Kernels as plain loops: the portable set, the tails of the others, and, inlined into functions of a wider instruction set,
+// what the compiler vectorises well by itself. Always inlined, so that no copy compiled for AVX is shared by accident.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#ifdef __GNUC__
+#define FMN_INLINE inline __attribute__((always_inline))
+#else
+#define FMN_INLINE inline
+#endif
+
+namespace fmn {
+namespace loops {
+
+template <class T>
+FMN_INLINE T load(const void* p) {  // of any alignment
+    T value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
+
+// Population count by pairs, nibbles and one multiplication: no instruction beyond 64-bit integers.
+FMN_INLINE int64_t popcount(uint64_t v) {
+    v -= (v >> 1) & 0x5555555555555555u;
+    v = (v & 0x3333333333333333u) + ((v >> 2) & 0x3333333333333333u);
+    return static_cast<int64_t>((((v + (v >> 4)) & 0x0F0F0F0F0F0F0F0Fu) * 0x0101010101010101u) >> 56);
+}
+
+// Eight bytes to eight bits: each nonzero byte to 1, then one multiplication that moves byte k's to bit k of the top byte.
+FMN_INLINE uint8_t pack8(const uint8_t* bytes) {
+    uint64_t v = 0;
+    for (int k = 0; k < 8; ++k) v |= uint64_t(bytes[k]) << 8 * k;  // one load, on a little-endian machine
+    v = ((((v & 0x7F7F7F7F7F7F7F7Fu) + 0x7F7F7F7F7F7F7F7Fu) | v) >> 7) & 0x0101010101010101u;
+    return static_cast<uint8_t>(v * 0x0102040810204080u >> 56);
+}
+
+FMN_INLINE void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) bits[i / 8] = pack8(bytes + i);
+    if (i == n) return;
+    uint8_t last[8] = {};
+    for (int k = 0; i + k < n; ++k) last[k] = bytes[i + k];
+    bits[i / 8] = pack8(last);
+}
+
+// And back: the byte eight times, each with one bit kept, then nonzero bytes to 1.
+FMN_INLINE void unpack(const uint8_t* bits, int64_t n, uint8_t* bytes) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const uint64_t own = (bits[i / 8] * 0x0101010101010101u) & 0x8040201008040201u;
+        const uint64_t ones = ((own + 0x7F7F7F7F7F7F7F7Fu) >> 7) & 0x0101010101010101u;
+        for (int k = 0; k < 8; ++k) bytes[i + k] = static_cast<uint8_t>(ones >> 8 * k);  // one store, if little-endian
+    }
+    for (; i < n; ++i) bytes[i] = bits[i / 8] >> i % 8 & 1;
+}
+
+// The counts of one row from `begin` on, added to what is there.
+FMN_INLINE void count_bytes_from(int64_t begin, const uint8_t* row, const uint8_t* ref, int64_t n, int64_t* counts) {
+    for (int64_t i = begin; i < n; i += 248) {  // 248 ones fit the byte accumulators the compiler may choose
+        const int64_t size = n - i < 248 ? n - i : 248;
+        uint8_t ref_bytes[248];
+        unpack(ref + i / 8, size, ref_bytes);
+        uint32_t right = 0, retained = 0;
+        for (int64_t k = 0; k < size; ++k) {
+            right += row[i + k] != 0;
+            retained += (row[i + k] != 0) & ref_bytes[k];
+        }
+        counts[0] += right;
+        counts[1] += retained;
+    }
+}
+
+FMN_INLINE void count_bytes(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int64_t n, int64_t* counts) {
+    for (int r = 0; r < n_rows; ++r) {
+        counts[2 * r] = counts[2 * r + 1] = 0;
+        count_bytes_from(0, rows[r], ref, n, counts + 2 * r);
+    }
+}
+
+FMN_INLINE void count_bits_from(int64_t begin, const uint8_t* row, const uint8_t* ref, int64_t n, int64_t* counts) {
+    int64_t i = begin;
+    for (; i + 8 <= n; i += 8) {
+        const uint64_t word = load<uint64_t>(row + i);
+        counts[0] += popcount(word);
+        counts[1] += popcount(word & load<uint64_t>(ref + i));
+    }
+    for (; i < n; ++i) {
+        counts[0] += popcount(row[i]);
+        counts[1] += popcount(row[i] & ref[i]);
+    }
+}
+
+FMN_INLINE void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int64_t n, int64_t* counts) {
+    for (int r = 0; r < n_rows; ++r) {
+        counts[2 * r] = counts[2 * r + 1] = 0;
+        count_bits_from(0, rows[r], ref, n, counts + 2 * r);
+    }
+}
+
+FMN_INLINE void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
+    for (int k = 0; k < 4; ++k) {
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8) counts[k] += popcount(load<uint64_t>(a + i) & load<uint64_t>(b[k] + i));
+        for (; i < n; ++i) counts[k] += popcount(a[i] & b[k][i]);
+    }
+}
+
+template <class T>
+FMN_INLINE void compare_as(const uint8_t* predictions, const int64_t* labels, int64_t n, uint8_t* bytes) {
+    FMN_NO_ALIAS
+    for (int64_t i = 0; i < n; ++i) {
+        const T p = load<T>(predictions + i * static_cast<int64_t>(sizeof(T)));
+        const int64_t y = labels[i];  // a huge uint64 turns negative, and equals no label
+        bytes[i] = (static_cast<int64_t>(p) == y) & (T(-1) < T(0) || y >= 0);
+    }
+}
+
+FMN_INLINE void compare(const void* predictions, fmn_type type, const int64_t* labels, int64_t n, uint8_t* bytes) {
+    const auto* p = static_cast<const uint8_t*>(predictions);
+    switch (type) {
+        case FMN_INT8: return compare_as<int8_t>(p, labels, n, bytes);
+        case FMN_UINT8: return compare_as<uint8_t>(p, labels, n, bytes);
+        case FMN_INT16: return compare_as<int16_t>(p, labels, n, bytes);
+        case FMN_UINT16: return compare_as<uint16_t>(p, labels, n, bytes);
+        case FMN_INT32: return compare_as<int32_t>(p, labels, n, bytes);
+        case FMN_UINT32: return compare_as<uint32_t>(p, labels, n, bytes);
+        case FMN_INT64: return compare_as<int64_t>(p, labels, n, bytes);
+        default: return compare_as<uint64_t>(p, labels, n, bytes);
+    }
+}
+
+// A float's sign and magnitude bits as an integer of the same order, in which 0.0 and -0.0 are the same: scores of all four
+// types are compared as integers, with no conversion.
+template <class Int>
+FMN_INLINE Int magnitude(Int bits) {
+    return static_cast<Int>(bits & static_cast<Int>(~(Int(1) << (8 * sizeof(Int) - 1))));
+}
+template <class Int>
+FMN_INLINE Int ordered(Int bits) {
+    const Int sign = static_cast<Int>(bits >> (8 * sizeof(Int) - 1));  // 0 or -1
+    return static_cast<Int>((magnitude(bits) ^ sign) - sign);
+}
+
+// Right: no score before the label's reaches it, and none after it exceeds it.
+template <class Int>
+FMN_INLINE bool compare_scores_as(const uint8_t* scores, Int infinity, int64_t n_classes, int64_t stride,
+                                  const int64_t* labels, int64_t n, uint8_t* bytes) {
+    constexpr int64_t size = sizeof(Int);
+    bool any_nan = false;
+    for (int64_t i = 0; i < n; ++i) {
+        const uint8_t* row = scores + i * stride;
+        const int64_t y = labels[i];
+        const Int at_label = ordered(load<Int>(row + y * size)), below = static_cast<Int>(at_label - 1);
+        Int beaten = 0, nan = 0;  // 0 or -1
+        for (int64_t k = 0; k < y; ++k) {
+            const Int bits = load<Int>(row + k * size);
+            beaten = static_cast<Int>(beaten | -(ordered(bits) > below));
+            nan = static_cast<Int>(nan | -(magnitude(bits) > infinity));
+        }
+        for (int64_t k = y; k < n_classes; ++k) {
+            const Int bits = load<Int>(row + k * size);
+            beaten = static_cast<Int>(beaten | -(ordered(bits) > at_label));
+            nan = static_cast<Int>(nan | -(magnitude(bits) > infinity));
+        }
+        bytes[i] = !(beaten | nan);
+        any_nan |= nan != 0;
+    }
+    return any_nan;
+}
+
+FMN_INLINE bool compare_scores(const uint8_t* scores, fmn_type type, int64_t n_classes, int64_t stride,
+                               const int64_t* labels, int64_t n, uint8_t* bytes) {
+    switch (type) {
+        case FMN_FLOAT16: return compare_scores_as<int16_t>(scores, 0x7C00, n_classes, stride, labels, n, bytes);
+        case FMN_BFLOAT16: return compare_scores_as<int16_t>(scores, 0x7F80, n_classes, stride, labels, n, bytes);
+        case FMN_FLOAT32: return compare_scores_as<int32_t>(scores, 0x7F800000, n_classes, stride, labels, n, bytes);
+        default:
+            return compare_scores_as<int64_t>(scores, 0x7FF0000000000000, n_classes, stride, labels, n, bytes);
+    }
+}
+
+template <int n_rows>
+FMN_INLINE void update_samples_by(const uint8_t* const* rows, int64_t begin, int64_t n, uint8_t e, SampleBlock* s) {
+    FMN_NO_ALIAS  // the rows do not overlap the block
+    for (int64_t i = begin; i < n; ++i) {  // with masks (0 or 255): the compiler turns choices back into jumps
+        uint8_t was = static_cast<uint8_t>(-(rows[0][i] == 0));
+        uint8_t wrong = s->wrong[i], first = s->first[i], last = s->last[i], last_wrong = s->last_wrong[i];
+        uint8_t events = s->events[i];
+        for (int k = 0; k < n_rows; ++k) {
+            const uint8_t now = static_cast<uint8_t>(-(rows[k + 1][i] == 0)), epoch = static_cast<uint8_t>(e + k);
+            wrong = static_cast<uint8_t>(wrong - now);
+            first = static_cast<uint8_t>(first - static_cast<uint8_t>(-(wrong == static_cast<uint8_t>(epoch + 1))));
+            last = static_cast<uint8_t>((epoch & ~now) | (last & now));
+            last_wrong = static_cast<uint8_t>((epoch & now) | (last_wrong & ~now));
+            events = static_cast<uint8_t>(events - (now & ~was));
+            was = now;
+        }
+        s->wrong[i] = wrong, s->first[i] = first, s->last[i] = last, s->last_wrong[i] = last_wrong;
+        s->events[i] = events;
+    }
+}
+
+FMN_INLINE void update_samples_from(int64_t begin, const uint8_t* const* rows, int n_rows, int64_t n, uint8_t e,
+                                    SampleBlock* block) {
+    if (n_rows == sample_rows) return update_samples_by<sample_rows>(rows, begin, n, e, block);
+    return update_samples_by<1>(rows, begin, n, e, block);
+}
+
+FMN_INLINE void update_samples(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t e, SampleBlock* block) {
+    update_samples_from(0, rows, n_rows, n, e, block);
+}
+
+FMN_INLINE void add_counts(const GroupTile<int64_t>& t) {
+    for (int64_t i = 0; i < t.n_samples; ++i) {
+        int64_t* sums = t.sums + t.groups[i] * t.n_epochs;
+        const int right = t.right[i], retained = right & t.at_end[i];
+        for (int k = 0; k < t.n_lanes; ++k) {
+            sums[k] += right >> k & 1;
+            sums[3 * t.plane + k] += retained >> k & 1;
+        }
+    }
+}
+
+FMN_INLINE void add_weights(const GroupTile<double>& t) {
+    for (int64_t i = 0; i < t.n_samples; ++i) {
+        double* sums = t.sums + t.groups[i] * t.n_epochs;
+        const double w = t.weights[i];
+        for (int k = 0; k < t.n_lanes; ++k) {
+            const bool right = t.right[i] >> k & 1, at_end = t.at_end[i];
+            if (right) sums[k] += w;
+            if (right != at_end) sums[(right ? 1 : 2) * t.plane + k] += w;
+            if (right & at_end) sums[3 * t.plane + k] += w;
+        }
+    }
+}
+
+}  // namespace loops
+}  // namespace fmn

@@ -1,0 +1,122 @@
+"""Arrays, labels and correctness from files that anybody wrote: .npy, .npz, .fmnh and run directories. What is large is
+memory-mapped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import tempfile
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from . import _check, _files, metrics
+from .history import NO_LABELS, CorrectnessHistory, labels_digest
+
+_MAPPED_FROM = 1 << 26  # bytes of an .npz member
+
+
+def load(path: str, *names: str) -> NDArray[Any]:
+    """An array of a file: .npy (memory-mapped), or the first of `names` in an .npz."""
+    a: NDArray[Any] | CorrectnessHistory = load_named(path, *names)[0]
+    if isinstance(a, CorrectnessHistory):
+        raise ValueError(f"{path}: holds correctness, not {names[0]}")
+    return a
+
+
+def load_named(path: str, *names: str, verify: bool = True) -> tuple[Any, str]:
+    """The array, and the name it had in an .npz. A run directory stands for its history."""
+    if (Path(path) / "history.fmnh").is_file():
+        path = str(Path(path) / "history.fmnh")
+    try:
+        if path.endswith(".fmnh"):
+            return CorrectnessHistory.open(path, verify=verify), ""
+        if not path.endswith(".npz"):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                array.close()
+                raise ValueError("an .npz file; its name must say so")
+            return array, ""
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
+            for name in names:
+                if name in content:
+                    return _member(path, content, name), name
+            raise ValueError(f"expected an array named {' or '.join(map(repr, names))}, found {list(content)}")
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error)
+        if "pickle" in reason:  # NumPy suggests to unpickle it
+            reason = "not an .npy file of numbers"
+        raise ValueError(reason if path in reason else f"{path}: {reason}") from None
+
+
+def load_labels(path: str | None, beside: str, option: str = "--labels") -> NDArray[np.int64]:
+    """Labels from their own file, or from the .npz that holds the probabilities."""
+    if path is None and not beside.endswith(".npz"):
+        raise ValueError(f"{option}: needed, since {beside} is not an .npz with 'labels' in it")
+    return _check.labels(load(path or beside, "labels"))
+
+
+def has_labels(path: str) -> bool:
+    if not path.endswith(".npz"):
+        return False
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
+        return "labels" in content
+
+
+def load_correct(path: str, labels: str | None, verify: bool = True) -> Any:
+    """Correctness from a history, a matrix of 0 and 1, or predictions or scores with labels."""
+    a, name = load_named(path, "correct", "predictions", "probs", "scores", verify=verify)
+    if isinstance(a, CorrectnessHistory):
+        if labels is not None and a.digest not in (NO_LABELS, labels_digest(load_labels(labels, path))):
+            raise ValueError(f"{labels}: not the labels that {path} was recorded with")
+        return a
+    without_labels = labels is None and not path.endswith(".npz") and a.dtype.kind != "f"
+    if name == "correct" or without_labels:
+        return a
+    y = load_labels(labels, path)
+    return correctness_of(a, y) if a.ndim == 3 else metrics.correctness(a, y)
+
+
+def correctness_of(probs: Any, labels: NDArray[np.int64]) -> CorrectnessHistory:
+    """One epoch at a time, as bits, so that a memory-mapped file is never held whole."""
+    if probs.ndim != 3 or len(probs) == 0:
+        raise ValueError(f"probs: expected shape (n_epochs, n_samples, n_classes), got shape {probs.shape}")
+    history = CorrectnessHistory(len(labels))
+    mapping = _files.mapping(probs)
+    for epoch in tqdm(probs, "reading", disable=None):
+        history.append(metrics.correctness(epoch, labels))
+        if mapping is not None:
+            _files.drop_pages(mapping)
+    return history
+
+
+def _member(path: str, content: Any, name: str) -> NDArray[Any]:
+    """An array of an .npz; a large one memory-mapped, where it lies or, if compressed, from a temporary file."""
+    info = content.zip.getinfo(f"{name}.npy")
+    if info.file_size < _MAPPED_FROM:
+        return np.asarray(content[name])
+    file: IO[bytes]
+    if info.compress_type == zipfile.ZIP_STORED:
+        file = open(path, "rb")  # noqa: SIM115
+        file.seek(info.header_offset + 26)  # of the local header: lengths of the name and the extra field, then both
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+    else:
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        with content.zip.open(info) as packed:
+            shutil.copyfileobj(packed, file)
+        file.seek(0)
+    with file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(file)
+        if dtype.hasobject:
+            raise ValueError("not an array of numbers")
+        order: Any = "F" if fortran_order else "C"
+        return np.memmap(file, dtype, "r", file.tell(), shape, order)
