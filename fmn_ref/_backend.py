@@ -65,9 +65,11 @@ def _describe(name: str, reason: str) -> tuple[ModuleType, Backend]:
 
 def kernels_for(a: Any) -> ModuleType:
     """The kernels in use, or torch's for a tensor that is no NumPy array since it lives on an accelerator."""
-    if isinstance(a, np.ndarray):
-        return load()[0]
-    return importlib.import_module("fmn_ref._torch")
+    if not isinstance(a, np.ndarray):
+        return importlib.import_module("fmn_ref._torch")
+    if a.dtype.itemsize > 8:  # long double, which NumPy alone has
+        return importlib.import_module("fmn_ref._reference")
+    return load()[0]
 
 
 def backend() -> Backend:

@@ -73,6 +73,12 @@ def predictions_or_scores(x: Any) -> tuple[Any, bool]:
     return a, bfloat16
 
 
+def first_nan(a: Any, bfloat16: bool) -> tuple[int, ...]:
+    """Where the first NaN is, in an array or tensor that has one."""
+    nan = (a & 0x7FFF) > 0x7F80 if bfloat16 and isinstance(a, np.ndarray) else a != a
+    return tuple(int(i) for i in np.unravel_index(int((nan * 1).reshape(-1).argmax()), tuple(a.shape)))
+
+
 def plain(a: Any) -> Any:
     """The same with native bytes and adjacent values along the last axis; tensors as they are."""
     if not isinstance(a, np.ndarray):

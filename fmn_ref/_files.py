@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
@@ -76,3 +77,18 @@ def drop_pages(mapped: mmap.mmap) -> None:
     """Give mapped pages back: they stay in the system's cache, but not in this process."""
     if hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def read_ahead(mapped: mmap.mmap, rows: NDArray[Any]) -> None:
+    """Have the system read these rows of a mapped matrix while other work goes on.
+
+    Its own reading ahead is switched off: it guesses wrong at the end of each row, and maps pages of up to 2 MB for
+    each, all resident at once.
+    """
+    if not hasattr(mmap, "MADV_RANDOM") or rows.strides[1] != rows.itemsize:
+        return
+    mapped.madvise(mmap.MADV_RANDOM)
+    first = np.frombuffer(mapped, np.uint8, 1).ctypes.data
+    for row in rows:
+        begin = (row.ctypes.data - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, begin, row.ctypes.data - first + row.nbytes - begin)

@@ -1,7 +1,7 @@
 """A correctness matrix in whatever form it comes, as the blocks of samples that the kernels take.
 
 What lies in memory is one block. What is mapped from a file, or has to be converted first, comes in blocks of about
-128 MB, and mapped pages are given back after each: so a matrix larger than memory is read once, in bounded memory.
+64 MB, and mapped pages are given back after each: so a matrix larger than memory is read once, in bounded memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from . import _backend, _check, _files
 
-_BLOCK_BYTES = 1 << 27
+_BLOCK_BYTES = 1 << 26
 _LEAST_SAMPLES = 1 << 14  # of a block, however many epochs: reads from a disk stay long enough
 
 
@@ -50,12 +50,18 @@ class Matrix:
         step = self._block_samples()
         with _bar(self.n_samples, progress and step < self.n_samples) as bar:
             for start in range(0, self.n_samples, step):
-                stop = min(start + step, self.n_samples)
-                rows = a[:, start // 8 : -(-stop // 8)] if self.bits else a[:, start:stop]
-                yield slice(start, stop), _adjacent(rows if self.bits else _check.zeros_and_ones(rows, self.name))
+                part, rows = self._rows(start, step)
+                if mapping is not None:
+                    _files.read_ahead(mapping, self._rows(part.stop, step)[1])
+                yield part, _adjacent(rows if self.bits else _check.zeros_and_ones(rows, self.name))
                 if mapping is not None:
                     _files.drop_pages(mapping)
-                bar.update(stop - start)
+                bar.update(part.stop - start)
+
+    def _rows(self, start: int, step: int) -> tuple[slice, NDArray[Any]]:
+        stop = min(start + step, self.n_samples)
+        at = slice(start // 8, -(-stop // 8)) if self.bits else slice(start, stop)
+        return slice(start, stop), self.source[:, at]
 
     def _block_samples(self) -> int:
         cells: int = _BLOCK_BYTES // self.source.itemsize

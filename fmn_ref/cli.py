@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import io
 import json
 import logging
@@ -161,6 +162,12 @@ def command_demo(args: argparse.Namespace) -> None:
     show(args, results, f"{demo.table(results)}\nreport: {out / 'report.md'}   numbers: {out / 'results.json'}")
 
 
+def command_bench(args: argparse.Namespace) -> None:
+    metric_throughput = importlib.import_module("fmn_ref.benchmarks.metric_throughput")
+    result = metric_throughput.benchmark(args.epochs, args.samples, args.output)
+    show(args, result, metric_throughput.markdown(result).rstrip())
+
+
 def show(args: argparse.Namespace, content: dict[str, Any], text: str) -> None:
     print(json.dumps(content, indent=1) if args.json else text)
 
@@ -216,6 +223,12 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--no-verify", action="store_true", help="do not check a history's CRC-32s, which reads it once more"
     )
+
+    c = add("bench", command_bench, "time the metric kernels beside NumPy, numba and torch (minutes)")
+    c.add_argument("suite", choices=["metric"], help="what to time")
+    c.add_argument("--epochs", type=int, default=200, help="of the large matrix (default 200)")
+    c.add_argument("--samples", type=int, default=1_281_167, help="of the large matrix (default 1281167)")
+    c.add_argument("-o", "--output", help="folder for metric_throughput.md and .json")
 
     c = add("fuse", command_fuse, "find a fusion plan on a selection set")
     c.add_argument("probs", help=PROBS)

@@ -72,7 +72,7 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     for epoch in np.ndindex(shape[:-2]):
         bits = kernels.pack_scores(_check.plain(a[epoch]), y, bfloat16)
         if bits is None:
-            at = (*epoch, *(int(i[0]) for i in (a[epoch] != a[epoch]).nonzero()))
+            at = (*epoch, *_check.first_nan(a[epoch], bfloat16))
             raise ValueError(f"scores: expected numbers, got NaN at index {at}")
         out[epoch] = kernels.unpack(bits[None], len(y))[0]
     return out

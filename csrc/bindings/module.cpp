@@ -156,4 +156,9 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("pack_scores", pack_scores, "scores"_a, "labels"_a, "bfloat16"_a = false);
     m.def("instruction_set", fmn_instruction_set);
     m.def("threads", fmn_threads);
+#ifdef __VERSION__
+    m.attr("compiler") = __VERSION__;
+#else
+    m.attr("compiler") = "unknown";
+#endif
 }

@@ -1,4 +1,5 @@
-/* fmn.h: the counts behind the forget fraction, as a C library.
+/* fmn.h: the counts behind the forget fraction, as a C library. Link a static libfmn.a with the C++ runtime and threads;
+ * `pkg-config --static` and find_package(fmn) know how.
  *
  * A correctness matrix says for each epoch (row) and sample (column) whether the sample was classified correctly. Two
  * formats are read everywhere: FMN_BYTES, a byte per sample, nonzero for right (what a bool array of NumPy holds); and
@@ -42,7 +43,7 @@ typedef struct {
     int64_t n_epochs;    /* rows, >= 0 */
     int64_t n_samples;   /* columns, >= 0: samples, not bytes, in both formats */
     int64_t stride;      /* bytes from one row to the next */
-    fmn_format format;
+    int32_t format;      /* an fmn_format */
 } fmn_matrix;
 
 /* Adds four rows of n_epochs counts against the reference epoch r (0 <= r < n_epochs):
