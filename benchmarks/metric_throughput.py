@@ -3,10 +3,11 @@
     fmn-ref bench metric [--samples 1281167] [-o benchmarks/results]
     python benchmarks/metric_throughput.py           the same; metric_throughput.cpp is its twin without Python
 
-A row is one function on one input by one program: median ms of the calls of half a second (3 at least), GB/s of the bytes
-of input, its share of the bandwidth at which as many threads read the same bytes (NumPy's fastest reduction, measured
-between the rows), and how many times as fast as NumPy's, numba's and torch's row it is. All results of a case are
-compared with NumPy's before anything is timed; rows that lose are printed like the others.
+A row is one function on one input by one program: median ms of the calls of half a second (3 at least), GB/s of the
+bytes of input, and how many times as fast as NumPy's, numba's and torch's row it is. Rows of the compiled kernels on
+inputs larger than the caches add their share of the bandwidth at which as many threads read the same bytes, timed in
+turns. All results of a case are compared with NumPy's before anything is timed; rows that lose are printed like the
+others.
 """
 
 import importlib
@@ -25,6 +26,9 @@ import numpy as np
 import fmn_ref as fmn
 from fmn_ref import _backend, _reference
 
+IN_CACHE = 200, 20_000  # 4 MB of bytes, half a MB of bits
+TONEVA = 200, 50_000
+
 
 @dataclass
 class Case:
@@ -35,6 +39,7 @@ class Case:
     size: int
     calls: dict = field(default_factory=dict)
     bandwidth_of: object = None  # the array whose reading it is compared with; None in cache
+    shape: str = ""
 
 
 def median_seconds(call, seconds=0.5):
@@ -47,18 +52,20 @@ def median_seconds(call, seconds=0.5):
     return statistics.median(times)
 
 
-def read_bandwidth(a, threads):
-    """GB/s at which NumPy's fastest reductions read an array, an equal part in each thread; the best of three tries."""
+def share_of_bandwidth(call, size, a, threads):
+    """Rate of the call over the rate at which as many threads read the array, in turns, since a machine's rate drifts.
+
+    Returns that share and the GB/s of reading: NumPy's fastest reduction, an equal part of the array in each thread.
+    """
     words = a.reshape(-1).view(np.uint8)
     words = words[: len(words) // (64 * threads) * (64 * threads)].view(np.int64)
     parts = np.split(words, threads)
     with ThreadPoolExecutor(threads) as pool:
-
-        def read(reduction):
-            return lambda: list(pool.map(reduction, parts))
-
-        seconds = min(median_seconds(read(r), 0.2) for r in (np.bitwise_xor.reduce, np.max, np.add.reduce))
-    return words.nbytes / seconds / 1e9
+        reads = [lambda r=r: list(pool.map(r, parts)) for r in (np.bitwise_xor.reduce, np.max, np.add.reduce)]
+        read = min(reads, key=lambda read: median_seconds(read, 0.1))
+        rounds = [(median_seconds(call, 0), median_seconds(read, 0)) for _ in range(9)]
+    ours, reading = (statistics.median(times) for times in zip(*rounds, strict=True))
+    return size / ours * reading / words.nbytes, words.nbytes / reading / 1e9
 
 
 def on_zeros(kernel, shape, *args, dtype=np.int64):
@@ -173,21 +180,23 @@ def loop_of_toneva(c):
 
 
 def whole_function_cases(rng):
-    small, c = rng.random((10, 1000)) < 0.7, rng.random((200, 50_000)) < 0.7
+    small, c = rng.random((10, 1000)) < 0.7, rng.random(TONEVA) < 0.7
     yield Case(
-        "fmn.forget_fraction, 10 x 1000",
+        "fmn.forget_fraction",
         "bool",
         small.nbytes,
         {"numpy": lambda: (small & ~small[-1]).sum(1) / 1000, "cpp": lambda: fmn.forget_fraction(small)},
+        shape="10 x 1000",
     )
     yield Case(
-        "fmn.sample_statistics, 200 x 50000 (NumPy: mtoneva's loop)",
+        "fmn.sample_statistics (NumPy: mtoneva's loop)",
         "bool",
         c.nbytes,
         {
             "numpy": lambda: loop_of_toneva(c),
             "cpp": lambda: fmn.sample_statistics(c, never_learned="toneva").forgetting_events,
         },
+        shape=" x ".join(map(str, TONEVA)),
     )
 
 
@@ -208,64 +217,62 @@ def set_threads(threads):
 
 def time_case(case, shape, threads):
     """Rows of one case, on one and on all threads; NumPy has one."""
-    seconds, rows = {}, []
-    bandwidth = {t: read_bandwidth(case.bandwidth_of, t) for t in threads} if case.bandwidth_of is not None else {}
+    seconds, shares, rows = {}, {}, []
     for t in threads:
         set_threads(t)
         for name, call in case.calls.items():
             if name == "numpy" and t > 1:
-                seconds[name, t] = seconds[name, 1]
                 continue
             seconds[name, t] = median_seconds(call)
+            if name == "cpp" and case.bandwidth_of is not None:
+                shares[t] = share_of_bandwidth(call, case.size, case.bandwidth_of, t)
     for (name, t), s in seconds.items():
-        if name == "numpy" and t > 1:
-            continue
         row = {"function": case.function, "input": case.input, "shape": shape, "program": name, "threads": t}
         row |= {"ms": 1e3 * s, "GB/s": case.size / s / 1e9}
-        row["share of read bandwidth"] = row["GB/s"] / bandwidth[t] if bandwidth else None
+        measured = name == "cpp" and t in shares
+        row["share of read bandwidth"], row["read GB/s"] = shares[t] if measured else (None, None)
         for other in ("numpy", "numba", "torch"):
-            row[f"x {other}"] = seconds[other, t] / s if (other, t) in seconds and other != name else None
+            theirs = seconds.get((other, 1 if other == "numpy" else t))
+            row[f"x {other}"] = theirs / s if theirs and other != name else None
         rows.append(row)
-    return rows, bandwidth
+    return rows
 
 
 def benchmark(epochs, samples, output=None):
     """All rows; written to the folder `output` as Markdown and JSON too."""
     modules, rng, rows = kernel_modules(), np.random.default_rng(0), []
+    if "cpp" not in modules:
+        raise ImportError("the benchmark needs the compiled kernels: install with a C++ compiler at hand")
     threads = sorted({1, fmn.backend().threads})
-    for n_epochs, n in ((50, 4000), (epochs, samples)):
+    for n_epochs, n in (IN_CACHE, (epochs, samples)):
         c = rng.random((n_epochs, n), np.float32) < 0.7
         bits = modules["cpp"].pack(c, n)
         for case in (*curve_cases(modules, c, bits, rng), *packing_cases(modules, c, rng)):
             verify(case)
-            if n == 4000:
+            if n == IN_CACHE[1]:
                 case.bandwidth_of = None  # in cache: no memory to compare with
-            added, bandwidth = time_case(case, f"{n_epochs} x {n}", threads)
-            report(added, bandwidth)
-            rows += added
+            rows += time_case(case, f"{n_epochs} x {n}", threads)
+            print(f"{case.function}, {case.input}, {n_epochs} x {n}: done", file=sys.stderr)
     # Bits out of cache need eight times the samples.
     bits = rng.integers(0, 256, (epochs, samples), np.uint8)
     large = Case("four curves", "bits", bits.nbytes, bandwidth_of=bits)
     large.calls["cpp"] = on_zeros(modules["cpp"].curve_counts, (4, epochs), bits, 8 * samples, epochs - 1)
-    reference = on_zeros(_reference.curve_counts, (4, 8), bits[-8:, :4096], 8 * 4096, 7)()
-    part = on_zeros(modules["cpp"].curve_counts, (4, 8), bits[-8:, :4096], 8 * 4096, 7)()
-    np.testing.assert_array_equal(part, reference)
-    rows += time_case(large, f"{epochs} x {8 * samples}", threads)[0]
+    corner = bits[-8:, :4096]
+    corners = [
+        on_zeros(k.curve_counts, (4, len(corner)), corner, 8 * corner.shape[1], len(corner) - 1)()
+        for k in (modules["cpp"], _reference)
+    ]
+    np.testing.assert_array_equal(*corners)
+    rows += time_case(large, f"{epochs} x {8 * samples}", threads)
     for case in whole_function_cases(rng):
         verify(case)
-        rows += time_case(case, "", [1])[0]
+        rows += time_case(case, case.shape, [1])
     result = {"machine": machine(), "rows": rows}
     if output:
         Path(output).mkdir(parents=True, exist_ok=True)
         Path(output, "metric_throughput.md").write_text(markdown(result))
         Path(output, "metric_throughput.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
-
-
-def report(rows, bandwidth):
-    read = ", ".join(f"{t} threads read {b:.1f} GB/s" for t, b in bandwidth.items())
-    best = max((r for r in rows if r["program"] == "cpp"), key=lambda r: r["threads"])
-    print(f"{best['function']}, {best['input']}, {best['shape']}: {best['GB/s']:.1f} GB/s; {read}", file=sys.stderr)
 
 
 def machine():
@@ -284,17 +291,49 @@ def machine():
     return {"processor": processor, "cores": os.cpu_count()} | built | versions
 
 
+def summary(result):
+    """The compiled kernels' rows on all threads, as the README shows them."""
+    names = [
+        "function",
+        "input",
+        "epochs x samples",
+        "ms",
+        "GB/s",
+        "of read bandwidth",
+        "x NumPy",
+        "x numba",
+        "x torch",
+    ]
+    lines = ["| " + " | ".join(names) + " |", "|---|---|---|" + "--:|" * 6]
+    best = {}
+    for row in result["rows"]:
+        if row["program"] == "cpp":
+            best[row["function"], row["input"], row["shape"]] = row
+    for (function, kind, shape), row in best.items():
+        cells = [function, kind, shape, f"{row['ms']:.3g}", f"{row['GB/s']:.1f}", percent(row)]
+        lines.append("| " + " | ".join([*cells, *ratios(row)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def percent(row):
+    share = row["share of read bandwidth"]
+    return "" if share is None else f"{share:.0%}"
+
+
+def ratios(row):
+    values = [row[f"x {other}"] for other in ("numpy", "numba", "torch")]
+    return ["" if v is None else f"{v:.2g}" if v < 10 else f"{v:.0f}" for v in values]
+
+
 def markdown(result):
     head = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
-    names = ["function", "input", "shape", "program", "threads", "ms", "GB/s", "share of read bandwidth"]
+    names = ["function", "input", "shape", "program", "threads", "ms", "GB/s", "reading GB/s", "share of it"]
     names += ["x numpy", "x numba", "x torch"]
-    lines = [head, "", "| " + " | ".join(names) + " |", "|" + "---|" * 4 + "--:|" * 7]
+    lines = [head, "", "| " + " | ".join(names) + " |", "|" + "---|" * 4 + "--:|" * 8]
     for row in result["rows"]:
         cells = [str(row[n]) for n in names[:5]] + [f"{row['ms']:.3f}", f"{row['GB/s']:.1f}"]
-        share = row["share of read bandwidth"]
-        cells.append("" if share is None else f"{share:.0%}")
-        cells += ["" if row[n] is None else f"{row[n]:.2g}" if row[n] < 10 else f"{row[n]:.0f}" for n in names[8:]]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells.append("" if row["read GB/s"] is None else f"{row['read GB/s']:.1f}")
+        lines.append("| " + " | ".join([*cells, percent(row), *ratios(row)]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -85,7 +85,7 @@ def read_ahead(mapped: mmap.mmap, rows: NDArray[Any]) -> None:
     Its own reading ahead is switched off: it guesses wrong at the end of each row, and maps pages of up to 2 MB for
     each, all resident at once.
     """
-    if not hasattr(mmap, "MADV_RANDOM") or rows.strides[1] != rows.itemsize:
+    if not hasattr(mmap, "MADV_RANDOM") or rows.size == 0 or rows.strides[1] != rows.itemsize:
         return
     mapped.madvise(mmap.MADV_RANDOM)
     first = np.frombuffer(mapped, np.uint8, 1).ctypes.data

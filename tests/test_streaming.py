@@ -71,6 +71,12 @@ def test_a_mapped_file_in_blocks_gives_the_same_bits(each_backend, small_blocks,
             np.testing.assert_array_equal(got, want)
 
 
+def test_a_mapped_file_may_end_with_a_page(small_blocks, tmp_path):
+    """Nothing is asked for past its end."""
+    a = np.memmap(tmp_path / "a", bool, "w+", shape=(4, 4096))
+    assert fmn.forgetting_curves(a).counts.sum() == 0
+
+
 def test_a_wrong_value_in_a_late_block_is_an_error(small_blocks, tmp_path):
     a = np.zeros((3, 9000), np.int32)
     a[1, 8888] = 2

@@ -280,7 +280,7 @@ bool is_float(fmn_type type) {
     return type == FMN_FLOAT16 || type == FMN_BFLOAT16 || type == FMN_FLOAT32 || type == FMN_FLOAT64;
 }
 
-constexpr int64_t conversion_block = 4096;  // samples whose bytes are made on the stack, then packed
+constexpr int64_t label_piece = 1 << 15;    // samples: 256 KiB of labels
 
 }  // namespace
 
@@ -400,18 +400,18 @@ fmn_status fmn_unpack(const fmn_matrix* m, int n_threads, uint8_t* bytes, int64_
 
 fmn_status fmn_pack_predictions(const void* predictions, fmn_type type, int64_t n_epochs, int64_t n_samples, int64_t stride,
                                 const int64_t* labels, int n_threads, uint8_t* bits, int64_t bits_stride) {
-    const int64_t size = type_size(type), blocks = ceil_div(n_samples, conversion_block);
+    const int64_t size = type_size(type), pieces = ceil_div(n_samples, label_piece);
     if (n_epochs < 0 || n_samples < 0 || size == 0 || is_float(type)) return FMN_INVALID_ARGUMENT;
     if (n_epochs * n_samples > 0 && (!predictions || !labels || !bits)) return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
     const auto* data = static_cast<const uint8_t*>(predictions);
-    split(n_epochs * blocks, n_epochs * n_samples * size, n_threads, [=, &k](int64_t begin, int64_t end) {
-        uint8_t bytes[conversion_block];
-        for (int64_t unit = begin; unit < end; ++unit) {
-            const int64_t e = unit / blocks, start = unit % blocks * conversion_block;
-            const int64_t n = std::min(conversion_block, n_samples - start);
-            k.compare(data + e * stride + start * size, type, labels + start, n, bytes);
-            k.pack(bytes, n, bits + e * bits_stride + start / 8);
+    split(n_epochs * pieces, n_epochs * n_samples * size, n_threads, [=, &k](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; ++unit) {  // all epochs of a piece, whose labels stay in the cache
+            const int64_t e = unit % n_epochs, first = unit / n_epochs * label_piece;
+            const int64_t last = std::min(first + label_piece, n_samples);
+            for (int64_t i = first; i < last; i += fmn::compare_block)
+                k.compare(data + e * stride + i * size, type, labels + i, std::min(fmn::compare_block, last - i),
+                          bits + e * bits_stride + i / 8);
         }
     });
     return FMN_OK;

@@ -54,8 +54,8 @@ struct Kernels {
     void (*pack)(const uint8_t* bytes, int64_t n, uint8_t* bits);
     void (*unpack)(const uint8_t* bits, int64_t n, uint8_t* bytes);
 
-    // bytes[i] = predictions[i] == labels[i].
-    void (*compare)(const void* predictions, fmn_type type, const int64_t* labels, int64_t n, uint8_t* bytes);
+    // Bit i = predictions[i] == labels[i], for i < n <= compare_block; the last byte is filled with zero bits.
+    void (*compare)(const void* predictions, fmn_type type, const int64_t* labels, int64_t n, uint8_t* bits);
 
     // bytes[i] = the arg-max of row i is labels[i]; whether any score is NaN.
     bool (*compare_scores)(const uint8_t* scores, fmn_type type, int64_t n_classes, int64_t stride, const int64_t* labels,
@@ -71,6 +71,7 @@ struct Kernels {
 };
 
 constexpr int count_rows = 4, sample_rows = 8;
+constexpr int64_t compare_block = 4096;
 
 extern const Kernels base_kernels;
 #if defined(__x86_64__) && defined(__GNUC__)

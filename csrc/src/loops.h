@@ -118,18 +118,20 @@ FMN_INLINE void compare_as(const uint8_t* predictions, const int64_t* labels, in
     }
 }
 
-FMN_INLINE void compare(const void* predictions, fmn_type type, const int64_t* labels, int64_t n, uint8_t* bytes) {
+FMN_INLINE void compare(const void* predictions, fmn_type type, const int64_t* labels, int64_t n, uint8_t* bits) {
     const auto* p = static_cast<const uint8_t*>(predictions);
+    uint8_t bytes[compare_block];
     switch (type) {
-        case FMN_INT8: return compare_as<int8_t>(p, labels, n, bytes);
-        case FMN_UINT8: return compare_as<uint8_t>(p, labels, n, bytes);
-        case FMN_INT16: return compare_as<int16_t>(p, labels, n, bytes);
-        case FMN_UINT16: return compare_as<uint16_t>(p, labels, n, bytes);
-        case FMN_INT32: return compare_as<int32_t>(p, labels, n, bytes);
-        case FMN_UINT32: return compare_as<uint32_t>(p, labels, n, bytes);
-        case FMN_INT64: return compare_as<int64_t>(p, labels, n, bytes);
-        default: return compare_as<uint64_t>(p, labels, n, bytes);
+        case FMN_INT8: compare_as<int8_t>(p, labels, n, bytes); break;
+        case FMN_UINT8: compare_as<uint8_t>(p, labels, n, bytes); break;
+        case FMN_INT16: compare_as<int16_t>(p, labels, n, bytes); break;
+        case FMN_UINT16: compare_as<uint16_t>(p, labels, n, bytes); break;
+        case FMN_INT32: compare_as<int32_t>(p, labels, n, bytes); break;
+        case FMN_UINT32: compare_as<uint32_t>(p, labels, n, bytes); break;
+        case FMN_INT64: compare_as<int64_t>(p, labels, n, bytes); break;
+        default: compare_as<uint64_t>(p, labels, n, bytes);
     }
+    pack(bytes, n, bits);
 }
 
 // A float's sign and magnitude bits as an integer of the same order, in which 0.0 and -0.0 are the same: scores of all four

@@ -1,0 +1,30 @@
+"""The benchmarks run, verify what they time, and the README quotes the committed results."""
+
+import json
+from pathlib import Path
+
+from fmn_ref.benchmarks import metric_throughput
+
+from fmn_ref.cli import main
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_readme_quotes_the_committed_results():
+    result = json.loads((RESULTS / "metric_throughput.json").read_text())
+    assert metric_throughput.summary(result) in (ROOT / "README.md").read_text()
+    assert metric_throughput.markdown(result) == (RESULTS / "metric_throughput.md").read_text()
+
+
+def test_metric_throughput(tmp_path, monkeypatch, capsys):
+    """Small, and each call timed once; every result is compared with NumPy's before."""
+    monkeypatch.setattr(metric_throughput, "median_seconds", lambda call, seconds=0: (call(), 1.0)[1])
+    monkeypatch.setattr(metric_throughput, "IN_CACHE", (5, 100))
+    monkeypatch.setattr(metric_throughput, "TONEVA", (5, 300))
+    monkeypatch.setenv("FMN_NUM_THREADS", "1")
+    assert main(["bench", "metric", "--epochs", "9", "--samples", "3000", "-o", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "metric_throughput.json").read_text())
+    assert {"processor", "compiler", "instruction set", "numpy"} <= set(result["machine"])
+    assert {"cpp", "numba", "numpy", "torch"} == {row["program"] for row in result["rows"]}
+    assert capsys.readouterr().out.strip() == (tmp_path / "metric_throughput.md").read_text().strip()
