@@ -25,7 +25,7 @@ extension = Pybind11Extension(
     "fmn_ref._kernels",
     [f"csrc/{s}" for s in sources],
     include_dirs=["csrc/include", "csrc/src"],
-    depends=["csrc/include/fmn/fmn.h", "csrc/src/kernels.h", "csrc/src/loops.h"],
+    depends=["csrc/include/fmn/fmn.h", "csrc/src/kernels.h", "csrc/src/loops.h", "csrc/src/blocks.h"],
     cxx_std=17,  # explicit: letting pybind11 probe for it would fail without a compiler instead of falling back
     extra_compile_args=["/O2"] if os.name == "nt" else ["-O3"],
     optional=not required,

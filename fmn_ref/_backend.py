@@ -23,7 +23,7 @@ class Backend(NamedTuple):
     instruction_set : str
         "avx512", "avx2", "neon" or "base" for "cpp"; the others choose for themselves: "llvm", "numpy", "torch".
     threads : int
-        Threads that one call may use.
+        Threads that one call may use (NumPy's matrix products may use more).
     reason : str
         Why this backend and not an earlier one.
     """
@@ -60,7 +60,8 @@ def _describe(name: str, reason: str) -> tuple[ModuleType, Backend]:
                 f"FMN_ISA: {isa!r} is not to be had here; expected {module.instruction_set()!r} or a lesser one"
             )
         return module, Backend(name, module.instruction_set(), module.threads(), reason)
-    return module, Backend(name, "llvm" if name == "numba" else name, 1, reason)
+    threads = module.threads() if name == "torch" else 1
+    return module, Backend(name, "llvm" if name == "numba" else name, threads, reason)
 
 
 def kernels_for(a: Any) -> ModuleType:

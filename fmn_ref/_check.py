@@ -116,6 +116,8 @@ def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, n
     if a.min() < 0 or (n_classes is not None and a.max() >= n_classes):
         bound = "n_classes" if n_classes is None else n_classes
         raise ValueError(f"{name}: expected classes in [0, {bound}), got values from {a.min()} to {a.max()}")
+    if a.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: expected classes below 2^63, got {a.max()}")
     return a.astype(np.int64)
 
 

@@ -3,10 +3,11 @@ pages of mapped ones."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,30 +66,43 @@ def read_json(path: str | os.PathLike[str], format: str) -> dict[str, Any]:
 
 
 def mapping(a: Any) -> mmap.mmap | None:
-    """The file mapping behind an array, if its pages may be dropped: copy-on-write ones would lose data."""
-    while a is not None and not isinstance(a, mmap.mmap):
-        if isinstance(a, np.memmap) and a.mode == "c":
-            return None
-        a = getattr(a, "base", None)
-    return a
+    """The file mapping behind an np.memmap or a view of one; None for a copy-on-write one, whose pages hold data."""
+    found = None
+    while isinstance(a, np.ndarray):
+        if isinstance(a, np.memmap):
+            found = a
+        a = a.base
+    return a if isinstance(a, mmap.mmap) and found is not None and found.mode != "c" else None
 
 
-def drop_pages(mapped: mmap.mmap) -> None:
+def drop_pages(mapped: mmap.mmap | None) -> None:
     """Give mapped pages back: they stay in the system's cache, but not in this process."""
-    if hasattr(mmap, "MADV_DONTNEED"):
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def read_ahead(mapped: mmap.mmap, rows: NDArray[Any]) -> None:
-    """Have the system read these rows of a mapped matrix while other work goes on.
+@contextlib.contextmanager
+def own_read_ahead(mapped: mmap.mmap | None) -> Iterator[Callable[[NDArray[Any]], None]]:
+    """A function that has the system read rows of a mapped matrix while other work goes on.
 
-    Its own reading ahead is switched off: it guesses wrong at the end of each row, and maps pages of up to 2 MB for
-    each, all resident at once.
+    The system's own reading ahead is off meanwhile: it guesses wrong at the end of each row, and maps pages of up to
+    2 MB for each, all resident at once.
     """
-    if not hasattr(mmap, "MADV_RANDOM") or rows.size == 0 or rows.strides[1] != rows.itemsize:
+    if mapped is None or not hasattr(mmap, "MADV_RANDOM"):
+        yield lambda rows: None
         return
-    mapped.madvise(mmap.MADV_RANDOM)
     first = np.frombuffer(mapped, np.uint8, 1).ctypes.data
-    for row in rows:
-        begin = (row.ctypes.data - first) // mmap.PAGESIZE * mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_WILLNEED, begin, row.ctypes.data - first + row.nbytes - begin)
+    mapped.madvise(mmap.MADV_RANDOM)
+
+    def will_need(rows: NDArray[Any]) -> None:
+        if rows.size == 0 or rows.strides[1] != rows.itemsize:
+            return
+        for row in rows:
+            begin = (row.ctypes.data - first) // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, begin, row.ctypes.data - first + row.nbytes - begin)
+
+    try:
+        yield will_need
+    finally:
+        mapped.madvise(mmap.MADV_NORMAL)
+        drop_pages(mapped)

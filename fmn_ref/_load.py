@@ -3,6 +3,7 @@ memory-mapped."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import struct
@@ -79,31 +80,42 @@ def load_correct(path: str, labels: str | None, verify: bool = True) -> Any:
         return a
     without_labels = labels is None and not path.endswith(".npz") and a.dtype.kind != "f"
     if name == "correct" or without_labels:
-        return a
-    y = load_labels(labels, path)
-    return correctness_of(a, y) if a.ndim == 3 else metrics.correctness(a, y)
+        return _check.matrix(a, path)
+    return correctness_of(a, load_labels(labels, path))
 
 
-def correctness_of(probs: Any, labels: NDArray[np.int64]) -> CorrectnessHistory:
-    """One epoch at a time, as bits, so that a memory-mapped file is never held whole."""
-    if probs.ndim != 3 or len(probs) == 0:
-        raise ValueError(f"probs: expected shape (n_epochs, n_samples, n_classes), got shape {probs.shape}")
+def correctness_of(a: Any, labels: NDArray[np.int64]) -> CorrectnessHistory:
+    """Of predictions (n_epochs, n_samples) or scores (n_epochs, n_samples, n_classes).
+
+    One epoch at a time, as bits, so that a memory-mapped file is never held whole.
+    """
+    if a.ndim != {"f": 3, "i": 2, "u": 2}.get(a.dtype.kind) or len(a) == 0:
+        expected = "predictions (n_epochs, n_samples), or scores (n_epochs, n_samples, n_classes)"
+        raise ValueError(f"expected {expected}, got shape {a.shape}, dtype {a.dtype}")
     history = CorrectnessHistory(len(labels))
-    mapping = _files.mapping(probs)
-    for epoch in tqdm(probs, "reading", disable=None):
-        history.append(metrics.correctness(epoch, labels))
-        if mapping is not None:
-            _files.drop_pages(mapping)
+    mapping = _files.mapping(a)
+    for i, epoch in enumerate(tqdm(a, "reading", disable=None)):
+        try:
+            history.append(metrics.correctness(epoch, labels))
+        except ValueError as error:
+            raise ValueError(f"epoch {i}: {error}") from None
+        _files.drop_pages(mapping)
     return history
 
 
 def _member(path: str, content: Any, name: str) -> NDArray[Any]:
-    """An array of an .npz; a large one memory-mapped, where it lies or, if compressed, from a temporary file."""
-    info = content.zip.getinfo(f"{name}.npy")
-    if info.file_size < _MAPPED_FROM:
+    """An array of an .npz; a large one memory-mapped, where it lies or, if compressed, from a temporary file.
+
+    Its CRC-32 is checked, which reads it once.
+    """
+    if f"{name}.npy" not in content.zip.namelist() or content.zip.getinfo(f"{name}.npy").file_size < _MAPPED_FROM:
         return np.asarray(content[name])
+    info = content.zip.getinfo(f"{name}.npy")
     file: IO[bytes]
     if info.compress_type == zipfile.ZIP_STORED:
+        with content.zip.open(info) as stored:
+            while stored.read(1 << 20):
+                pass
         file = open(path, "rb")  # noqa: SIM115
         file.seek(info.header_offset + 26)  # of the local header: lengths of the name and the extra field, then both
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
@@ -113,10 +125,12 @@ def _member(path: str, content: Any, name: str) -> NDArray[Any]:
             shutil.copyfileobj(packed, file)
         file.seek(0)
     with file:
+        begin = file.tell()
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read_header(file)
-        if dtype.hasobject:
-            raise ValueError("not an array of numbers")
+        size = file.tell() - begin + dtype.itemsize * math.prod(shape)
+        if dtype.hasobject or size != info.file_size:
+            raise ValueError(f"{name}: not an array of numbers as long as its header says")
         order: Any = "F" if fortran_order else "C"
         return np.memmap(file, dtype, "r", file.tell(), shape, order)

@@ -40,9 +40,7 @@ def curve_counts(rows: Any, n_samples: int, reference: int, counts: Int) -> None
 
 
 def group_counts(rows: Any, n_samples: int, reference: int, groups: Int, n_groups: int, counts: Int) -> None:
-    sums = np.zeros(counts.shape)
-    group_sums(rows, n_samples, reference, groups, n_groups, np.ones(n_samples), sums)
-    counts += sums.astype(np.int64)
+    _add_by_group(_correct(rows, n_samples), reference, groups, np.ones(n_samples, np.int64), counts)
 
 
 def group_sums(
@@ -50,8 +48,14 @@ def group_sums(
 ) -> None:
     """In double, but in the device's own order: whole numbers are exact, others agree to rounding."""
     correct = _correct(rows, n_samples)
+    if correct.device.type == "mps":  # it has no doubles
+        correct = correct.cpu()
+    _add_by_group(correct, reference, groups, weights, sums)
+
+
+def _add_by_group(correct: Tensor, reference: int, groups: Int, weights: NDArray[Any], sums: NDArray[Any]) -> None:
     g, w = (torch.from_numpy(a.copy()).to(correct.device) for a in (groups, weights))
-    added = torch.zeros((4, len(correct), n_groups), dtype=torch.float64, device=correct.device)
+    added = torch.zeros((4, len(correct), sums.shape[1]), dtype=w.dtype, device=correct.device)
     for row, c in enumerate(_four(correct, reference)):
         for e in range(len(c)):
             added[row, e].index_add_(0, g, w * c[e])
@@ -73,7 +77,8 @@ def overlap_counts(rows: Any, n_samples: int, counts: Int) -> None:
     correct = _correct(rows, n_samples)
     for start in range(0, n_samples, _STEP):
         c = correct[:, start : start + _STEP].float()
-        counts += (c @ c.T).long().cpu().numpy()
+        with torch.autocast(c.device.type, enabled=False):  # whose 16 bits would round the counts
+            counts += (c @ c.T).long().cpu().numpy()
 
 
 def pack(rows: Any, n_samples: int) -> Any:
@@ -85,12 +90,19 @@ def unpack(rows: Any, n_samples: int) -> NDArray[np.bool_]:
     return _correct(rows, n_samples).cpu().numpy()
 
 
+def threads() -> int:
+    return torch.get_num_threads()
+
+
 def _pack(correct: Tensor) -> NDArray[np.uint8]:
     return np.packbits(correct.cpu().numpy(), axis=-1, bitorder="little")
 
 
 def pack_predictions(predictions: Any, labels: Int) -> NDArray[np.uint8]:
-    p = predictions if isinstance(predictions, Tensor) else torch.from_numpy(predictions.astype(np.int64))
+    if isinstance(predictions, Tensor):
+        p = predictions
+    else:  # of the unsigned, torch has the 8-bit one alone; what is no int64 equals no label
+        p = torch.from_numpy(np.where(predictions <= np.iinfo(np.int64).max, predictions, -1).astype(np.int64))
     return _pack(p == torch.from_numpy(labels).to(p.device))
 
 

@@ -140,8 +140,7 @@ class CorrectnessHistory:
             if fault:
                 raise ValueError(f"{self.path}: corrupt record at offset {_PAD + i * self._record_size}: {fault}")
             epochs.append(_RECORD.unpack(record[:16].tobytes())[2])
-            if mapping is not None:
-                _files.drop_pages(mapping)
+            _files.drop_pages(mapping)
         if torn:
             offset = _PAD + len(epochs) * self._record_size
             message = (

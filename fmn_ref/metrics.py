@@ -236,7 +236,7 @@ def _curve_counts(m: Matrix, reference: int, progress: bool = False) -> NDArray[
 
 def _groups(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Distinct labels, sorted, and each sample's place among them."""
-    g = np.asarray(groups)
+    g = np.asarray(groups.detach().cpu() if _check.is_tensor(groups) else groups)
     if g.shape != (n_samples,) or g.dtype.kind not in "biuUS":
         raise ValueError(
             f"groups: expected {n_samples} integers or strings, one per sample, got shape {g.shape}, dtype {g.dtype}"

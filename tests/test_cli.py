@@ -210,7 +210,6 @@ def test_interrupt(monkeypatch):
     def interrupted(correct):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fmn_ref.cli.metrics.forgetting_curves", interrupted)
     assert main(["metric", "x.fmnh"]) == 1  # no such file comes first
     monkeypatch.setattr("fmn_ref.cli.load_correct", lambda *a, **k: interrupted(None))
     assert main(["metric", "x.fmnh"]) == 130

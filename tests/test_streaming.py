@@ -1,8 +1,10 @@
 """Matrices larger than memory, on several machines, on an accelerator, in threads: the same numbers every way."""
 
+import mmap
 import subprocess
 import sys
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
@@ -71,6 +73,19 @@ def test_a_mapped_file_in_blocks_gives_the_same_bits(each_backend, small_blocks,
             np.testing.assert_array_equal(got, want)
 
 
+def test_pages_that_hold_data_are_not_dropped(small_blocks, tmp_path, correct):
+    """Private and anonymous maps would lose what was written to them."""
+    (tmp_path / "a").write_bytes(bytes(correct.size))
+    with open(tmp_path / "a", "r+b") as file:
+        for private in (mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), mmap.mmap(-1, correct.size)):
+            a = np.ndarray(correct.shape, bool, buffer=private)
+            a[:] = correct
+            np.testing.assert_array_equal(fmn.forgetting_curves(a).counts, fmn.forgetting_curves(correct).counts)
+            np.testing.assert_array_equal(a, correct)
+            del a
+            private.close()
+
+
 def test_a_mapped_file_may_end_with_a_page(small_blocks, tmp_path):
     """Nothing is asked for past its end."""
     a = np.memmap(tmp_path / "a", bool, "w+", shape=(4, 4096))
@@ -97,6 +112,36 @@ def test_large_members_of_npz_files_are_mapped(tmp_path, monkeypatch, capsys, co
     np.testing.assert_array_equal(mapped, correct)
     assert main(["metric", str(path), "--csv"]) == 0
     assert capsys.readouterr().out == expected
+
+
+def test_large_members_are_checked(tmp_path, monkeypatch, correct):
+    monkeypatch.setattr(_load, "_MAPPED_FROM", 1000)
+    path = tmp_path / "c.npz"
+    np.savez(path, correct=correct)
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="CRC"):
+        _load.load(str(path), "correct")
+
+
+def test_members_of_other_names(tmp_path, correct):
+    np.save(tmp_path / "c.npy", correct)
+    with zipfile.ZipFile(tmp_path / "c.npz", "w") as z:
+        z.write(tmp_path / "c.npy", "correct")
+    np.testing.assert_array_equal(_load.load(str(tmp_path / "c.npz"), "correct"), correct)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [(np.array(True), "n_epochs, n_samples"), (np.zeros((2, 3, 4), int), "n_epochs, n_samples")],
+)
+def test_metric_names_the_file_of_a_wrong_shape(tmp_path, capsys, array, words):
+    np.save(tmp_path / "wrong.npy", array)
+    assert main(["metric", str(tmp_path / "wrong.npy")]) == 1
+    error = capsys.readouterr().err
+    assert "wrong.npy" in error
+    assert words in error
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -150,6 +195,20 @@ def test_tensors_on_an_accelerator_take_the_torch_path(monkeypatch, rng, correct
         fmn.forget_fraction(tensors[0].float())
     with pytest.raises(ValueError, match=r"NaN at index \(0, 1\)"):
         fmn.correctness(torch.tensor([[0.0, np.nan]]), [0])
+
+
+def test_autocast_does_not_round_counts(monkeypatch, rng):
+    correct = rng.random((3, 100_001)) < 0.9
+    expected = fmn.forgetting_matrix(correct)
+    use_backend(monkeypatch, "torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(fmn.forgetting_matrix(correct), expected)
+
+
+def test_unsigned_numbers_past_int64(each_backend):
+    np.testing.assert_array_equal(fmn.correctness(np.array([2**64 - 1, 3], np.uint64), [1, 3]), [False, True])
+    with pytest.raises(ValueError, match="labels"):
+        fmn.correctness([0], np.array([2**63], np.uint64))
 
 
 def test_nan_is_found_in_every_type(each_backend):

@@ -8,7 +8,7 @@
 #include <thread>
 
 #include "fmn/fmn.h"
-#include "kernels.h"
+#include "blocks.h"
 
 #ifdef __linux__
 #include <sched.h>
@@ -16,7 +16,7 @@
 
 namespace {
 
-using fmn::Kernels;
+using namespace fmn;
 
 // The kernels this processor can run, the best first.
 int available(const Kernels* found[3]) {
@@ -24,15 +24,15 @@ int available(const Kernels* found[3]) {
 #ifdef FMN_X86
     __builtin_cpu_init();  // its answers include the operating system's support
 #ifdef FMN_SIMDE
-    found[n++] = &fmn::avx512_kernels;  // emulated
+    found[n++] = &avx512_kernels;  // emulated
 #else
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vpopcntdq")) found[n++] = &fmn::avx512_kernels;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vpopcntdq")) found[n++] = &avx512_kernels;
 #endif
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt")) found[n++] = &fmn::avx2_kernels;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt")) found[n++] = &avx2_kernels;
 #elif defined(FMN_NEON)
-    found[n++] = &fmn::neon_kernels;
+    found[n++] = &neon_kernels;
 #endif
-    found[n++] = &fmn::base_kernels;
+    found[n++] = &base_kernels;
     return n;
 }
 
@@ -57,20 +57,11 @@ bool valid(const fmn_matrix* m) {
 
 bool valid(const fmn_matrix* m, int64_t reference) { return valid(m) && 0 <= reference && reference < m->n_epochs; }
 
-// Row e from sample i on; for bits, i is a multiple of 8.
-const uint8_t* at(const fmn_matrix* m, int64_t e, int64_t i) {
-    return m->data + e * m->stride + (m->format == FMN_BITS ? i / 8 : i);
-}
-
-int64_t row_bytes(const fmn_matrix* m) { return m->format == FMN_BITS ? (m->n_samples + 7) / 8 : m->n_samples; }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Calls work(begin, end) on disjoint parts of [0, n) that make it up, in as many threads as have a megabyte each to read.
 template <class Work>
-void split(int64_t n, int64_t bytes, int n_threads, const Work& work) {
+void split(int64_t n, double bytes, int n_threads, const Work& work) {
     constexpr int64_t most = 256;
-    const int64_t useful = std::min({n, bytes >> 20, most});
+    const int64_t useful = std::min(n, static_cast<int64_t>(std::min<double>(bytes / (1 << 20), most)));
     if (useful <= 1) return work(0, n);
     const int64_t parts = std::min<int64_t>(useful, n_threads > 0 ? n_threads : fmn_threads());
     const auto bound = [=](int64_t part) { return n / parts * part + std::min(part, n % parts); };
@@ -83,42 +74,6 @@ void split(int64_t n, int64_t bytes, int n_threads, const Work& work) {
     work(0, bound(1));
     if (part < parts) work(bound(part), n);
     while (--part > 0) threads[part].join();
-}
-
-// The last bits of a row that fill no byte, as a mask; 0 if there are none.
-uint8_t tail_mask(int64_t n_samples) { return static_cast<uint8_t>((1 << n_samples % 8) - 1); }
-
-int popcount8(unsigned v) {
-    int n = 0;
-    for (; v; v &= v - 1) ++n;
-    return n;
-}
-
-constexpr int64_t reference_piece = 1 << 19;  // samples: 64 KiB of bits
-
-// A piece of the reference row as bits: where they lie, or packed here.
-struct ReferencePiece {
-    const uint8_t* bits;
-    uint8_t packed[reference_piece / 8];
-
-    void read(const Kernels& k, const fmn_matrix* m, int64_t reference, int64_t start, int64_t n) {
-        bits = m->format == FMN_BITS ? at(m, reference, start) : packed;
-        if (m->format == FMN_BYTES) k.pack(at(m, reference, start), n, packed);
-    }
-};
-
-// Right and retained of n_rows epochs from e on, in a piece of the samples.
-void count(const Kernels& k, const fmn_matrix* m, int64_t e, int n_rows, int64_t start, int64_t n, const uint8_t* ref,
-           int64_t* counts) {
-    const uint8_t* rows[fmn::count_rows];
-    for (int r = 0; r < n_rows; ++r) rows[r] = at(m, e + r, start);
-    if (m->format == FMN_BYTES) return k.count_bytes(rows, n_rows, ref, n, counts);
-    k.count_bits(rows, n_rows, ref, n / 8, counts);
-    const uint8_t mask = tail_mask(n);
-    for (int r = 0; mask && r < n_rows; ++r) {
-        counts[2 * r] += popcount8(rows[r][n / 8] & mask);
-        counts[2 * r + 1] += popcount8(rows[r][n / 8] & ref[n / 8] & mask);
-    }
 }
 
 // Forgotten and learned from right and retained; all four are sums over the same samples.
@@ -149,7 +104,7 @@ void add_groups(const fmn_matrix* m, int64_t reference, const int64_t* groups, c
     constexpr int64_t block = 2048;
     const auto& k = kernels();
     const int64_t n_epochs = m->n_epochs;
-    split(ceil_div(n_epochs, 8), n_epochs * row_bytes(m), n_threads, [=, &k](int64_t first, int64_t last) {
+    split(ceil_div(n_epochs, 8), 1.0 * n_epochs * row_bytes(m), n_threads, [=, &k](int64_t first, int64_t last) {
         uint8_t bits[8][block / 8] = {}, reference_bits[block / 8], right[block], at_end[block];
         const auto packed = [=, &k](int64_t e, int64_t start, int64_t n, uint8_t* out) {
             if (m->format == FMN_BYTES) return k.pack(at(m, e, start), n, out);
@@ -176,96 +131,6 @@ void add_groups(const fmn_matrix* m, int64_t reference, const int64_t* groups, c
     });
 }
 
-// Adds a block's epochs, which begin at `base`, to the counts of its samples (rows of n).
-void add_block(const fmn::SampleBlock& block, int64_t size, int32_t base, int32_t length, int64_t n, int32_t* counts) {
-    int32_t *first = counts, *last = counts + n, *events = counts + 2 * n, *right = counts + 3 * n, *wrong = counts + 4 * n;
-    for (int row = 0; base == 0 && row < 5; ++row) std::fill_n(counts + row * n, size, row == 2 || row == 3 ? 0 : -1);
-    FMN_NO_ALIAS
-    for (int64_t i = 0; i < size; ++i) {
-        const int32_t n_wrong = block.wrong[i];
-        first[i] = (first[i] < 0) & (n_wrong < length) ? base + block.first[i] : first[i];
-        last[i] = n_wrong < length ? base + block.last[i] : last[i];
-        wrong[i] = n_wrong > 0 ? base + block.last_wrong[i] : wrong[i];
-        events[i] += block.events[i];
-        right[i] += length - n_wrong;
-    }
-}
-
-// Rows of a block of samples as bytes, sample_rows at a time with the row before: where they lie, or unpacked here.
-class Rows {
-public:
-    Rows(const Kernels& k, const fmn_matrix* m, int64_t start, int64_t n) : k_(k), m_(m), start_(start), n_(n) {}
-
-    const uint8_t* const* read(int64_t e, int n_rows) {  // in order of the epochs
-        const bool bits = m_->format == FMN_BITS;
-        rows_[0] = e > 0 ? previous_ : nullptr;
-        if (bits && e > 0) rows_[0] = static_cast<uint8_t*>(std::memcpy(unpacked_[0], previous_, sizeof unpacked_[0]));
-        for (int i = 1; i <= n_rows; ++i) {
-            rows_[i] = bits ? unpacked_[i] : at(m_, e + i - 1, start_);
-            if (bits) k_.unpack(at(m_, e + i - 1, start_), n_, unpacked_[i]);
-        }
-        if (e == 0) rows_[0] = rows_[1];  // nothing is forgotten at the first epoch
-        for (int64_t i = 0; i < n_rows; ++i)
-            rows_[n_rows + 1 + i] = at(m_, std::min(e + n_rows + i, m_->n_epochs - 1), start_);
-        previous_ = rows_[n_rows];
-        return rows_;
-    }
-
-private:
-    const Kernels& k_;
-    const fmn_matrix* m_;
-    int64_t start_, n_;
-    const uint8_t* previous_ = nullptr;
-    const uint8_t* rows_[2 * fmn::sample_rows + 1] = {};
-    uint8_t unpacked_[fmn::sample_rows + 1][fmn::SampleBlock::size];
-};
-
-void count_samples(const Kernels& k, const fmn_matrix* m, int64_t start, int64_t size, int32_t* counts) {
-    fmn::SampleBlock block;
-    Rows rows(k, m, start, size);
-    const int32_t n_epochs = static_cast<int32_t>(m->n_epochs);
-    for (int32_t base = 0, length; base < n_epochs; base += length) {
-        length = std::min(n_epochs - base, fmn::SampleBlock::max_epochs);
-        std::memset(&block, 0, sizeof block);
-        for (int32_t e = 0, n_rows; e < length; e += n_rows) {
-            n_rows = length - e >= fmn::sample_rows ? fmn::sample_rows : 1;
-            k.update_samples(rows.read(base + e, n_rows), n_rows, size, static_cast<uint8_t>(e), &block);
-        }
-        add_block(block, size, base, length, m->n_samples, counts + start);
-    }
-}
-
-// A tile of the all-pairs matrix: 32 rows against 32, through their samples in pieces that stay in the level-2 cache.
-struct OverlapTile {
-    static constexpr int rows = 32;
-    static constexpr int64_t piece = 1024;  // bytes of bits
-    int64_t counts[rows][rows] = {};
-    uint8_t packed[2][rows][piece];
-    const uint8_t *a[rows], *b[rows + 3];
-
-    // Rows i, i + 1, ... as bits, as many as there are; the places after them repeat the last, so that fours are full.
-    void read(const Kernels& k, const fmn_matrix* m, int64_t i, int64_t start, int64_t n, int side, int n_places) {
-        const uint8_t** out = side ? b : a;
-        for (int64_t row = 0; row < n_places; ++row) {
-            const int64_t e = std::min(i + row, m->n_epochs - 1);
-            out[row] = m->format == FMN_BITS ? at(m, e, start) : packed[side][std::min<int64_t>(row, rows - 1)];
-            if (m->format == FMN_BYTES && row < rows) k.pack(at(m, e, start), n, packed[side][row]);
-        }
-    }
-
-    void add(const Kernels& k, const fmn_matrix* m, int64_t i0, int64_t j0, int64_t start, int64_t n) {
-        const int n_i = static_cast<int>(std::min<int64_t>(rows, m->n_epochs - i0));
-        const int n_j = static_cast<int>(std::min<int64_t>(rows, m->n_epochs - j0));
-        read(k, m, i0, start, n, 0, n_i);
-        read(k, m, j0, start, n, 1, (n_j + 3) / 4 * 4);
-        for (int i = 0; i < n_i; ++i)
-            for (int j = i0 == j0 ? i / 4 * 4 : 0; j < n_j; j += 4) k.count_overlaps(a[i], b + j, n / 8, &counts[i][j]);
-        const uint8_t mask = tail_mask(n);
-        for (int i = 0; mask && i < n_i; ++i)
-            for (int j = 0; j < n_j; ++j) counts[i][j] += popcount8(a[i][n / 8] & b[j][n / 8] & mask);
-    }
-};
-
 int64_t type_size(fmn_type type) {
     switch (type) {
         case FMN_INT8: case FMN_UINT8: return 1;
@@ -291,16 +156,16 @@ fmn_status fmn_curve_counts(const fmn_matrix* m, int64_t reference, int n_thread
     const auto& k = kernels();
     // All epochs of a piece of the samples, then the next. The piece is long, so that memory is read in long runs, and its
     // reference row stays in the level-2 cache, since it is kept as bits.
-    const int64_t n = m->n_epochs, fours = ceil_div(n, fmn::count_rows), pieces = ceil_div(m->n_samples, reference_piece);
+    const int64_t n = m->n_epochs, fours = ceil_div(n, count_rows), pieces = ceil_div(m->n_samples, reference_piece);
     std::mutex adding;
-    split(fours * pieces, n * row_bytes(m), n_threads, [=, &k, &adding](int64_t begin, int64_t end) {
+    split(fours * pieces, 1.0 * n * row_bytes(m), n_threads, [=, &k, &adding](int64_t begin, int64_t end) {
         ReferencePiece ref;
         for (int64_t unit = begin; unit < end; ++unit) {
-            const int64_t e = unit % fours * fmn::count_rows, start = unit / fours * reference_piece;
+            const int64_t e = unit % fours * count_rows, start = unit / fours * reference_piece;
             const int64_t size = std::min(m->n_samples - start, reference_piece);
-            const int n_rows = static_cast<int>(std::min<int64_t>(fmn::count_rows, n - e));
+            const int n_rows = static_cast<int>(std::min<int64_t>(count_rows, n - e));
             if (unit == begin || e == 0) ref.read(k, m, reference, start, size);
-            int64_t piece[2 * fmn::count_rows];
+            int64_t piece[2 * count_rows];
             count(k, m, e, n_rows, start, size, ref.bits, piece);
             const std::lock_guard<std::mutex> lock(adding);
             for (int r = 0; r < n_rows; ++r) {
@@ -333,10 +198,10 @@ fmn_status fmn_group_sums(const fmn_matrix* m, int64_t reference, const int64_t*
 fmn_status fmn_sample_counts(const fmn_matrix* m, int n_threads, int32_t* counts) {
     if (!valid(m) || (!counts && m->n_samples > 0) || m->n_epochs > INT32_MAX) return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
-    constexpr int64_t size = fmn::SampleBlock::size;
+    constexpr int64_t size = SampleBlock::size;
     for (int64_t row = 0; m->n_epochs == 0 && row < 5; ++row)
         std::fill_n(counts + row * m->n_samples, m->n_samples, row == 2 || row == 3 ? 0 : -1);
-    split(ceil_div(m->n_samples, size), m->n_epochs * row_bytes(m), n_threads, [=, &k](int64_t begin, int64_t end) {
+    split(ceil_div(m->n_samples, size), 1.0 * m->n_epochs * row_bytes(m), n_threads, [=, &k](int64_t begin, int64_t end) {
         for (int64_t start = begin * size; start < std::min(end * size, m->n_samples); start += size)
             count_samples(k, m, start, std::min(size, m->n_samples - start), counts);
     });
@@ -351,7 +216,7 @@ fmn_status fmn_overlap_counts(const fmn_matrix* m, int n_threads, int64_t* count
     const int64_t units = tiles * (tiles + 1) / 2 * sections;
     std::atomic<int64_t> next{0};  // tiles on the diagonal are half the work: threads take units as they are done
     std::mutex adding;
-    split(units, n * n * row_bytes(m), n_threads, [=, &k, &next, &adding](int64_t, int64_t) {
+    split(units, 1.0 * n * n * row_bytes(m), n_threads, [=, &k, &next, &adding](int64_t, int64_t) {
         for (int64_t unit; (unit = next++) < units;) {
             int64_t pair = unit / sections, i0 = 0;
             while (pair >= tiles - i0) pair -= tiles - i0++;
@@ -376,7 +241,7 @@ fmn_status fmn_pack(const fmn_matrix* m, int n_threads, uint8_t* bits, int64_t s
     if (!valid(m) || m->format != FMN_BYTES || (!bits && row_bytes(m) * m->n_epochs > 0)) return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
     const int64_t piece = 1 << 18, pieces = ceil_div(m->n_samples, piece);
-    split(m->n_epochs * pieces, m->n_epochs * row_bytes(m), n_threads, [=, &k](int64_t begin, int64_t end) {
+    split(m->n_epochs * pieces, 1.0 * m->n_epochs * row_bytes(m), n_threads, [=, &k](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; ++unit) {
             const int64_t e = unit / pieces, start = unit % pieces * piece;
             k.pack(at(m, e, start), std::min(piece, m->n_samples - start), bits + e * stride + start / 8);
@@ -389,7 +254,7 @@ fmn_status fmn_unpack(const fmn_matrix* m, int n_threads, uint8_t* bytes, int64_
     if (!valid(m) || m->format != FMN_BITS || (!bytes && row_bytes(m) * m->n_epochs > 0)) return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
     const int64_t piece = 1 << 18, pieces = ceil_div(m->n_samples, piece);
-    split(m->n_epochs * pieces, m->n_epochs * m->n_samples, n_threads, [=, &k](int64_t begin, int64_t end) {
+    split(m->n_epochs * pieces, 1.0 * m->n_epochs * m->n_samples, n_threads, [=, &k](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; ++unit) {
             const int64_t e = unit / pieces, start = unit % pieces * piece;
             k.unpack(at(m, e, start), std::min(piece, m->n_samples - start), bytes + e * stride + start);
@@ -405,12 +270,12 @@ fmn_status fmn_pack_predictions(const void* predictions, fmn_type type, int64_t 
     if (n_epochs * n_samples > 0 && (!predictions || !labels || !bits)) return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
     const auto* data = static_cast<const uint8_t*>(predictions);
-    split(n_epochs * pieces, n_epochs * n_samples * size, n_threads, [=, &k](int64_t begin, int64_t end) {
+    split(n_epochs * pieces, 1.0 * n_epochs * n_samples * size, n_threads, [=, &k](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; ++unit) {  // all epochs of a piece, whose labels stay in the cache
             const int64_t e = unit % n_epochs, first = unit / n_epochs * label_piece;
             const int64_t last = std::min(first + label_piece, n_samples);
-            for (int64_t i = first; i < last; i += fmn::compare_block)
-                k.compare(data + e * stride + i * size, type, labels + i, std::min(fmn::compare_block, last - i),
+            for (int64_t i = first; i < last; i += compare_block)
+                k.compare(data + e * stride + i * size, type, labels + i, std::min(compare_block, last - i),
                           bits + e * bits_stride + i / 8);
         }
     });
@@ -425,7 +290,7 @@ fmn_status fmn_pack_scores(const void* scores, fmn_type type, int64_t n_samples,
     const auto* data = static_cast<const uint8_t*>(scores);
     const int64_t block = 64, blocks = ceil_div(n_samples, block);
     std::atomic<bool> any_nan{false};
-    split(blocks, n_samples * n_classes * type_size(type), n_threads, [=, &k, &any_nan](int64_t begin, int64_t end) {
+    split(blocks, 1.0 * n_samples * n_classes * type_size(type), n_threads, [=, &k, &any_nan](int64_t begin, int64_t end) {
         uint8_t bytes[block];
         for (int64_t start = begin * block; start < std::min(end * block, n_samples); start += block) {
             const int64_t n = std::min(block, n_samples - start);

@@ -18,6 +18,8 @@ import fmn_ref as fmn
 
 def forgetting_curves(correct: da.Array) -> fmn.ForgettingCurves:
     """What fmn.forgetting_curves would say of the whole, for an array in blocks of (all epochs, some samples)."""
+    if correct.numblocks[0] != 1:
+        raise ValueError("a block must hold all epochs of its samples: rechunk((-1, 'auto'))")
     blocks = correct.to_delayed().ravel()
     return dask.delayed(sum)([dask.delayed(fmn.forgetting_curves)(block) for block in blocks]).compute()
 

@@ -68,23 +68,23 @@ fmn_status fmn_sample_counts(const fmn_matrix* correct, int n_threads, int32_t* 
 
 /* Adds the number of samples right at both i and j to counts[i][j], (n_epochs, n_epochs). Right at i and wrong at j is then
  * counts[i][i] - counts[i][j]. One half is computed and mirrored: O(n_epochs^2 / 2 * n_samples) bit operations, 64 to 512 at
- * once. Bytes are packed on the way, again for every 16 rows that they meet: pack first if there are many epochs. */
+ * once. Bytes are packed on the way, again for every 32 rows that they meet: pack first if there are many epochs. */
 fmn_status fmn_overlap_counts(const fmn_matrix* correct, int n_threads, int64_t* counts);
 
-/* Bytes to bits, and bits to bytes 0 or 1: `correct` must be of the other format. Writes n_epochs rows, `stride` bytes apart,
- * which must not overlap, of ceil(n_samples / 8) bytes with zero bits past the last sample, or of n_samples bytes. */
+/* Bytes to bits, and bits to bytes 0 or 1: `correct` must be of the other format. Writes n_epochs rows, `stride` bytes
+ * apart, which must not overlap, of ceil(n_samples / 8) bytes with zero bits past the last sample, or of n_samples bytes. */
 fmn_status fmn_pack(const fmn_matrix* correct, int n_threads, uint8_t* bits, int64_t stride);
 fmn_status fmn_unpack(const fmn_matrix* correct, int n_threads, uint8_t* bytes, int64_t stride);
 
-/* Writes packed rows: whether predictions[e][i] == labels[i]. `type` is an integer type; the predictions of a row are adjacent,
- * rows `stride` bytes apart, with no need of alignment; row e of the result begins at bits + e * bits_stride. */
+/* Writes packed rows: whether predictions[e][i] == labels[i]. `type` is an integer type; the predictions of a row are
+ * adjacent, rows `stride` bytes apart, with no need of alignment; row e of the result begins at bits + e * bits_stride. */
 fmn_status fmn_pack_predictions(const void* predictions, fmn_type type, int64_t n_epochs, int64_t n_samples, int64_t stride,
                                 const int64_t* labels, int n_threads, uint8_t* bits, int64_t bits_stride);
 
-/* Writes one packed row, ceil(n_samples / 8) bytes: whether the arg-max of sample i's scores is labels[i], the first of equal ones counting as the
- * arg-max, as in NumPy (0.0 and -0.0 are equal). `type` is a floating-point type; the n_classes scores of a sample are
- * adjacent, samples `stride` bytes apart; labels in [0, n_classes). FMN_NOT_A_NUMBER when any score is NaN (the row is then
- * written, and wrong at the samples that have one). O(n_samples * n_classes). */
+/* Writes one packed row, ceil(n_samples / 8) bytes: whether the arg-max of sample i's scores is labels[i], the first of
+ * equal ones counting as the arg-max, as in NumPy (0.0 and -0.0 are equal). `type` is a floating-point type; the n_classes
+ * scores of a sample are adjacent, samples `stride` bytes apart; labels in [0, n_classes). FMN_NOT_A_NUMBER when any score
+ * is NaN (the row is then written, and wrong at the samples that have one). O(n_samples * n_classes). */
 fmn_status fmn_pack_scores(const void* scores, fmn_type type, int64_t n_samples, int64_t n_classes, int64_t stride,
                            const int64_t* labels, int n_threads, uint8_t* bits);
 
