@@ -45,6 +45,7 @@ class Matrix:
             _files.drop_pages(mapping)
             return
         with _bar(self.n_samples, progress) as bar, _files.own_read_ahead(mapping) as will_need:
+            will_need(self._rows(0, step)[1])
             for start in range(0, self.n_samples, step):
                 part, rows = self._rows(start, step)
                 will_need(self._rows(part.stop, step)[1])

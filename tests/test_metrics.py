@@ -157,10 +157,10 @@ def test_weights(each_backend, rng):
 
 def test_many_samples_use_threads(each_backend, rng):
     """Above the size at which the compiled kernels start threads; still exact."""
-    correct = rng.random((12, 400_000)) < 0.5
-    expected = added(_reference.curve_counts, (4, 12), correct, 400_000, 11)
+    correct = rng.random((30, 400_000)) < 0.5
+    expected = added(_reference.curve_counts, (4, 30), correct, 400_000, 29)
     np.testing.assert_array_equal(fmn.forgetting_curves(correct).counts, expected)
-    overlap = added(_reference.overlap_counts, (12, 12), correct, 400_000)
+    overlap = added(_reference.overlap_counts, (30, 30), correct, 400_000)
     np.testing.assert_array_equal(fmn.forgetting_matrix(correct), correct.sum(1)[:, None] - overlap)
     np.testing.assert_array_equal(fmn.sample_statistics(correct).correctness, correct.sum(0))
 

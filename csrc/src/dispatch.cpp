@@ -57,11 +57,12 @@ bool valid(const fmn_matrix* m) {
 
 bool valid(const fmn_matrix* m, int64_t reference) { return valid(m) && 0 <= reference && reference < m->n_epochs; }
 
-// Calls work(begin, end) on disjoint parts of [0, n) that make it up, in as many threads as have a megabyte each to read.
+// Calls work(begin, end) on disjoint parts of [0, n) that make it up, in as many threads as have the reading of four
+// megabytes each to do, or work that takes as long: that is about twice what starting a thread takes.
 template <class Work>
 void split(int64_t n, double bytes, int n_threads, const Work& work) {
     constexpr int64_t most = 256;
-    const int64_t useful = std::min(n, static_cast<int64_t>(std::min<double>(bytes / (1 << 20), most)));
+    const int64_t useful = std::min(n, static_cast<int64_t>(std::min<double>(bytes / (1 << 22), most)));
     if (useful <= 1) return work(0, n);
     const int64_t parts = std::min<int64_t>(useful, n_threads > 0 ? n_threads : fmn_threads());
     const auto bound = [=](int64_t part) { return n / parts * part + std::min(part, n % parts); };
@@ -104,7 +105,7 @@ void add_groups(const fmn_matrix* m, int64_t reference, const int64_t* groups, c
     constexpr int64_t block = 2048;
     const auto& k = kernels();
     const int64_t n_epochs = m->n_epochs;
-    split(ceil_div(n_epochs, 8), 1.0 * n_epochs * row_bytes(m), n_threads, [=, &k](int64_t first, int64_t last) {
+    split(ceil_div(n_epochs, 8), 16.0 * n_epochs * m->n_samples, n_threads, [=, &k](int64_t first, int64_t last) {
         uint8_t bits[8][block / 8] = {}, reference_bits[block / 8], right[block], at_end[block];
         const auto packed = [=, &k](int64_t e, int64_t start, int64_t n, uint8_t* out) {
             if (m->format == FMN_BYTES) return k.pack(at(m, e, start), n, out);
@@ -201,7 +202,7 @@ fmn_status fmn_sample_counts(const fmn_matrix* m, int n_threads, int32_t* counts
     constexpr int64_t size = SampleBlock::size;
     for (int64_t row = 0; m->n_epochs == 0 && row < 5; ++row)
         std::fill_n(counts + row * m->n_samples, m->n_samples, row == 2 || row == 3 ? 0 : -1);
-    split(ceil_div(m->n_samples, size), 1.0 * m->n_epochs * row_bytes(m), n_threads, [=, &k](int64_t begin, int64_t end) {
+    split(ceil_div(m->n_samples, size), 2.0 * m->n_epochs * m->n_samples, n_threads, [=, &k](int64_t begin, int64_t end) {
         for (int64_t start = begin * size; start < std::min(end * size, m->n_samples); start += size)
             count_samples(k, m, start, std::min(size, m->n_samples - start), counts);
     });

@@ -350,13 +350,13 @@ int main(int argc, char** argv) {
     if (cases > 1000) check_large(rng), check_overflow();
 
     // Eight threads in the library at once.
-    const Bytes bytes(5 << 20, 1);
-    const fmn_matrix m = {bytes.data(), 5, 1 << 20, 1 << 20, FMN_BYTES};
+    const Bytes bytes(1 << 20, 1);
+    const fmn_matrix m = {bytes.data(), 20, 1 << 20, 0, FMN_BYTES};
     std::vector<std::thread> threads;
     for (int t = 0; t < 8; ++t)
         threads.emplace_back([&m] {
-            std::vector<int64_t> counts(20), overlap(25);
-            CHECK(fmn_curve_counts(&m, 4, 2, counts.data()) == FMN_OK && counts[0] == m.n_samples && counts[19] == counts[0]);
+            std::vector<int64_t> counts(80), overlap(400);
+            CHECK(fmn_curve_counts(&m, 4, 2, counts.data()) == FMN_OK && counts[0] == m.n_samples && counts[79] == counts[0]);
             CHECK(fmn_overlap_counts(&m, 2, overlap.data()) == FMN_OK && overlap[1] == m.n_samples);
         });
     for (auto& t : threads) t.join();

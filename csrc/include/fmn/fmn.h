@@ -7,8 +7,8 @@
  * sample are ignored. Samples of a row are adjacent; rows are `stride` bytes apart: any value, zero and negative included.
  *
  * Every function checks its arguments, returns an fmn_status, throws nothing, keeps no state and may be called from several
- * threads at once. It starts up to n_threads - 1 threads (n_threads <= 0: fmn_threads() - 1), none for less than a megabyte
- * each, and joins them; beyond these it allocates nothing. Nothing is written when the status is FMN_INVALID_ARGUMENT. The
+ * threads at once. It starts up to n_threads - 1 threads (n_threads <= 0: fmn_threads() - 1), none for work of less than a
+ * tenth of a millisecond each, and joins them; beyond these it allocates nothing. Nothing is written when the status is FMN_INVALID_ARGUMENT. The
  * same input gives the same output, bit for bit, whatever the thread count and instruction set.
  *
  * Functions that count ADD to their output. Set it to zero first; give a matrix that is larger than memory, or lies on
