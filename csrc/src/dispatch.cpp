@@ -58,7 +58,7 @@ bool valid(const fmn_matrix* m) {
 bool valid(const fmn_matrix* m, int64_t reference) { return valid(m) && 0 <= reference && reference < m->n_epochs; }
 
 // Calls work(begin, end) on disjoint parts of [0, n) that make it up, in as many threads as have the reading of four
-// megabytes each to do, or work that takes as long: that is about twice what starting a thread takes.
+// megabytes each to do, or work that takes as long: with less, two threads were slower than one.
 template <class Work>
 void split(int64_t n, double bytes, int n_threads, const Work& work) {
     constexpr int64_t most = 256;
