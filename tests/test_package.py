@@ -38,6 +38,12 @@ def test_importing_loads_neither_torch_nor_numba():
     assert loaded == "[]\n"
 
 
+def test_importing_is_fast():
+    """Under 60 ms above NumPy's own import, in the best of five processes."""
+    code = "import time, numpy; start = time.perf_counter(); import fmn_ref; print(time.perf_counter() - start)"
+    assert min(float(python(code)) for _ in range(5)) < 0.06
+
+
 def test_metric_fusion_plan_and_recorder_work_without_torch(tmp_path):
     p, labels = random_probs(np.random.default_rng(0))
     np.savez(tmp_path / "p.npz", probs=p, labels=labels)
