@@ -11,7 +11,7 @@ from setuptools import setup
 
 kinds = ("base", "avx2", "avx512", "neon")  # each compiles to nothing on other processors
 required = os.environ.get("FMN_REQUIRE_EXT", "0") not in ("", "0")
-sources = ["bindings/module.cpp", *(f"src/{s}.cpp" for s in ("dispatch", *(f"kernel_{k}" for k in kinds)))]
+sources = ["bindings/module.cpp", *(f"src/{s}.cpp" for s in ("dispatch", "mixture", *(f"kernel_{k}" for k in kinds)))]
 
 
 class Build(build_ext):
@@ -25,9 +25,15 @@ extension = Pybind11Extension(
     "fmn_ref._kernels",
     [f"csrc/{s}" for s in sources],
     include_dirs=["csrc/include", "csrc/src"],
-    depends=["csrc/include/fmn/fmn.h", "csrc/src/kernels.h", "csrc/src/loops.h", "csrc/src/blocks.h"],
+    depends=[
+        "csrc/include/fmn/fmn.h",
+        "csrc/src/kernels.h",
+        "csrc/src/loops.h",
+        "csrc/src/blocks.h",
+        "csrc/src/threads.h",
+    ],
     cxx_std=17,  # explicit: letting pybind11 probe for it would fail without a compiler instead of falling back
-    extra_compile_args=["/O2"] if os.name == "nt" else ["-O3"],
+    extra_compile_args=["/O2"] if os.name == "nt" else ["-O3", "-ffp-contract=off"],
     optional=not required,
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": Build})

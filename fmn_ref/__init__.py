@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._backend import Backend, backend
-from .fusion import FusionPlan, best_epsilon, fuse
+from .fusion import best_epsilon, fuse
 from .history import CorrectnessHistory
 from .metrics import (
     ForgettingCurves,
@@ -23,6 +23,7 @@ from .metrics import (
     sample_statistics,
 )
 from .noise import asymmetric_noise, symmetric_noise, transition_noise
+from .plan import FusionPlan
 from .recorder import Recorder, Run
 
 if TYPE_CHECKING:

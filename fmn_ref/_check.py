@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._backend import load
+
+TOLERANCE = 1e-2  # of a sum of probabilities: room for bfloat16
 Bool = NDArray[np.bool_]
 Int = NDArray[np.int64]
 Float = NDArray[np.float64]
@@ -122,7 +125,7 @@ def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, n
 
 
 def probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "probs") -> Float:
-    """(n_samples, n_classes) float64: finite, not negative, rows summing to 1 within 1e-2 (room for bfloat16)."""
+    """(n_samples, n_classes) float64: finite, not negative, rows summing to 1 within TOLERANCE."""
     a = array(x, name)
     if a.dtype.kind != "f":
         raise TypeError(f"{name}: expected floating-point probabilities, got dtype {a.dtype}")
@@ -136,12 +139,35 @@ def probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "pro
         index = tuple(int(i) for i in np.argwhere(bad)[0])
         raise ValueError(f"{name}: expected finite probabilities >= 0 (after softmax), got {a[index]} at {index}")
     off = np.abs(a.sum(1) - 1)
-    if off.max() > 1e-2:
+    if off.max() > TOLERANCE:
         i = int(off.argmax())
         raise ValueError(
             f"{name}: expected rows that sum to 1, got {a[i].sum():.6g} at sample {i}; apply softmax first"
         )
     return a
+
+
+def native_probabilities(
+    x: Any, shape: tuple[int, int] | None = None, name: str = "probs"
+) -> tuple[NDArray[Any], bool]:
+    """The same checks, but the values as they are stored: contiguous, of 16 to 64 bits; and whether they are bfloat16
+    in uint16."""
+    bfloat16 = is_tensor(x) and str(x.dtype) == "torch.bfloat16"
+    if bfloat16:
+        import torch
+
+        a = x.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
+    else:
+        a = array(x, name)
+        if a.dtype.kind == "f" and a.dtype.itemsize > 8:
+            a = a.astype(np.float64)
+    sound = (a.dtype.kind == "f" or bfloat16) and a.ndim == 2 and 0 not in a.shape and shape in (None, a.shape)
+    if sound:
+        a = np.ascontiguousarray(a.astype(a.dtype.newbyteorder("="), copy=False))
+        sound = load()[0].check_probabilities(a, TOLERANCE, bfloat16)
+    if not sound:
+        probabilities(x, shape, name)  # says why
+    return a, bfloat16
 
 
 def weights(x: Any, n_samples: int, name: str = "sample_weight") -> Float:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from ._reference import pack, pack_predictions, pack_scores, unpack
+from . import _reference
+from ._reference import check_probabilities, mixture_right, pack, pack_predictions, pack_scores, unpack
 
 Rows = NDArray[Any]
 Int = NDArray[np.int64]
 
 __all__ = [
+    "best_epsilons",
+    "check_probabilities",
     "curve_counts",
     "group_counts",
     "group_sums",
+    "mixture_right",
     "overlap_counts",
     "pack",
     "pack_predictions",
@@ -85,6 +90,50 @@ def _overlap_counts(packed, popcount, counts):  # type: ignore[no-untyped-def]
             counts[i, j] += total
             if i != j:
                 counts[j, i] += total
+
+
+@njit(cache=True, nogil=True)
+def _intervals(now, then, labels):  # type: ignore[no-untyped-def]
+    rounding, least = 4e-15, 5e-324
+    out = np.empty((4, len(labels)))
+    for i in range(len(labels)):
+        y = labels[i]
+        lo, hi, open_lo, open_hi, widest_lo, widest_hi = 0.0, 1.0, -1.0, 2.0, 0.0, 1.0
+        never = surely_never = False
+        for k in range(now.shape[1]):
+            a, b = now[i, y] - now[i, k], then[i, y] - then[i, k]
+            lost_now, lost_then = a < 0 or (a == 0 and k < y), b < 0 or (b == 0 and k < y)
+            wide_a, wide_b = a + rounding, b + rounding
+            if wide_a < 0 and wide_b < 0:
+                surely_never = True
+                break
+            if wide_a < 0:
+                widest_lo = max(widest_lo, wide_a / (wide_a - wide_b))
+            if wide_b < 0:
+                widest_hi = min(widest_hi, wide_a / (wide_a - wide_b))
+            if lost_now and lost_then:
+                never = True
+            elif lost_now and k < y:
+                open_lo = max(open_lo, a / (a - b), least)
+            elif lost_now:
+                lo = max(lo, a / (a - b), least)
+            elif lost_then and k < y:
+                open_hi = min(open_hi, max(a / (a - b), least))
+            elif lost_then:
+                hi = min(hi, max(a / (a - b), least))
+        if open_lo >= lo:
+            lo = np.nextafter(open_lo, 2.0)
+        if open_hi <= hi:
+            hi = np.nextafter(open_hi, -1.0)
+        if never or surely_never:
+            lo, hi = 1.0, 0.0
+        if surely_never:
+            widest_lo, widest_hi = 1.0, 0.0
+        out[0, i], out[1, i], out[2, i], out[3, i] = lo, hi, widest_lo, widest_hi
+    return out
+
+
+best_epsilons = partial(_reference.best_epsilons, intervals=_intervals)
 
 
 def curve_counts(rows: Rows, n_samples: int, reference: int, counts: Int) -> None:

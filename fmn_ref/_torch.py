@@ -13,6 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ._reference import best_epsilons as best_epsilons  # mixtures are computed on the host
+from ._reference import check_probabilities as check_probabilities
+from ._reference import mixture_right as mixture_right
+
 Int = NDArray[np.int64]
 Float = NDArray[np.float64]
 _STEP = 1 << 18  # samples whose correctness is held as float32 at once; below 2^24, so that sums of 0 and 1 are exact

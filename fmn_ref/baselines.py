@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check
-from .fusion import window_epochs
+from .plan import window_epochs
 
 Weights = dict[int, float]
 

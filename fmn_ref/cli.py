@@ -25,8 +25,9 @@ from ._backend import backend
 from ._load import correctness_of, has_labels, load, load_correct, load_labels, load_named
 from ._matrix import Matrix
 from .comparison import compare_probabilities
-from .fusion import FusionPlan, fuse
+from .fusion import fuse
 from .history import CorrectnessHistory, labels_digest
+from .plan import FusionPlan
 
 PROBS = "probabilities (n_epochs, n_samples, n_classes): .npy, or .npz with 'probs' and perhaps 'labels'"
 LABELS = "true classes (n_samples,): .npy, or .npz with 'labels'; default: 'labels' in the other file, if it is .npz"

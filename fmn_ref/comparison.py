@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check, baselines
-from .fusion import Epochs, FusionPlan, fuse, mixture
+from .fusion import fuse
+from .plan import Epochs, FusionPlan, mixture
 
 Int = NDArray[np.int64]
 FLATTERS = "scoring there flatters (allow_overlap=True or --allow-overlap permits it)"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import _check, checkpoints, data
-from .fusion import FusionPlan
+from .plan import FusionPlan
 from .recorder import Run
 
 CACHE_BYTES = 4 << 30

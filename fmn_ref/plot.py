@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check, metrics
-from .fusion import FusionPlan
+from .plan import FusionPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

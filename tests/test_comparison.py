@@ -12,7 +12,7 @@ from networks import RECIPE, make_data, make_model
 
 import fmn_ref as fmn
 from fmn_ref import baselines, plot
-from fmn_ref.fusion import mixture
+from fmn_ref.plan import mixture
 
 TRAIN, VAL, TEST = make_data()
 

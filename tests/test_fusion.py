@@ -12,7 +12,7 @@ from conftest import random_probs
 from hypothesis import given, settings
 
 import fmn_ref as fmn
-from fmn_ref.fusion import mixture
+from fmn_ref.plan import mixture
 
 
 def fuse_by_the_book(p, labels, window):

@@ -1,8 +1,12 @@
 // Python bindings: check the arrays, release the GIL, call the C API. The contract is fmn_ref/_kernels.pyi.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <new>
 #include <string>
+#include <vector>
 
 #include "fmn/fmn.h"
 
@@ -41,6 +45,7 @@ fmn_status run(const Call& call) {
         py::gil_scoped_release release;
         status = call();
     }
+    if (status == FMN_OUT_OF_MEMORY) throw std::bad_alloc();
     if (status == FMN_INVALID_ARGUMENT) throw py::value_error("invalid argument: reference, group, label or type out of range");
     return status;
 }
@@ -138,6 +143,67 @@ py::object pack_scores(const py::array& scores, const Array<int64_t>& labels, bo
     return status == FMN_OK ? py::object(out) : py::none();
 }
 
+bool check_probabilities(const py::array& scores, double tolerance, bool bfloat16) {
+    if (scores.ndim() != 2 || !(scores.flags() & py::array::c_style)) throw py::value_error("expected two axes, adjacent values");
+    const auto type = type_of(scores.dtype(), bfloat16);
+    int sound = 0;
+    run([&] {
+        return fmn_check_probabilities(scores.data(), type, scores.shape(0), scores.shape(1), tolerance, 0, &sound);
+    });
+    return sound != 0;
+}
+
+// The arrays of a mixture, kept alive while it is used: epochs is a list of (n_samples, n_classes) arrays of one type.
+struct Mixture {
+    Mixture(const py::array& current, const std::vector<py::array>& epochs, const Array<int64_t>& labels,
+            const py::object& weights, bool bfloat16)
+        : arrays(epochs) {
+        if (current.ndim() != 2 || epochs.empty() || !(current.flags() & py::array::c_style))
+            throw py::value_error("current: expected two axes, adjacent values; at least one epoch");
+        const int64_t n = current.shape(0), n_classes = current.shape(1);
+        for (const auto& a : epochs) {
+            const bool same = a.ndim() == 2 && a.shape(0) == n && a.shape(1) == n_classes && a.dtype().is(epochs[0].dtype());
+            if (!same || !(a.flags() & py::array::c_style)) throw py::value_error("epochs: expected adjacent values, alike");
+            data.push_back(a.data());
+        }
+        if (!weights.is_none()) given = weights.cast<Array<int64_t>>();
+        const int64_t* w = weights.is_none() ? nullptr : vector(given, n, "weights");
+        m = {current.data(), data.data(), static_cast<int64_t>(data.size()), type_of(current.dtype(), false),
+             type_of(epochs[0].dtype(), bfloat16), n, n_classes, vector(labels, n, "labels"), w};
+    }
+    Mixture(const Mixture&) = delete;
+
+    std::vector<py::array> arrays;
+    std::vector<const void*> data;
+    Array<int64_t> given;
+    fmn_mixture m;
+};
+
+py::array mixture_right(const py::array& current, const std::vector<py::array>& epochs, const Array<int64_t>& labels,
+                        const py::object& weights, const Array<double>& epsilon, bool bfloat16) {
+    const Mixture mixture(current, epochs, labels, weights, bfloat16);
+    py::array_t<int64_t> right(epsilon.size());
+    auto* out = right.mutable_data();
+    std::fill_n(out, epsilon.size(), 0);
+    const int64_t last = mixture.m.n_epochs - 1;
+    run([&] { return fmn_mixture_right(&mixture.m, 0, last, epsilon.data(), epsilon.size(), 0, out); });
+    return right;
+}
+
+py::tuple best_epsilons(const py::array& current, const std::vector<py::array>& epochs, const Array<int64_t>& labels,
+                        const py::object& weights, const Array<int64_t>& windows, const Array<double>& grid, bool bfloat16) {
+    const Mixture mixture(current, epochs, labels, weights, bfloat16);
+    if (windows.ndim() != 2 || windows.shape(1) != 2) throw py::value_error("windows: expected shape (n_windows, 2)");
+    const int64_t n = windows.shape(0);
+    py::array_t<double> epsilon(n);
+    py::array_t<int64_t> right(n), on_grid(n);
+    auto *eps = epsilon.mutable_data();
+    auto *r = right.mutable_data(), *g = on_grid.mutable_data();
+    std::fill_n(g, n, 0);
+    run([&] { return fmn_best_epsilon(&mixture.m, windows.data(), n, grid.data(), grid.size(), 0, eps, r, g); });
+    return py::make_tuple(epsilon, right, on_grid);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
@@ -154,6 +220,10 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("unpack", unpack, "rows"_a, "n_samples"_a);
     m.def("pack_predictions", pack_predictions, "predictions"_a, "labels"_a);
     m.def("pack_scores", pack_scores, "scores"_a, "labels"_a, "bfloat16"_a = false);
+    m.def("check_probabilities", check_probabilities, "scores"_a, "tolerance"_a, "bfloat16"_a = false);
+    m.def("mixture_right", mixture_right, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "epsilon"_a, "bfloat16"_a = false);
+    m.def("best_epsilons", best_epsilons, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "windows"_a, "grid"_a,
+          "bfloat16"_a = false);
     m.def("instruction_set", fmn_instruction_set);
     m.def("threads", fmn_threads);
 #ifdef __VERSION__

@@ -3,12 +3,10 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <mutex>
-#include <thread>
 
-#include "fmn/fmn.h"
 #include "blocks.h"
+#include "threads.h"
 
 #ifdef __linux__
 #include <sched.h>
@@ -45,37 +43,12 @@ const Kernels& choose() {
     return *found[0];
 }
 
-const Kernels& kernels() {
-    static const Kernels& chosen = choose();
-    return chosen;
-}
-
 bool valid(const fmn_matrix* m) {
     return m && m->n_epochs >= 0 && m->n_samples >= 0 && (m->data || m->n_epochs == 0 || m->n_samples == 0) &&
            (m->format == FMN_BYTES || m->format == FMN_BITS);
 }
 
 bool valid(const fmn_matrix* m, int64_t reference) { return valid(m) && 0 <= reference && reference < m->n_epochs; }
-
-// Calls work(begin, end) on disjoint parts of [0, n) that make it up, in as many threads as have the reading of four
-// megabytes each to do, or work that takes as long: with less, two threads were slower than one.
-template <class Work>
-void split(int64_t n, double bytes, int n_threads, const Work& work) {
-    constexpr int64_t most = 256;
-    const int64_t useful = std::min(n, static_cast<int64_t>(std::min<double>(bytes / (1 << 22), most)));
-    if (useful <= 1) return work(0, n);
-    const int64_t parts = std::min<int64_t>(useful, n_threads > 0 ? n_threads : fmn_threads());
-    const auto bound = [=](int64_t part) { return n / parts * part + std::min(part, n % parts); };
-    std::thread threads[most];
-    int64_t part = 1;
-    try {
-        for (; part < parts; ++part) threads[part] = std::thread(work, bound(part), bound(part + 1));
-    } catch (const std::exception&) {  // no more threads to be had: do the rest here
-    }
-    work(0, bound(1));
-    if (part < parts) work(bound(part), n);
-    while (--part > 0) threads[part].join();
-}
 
 // Forgotten and learned from right and retained; all four are sums over the same samples.
 void derive(int64_t* counts, int64_t plane, int64_t n_epochs, int64_t reference) {
@@ -91,11 +64,6 @@ uint64_t transposed(uint64_t x) {
     x = (x & 0xAA55AA55AA55AA55u) | (x & 0x00AA00AA00AA00AAu) << 7 | (x >> 7 & 0x00AA00AA00AA00AAu);
     x = (x & 0xCCCC3333CCCC3333u) | (x & 0x0000CCCC0000CCCCu) << 14 | (x >> 14 & 0x0000CCCC0000CCCCu);
     return (x & 0xF0F0F0F00F0F0F0Fu) | (x & 0x00000000F0F0F0F0u) << 28 | (x >> 28 & 0x00000000F0F0F0F0u);
-}
-
-bool valid_groups(const int64_t* groups, int64_t n_samples, int64_t n_groups) {
-    if (n_groups < 1 || (!groups && n_samples > 0)) return false;
-    return std::all_of(groups, groups + n_samples, [=](int64_t g) { return 0 <= g && g < n_groups; });
 }
 
 // Eight epochs at a time, the samples in order: so a sum in floating point does not depend on the thread count.
@@ -132,23 +100,16 @@ void add_groups(const fmn_matrix* m, int64_t reference, const int64_t* groups, c
     });
 }
 
-int64_t type_size(fmn_type type) {
-    switch (type) {
-        case FMN_INT8: case FMN_UINT8: return 1;
-        case FMN_INT16: case FMN_UINT16: case FMN_FLOAT16: case FMN_BFLOAT16: return 2;
-        case FMN_INT32: case FMN_UINT32: case FMN_FLOAT32: return 4;
-        case FMN_INT64: case FMN_UINT64: case FMN_FLOAT64: return 8;
-    }
-    return 0;
-}
-
-bool is_float(fmn_type type) {
-    return type == FMN_FLOAT16 || type == FMN_BFLOAT16 || type == FMN_FLOAT32 || type == FMN_FLOAT64;
-}
-
 constexpr int64_t label_piece = 1 << 15;    // samples: 256 KiB of labels
 
 }  // namespace
+
+namespace fmn {
+const Kernels& kernels() {
+    static const Kernels& chosen = choose();
+    return chosen;
+}
+}  // namespace fmn
 
 extern "C" {
 

@@ -217,6 +217,19 @@ FMN_AVX2 void add_weights(const GroupTile<double>& t) {
     }
 }
 
+// The mixtures' loops, for the compiler to vectorise.
+FMN_AVX2 void widen(const void* scores, fmn_type type, int64_t n, double* out) { loops::widen(scores, type, n, out); }
+FMN_AVX2 bool sums_to_one(const double* row, int64_t n, double tolerance) {
+    return loops::sums_to_one(row, n, tolerance);
+}
+FMN_AVX2 Interval interval(const double* now, const double* then, int64_t n, int64_t label, bool widest) {
+    return loops::interval(now, then, n, label, widest);
+}
+FMN_AVX2 void right_at(const double* now, const double* then, int64_t n, int64_t label, const double* epsilon, int64_t n_epsilons,
+                      bool* right) {
+    loops::right_at(now, then, n, label, epsilon, n_epsilons, right);
+}
+
 }  // namespace
 
 FMN_AVX2 void update_samples_avx2(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t e, SampleBlock* block) {
@@ -225,8 +238,9 @@ FMN_AVX2 void update_samples_avx2(const uint8_t* const* rows, int n_rows, int64_
     loops::update_samples_from(done, rows, n_rows, n, e, block);
 }
 
-const Kernels avx2_kernels = {"avx2",  count_bytes,    count_bits,          count_overlaps, pack,       unpack,
-                              compare, compare_scores, update_samples_avx2, add_counts,     add_weights};
+const Kernels avx2_kernels = {"avx2",   count_bytes,    count_bits,          count_overlaps, pack,        unpack,
+                              compare,  compare_scores, update_samples_avx2, add_counts,     add_weights, widen,
+                              sums_to_one, interval, right_at};
 
 }  // namespace fmn
 #endif

@@ -149,11 +149,25 @@ FMN_AVX512 void add_weights(const GroupTile<double>& t) {
     }
 }
 
+// The mixtures' loops, for the compiler to vectorise.
+FMN_AVX512 void widen(const void* scores, fmn_type type, int64_t n, double* out) { loops::widen(scores, type, n, out); }
+FMN_AVX512 bool sums_to_one(const double* row, int64_t n, double tolerance) {
+    return loops::sums_to_one(row, n, tolerance);
+}
+FMN_AVX512 Interval interval(const double* now, const double* then, int64_t n, int64_t label, bool widest) {
+    return loops::interval(now, then, n, label, widest);
+}
+FMN_AVX512 void right_at(const double* now, const double* then, int64_t n, int64_t label, const double* epsilon, int64_t n_epsilons,
+                        bool* right) {
+    loops::right_at(now, then, n, label, epsilon, n_epsilons, right);
+}
+
 }  // namespace
 
 // The samples' blocks take the AVX2 kernel: twice the width at half the rate was no faster (Zen 4), and memory bounds both.
-const Kernels avx512_kernels = {"avx512", count_bytes,    count_bits,          count_overlaps, pack,       unpack,
-                                compare,  compare_scores, update_samples_avx2, add_counts,     add_weights};
+const Kernels avx512_kernels = {"avx512", count_bytes,    count_bits,          count_overlaps, pack,        unpack,
+                                compare,  compare_scores, update_samples_avx2, add_counts,     add_weights, widen,
+                                sums_to_one, interval, right_at};
 
 }  // namespace fmn
 #endif

@@ -39,6 +39,12 @@ struct GroupTile {
     int n_lanes;       // epochs of this tile
 };
 
+// Where a mixture of two rows of scores is right: the closed interval [lo, hi] of epsilon, empty if lo > hi; and the widest
+// one that rounding could make of it.
+struct Interval {
+    double lo, hi, widest_lo, widest_hi;
+};
+
 struct Kernels {
     const char* name;
 
@@ -68,6 +74,18 @@ struct Kernels {
     // Adds the tile's samples: to right and retained alone (the rest follows from them), or weights to all four.
     void (*add_counts)(const GroupTile<int64_t>& tile);
     void (*add_weights)(const GroupTile<double>& tile);
+
+    // n floating-point numbers as double.
+    void (*widen)(const void* scores, fmn_type type, int64_t n, double* out);
+
+    // Whether a row of n numbers, a multiple of eight, is not negative and has a sum within `tolerance` of 1; false for NaN.
+    bool (*sums_to_one)(const double* row, int64_t n, double tolerance);
+
+    // Of epsilon * then + (1 - epsilon) * now: where it is right (the widest interval only if asked for); and whether it is at
+    // each epsilon. Rows of n scores, a multiple of eight, filled up with -1.
+    Interval (*interval)(const double* now, const double* then, int64_t n, int64_t label, bool widest);
+    void (*right_at)(const double* now, const double* then, int64_t n, int64_t label, const double* epsilon,
+                     int64_t n_epsilons, bool* right);
 };
 
 constexpr int count_rows = 4, sample_rows = 8;

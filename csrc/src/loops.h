@@ -239,5 +239,138 @@ FMN_INLINE void add_weights(const GroupTile<double>& t) {
     }
 }
 
+template <class T>
+FMN_INLINE void widen_from(const uint8_t* p, int64_t n, double* out) {
+    FMN_NO_ALIAS
+    for (int64_t i = 0; i < n; ++i) out[i] = load<T>(p + i * static_cast<int64_t>(sizeof(T)));
+}
+
+FMN_INLINE double as_double(int64_t bits) { return load<double>(&bits); }
+
+// Half and bfloat16 by their bits: exponent and fraction moved to where a double has them, the exponent's bias made up for.
+// Half's subnormals are counted from 2^-14 up, then 2^-14 is taken away.
+FMN_INLINE void widen_half(const uint8_t* p, int64_t n, double* out) {
+    FMN_NO_ALIAS
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t bits = load<uint16_t>(p + 2 * i), fraction = (bits & 0x7FFF) << 42;
+        const double normal = as_double(fraction + (int64_t(1008) << 52));
+        const double subnormal = as_double(fraction + (int64_t(1009) << 52)) - 1.0 / 16384;
+        const double magnitude = bits & 0x7C00 ? normal : subnormal;
+        out[i] = bits & 0x8000 ? -magnitude : magnitude;
+    }
+}
+
+FMN_INLINE void widen_bfloat16(const uint8_t* p, int64_t n, double* out) {
+    FMN_NO_ALIAS
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = uint32_t(load<uint16_t>(p + 2 * i)) << 16;
+        out[i] = load<float>(&bits);
+    }
+}
+
+FMN_INLINE void widen(const void* scores, fmn_type type, int64_t n, double* out) {
+    const auto* p = static_cast<const uint8_t*>(scores);
+    if (type == FMN_FLOAT16) return widen_half(p, n, out);
+    if (type == FMN_BFLOAT16) return widen_bfloat16(p, n, out);
+    if (type == FMN_FLOAT32) return widen_from<float>(p, n, out);
+    widen_from<double>(p, n, out);
+}
+
+// Whether n numbers, a multiple of eight, are not negative and have a sum within `tolerance` of 1.
+FMN_INLINE bool sums_to_one(const double* row, int64_t n, double tolerance) {
+    double sums[8] = {};
+    int64_t bad = 0;
+    for (int64_t k = 0; k < n; k += 8)
+        for (int j = 0; j < 8; ++j) {
+            sums[j] += row[k + j];
+            bad |= -int64_t(!(row[k + j] >= 0));
+        }
+    double sum = 0;
+    for (double s : sums) sum += s;
+    return !bad && sum >= 1 - tolerance && sum <= 1 + tolerance;
+}
+
+// A mixture is right where its lead over each other class k, now + epsilon * (then - now) of the leads below, is positive, or
+// for classes after the label's not negative. A lead that is lost at one end alone is lost on one side of its crossing. Rows are
+// padded to n classes, a multiple of eight, with scores that never lead.
+struct Leads {
+    int64_t never, surely_never, crosses;  // 0 or -1
+    double now, then;                      // scores of the label
+    int64_t label;
+
+    // Bounds the error of a lead of two mixed probabilities, and of a crossing times its slope.
+    static constexpr double rounding = 4e-15;
+
+    FMN_INLINE void look(const double* p, const double* q, int64_t n) {
+        int64_t both = 0, either = 0, surely = 0;
+        for (int64_t k = 0; k < n; ++k) {
+            const double a = now - p[k], b = then - q[k];
+            const int64_t before = -int64_t(k < label);
+            const int64_t lost_now = -int64_t(a < 0) | (-int64_t(a == 0) & before);
+            const int64_t lost_then = -int64_t(b < 0) | (-int64_t(b == 0) & before);
+            both |= lost_now & lost_then;
+            either |= lost_now | lost_then;
+            surely |= -int64_t(a + rounding < 0) & -int64_t(b + rounding < 0);
+        }
+        never = both, crosses = either, surely_never = surely;
+    }
+
+    // Where a class before the label's crosses, the end is open: the next double stands for it. Doubles that are not negative
+    // are compared by their bits, as integers, so that the compiler vectorises the greatest and the least.
+    template <bool widest>
+    FMN_INLINE Interval cross(const double* p, const double* q, int64_t n) const {
+        const int64_t zero = 0, one = bits(1.0), least = 1;
+        int64_t lo = zero, hi = one, widest_lo = zero, widest_hi = one;
+        for (int64_t k = 0; k < n; ++k) {
+            const double a = now - p[k], b = then - q[k];
+            const int64_t before = -int64_t(k < label);
+            const int64_t lost_now = -int64_t(a < 0) | (-int64_t(a == 0) & before);
+            const int64_t lost_then = -int64_t(b < 0) | (-int64_t(b == 0) & before);
+            int64_t at = bits(a / (a - b));
+            at = at > least ? at : least;
+            const int64_t up = (at - before) & lost_now, down = ((at + before) & lost_then) | (one & ~lost_then);
+            lo = up > lo ? up : lo;
+            hi = down < hi ? down : hi;
+            if (!widest) continue;
+            const double wide_a = a + rounding, wide_b = b + rounding;
+            const int64_t wide_at = bits(wide_a / (wide_a - wide_b)), ends = -int64_t(wide_b < 0);
+            const int64_t wide_up = wide_at & -int64_t(wide_a < 0), wide_down = (wide_at & ends) | (one & ~ends);
+            widest_lo = wide_up > widest_lo ? wide_up : widest_lo;
+            widest_hi = wide_down < widest_hi ? wide_down : widest_hi;
+        }
+        return {as_double(lo), as_double(hi), as_double(widest_lo), as_double(widest_hi)};
+    }
+
+    static FMN_INLINE int64_t bits(double v) { return load<int64_t>(&v); }
+};
+
+FMN_INLINE Interval interval(const double* now, const double* then, int64_t n, int64_t label, bool widest) {
+    Leads l;
+    l.now = now[label], l.then = then[label], l.label = label;
+    l.look(now, then, n);
+    if (l.surely_never) return {1, 0, 1, 0};
+    if (!l.crosses) return {0, 1, 0, 1};
+    if (!widest) return l.never ? Interval{1, 0, 0, 1} : l.cross<false>(now, then, n);
+    Interval v = l.cross<true>(now, then, n);
+    if (l.never) v.lo = 1, v.hi = 0;
+    return v;
+}
+
+FMN_INLINE void right_at(const double* now, const double* then, int64_t n, int64_t label, const double* epsilon,
+                         int64_t n_epsilons, bool* right) {
+    for (int64_t i = 0; i < n_epsilons; ++i) {
+        const double eps = epsilon[i], rest = 1 - eps, score = eps * then[label] + rest * now[label];
+        int64_t beaten = 0, reached = 0;
+        for (int64_t k = 0; k < n; ++k) {
+            const double other = eps * then[k] + rest * now[k];
+            beaten |= -int64_t(other > score);
+            reached -= -int64_t(other >= score);
+        }
+        bool first = true;  // of equal scores, if there are others
+        for (int64_t k = 0; !beaten && reached > 1 && k < label; ++k) first &= !(eps * then[k] + rest * now[k] == score);
+        right[i] = first && !beaten;
+    }
+}
+
 }  // namespace loops
 }  // namespace fmn

@@ -8,8 +8,10 @@
  *
  * Every function checks its arguments, returns an fmn_status, throws nothing, keeps no state and may be called from several
  * threads at once. It starts up to n_threads - 1 threads (n_threads <= 0: fmn_threads() - 1), none for work of less than a
- * tenth of a millisecond each, and joins them; beyond these it allocates nothing. Nothing is written when the status is FMN_INVALID_ARGUMENT. The
- * same input gives the same output, bit for bit, whatever the thread count and instruction set.
+ * tenth of a millisecond each, and joins them; beyond these only functions of mixtures and probabilities
+ * allocate, at most what their comments say. Nothing is written when the
+ * status is FMN_INVALID_ARGUMENT. The same input gives the same output, bit for bit, whatever the thread count and
+ * instruction set.
  *
  * Functions that count ADD to their output. Set it to zero first; give a matrix that is larger than memory, or lies on
  * several machines, in pieces of its samples (all epochs of samples 0 to 999, then of 1000 to 1999, ...), to one output.
@@ -28,7 +30,8 @@ extern "C" {
 typedef enum {
     FMN_OK = 0,
     FMN_INVALID_ARGUMENT = 1, /* a null pointer, a negative size, an index out of range, an unknown format or type */
-    FMN_NOT_A_NUMBER = 2      /* fmn_pack_scores: a score is NaN */
+    FMN_NOT_A_NUMBER = 2,     /* fmn_pack_scores: a score is NaN */
+    FMN_OUT_OF_MEMORY = 3     /* of functions that allocate */
 } fmn_status;
 
 typedef enum { FMN_BYTES = 0, FMN_BITS = 1 } fmn_format;
@@ -87,6 +90,38 @@ fmn_status fmn_pack_predictions(const void* predictions, fmn_type type, int64_t 
  * is NaN (the row is then written, and wrong at the samples that have one). O(n_samples * n_classes). */
 fmn_status fmn_pack_scores(const void* scores, fmn_type type, int64_t n_samples, int64_t n_classes, int64_t stride,
                            const int64_t* labels, int n_threads, uint8_t* bits);
+
+/* A predictor, and epochs that may be mixed into it. Values are finite; adjacent, row after row. A window of epochs first to
+ * last predicts their mean: the sum in double in that order, divided by their number. */
+typedef struct {
+    const void* current;       /* (n_samples, n_classes) */
+    const void* const* epochs; /* n_epochs arrays (n_samples, n_classes) */
+    int64_t n_epochs;
+    int32_t current_type;      /* an fmn_type, floating-point */
+    int32_t type;              /* of the epochs, as well */
+    int64_t n_samples, n_classes;
+    const int64_t* labels;     /* in [0, n_classes) */
+    const int64_t* weights;    /* of the samples, >= 0, with a sum below 2^62; null: 1 each; 0: as if it were not there */
+} fmn_mixture;
+
+/* Writes to *sound 1 if every row of scores (n_samples, n_classes), adjacent, holds finite numbers >= 0 with a sum within
+ * `tolerance` of 1, else 0. */
+fmn_status fmn_check_probabilities(const void* scores, fmn_type type, int64_t n_samples, int64_t n_classes, double tolerance,
+                                   int n_threads, int* sound);
+
+/* Adds to right[j] the weights of the samples that epsilon[j] * window + (1 - epsilon[j]) * current, in double, gets right: no
+ * class before the label's reaches its score, none after it exceeds it. O(n_samples * n_classes * n_epsilons). */
+fmn_status fmn_mixture_right(const fmn_mixture* mixture, int64_t first, int64_t last, const double* epsilon,
+                             int64_t n_epsilons, int n_threads, int64_t* right);
+
+/* The best epsilon in [0, 1] for each of n_windows windows (windows[2 * c] first, windows[2 * c + 1] last epoch). A sample is
+ * right on one interval of epsilon, so one pass, O(n_samples * n_classes), gives the intervals, one sort the stretch of [0, 1] in
+ * which the most weight is right (arXiv 2507.08686 searches a grid). Writes to epsilon[c] the middle of the first such stretch
+ * that is longer than 1e-12, or of the first if none is; to right[c] its weight. Rounding may make an evaluation at epsilon[c]
+ * differ: ask fmn_mixture_right. With n_grid > 0, writes to on_grid[c] a bound of what fmn_mixture_right gives at any of the
+ * ascending grid[j]. Holds up to 64 MiB or 32 bytes per sample. */
+fmn_status fmn_best_epsilon(const fmn_mixture* mixture, const int64_t* windows, int64_t n_windows, const double* grid,
+                            int64_t n_grid, int n_threads, double* epsilon, int64_t* right, int64_t* on_grid);
 
 /* The instruction set in use: "avx512", "avx2", "neon" or "base". The environment variable FMN_ISA, read once, asks for one;
  * it is not obeyed where the processor or the operating system lacks it, so compare. */

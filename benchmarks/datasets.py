@@ -1,0 +1,149 @@
+"""Real data in its standard layouts, as tensors: scikit-learn's digits, MNIST (IDX), CIFAR-100 (binary), CIFAR-100N.
+
+ROOT/mnist/train-images-idx3-ubyte[.gz] ..., ROOT/cifar-100-binary/{train,test}.bin, ROOT/cifar-100n/noisy_fine.npy.
+Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import fmn_ref as fmn
+
+Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+Data = tuple[Tensor, Tensor]
+
+
+class Source(NamedTuple):
+    """Images (n, channels, height, width) as uint8, labels, and people's labels of the training images, if any."""
+
+    train: tuple[Images, Labels]
+    test: tuple[Images, Labels]
+    n_classes: int
+    human: Labels | None = None
+
+
+class Split(NamedTuple):
+    """Three disjoint sets; only the labels of `train` are noisy."""
+
+    train: Data
+    select: Data
+    test: Data
+    n_classes: int
+    share_wrong: float
+
+
+def digits(root: Path) -> Source:
+    """8 x 8 grey images, 1 797 in all: train, selection and test set are drawn from the same (`split`, pooled)."""
+    from sklearn.datasets import load_digits
+
+    content = load_digits()
+    x, y = (content.images[:, None] * 255 / 16).round().astype(np.uint8), content.target.astype(np.int64)
+    return Source((x, y), (x, y), 10)
+
+
+def mnist(root: Path) -> Source:
+    """28 x 28 grey images, 60 000 and 10 000."""
+    return Source(_idx_pair(root / "mnist", "train"), _idx_pair(root / "mnist", "t10k"), 10)
+
+
+def cifar100(root: Path) -> Source:
+    """32 x 32 colour images, 50 000 and 10 000, fine labels; with CIFAR-100N's labels if they are there."""
+    pairs = []
+    for name in ("train", "test"):
+        path = root / "cifar-100-binary" / f"{name}.bin"
+        raw = np.fromfile(path, np.uint8)
+        if raw.size == 0 or raw.size % 3074:
+            raise ValueError(f"{path}: expected records of 3074 bytes, got {raw.size} bytes")
+        rows = raw.reshape(-1, 3074)
+        pairs.append((rows[:, 2:].reshape(-1, 3, 32, 32), rows[:, 1].astype(np.int64)))
+    path = root / "cifar-100n" / "noisy_fine.npy"
+    human = np.load(path, allow_pickle=False).astype(np.int64) if path.exists() else None
+    return Source(pairs[0], pairs[1], 100, human)
+
+
+SOURCES: dict[str, Callable[[Path], Source]] = {"digits": digits, "mnist": mnist, "cifar100": cifar100}
+
+
+def split(
+    source: Source, noise: str, seed: int, n_train: int | None, n_select: int, n_test: int, *, pooled: bool = False
+) -> Split:
+    """Draw training images, and from the test images disjoint sets to select and to score on; make labels wrong.
+
+    `noise` is "clean", "sym20", "asym40", ... or "human"; `pooled`: train and test images are the same, so draw all
+    three from them. Images are scaled to mean 0 and deviation 1 by the training images.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(source.train[1]))
+    rows = order if n_train is None else order[:n_train]
+    held = order[len(rows) :] if pooled else rng.permutation(len(source.test[1]))
+    if n_select + n_test > len(held):
+        raise ValueError(f"expected at most {len(held)} samples to select and score on, got {n_select + n_test}")
+    select, test = held[:n_select], held[n_select : n_select + n_test]
+    x, y = source.train[0][rows], source.train[1][rows]
+    noisy = wrong_labels(y, noise, source.n_classes, seed, None if source.human is None else source.human[rows])
+    mean = x.mean((0, 2, 3), dtype=np.float64)[:, None, None] / 255
+    std = x.std((0, 2, 3), dtype=np.float64)[:, None, None] / 255
+
+    def scaled(images: Images, labels: Labels) -> Data:
+        return torch.from_numpy(((images / 255 - mean) / std).astype(np.float32)), torch.from_numpy(labels)
+
+    held_out = [scaled(source.test[0][r], source.test[1][r]) for r in (select, test)]
+    return Split(scaled(x, noisy), held_out[0], held_out[1], source.n_classes, float((noisy != y).mean()))
+
+
+def wrong_labels(y: Labels, noise: str, n_classes: int, seed: int, human: Labels | None) -> Labels:
+    """Labels with the noise that a name stands for."""
+    if noise == "clean":
+        return y
+    if noise == "human":
+        if human is None:
+            raise ValueError("human: needs ROOT/cifar-100n/noisy_fine.npy")
+        return human
+    for kind, make in (("asym", fmn.asymmetric_noise), ("sym", fmn.symmetric_noise)):
+        if noise.startswith(kind) and noise[len(kind) :].isdigit():
+            return make(y, int(noise[len(kind) :]) / 100, n_classes, seed)
+    raise ValueError(f"noise: expected 'clean', 'human', or 'sym' or 'asym' with a percentage, got {noise!r}")
+
+
+def augmentation(padding: int, flip: bool) -> Callable[[Tensor], Tensor]:
+    """Crop with zero padding and, if asked for, flip: each image by its own draw from torch's generator."""
+    return partial(_augment, padding=padding, flip=flip)
+
+
+def _augment(x: Tensor, padding: int, flip: bool) -> Tensor:
+    n, _, height, width = x.shape
+    padded = torch.nn.functional.pad(x, (padding,) * 4)
+    dy, dx = torch.randint(0, 2 * padding + 1, (2, n, 1), device=x.device)
+    rows = dy + torch.arange(height, device=x.device)
+    columns = dx + torch.arange(width, device=x.device)
+    if flip:
+        mirrored = torch.rand(n, 1, device=x.device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    each = torch.arange(n, device=x.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def _idx_pair(folder: Path, name: str) -> tuple[Images, Labels]:
+    images, labels = _idx(folder / f"{name}-images-idx3-ubyte", 3), _idx(folder / f"{name}-labels-idx1-ubyte", 1)
+    return images[:, None], labels.astype(np.int64)
+
+
+def _idx(path: Path, n_axes: int) -> Images:
+    """An array of an IDX file of bytes, compressed or not."""
+    zipped = path.with_name(path.name + ".gz")
+    raw = gzip.decompress(zipped.read_bytes()) if zipped.exists() else path.read_bytes()
+    shape = np.frombuffer(raw, ">u4", n_axes, 4)
+    if raw[:4] != bytes([0, 0, 8, n_axes]) or len(raw) != 4 + 4 * n_axes + shape.prod():
+        raise ValueError(f"{path}: not an IDX file of bytes with {n_axes} axes, or cut short")
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * n_axes).reshape(shape)

@@ -1,0 +1,291 @@
+// Mixtures of a predictor with windows of epochs: where each is right, and the best epsilon.
+#include <atomic>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "blocks.h"
+#include "threads.h"
+
+namespace {
+
+using namespace fmn;
+
+bool valid(const fmn_mixture* m) {
+    if (!m || m->n_epochs < 0 || m->n_samples < 0 || m->n_classes < 1) return false;
+    for (const int32_t type : {m->type, m->current_type})
+        if (type < FMN_FLOAT16 || type > FMN_FLOAT64) return false;
+    if (m->n_samples == 0) return true;
+    return m->current && m->epochs && std::all_of(m->epochs, m->epochs + m->n_epochs, [](const void* p) { return p; }) &&
+           valid_groups(m->labels, m->n_samples, m->n_classes);
+}
+
+bool valid_window(const fmn_mixture* m, int64_t first, int64_t last) {
+    return 0 <= first && first <= last && last < m->n_epochs;
+}
+
+int64_t weight(const fmn_mixture* m, int64_t i) { return m->weights ? m->weights[i] : 1; }
+
+// One sample's scores as double, of the current predictor and in a range of epochs, filled up with -1; and window means.
+class Scores {
+public:
+    Scores(const fmn_mixture* m, int64_t first, int64_t last)
+        : m(m), first(first), last(last), width(8 * ceil_div(m->n_classes, 8)),
+          rows(static_cast<size_t>((last - first + 2) * width), -1.0), sum(static_cast<size_t>(width)) {}
+
+    int64_t n() const { return width; }
+
+    const double* current() const { return rows.data(); }
+
+    void read(const Kernels& k, int64_t i) {
+        widen(k, m->current, m->current_type, i, rows.data());
+        for (int64_t e = first; e <= last; ++e) widen(k, m->epochs[e], m->type, i, row(e));
+    }
+
+    const double* mean(int64_t from, int64_t to) {
+        const double* a = row(from);
+        if (from == to) return a;
+        const double count = static_cast<double>(to - from + 1), *b = row(from + 1);
+        double* out = sum.data();
+        for (int64_t c = 0; c < width; ++c) out[c] = a[c] + b[c];
+        for (int64_t e = from + 2; e <= to; ++e) {
+            const double* more = row(e);
+            for (int64_t c = 0; c < width; ++c) out[c] += more[c];
+        }
+        for (int64_t c = 0; c < width; ++c) out[c] /= count;
+        return out;
+    }
+
+private:
+    double* row(int64_t e) { return &rows[static_cast<size_t>((e - first + 1) * width)]; }
+
+    void widen(const Kernels& k, const void* scores, int32_t type, int64_t i, double* out) const {
+        const auto t = static_cast<fmn_type>(type);
+        k.widen(static_cast<const uint8_t*>(scores) + i * m->n_classes * type_size(t), t, m->n_classes, out);
+    }
+
+    const fmn_mixture* m;
+    int64_t first, last, width;
+    std::vector<double> rows, sum;
+};
+
+// As split, for work that allocates: an exception must not leave a thread. Whether there was memory enough.
+template <class Work>
+bool split_allocating(int64_t n, double bytes, int n_threads, const Work& work) {
+    std::atomic<bool> enough{true};
+    split(n, bytes, n_threads, [&](int64_t begin, int64_t end) {
+        try {
+            work(begin, end);
+        } catch (const std::bad_alloc&) {
+            enough = false;
+        }
+    });
+    return enough;
+}
+
+struct End {
+    double at;
+    int64_t weight;
+};
+
+// Sorts ends in [0, 1]: into as many buckets as there are, then within them.
+void sort(std::vector<End>& ends) {
+    const auto before = [](const End& a, const End& b) { return a.at < b.at; };
+    const size_t n = ends.size();
+    if (n < 64) return std::sort(ends.begin(), ends.end(), before);
+    const auto bucket = [=](const End& e) { return static_cast<size_t>(e.at * static_cast<double>(n)); };
+    std::vector<uint32_t> begin(n + 2);
+    for (const End& e : ends) ++begin[bucket(e) + 1];
+    for (size_t b = 0; b <= n; ++b) begin[b + 1] += begin[b];
+    std::vector<End> sorted(n);
+    std::vector<uint32_t> next(begin);
+    for (const End& e : ends) sorted[next[bucket(e)]++] = e;
+    for (size_t b = 0; b <= n; ++b)
+        if (begin[b + 1] - begin[b] > 1)
+            std::sort(sorted.begin() + begin[b], sorted.begin() + begin[b + 1], before);
+    ends.swap(sorted);
+}
+
+constexpr int64_t unit = 64;  // samples of a window whose intervals are gathered by one thread
+
+// The intervals of one window: a unit's ends stand at the front of its part of `starts` and `stops`.
+struct Ends {
+    std::vector<End> starts, stops;     // after 0, before 1
+    std::vector<int32_t> n_starts, n_stops;  // of each unit
+    std::vector<int64_t> from_zero;     // weight that is right at 0
+    std::vector<int32_t> grid_first, grid_end;  // of each sample: the points of the grid on which it may be right
+
+    Ends(int64_t n, bool grid) {
+        const auto size = static_cast<size_t>(n), units = static_cast<size_t>(ceil_div(n, unit));
+        starts.resize(size), stops.resize(size), n_starts.resize(units), n_stops.resize(units), from_zero.resize(units);
+        if (grid) grid_first.resize(size), grid_end.resize(size);
+    }
+
+    void add(int64_t i, const Interval& v, int64_t w) {
+        const auto u = static_cast<size_t>(i / unit), begin = u * unit;
+        if (v.lo > v.hi) return;
+        if (v.lo > 0) starts[begin + static_cast<size_t>(n_starts[u]++)] = {v.lo, w};
+        else from_zero[u] += w;
+        if (v.hi < 1) stops[begin + static_cast<size_t>(n_stops[u]++)] = {v.hi, w};
+    }
+
+    static void compact(std::vector<End>& ends, const std::vector<int32_t>& sizes) {
+        auto out = ends.begin();
+        for (size_t u = 0; u < sizes.size(); ++u) {
+            const auto begin = ends.begin() + static_cast<std::ptrdiff_t>(u * unit);
+            out = std::copy(begin, begin + sizes[u], out);
+        }
+        ends.erase(out, ends.end());
+        sort(ends);
+    }
+
+    // The weight at the best stretch of [0, 1], and its middle.
+    int64_t best(double* epsilon) {
+        compact(starts, n_starts), compact(stops, n_stops);
+        int64_t now = 0;
+        for (int64_t w : from_zero) now += w;
+        size_t start = 0, stop = 0;
+        int64_t most = -1;
+        bool long_enough = false;
+        for (double at = 0;;) {
+            for (; stop < stops.size() && stops[stop].at < at; ++stop) now -= stops[stop].weight;
+            for (; start < starts.size() && starts[start].at <= at; ++start) now += starts[start].weight;
+            const double end = stop < stops.size() ? stops[stop].at : 1;
+            const bool is_long = end - at > 1e-12;
+            if (now > most || (now == most && is_long && !long_enough))
+                most = now, long_enough = is_long, *epsilon = (at + end) / 2;
+            if (start == starts.size()) return most;
+            at = starts[start].at;
+        }
+    }
+
+    int64_t most_on_grid(int64_t n_grid, const fmn_mixture* m) const {
+        std::vector<int64_t> change(static_cast<size_t>(n_grid) + 1);
+        for (size_t i = 0; i < grid_first.size(); ++i)
+            if (grid_first[i] < grid_end[i]) {
+                change[static_cast<size_t>(grid_first[i])] += weight(m, static_cast<int64_t>(i));
+                change[static_cast<size_t>(grid_end[i])] -= weight(m, static_cast<int64_t>(i));
+            }
+        int64_t now = 0, most = 0;
+        for (int64_t c : change) most = std::max(most, now += c);
+        return most;
+    }
+};
+
+// How many points of an ascending grid in [0, 1] are below x, or equal to it if those count: a guess, then steps.
+int64_t points_below(const double* grid, int64_t n, double x, bool or_equal) {
+    int64_t i = static_cast<int64_t>(x * static_cast<double>(n));
+    while (i < n && (or_equal ? grid[i] <= x : grid[i] < x)) ++i;
+    while (i > 0 && (or_equal ? grid[i - 1] > x : grid[i - 1] >= x)) --i;
+    return i;
+}
+
+// The best epsilon of some windows: intervals first, in parts of the samples, then a window after the other.
+bool best_of(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, const double* grid, int64_t n_grid,
+             int n_threads, double* epsilon, int64_t* right, int64_t* on_grid) {
+    const auto& k = kernels();
+    const int64_t n = m->n_samples;
+    std::vector<Ends> ends;
+    int64_t first = windows[0], last = windows[1];
+    for (int64_t c = 0; c < n_windows; ++c) {
+        ends.emplace_back(n, n_grid > 0);
+        first = std::min(first, windows[2 * c]), last = std::max(last, windows[2 * c + 1]);
+    }
+    const double work = 64.0 * n * (m->n_classes + 16) * n_windows;
+    const bool read = split_allocating(ceil_div(n, unit), work, n_threads, [&](int64_t begin, int64_t end) {
+        Scores scores(m, first, last);
+        for (int64_t i = begin * unit; i < std::min(end * unit, n); ++i) {
+            if (weight(m, i) == 0) continue;
+            scores.read(k, i);
+            for (int64_t c = 0; c < n_windows; ++c) {
+                const double* then = scores.mean(windows[2 * c], windows[2 * c + 1]);
+                const Interval v = k.interval(scores.current(), then, scores.n(), m->labels[i], n_grid > 0);
+                Ends& of = ends[static_cast<size_t>(c)];
+                of.add(i, v, weight(m, i));
+                if (n_grid == 0) continue;
+                const auto at = static_cast<size_t>(i);
+                of.grid_first[at] = static_cast<int32_t>(points_below(grid, n_grid, v.widest_lo, false));
+                of.grid_end[at] = static_cast<int32_t>(points_below(grid, n_grid, v.widest_hi, true));
+            }
+        }
+    });
+    return read && split_allocating(n_windows, 512.0 * n * n_windows, n_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+            Ends& of = ends[static_cast<size_t>(c)];
+            if (n_grid > 0) on_grid[c] = of.most_on_grid(n_grid, m);
+            right[c] = of.best(epsilon + c);
+        }
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+fmn_status fmn_check_probabilities(const void* scores, fmn_type type, int64_t n_samples, int64_t n_classes, double tolerance,
+                                   int n_threads, int* sound) {
+    if (type < FMN_FLOAT16 || type > FMN_FLOAT64 || n_samples < 0 || n_classes < 1 || (!scores && n_samples > 0) || !sound)
+        return FMN_INVALID_ARGUMENT;
+    const auto& k = kernels();
+    const int64_t bytes = n_classes * type_size(type);
+    std::atomic<bool> all{true};
+    const bool done = split_allocating(n_samples, 1.0 * n_samples * bytes, n_threads, [&](int64_t begin, int64_t end) {
+        std::vector<double> row(static_cast<size_t>(8 * ceil_div(n_classes, 8)));
+        for (int64_t i = begin; i < end && all; ++i) {
+            k.widen(static_cast<const uint8_t*>(scores) + i * bytes, type, n_classes, row.data());
+            if (!k.sums_to_one(row.data(), static_cast<int64_t>(row.size()), tolerance)) all = false;
+        }
+    });
+    *sound = all;
+    return done ? FMN_OK : FMN_OUT_OF_MEMORY;
+}
+
+fmn_status fmn_mixture_right(const fmn_mixture* m, int64_t first, int64_t last, const double* epsilon, int64_t n_epsilons,
+                             int n_threads, int64_t* right) {
+    if (!valid(m) || !valid_window(m, first, last) || n_epsilons < 0) return FMN_INVALID_ARGUMENT;
+    if (n_epsilons > 0 && (!epsilon || !right)) return FMN_INVALID_ARGUMENT;
+    const auto& k = kernels();
+    std::mutex adding;
+    const double work = 16.0 * m->n_samples * (m->n_classes + 16) * n_epsilons;
+    const bool done = split_allocating(m->n_samples, work, n_threads, [&](int64_t begin, int64_t end) {
+        Scores scores(m, first, last);
+        std::vector<int64_t> sums(static_cast<size_t>(n_epsilons));
+        constexpr int64_t block = 64;
+        bool is_right[block];
+        for (int64_t i = begin; i < end; ++i) {
+            if (weight(m, i) == 0) continue;
+            scores.read(k, i);
+            const double* then = scores.mean(first, last);
+            for (int64_t j = 0; j < n_epsilons; j += block) {
+                const int64_t n = std::min(block, n_epsilons - j);
+                k.right_at(scores.current(), then, scores.n(), m->labels[i], epsilon + j, n, is_right);
+                for (int64_t l = 0; l < n; ++l)
+                    if (is_right[l]) sums[static_cast<size_t>(j + l)] += weight(m, i);
+            }
+        }
+        const std::lock_guard<std::mutex> lock(adding);
+        for (int64_t j = 0; j < n_epsilons; ++j) right[j] += sums[static_cast<size_t>(j)];
+    });
+    return done ? FMN_OK : FMN_OUT_OF_MEMORY;
+}
+
+fmn_status fmn_best_epsilon(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, const double* grid, int64_t n_grid,
+                            int n_threads, double* epsilon, int64_t* right, int64_t* on_grid) {
+    if (!valid(m) || n_windows < 0 || n_grid < 0 || n_grid > INT32_MAX) return FMN_INVALID_ARGUMENT;
+    if (n_windows > 0 && (!windows || !epsilon || !right)) return FMN_INVALID_ARGUMENT;
+    if (n_grid > 0 && (!grid || (!on_grid && n_windows > 0))) return FMN_INVALID_ARGUMENT;
+    for (int64_t c = 0; c < n_windows; ++c)
+        if (!valid_window(m, windows[2 * c], windows[2 * c + 1])) return FMN_INVALID_ARGUMENT;
+    const int64_t at_once = std::max<int64_t>(1, (int64_t(1) << 21) / std::max<int64_t>(1, m->n_samples));
+    try {
+        for (int64_t c = 0; c < n_windows; c += at_once)
+            if (!best_of(m, windows + 2 * c, std::min(at_once, n_windows - c), grid, n_grid, n_threads, epsilon + c, right + c,
+                         on_grid ? on_grid + c : nullptr))
+                return FMN_OUT_OF_MEMORY;
+    } catch (const std::bad_alloc&) {
+        return FMN_OUT_OF_MEMORY;
+    }
+    return FMN_OK;
+}
+
+}  // extern "C"

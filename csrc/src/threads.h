@@ -1,0 +1,52 @@
+// What the functions of the C API share: the kernels in use, the cut into pieces for threads, checks of arguments.
+#pragma once
+#include <algorithm>
+#include <exception>
+#include <thread>
+
+#include "kernels.h"
+
+namespace fmn {
+
+const Kernels& kernels();  // dispatch.cpp
+
+// Calls work(begin, end) on disjoint parts of [0, n) that make it up, in as many threads as have the reading of four
+// megabytes each to do, or work that takes as long: with less, two threads were slower than one.
+template <class Work>
+void split(int64_t n, double bytes, int n_threads, const Work& work) {
+    constexpr int64_t most = 256;
+    const int64_t useful = std::min(n, static_cast<int64_t>(std::min<double>(bytes / (1 << 22), most)));
+    if (useful <= 1) return work(0, n);
+    const int64_t parts = std::min<int64_t>(useful, n_threads > 0 ? n_threads : fmn_threads());
+    const auto bound = [=](int64_t part) { return n / parts * part + std::min(part, n % parts); };
+    std::thread threads[most];
+    int64_t part = 1;
+    try {
+        for (; part < parts; ++part) threads[part] = std::thread(work, bound(part), bound(part + 1));
+    } catch (const std::exception&) {  // no more threads to be had: do the rest here
+    }
+    work(0, bound(1));
+    if (part < parts) work(bound(part), n);
+    while (--part > 0) threads[part].join();
+}
+
+inline bool valid_groups(const int64_t* groups, int64_t n_samples, int64_t n_groups) {
+    if (n_groups < 1 || (!groups && n_samples > 0)) return false;
+    return std::all_of(groups, groups + n_samples, [=](int64_t g) { return 0 <= g && g < n_groups; });
+}
+
+inline int64_t type_size(fmn_type type) {
+    switch (type) {
+        case FMN_INT8: case FMN_UINT8: return 1;
+        case FMN_INT16: case FMN_UINT16: case FMN_FLOAT16: case FMN_BFLOAT16: return 2;
+        case FMN_INT32: case FMN_UINT32: case FMN_FLOAT32: return 4;
+        case FMN_INT64: case FMN_UINT64: case FMN_FLOAT64: return 8;
+    }
+    return 0;
+}
+
+inline bool is_float(fmn_type type) {
+    return type == FMN_FLOAT16 || type == FMN_BFLOAT16 || type == FMN_FLOAT32 || type == FMN_FLOAT64;
+}
+
+}  // namespace fmn
