@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import expectation as expectation
 from ._backend import Backend, backend
+from .expectation import expected_gain
 from .fusion import best_epsilon, fuse
 from .history import CorrectnessHistory
+from .importers import epoch_files, from_cartography, from_logits, from_toneva
 from .metrics import (
     ForgettingCurves,
     SampleStatistics,
@@ -25,6 +28,7 @@ from .metrics import (
 from .noise import asymmetric_noise, symmetric_noise, transition_noise
 from .plan import FusionPlan
 from .recorder import Recorder, Run
+from .recovery import Recovery, recovery
 
 if TYPE_CHECKING:
     from .comparison import Comparison, compare, compare_probabilities
@@ -56,6 +60,7 @@ __all__ = [
     "Probabilities",
     "Recipe",
     "Recorder",
+    "Recovery",
     "Run",
     "SampleStatistics",
     "asymmetric_noise",
@@ -66,11 +71,17 @@ __all__ = [
     "compare_probabilities",
     "correctness",
     "distill",
+    "epoch_files",
+    "expected_gain",
     "forget_fraction",
     "forgetting_curves",
     "forgetting_matrix",
+    "from_cartography",
+    "from_logits",
+    "from_toneva",
     "fuse",
     "learned_fraction",
+    "recovery",
     "sample_statistics",
     "symmetric_noise",
     "train",

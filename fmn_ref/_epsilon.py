@@ -12,7 +12,7 @@ from ._backend import load
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
-_TOTAL = 1 << 61  # what weights add up to, as whole numbers: sums are exact, in any order
+_TOTAL = 1 << 58  # what weights add up to, as whole numbers: sums are exact, in any order
 
 
 class Target:
@@ -29,13 +29,16 @@ class Target:
             self.weights = np.rint(w / w.max() * (_TOTAL // len(labels))).astype(np.int64)
         self.total = len(labels) if self.weights is None else int(self.weights.sum())
 
-    def without(self, hidden: NDArray[np.bool_]) -> Target:
-        """The same with no weight on some samples."""
-        w = np.ones(len(self.labels), np.int64) if self.weights is None else self.weights
+    def weighted(self, weights: Int) -> Target:
+        """The same with other weights; samples of weight 0 are as if they were not there."""
         other = Target(self.labels)
-        other.weights = np.where(hidden, 0, w)
-        other.total = int(other.weights.sum())
+        other.weights, other.total = weights, int(weights.sum())
         return other
+
+    @property
+    def each(self) -> Int:
+        """The weight of every sample."""
+        return np.ones(len(self.labels), np.int64) if self.weights is None else self.weights
 
     def score(self, right: NDArray[np.bool_]) -> int:
         """Weight of the samples that are right."""
@@ -77,7 +80,7 @@ def _closer(cur: Float, new: Float, target: Target, grid: Float, best: tuple[flo
     """Try all middles and ends of stretches, and the grid, the most promising first."""
     parts = [_reference._intervals(cur[b], new[b], target.labels[b]) for b in _reference._blocks(*cur.shape)]
     lo, hi, widest_lo, widest_hi = np.concatenate(parts, axis=1)
-    w = np.ones(len(lo), np.int64) if target.weights is None else target.weights
+    w = target.each
     some = lo <= hi
     ends = np.unique(np.concatenate([lo[some], hi[some], [0.0, 1.0]]))
     middles = (ends[:-1] + ends[1:]) / 2

@@ -121,7 +121,8 @@ def mean(epochs: list[NDArray[Any]], bfloat16: bool = False) -> Float:
     total = widened(epochs[0], bfloat16)
     for e in epochs[1:]:
         total += widened(e, bfloat16)
-    return np.divide(total, len(epochs))
+    out: Float = total / len(epochs)
+    return out
 
 
 def check_probabilities(scores: NDArray[Any], tolerance: float, bfloat16: bool = False) -> bool:
@@ -202,7 +203,7 @@ def _intervals(now: Float, then: Float, y: Int) -> Float:
     lost_now, lost_then = np.where(before, a <= 0, a < 0), np.where(before, b <= 0, b < 0)
 
     def highest(mask: Bool, values: Float, default: float) -> Float:
-        return np.where(mask, values, default).max(1)
+        return np.asarray(np.where(mask, values, default).max(1))
 
     with np.errstate(divide="ignore", invalid="ignore"):
         crossing = np.maximum(a / (a - b), np.finfo(float).smallest_subnormal)

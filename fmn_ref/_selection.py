@@ -22,6 +22,7 @@ Members = tuple[tuple[int, float], ...]
 MIN_WEIGHT = 0.01  # what weighs less in a likelihood mixture is left out
 MIN_COVERAGE = 0.005  # as for a checkpoint that covers less of the samples
 EM_STEPS = 100
+BAGS = 5
 
 
 @dataclass
@@ -46,10 +47,13 @@ class Problem:
 
     def affordable(self, members: Iterable[tuple[int, float]], epoch: int) -> bool:
         """Whether a further member keeps within the forward passes."""
-        used = {self.n_epochs - 1} if not any(eps == 1 for _, eps in members) else set()
-        for e in (*(e for e, _ in members), epoch):
-            used.update(self.epochs_of(e))
-        return len(used) <= self.max_forward_passes
+        final = float(not any(eps == 1 for _, eps in members))
+        return self.within([*(e for e, _ in members), epoch], final)
+
+    def within(self, epochs: Iterable[int], final: float) -> bool:
+        """Whether windows, and the final model if it has weight, keep within the forward passes."""
+        used = {self.n_epochs - 1} if final > 0 else set[int]()
+        return len(used.union(*map(self.epochs_of, epochs))) <= self.max_forward_passes
 
     def natives(self) -> list[NDArray[np.generic]]:
         """All epochs as they are stored."""
@@ -60,10 +64,9 @@ def forget(problem: Problem, target: Target) -> Members:
     """METHOD's rounds: the epoch that is right most often where the fused predictor is wrong (arXiv 2412.12968)."""
     current, members = problem.final, list[tuple[int, float]]()
     best = target.score(current.argmax(1) == target.labels)
-    w = np.ones(len(target.labels), np.int64) if target.weights is None else target.weights
     while len(members) < problem.max_members:
         wrong = current.argmax(1) != target.labels
-        forgotten = problem.right[:, wrong] @ w[wrong]  # n * F_e against the current predictor
+        forgotten = problem.right[:, wrong] @ target.each[wrong]  # n * F_e against the current predictor
         for e in range(problem.n_epochs):
             if problem.max_forward_passes < problem.n_epochs and not problem.affordable(members, e):
                 forgotten[e] = -1
@@ -106,6 +109,24 @@ def greedy(problem: Problem, target: Target) -> Members:
     return tuple(members)
 
 
+def bagged(problem: Problem, target: Target) -> Members:
+    """The mean of what `greedy` finds on bootstrap samples of the selection set, which it fits less closely; members
+    that weigh little are left out."""
+    n, samples, generator = problem.n_epochs, len(target.labels), np.random.default_rng(0)
+    total, final = np.zeros(n), 0.0
+    for _ in range(BAGS):
+        drawn = np.bincount(generator.integers(0, samples, samples), minlength=samples)
+        rest = 1.0
+        for epoch, eps in reversed(greedy(problem, target.weighted(target.each * drawn))):
+            total[epoch] += rest * eps / BAGS
+            rest *= 1 - eps
+        final += rest / BAGS
+    kept = [e for e in np.argsort(-total, kind="stable") if total[e] >= MIN_WEIGHT][: problem.max_members]
+    while kept and not problem.within(kept, final):
+        kept.pop()
+    return members_of({int(e): float(total[e]) for e in kept}, n, final=final) if kept else ()
+
+
 def likelihood(problem: Problem, target: Target) -> Members:
     """Convex weights of all windows and the final model that maximise the held-out log-likelihood, by EM.
 
@@ -115,7 +136,7 @@ def likelihood(problem: Problem, target: Target) -> Members:
     p = np.stack([_of_label(a, problem.probs.bfloat16, target.labels) for a in problem.natives()])
     parts = [problem.epochs_of(e) for e in range(n)] + [range(n - 1, n)]
     components = np.stack([p[part.start : part.stop].mean(0) for part in parts])
-    w = np.ones(len(target.labels)) if target.weights is None else target.weights / target.weights.max()
+    w = target.each / target.each.max()
     alive = list(range(n + 1))
     while True:
         q = _em(components[alive], w)
@@ -147,7 +168,7 @@ def _em(components: Float, w: Float) -> Float:
 def coverage(problem: Problem, target: Target) -> Members:
     """Marginal coverage (VISTA, arXiv 2604.12044): from the most accurate checkpoint on, each weighs the share of
     samples that it alone of those so far gets right."""
-    w = np.ones(len(target.labels), np.int64) if target.weights is None else target.weights
+    w = target.each
     order = np.argsort(-(problem.right @ w), kind="stable")
     covered = np.zeros(len(w), bool)
     share = np.zeros(problem.n_epochs)
@@ -206,21 +227,21 @@ def last(problem: Problem, target: Target) -> Members:
 
 def top(problem: Problem, target: Target) -> Members:
     """The k epochs with the best selection accuracy."""
-    w = np.ones(len(target.labels), np.int64) if target.weights is None else target.weights
-    order = np.argsort(-(problem.right @ w), kind="stable")
+    order = np.argsort(-(problem.right @ target.each), kind="stable")
     return _best_prefix(problem, target, order)
 
 
 WAYS: dict[str, Callable[[Problem, Target], Members]] = {
     "forget": forget,
     "greedy": greedy,
+    "bagged": bagged,
     "likelihood": likelihood,
     "coverage": coverage,
     "equal": equal,
     "last": last,
     "top": top,
 }
-WINDOWED = ("forget", "greedy", "likelihood")  # the others mix single epochs
+WINDOWED = ("forget", "greedy", "bagged", "likelihood")  # the others mix single epochs
 
 
 def choose(problem: Problem, target: Target, method: str) -> Members:

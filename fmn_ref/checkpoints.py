@@ -14,9 +14,20 @@ from torch import nn
 from . import _files
 
 
-def save_state(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Store `model.state_dict()`, moved to the CPU, under the names of the plain model."""
-    save(to_cpu(unwrap(model).state_dict()), path)
+def save_state(model: nn.Module, path: str | os.PathLike[str], *, half: bool = False) -> None:
+    """Store `model.state_dict()`, moved to the CPU, under the names of the plain model.
+
+    half: float32 and float64 as float16, but for tensors that hold a number too large for it. `load_into` widens them.
+    """
+    state = to_cpu(unwrap(model).state_dict())
+    save({name: _halved(value) for name, value in state.items()} if half else state, path)
+
+
+def _halved(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
+        return value
+    small = value.half()
+    return small if torch.equal(small.isfinite(), value.isfinite()) else value
 
 
 def unwrap(model: nn.Module) -> nn.Module:

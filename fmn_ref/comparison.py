@@ -116,7 +116,7 @@ def compare_probabilities(
     """
     select_probs, test_probs = Epochs(select_probs, "select_probs"), Epochs(test_probs, "test_probs")
     if not allow_overlap:
-        _refuse_overlap(_rows(select_probs), _rows(test_probs), "test_probs")
+        refuse_overlap(_rows(select_probs), _rows(test_probs), "test_probs")
     rows, plan = _mixed(select_probs, select_labels, test_probs, test_labels, correct, window, search)
     return _comparison(rows, plan, select_labels, test_labels, allow_overlap)
 
@@ -208,7 +208,7 @@ def compare(
     if make_student is not None and (train_data is None or "epochs" not in options):
         raise ValueError("make_student: needs train_data, and distill_options with at least epochs")
     if not allow_overlap:
-        _refuse_overlap(data.fingerprints(select_data), data.fingerprints(test_data), "test_data")
+        refuse_overlap(data.fingerprints(select_data), data.fingerprints(test_data), "test_data")
     select, test = run.probabilities(select_data), run.probabilities(test_data)
     y, y_test = select.labels, test.labels
     rows, plan = _mixed(select, y, test, y_test, None, window, search)
@@ -260,7 +260,7 @@ def _rows(probs: Any) -> set[bytes]:
     return {a.tobytes() + b.tobytes() for a, b in zip(probs[0], probs[-1], strict=True)}
 
 
-def _refuse_overlap(select: set[bytes], test: set[bytes], name: str) -> None:
+def refuse_overlap(select: set[bytes], test: set[bytes], name: str) -> None:
     both = len(select & test)
     if both > 0.01 * min(len(select), len(test)):  # a few equal images are normal in real data
         raise ValueError(f"{name}: {both} of {len(test)} test samples are in the selection set; {FLATTERS}")

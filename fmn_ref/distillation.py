@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _check, data
-from .recorder import claim
-from .training import Recipe, data_digest, fit, tensors_digest
+from .recorder import Recorder, claim
+from .training import Recipe, data_digest, fit, recording_hooks, tensors_digest
 
 Targets = tuple[Tensor, Tensor]  # labels (B,), the teacher's log-probabilities (B, K)
 
@@ -35,6 +35,9 @@ def distill(
     augment: Callable[[Tensor], Tensor] | None = None,
     forward_fn: data.Forward | None = None,
     run_dir: str | os.PathLike[str] | None = None,
+    val_data: Any = None,
+    keep: str = "all",
+    half: bool = False,
     resume: bool = True,
     progress: bool | None = None,
     **recipe: Any,
@@ -65,6 +68,9 @@ def distill(
         As in `train`; used for both models.
     run_dir : path, optional
         Keeps the state after each epoch there, so that a killed distillation continues.
+    val_data, keep, half : optional
+        With `run_dir`: record the student on these samples as `train` does, so that `Run.open(run_dir, student)` can be
+        fused and distilled in its turn.
     resume, progress, **recipe
         As in `train`.
 
@@ -97,10 +103,18 @@ def distill(
     data.check_module(student, "student")
     data.check_module(teacher, "teacher")
     resume_path = None
+    if val_data is not None and run_dir is None:
+        raise ValueError("val_data: needs run_dir, where the history and the checkpoints go")
+    recording: dict[str, Any] = {}
     if run_dir is not None:
         config = {"epochs": epochs, "temperature": temperature, "kd_weight": kd_weight, **asdict(settings)}
         config |= {"data": data_digest(train_data), "teacher": tensors_digest(teacher.state_dict().values())}
+        if val_data is not None:
+            config["val_data"] = data_digest(val_data)
         resume_path = claim(Path(run_dir), config, resume) / "resume.pt"
+        if val_data is not None:
+            recorder = Recorder(run_dir, student, keep, half=half, forward_fn=forward_fn)
+            recording = recording_hooks(recorder, resume_path, student, val_data, forward_fn)
     cached = augment is None and data.is_arrays(train_data)
     with _borrowed(teacher, data.device_of(student)):
         if cached:
@@ -121,6 +135,7 @@ def distill(
             progress=progress,
             description="distill",
             resume_path=resume_path,
+            **recording,
         )
     return student.eval()
 

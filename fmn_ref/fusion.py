@@ -19,7 +19,7 @@ from .history import NO_LABELS, CorrectnessHistory, labels_digest
 from .plan import METHODS, Epochs, Float, FusionPlan
 
 Int = NDArray[np.int64]
-AUTO = ("top", "coverage", "forget", "greedy", "likelihood")
+AUTO = ("top", "coverage", "forget", "greedy", "bagged", "likelihood")
 _DRAWS = 2000  # of the bootstrap
 
 
@@ -54,10 +54,12 @@ def fuse(
         (ties: the earliest), averages its window, and mixes that in with the epsilon of the best selection accuracy; it
         stops when accuracy no longer rises. An epoch may be chosen again.
         "greedy": each round tries every window with its exact epsilon and takes the best.
+        "bagged": the mean of what "greedy" finds on five bootstrap samples of the selection set.
         "likelihood": the convex weights of all windows and the final model with the best log-likelihood of the labels.
         "coverage": marginal coverage; "equal", "last", "top": the plain mean of k epochs at equal distances, the last
         k, the k most accurate, k chosen by selection accuracy. These four mix single epochs and leave `window` aside.
-        "auto": the one of these (or the final model alone) with the best cross-validated accuracy; needs folds.
+        "auto": by cross-validation, "bagged", or "top", "coverage", "forget", "greedy" or "likelihood" where that is
+        better by more than a standard error, or the final model alone where nothing is better than it; needs folds.
     window : int >= 0
         Half width of the window; the papers use 1. Clipped at the first and last epoch.
     max_rounds, max_members : int >= 1, optional
@@ -126,7 +128,7 @@ def fuse(
         unseen = {m: _right_unseen(problem, target, m, folds) for m in (AUTO if method == "auto" else (method,))}
         of_final = final.argmax(1) == y
         if method == "auto":
-            method = max(unseen, key=lambda m: target.score(unseen[m]))
+            method = _best_method(unseen, target)
             if target.score(unseen[method]) <= target.score(of_final):
                 unseen[method] = of_final
         cv_accuracy = target.score(unseen[method]) / target.total
@@ -217,11 +219,23 @@ def _right_unseen(problem: Problem, target: Target, method: str, folds: int) -> 
     right = np.zeros(len(y), bool)
     for k in range(folds):
         hidden = fold == k
-        members = choose(problem, target.without(hidden), method)
+        members = choose(problem, target.weighted(np.where(hidden, 0, target.each)), method)
         window = problem.window if method in WINDOWED else 0
         *_, fused = replay(problem, members, window)
         right[hidden] = fused[hidden].argmax(1) == y[hidden]
     return right
+
+
+def _best_method(unseen: dict[str, NDArray[np.bool_]], target: Target) -> str:
+    """ "bagged", unless another is better by more than a standard error of the difference: then the best of those."""
+    w = target.each / target.total
+    better = {"bagged": 0.0}
+    for method, right in unseen.items():
+        difference = (right * 1.0 - unseen["bagged"]) * w
+        error = float(np.sqrt(len(w)) * difference.std())
+        if difference.sum() > error:
+            better[method] = float(difference.sum())
+    return max(better, key=lambda m: better[m])
 
 
 def _gain_interval(before: NDArray[np.bool_], after: NDArray[np.bool_], target: Target) -> tuple[float, float]:

@@ -269,6 +269,14 @@ class CorrectnessHistory:
             joined.append(np.concatenate(parts), epoch)
         return joined
 
+    def select(self, rows: Any) -> CorrectnessHistory:
+        """Some of the epochs, ascending, as a history in memory."""
+        part = CorrectnessHistory(self.n_samples)
+        part.digest = self.digest
+        part._rows = np.ascontiguousarray(self.packed[list(rows)])
+        part._epochs = [self._epochs[i] for i in rows]
+        return part
+
     def __len__(self) -> int:
         return len(self._epochs)
 

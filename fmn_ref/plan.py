@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from . import _check, _files, _reference
 
 Float = NDArray[np.float64]
-METHODS = ("forget", "greedy", "likelihood", "coverage", "equal", "last", "top", "auto", "weights")
+METHODS = ("forget", "greedy", "bagged", "likelihood", "coverage", "equal", "last", "top", "auto", "weights")
 
 
 @dataclass(frozen=True)

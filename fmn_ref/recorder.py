@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _check, _files, metrics
 from .history import CorrectnessHistory, labels_digest
+from .retention import Keep
 
 if TYPE_CHECKING:
     from .ensemble import Probabilities
@@ -60,8 +61,27 @@ class Run:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The checkpoint file of each row of the history, in order (there is none on disk with keep="none")."""
+        """The file of each row's checkpoint, in order; those that `keep` dropped are not on disk (see `kept`)."""
         return [checkpoint_path(self.run_dir, e) for e in self.history.epochs]
+
+    @property
+    def kept(self) -> Run:
+        """The same run with only the epochs whose checkpoints are on disk: what to fuse after keep="budget:n".
+
+        Its rows, and so the epochs of plans made with it, count the kept epochs: `run.kept.history.epochs` says which
+        they are. Windows reach to the neighbours among them.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none.
+        """
+        rows = [i for i, path in enumerate(self.checkpoints) if path.is_file()]
+        if not rows:
+            raise FileNotFoundError(f"{self.run_dir / 'checkpoints'}: no checkpoint of the run is there")
+        if len(rows) == len(self.history):
+            return self
+        return Run(self.run_dir, self.history.select(rows), self.model, self.forward_fn)
 
     def probabilities(self, data: Any, *, batch_size: int = 512) -> Probabilities:
         """What each epoch predicts on `data`: a sequence of (n_samples, n_classes) arrays, computed when read.
@@ -88,8 +108,13 @@ class Recorder:
         Created if missing; a run that is already there is continued after its last epoch.
     model : torch.nn.Module, optional
         Its state is stored at each `record`.
-    keep : {"all", "none"}
-        Which checkpoints to keep. "none" records the history alone.
+    keep : str
+        Which checkpoints to keep: "all"; "none", the history alone; "every:n", each n-th epoch; or "budget:n", the n
+        epochs that are worth most by the history so far (a sample that an epoch gets right counts one, shared with the
+        other kept epochs that get it right). The latest is always kept, beyond the n. Then fuse `run.kept`.
+    half : bool
+        Store floating-point weights in 16 bits (those that would overflow in 32): half the disk, and a rounding of
+        2^-11 that `docs/results.md` measures.
     save : callable(path), optional
         Stores the weights of another framework at `path`, instead of `model`'s.
     config : dict, optional
@@ -120,6 +145,7 @@ class Recorder:
         model: Any = None,
         keep: str = "all",
         *,
+        half: bool = False,
         save: Save | None = None,
         config: dict[str, Any] | None = None,
         forward_fn: Any = None,
@@ -130,7 +156,8 @@ class Recorder:
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if save is not None and not callable(save):
             raise TypeError(f"save: expected a function of a path, got {type(save).__name__}")
-        self._save = _saver(model, save) if _check.choice(keep, ("all", "none"), "keep") == "all" else None
+        self._keep = Keep.of(keep)
+        self._save = None if self._keep.rule == "none" else _saver(model, save, half)
         self._history: CorrectnessHistory | None = None
         claim(self.run_dir, config)
         (self.run_dir / "checkpoints").mkdir(exist_ok=True)
@@ -169,6 +196,10 @@ class Recorder:
         if self._history is None:
             self._history = CorrectnessHistory(len(right), self.run_dir / "history.fmnh", labels=labels)
         self._history.append(right, epoch)
+        if self._keep.rule in ("every", "budget"):
+            kept = self.run.kept
+            for dropped in self._keep.dropped(kept.history.epochs, kept.history.correct()):
+                checkpoint_path(self.run_dir, dropped).unlink()
 
     def rewind(self, epoch: int) -> None:
         """Drop `epoch` and all later ones: what a loop needs that resumes from an earlier state than was recorded."""
@@ -242,12 +273,12 @@ def checkpoint_path(run_dir: Path, epoch: int) -> Path:
     return run_dir / "checkpoints" / f"epoch_{epoch:05d}.pt"
 
 
-def _saver(model: Any, save: Save | None) -> Save | None:
+def _saver(model: Any, save: Save | None, half: bool) -> Save | None:
     if save is not None or model is None:
         return save
     from .checkpoints import save_state
 
-    return lambda path: save_state(model, path)
+    return lambda path: save_state(model, path, half=half)
 
 
 def _versions() -> dict[str, str]:

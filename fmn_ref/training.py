@@ -93,6 +93,8 @@ def train(
     epochs: int,
     run_dir: str | os.PathLike[str],
     resume: bool = True,
+    keep: str = "all",
+    half: bool = False,
     augment: Callable[[Tensor], Tensor] | None = None,
     forward_fn: data.Forward | None = None,
     loss_fn: Loss = F.cross_entropy,
@@ -112,6 +114,8 @@ def train(
     run_dir : path
     resume : bool
         Continue (or just return) the run that is in `run_dir`. False: refuse a folder with a run in it.
+    keep, half
+        Which checkpoints to keep, and in how many bits: as `Recorder`.
     augment : callable, optional
         inputs -> inputs, on training batches; draws from torch's generator.
     forward_fn : callable(model, batch) -> (logits, labels), optional
@@ -156,11 +160,32 @@ def train(
     data.check_module(model, "model")
     config = {"epochs": epochs, **asdict(settings), "data": data_digest(train_data), "val_data": data_digest(val_data)}
     claim(Path(run_dir), config, resume)
-    recorder = Recorder(run_dir, model, forward_fn=forward_fn)
+    recorder = Recorder(run_dir, model, keep, half=half, forward_fn=forward_fn)
     resume_path = recorder.run_dir / "resume.pt"
     if recorder.next_epoch == epochs and not resume_path.exists():  # complete, and tidied up by somebody
         checkpoints.load_into(model, recorder.run.checkpoints[-1]).eval()
         return recorder.run
+
+    fit(
+        model,
+        train_data,
+        epochs,
+        settings,
+        augment=augment,
+        forward_fn=forward_fn,
+        loss_fn=loss_fn,
+        progress=progress,
+        resume_path=resume_path,
+        **recording_hooks(recorder, resume_path, model, val_data, forward_fn),
+    )
+    model.eval()
+    return recorder.run
+
+
+def recording_hooks(
+    recorder: Recorder, resume_path: Path, model: nn.Module, val_data: Any, forward_fn: data.Forward | None
+) -> dict[str, Any]:
+    """What `fit` calls to record every epoch, and before it goes on after an interruption."""
 
     def rewind(start: int) -> None:
         """Go back to where resume.pt is: at most one epoch, if nobody meddled."""
@@ -177,21 +202,7 @@ def train(
         accuracy = (probs.argmax(1) == labels).double().mean().item()
         return {"val": f"{accuracy:.2%}", "peak F_e": f"{recorder.peak_forget_fraction:.2%}"}
 
-    fit(
-        model,
-        train_data,
-        epochs,
-        settings,
-        augment=augment,
-        forward_fn=forward_fn,
-        loss_fn=loss_fn,
-        progress=progress,
-        resume_path=resume_path,
-        rewind=rewind,
-        after_epoch=record,
-    )
-    model.eval()
-    return recorder.run
+    return {"rewind": rewind, "after_epoch": record}
 
 
 def data_digest(samples: Any) -> str | None:
