@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from . import _check, _files, metrics
+from . import _check, _files, importers, metrics
 from .history import NO_LABELS, CorrectnessHistory, labels_digest
 
 _MAPPED_FROM = 1 << 26  # bytes of an .npz member
@@ -30,6 +30,14 @@ def load(path: str, *names: str) -> NDArray[Any]:
     if isinstance(a, CorrectnessHistory):
         raise ValueError(f"{path}: holds correctness, not {names[0]}")
     return a
+
+
+def load_epochs(path: str, logits: bool = False) -> Any:
+    """Probabilities of all epochs: an array, or a folder with a file per epoch."""
+    epochs = (
+        importers.epoch_files(path) if Path(path).is_dir() else load(path, "probs", *(["logits"] if logits else []))
+    )
+    return importers.from_logits(epochs) if logits else epochs
 
 
 def load_named(path: str, *names: str, verify: bool = True) -> tuple[Any, str]:

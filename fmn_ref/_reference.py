@@ -20,7 +20,8 @@ Int = NDArray[np.int64]
 Float = NDArray[np.float64]
 
 
-def _correct(rows: Rows, n_samples: int) -> Bool:
+def correct_of(rows: Rows, n_samples: int) -> Bool:
+    """(n_epochs, n_samples) bool."""
     # `!= 0`: a bool array viewed from other bytes holds other values than 0 and 1, which NumPy may add up as they are
     return unpack(rows, n_samples) if rows.dtype == np.uint8 else rows.view(np.uint8) != 0
 
@@ -32,12 +33,12 @@ def _four(correct: Bool, reference: int) -> tuple[Bool, Bool, Bool, Bool]:
 
 def curve_counts(rows: Rows, n_samples: int, reference: int, counts: Int) -> None:
     """Adds to (4, n_epochs) counts."""
-    counts += np.stack([c.sum(1, dtype=np.int64) for c in _four(_correct(rows, n_samples), reference)])
+    counts += np.stack([c.sum(1, dtype=np.int64) for c in _four(correct_of(rows, n_samples), reference)])
 
 
 def group_counts(rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, counts: Int) -> None:
     """Adds to (4, n_groups, n_epochs) counts within groups 0 .. n_groups - 1."""
-    for row, c in enumerate(_four(_correct(rows, n_samples), reference)):
+    for row, c in enumerate(_four(correct_of(rows, n_samples), reference)):
         counts[row] += np.array([np.bincount(groups[of_epoch], minlength=n_groups) for of_epoch in c]).T
 
 
@@ -45,14 +46,14 @@ def group_sums(
     rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, weights: Float, sums: Float
 ) -> None:
     """Adds weights to (4, n_groups, n_epochs) sums, in the order of the samples, as all backends do."""
-    for row, c in enumerate(_four(_correct(rows, n_samples), reference)):
+    for row, c in enumerate(_four(correct_of(rows, n_samples), reference)):
         for e, of_epoch in enumerate(c):
             np.add.at(sums[row, :, e], groups, weights * of_epoch)
 
 
 def sample_counts(rows: Rows, n_samples: int) -> NDArray[np.int32]:
     """(5, n_samples): first right, last right, right-to-wrong changes, times right, last wrong; -1 for never."""
-    correct = _correct(rows, n_samples)
+    correct = correct_of(rows, n_samples)
     n = len(correct)
 
     def first(c: Bool) -> Int:
@@ -72,7 +73,7 @@ def overlap_counts(rows: Rows, n_samples: int, counts: Int) -> None:
         n = min(step, n_samples - start)
         packed = rows.dtype == np.uint8
         piece = rows[:, start // 8 : (start + step) // 8] if packed else rows[:, start : start + step]
-        c = _correct(piece, n).astype(np.float64)
+        c = correct_of(piece, n).astype(np.float64)
         counts += (c @ c.T).astype(np.int64)
 
 

@@ -20,16 +20,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__, _check, _files, metrics
+from . import __version__, _check, _files, _reference, importers, metrics
 from ._backend import backend
-from ._load import correctness_of, has_labels, load, load_correct, load_labels, load_named
+from ._load import has_labels, load_correct, load_epochs, load_labels, load_named
 from ._matrix import Matrix
 from .comparison import compare_probabilities
+from .expectation import expected_gain
 from .fusion import fuse
 from .history import CorrectnessHistory, labels_digest
-from .plan import FusionPlan
+from .plan import METHODS, FusionPlan
 
-PROBS = "probabilities (n_epochs, n_samples, n_classes): .npy, or .npz with 'probs' and perhaps 'labels'"
+PROBS = (
+    "probabilities (n_epochs, n_samples, n_classes): .npy, or .npz with 'probs' and perhaps 'labels'; "
+    "or a folder with one .npy (n_samples, n_classes) per epoch, in the order of the numbers in their names"
+)
 LABELS = "true classes (n_samples,): .npy, or .npz with 'labels'; default: 'labels' in the other file, if it is .npz"
 
 
@@ -43,7 +47,7 @@ def command_info(args: argparse.Namespace) -> None:
 def command_metric(args: argparse.Namespace) -> None:
     correct = load_correct(args.file, args.labels, verify=not args.no_verify)
     epochs = np.array(correct.epochs if isinstance(correct, CorrectnessHistory) else range(len(correct)))
-    curves, n_forgotten = curves_and_forgotten(correct, args.reference)
+    curves, n_forgotten, (expected, error) = curves_and_forgotten(correct, args.reference)
     columns = {
         "epoch": epochs.tolist(),
         "accuracy": curves.accuracy.tolist(),
@@ -57,6 +61,8 @@ def command_metric(args: argparse.Namespace) -> None:
         "peak_forget_fraction": float(curves.forget[peak]),
         "peak_epoch": int(epochs[peak]),
         "forgotten_samples": n_forgotten,
+        "expected_gain": expected,
+        "expected_gain_error": error,
     }
     if args.per_sample:
         stats = metrics.sample_statistics(correct, never_learned=args.never_learned, progress=True)
@@ -68,13 +74,16 @@ def command_metric(args: argparse.Namespace) -> None:
     end = (
         f"peak forget fraction {summary['peak_forget_fraction']:.2%} at epoch {summary['peak_epoch']}; "
         f"{summary['forgotten_samples']} of {curves.n_samples} samples were right once and are wrong at epoch "
-        f"{epochs[args.reference]}"
+        f"{epochs[args.reference]}\n"
+        f"fusing the checkpoints may add about {100 * expected:.0f} points, give or take {100 * error:.0f} "
+        "(a rule fitted on small networks: docs/results.md)"
     )
     show(args, {**summary, **columns}, "\n".join([head, *rows, end]))
 
 
-def curves_and_forgotten(correct: Any, reference: int) -> tuple[metrics.ForgettingCurves, int]:
-    """The curves, and how many samples were right at some epoch and are wrong at the reference, in one reading."""
+def curves_and_forgotten(correct: Any, reference: int) -> tuple[metrics.ForgettingCurves, int, tuple[float, float]]:
+    """The curves, how many samples were right at some epoch and are wrong at the reference, and the gain to expect
+    (from the first 65536 samples), in one reading."""
     m = Matrix(correct)
     r, n = _check.index(reference, m.n_epochs, "reference"), m.n_samples
     counts, of_ever = np.zeros((4, m.n_epochs), np.int64), np.zeros((4, 2), np.int64)
@@ -82,7 +91,10 @@ def curves_and_forgotten(correct: Any, reference: int) -> tuple[metrics.Forgetti
         m.kernels.curve_counts(rows, part.stop - part.start, r, counts)
         ever = np.stack([np.bitwise_or.reduce(rows, axis=0), rows[r]])
         m.kernels.curve_counts(ever, part.stop - part.start, 1, of_ever)
-    return metrics.ForgettingCurves(counts, n, n, r), int(of_ever[1, 0])
+        if part.start == 0:
+            some = rows[:, :8192] if rows.dtype == np.uint8 else rows[:, :65536]
+            expected = expected_gain(_reference.correct_of(some, min(part.stop, 65536)))
+    return metrics.ForgettingCurves(counts, n, n, r), int(of_ever[1, 0]), expected
 
 
 def write_per_sample(path: str, stats: metrics.SampleStatistics, epochs: NDArray[np.int64], ids: str | None) -> None:
@@ -98,17 +110,21 @@ def write_per_sample(path: str, stats: metrics.SampleStatistics, epochs: NDArray
 
 
 def command_fuse(args: argparse.Namespace) -> None:
-    probs = load(args.probs, "probs")
+    probs = load_epochs(args.probs, args.logits)
     labels = load_labels(args.labels, args.probs)
-    correct = load_named(args.correct, "correct")[0] if args.correct else correctness_of(probs, labels)
-    options = {"window": args.window, "max_rounds": args.max_rounds, "search": args.search}
-    plan = fuse(probs, labels, correct=correct, **options)
+    correct = load_named(args.correct, "correct")[0] if args.correct else None
+    names = ("method", "window", "max_rounds", "search", "max_members", "max_forward_passes", "folds")
+    options = {name: vars(args)[name] for name in names}
+    plan = fuse(probs, labels, correct=correct, sample_weight="balanced" if args.balanced else None, **options)
     plan.save(args.output)
     content = {
         "output": args.output,
         "members": plan.members,
         "weights": plan.weights,
         "selection_accuracy": plan.accuracy,
+        "method": plan.method,
+        "cv_accuracy": plan.cv_accuracy,
+        "gain_interval": plan.gain_interval,
     }
     rows = [
         f"{'round':>6} {'epoch':>6} {'eps':>7} {'accuracy':>9}",
@@ -116,14 +132,12 @@ def command_fuse(args: argparse.Namespace) -> None:
     ]
     for i, ((epoch, eps), accuracy) in enumerate(zip(plan.members, plan.accuracy[1:], strict=True), 1):
         rows.append(f"{i:6d} {epoch:6d} {eps:7.4f} {accuracy:9.4f}")
-    if plan.final_model_alone:
-        rows.append("the final model alone is best")
-    show(args, content, "\n".join([*rows, f"{len(plan.weights)} checkpoints; plan written to {args.output}"]))
+    show(args, content, "\n".join([*rows, str(plan), f"plan written to {args.output}"]))
 
 
 def command_apply(args: argparse.Namespace) -> None:
     plan = FusionPlan.load(args.plan)
-    probs = load(args.probs, "probs")
+    probs = load_epochs(args.probs, args.logits)
     labels = None
     if args.labels or has_labels(args.probs):
         labels = load_labels(args.labels, args.probs)
@@ -143,11 +157,11 @@ def command_apply(args: argparse.Namespace) -> None:
 
 
 def command_compare(args: argparse.Namespace) -> None:
-    select, test = load(args.select, "probs"), load(args.test, "probs")
+    select, test = load_epochs(args.select, args.logits), load_epochs(args.test, args.logits)
     y = load_labels(args.select_labels, args.select, "--select-labels")
     y_test = load_labels(args.test_labels, args.test, "--test-labels")
     options = {"window": args.window, "search": args.search, "allow_overlap": args.allow_overlap}
-    table = compare_probabilities(select, y, test, y_test, correct=correctness_of(select, y), **options)
+    table = compare_probabilities(select, y, test, y_test, **options)
     text = table.to_json() if args.json else table.to_csv() if args.csv else table.to_markdown()
     print(text.rstrip())
 
@@ -163,7 +177,27 @@ def command_demo(args: argparse.Namespace) -> None:
     show(args, results, f"{demo.table(results)}\nreport: {out / 'report.md'}   numbers: {out / 'results.json'}")
 
 
+def command_import(args: argparse.Namespace) -> None:
+    if args.tool == "cartography":
+        logits, labels, ids = importers.from_cartography(args.path)
+        arrays: dict[str, Any] = {"scores": logits, "labels": labels}
+    else:
+        correct, indices = importers.from_toneva(args.path)
+        arrays, ids = {"correct": correct}, list(map(str, indices))
+    arrays["sample_ids"] = np.array(ids)
+    _files.write_atomic(args.output, lambda f: np.savez(f, **arrays))
+    shapes = {name: list(a.shape) for name, a in arrays.items()}
+    show(args, {"output": args.output, **shapes}, f"{args.output}: {', '.join(f'{k} {v}' for k, v in shapes.items())}")
+
+
 def command_bench(args: argparse.Namespace) -> None:
+    if args.suite == "paper":
+        if not args.data:
+            raise ValueError("--data: the folder with the data sets is needed")
+        paper = importlib.import_module("fmn_ref.benchmarks.paper")
+        out = args.output or f"runs/paper_{args.scale}"
+        print(paper.benchmark(args.scale, args.data, out, args.only, args.jobs, args.seeds).rstrip())
+        return
     metric_throughput = importlib.import_module("fmn_ref.benchmarks.metric_throughput")
     result = metric_throughput.benchmark(args.epochs, args.samples, args.output)
     show(args, result, metric_throughput.markdown(result).rstrip())
@@ -194,7 +228,11 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument("--json", action="store_true", help="print JSON")
         return c
 
+    def logits(c: argparse.ArgumentParser) -> None:
+        c.add_argument("--logits", action="store_true", help="the files hold logits: apply softmax")
+
     def selection(c: argparse.ArgumentParser) -> None:
+        logits(c)
         c.add_argument("--window", type=int, default=1, help="half width of a member's window (default 1)")
         c.add_argument(
             "--search", choices=["grid", "exact"], default="grid", help="how epsilon is found (default grid)"
@@ -225,11 +263,18 @@ def parser() -> argparse.ArgumentParser:
         "--no-verify", action="store_true", help="do not check a history's CRC-32s, which reads it once more"
     )
 
-    c = add("bench", command_bench, "time the metric kernels beside NumPy, numba and torch (minutes)")
-    c.add_argument("suite", choices=["metric"], help="what to time")
-    c.add_argument("--epochs", type=int, default=200, help="of the large matrix (default 200)")
-    c.add_argument("--samples", type=int, default=1_281_167, help="of the large matrix (default 1281167)")
-    c.add_argument("-o", "--output", help="folder for metric_throughput.md and .json")
+    c = add(
+        "bench", command_bench, "metric: time the kernels (minutes); fusion: time the searches; paper: the experiments"
+    )
+    c.add_argument("suite", choices=["metric", "fusion", "paper"], help="what to run")
+    c.add_argument("--epochs", type=int, default=200, help="metric: of the large matrix (default 200)")
+    c.add_argument("--samples", type=int, default=1_281_167, help="metric: of the large matrix (default 1281167)")
+    c.add_argument("--scale", choices=["cpu", "gpu"], default="cpu", help="paper: hours on two cores, or on a GPU")
+    c.add_argument("--data", help="paper: folder with mnist/, cifar-100-binary/, cifar-100n/, tiny-imagenet-200/")
+    c.add_argument("--only", default="", help="paper: regular expression for the names of pieces")
+    c.add_argument("--jobs", type=int, default=1, help="paper: pieces at once (default 1)")
+    c.add_argument("--seeds", type=int, default=3, help="paper: per setting (default 3)")
+    c.add_argument("-o", "--output", help="folder for the results; paper goes on with what is there")
 
     c = add("fuse", command_fuse, "find a fusion plan on a selection set")
     c.add_argument("probs", help=PROBS)
@@ -238,14 +283,28 @@ def parser() -> argparse.ArgumentParser:
         "--correct", help="correctness of the same samples (.fmnh or .npy): then only the chosen epochs are read"
     )
     c.add_argument("--max-rounds", type=int, help="at most so many members (default: until nothing helps)")
+    methods = [m for m in METHODS if m != "weights"]
+    c.add_argument("--method", choices=methods, default="forget", help="how epochs are chosen (default forget)")
+    c.add_argument("--max-members", type=int, help="the same as --max-rounds, for every method")
+    c.add_argument("--max-forward-passes", type=int, help="at most so many checkpoints")
+    c.add_argument(
+        "--folds", type=int, help="of the cross-validation that says how sure the plan is (default 5; 0: none)"
+    )
+    c.add_argument("--balanced", action="store_true", help="maximise balanced accuracy: every class weighs the same")
     c.add_argument("-o", "--output", default="plan.json", help="plan to write (default plan.json)")
     selection(c)
+
+    c = add("import", command_import, "correctness or scores from what other tools recorded, as .npz for `metric`")
+    c.add_argument("tool", choices=["cartography", "toneva"], help="dynamics_epoch_*.jsonl; pickled example statistics")
+    c.add_argument("path", help="the folder of the dynamics, or the file of the statistics")
+    c.add_argument("-o", "--output", default="history.npz", help="file to write (default history.npz)")
 
     c = add("apply", command_apply, "fused probabilities of other samples, by a plan")
     c.add_argument("plan", help="plan.json")
     c.add_argument("probs", help=PROBS)
     c.add_argument("--labels", help="true classes: print the accuracy too")
     c.add_argument("-o", "--output", default="fused.npy", help="file to write (default fused.npy)")
+    logits(c)
     c.add_argument("--allow-selection-data", action="store_true", help="score on the samples that chose the plan")
 
     c = add("compare", command_compare, "the fusion beside its controls: chosen on one set, scored on another")
