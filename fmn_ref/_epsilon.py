@@ -26,7 +26,8 @@ class Target:
             sample_weight = 1 / np.bincount(labels)[labels]
         if sample_weight is not None:
             w = _check.weights(sample_weight, len(labels))
-            self.weights = np.rint(w / w.max() * (_TOTAL // len(labels))).astype(np.int64)
+            scale = np.frexp(_TOTAL / len(labels))[1] - 1 - np.frexp(w.max())[1]
+            self.weights = np.rint(np.ldexp(w, scale)).astype(np.int64)  # a power of two: what is even stays so
         self.total = len(labels) if self.weights is None else int(self.weights.sum())
 
     def weighted(self, weights: Int) -> Target:

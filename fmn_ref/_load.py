@@ -34,9 +34,8 @@ def load(path: str, *names: str) -> NDArray[Any]:
 
 def load_epochs(path: str, logits: bool = False) -> Any:
     """Probabilities of all epochs: an array, or a folder with a file per epoch."""
-    epochs = (
-        importers.epoch_files(path) if Path(path).is_dir() else load(path, "probs", *(["logits"] if logits else []))
-    )
+    folder = Path(path).is_dir() and not (Path(path) / "history.fmnh").is_file()
+    epochs = importers.epoch_files(path) if folder else load(path, "probs", *(["logits"] if logits else []))
     return importers.from_logits(epochs) if logits else epochs
 
 

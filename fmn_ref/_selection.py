@@ -144,7 +144,7 @@ def likelihood(problem: Problem, target: Target) -> Members:
         small = q < min(MIN_WEIGHT, q.max())
         if small.any():
             alive = [i for i, s in zip(alive, small, strict=True) if not s]
-        elif passes > problem.max_forward_passes or len(alive) > problem.max_members + 1:
+        elif passes > problem.max_forward_passes or sum(i < n for i in alive) > problem.max_members:
             del alive[int(q.argmin())]
         else:
             break
