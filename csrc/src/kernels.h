@@ -78,11 +78,11 @@ struct Kernels {
     // n floating-point numbers as double.
     void (*widen)(const void* scores, fmn_type type, int64_t n, double* out);
 
-    // Whether a row of n numbers, a multiple of eight, is not negative and has a sum within `tolerance` of 1; false for NaN.
+    // Whether a row of n numbers is not negative and has a sum within `tolerance` of 1; false for NaN.
     bool (*sums_to_one)(const double* row, int64_t n, double tolerance);
 
     // Of epsilon * then + (1 - epsilon) * now: where it is right (the widest interval only if asked for); and whether it is at
-    // each epsilon. Rows of n scores, a multiple of eight, filled up with -1.
+    // each epsilon. Rows of n scores.
     Interval (*interval)(const double* now, const double* then, int64_t n, int64_t label, bool widest);
     void (*right_at)(const double* now, const double* then, int64_t n, int64_t label, const double* epsilon,
                      int64_t n_epsilons, bool* right);

@@ -276,23 +276,27 @@ FMN_INLINE void widen(const void* scores, fmn_type type, int64_t n, double* out)
     widen_from<double>(p, n, out);
 }
 
-// Whether n numbers, a multiple of eight, are not negative and have a sum within `tolerance` of 1.
+// Whether n numbers are not negative and have a sum within `tolerance` of 1.
 FMN_INLINE bool sums_to_one(const double* row, int64_t n, double tolerance) {
     double sums[8] = {};
     int64_t bad = 0;
-    for (int64_t k = 0; k < n; k += 8)
+    double sum = 0;
+    int64_t k = 0;
+    for (; k + 8 <= n; k += 8)
         for (int j = 0; j < 8; ++j) {
             sums[j] += row[k + j];
             bad |= -int64_t(!(row[k + j] >= 0));
         }
-    double sum = 0;
+    for (; k < n; ++k) {
+        sum += row[k];
+        bad |= -int64_t(!(row[k] >= 0));
+    }
     for (double s : sums) sum += s;
     return !bad && sum >= 1 - tolerance && sum <= 1 + tolerance;
 }
 
 // A mixture is right where its lead over each other class k, now + epsilon * (then - now) of the leads below, is positive, or
-// for classes after the label's not negative. A lead that is lost at one end alone is lost on one side of its crossing. Rows are
-// padded to n classes, a multiple of eight, with scores that never lead.
+// for classes after the label's not negative. A lead that is lost at one end alone is lost on one side of its crossing.
 struct Leads {
     int64_t never, surely_never, crosses;  // 0 or -1
     double now, then;                      // scores of the label

@@ -26,46 +26,58 @@ bool valid_window(const fmn_mixture* m, int64_t first, int64_t last) {
 
 int64_t weight(const fmn_mixture* m, int64_t i) { return m->weights ? m->weights[i] : 1; }
 
-// One sample's scores as double, of the current predictor and in a range of epochs, filled up with -1; and window means.
+// Scores of some samples as double, of the current predictor and in a range of epochs; and window means. As many samples at a
+// time as stay in the level-2 cache.
 class Scores {
 public:
     Scores(const fmn_mixture* m, int64_t first, int64_t last)
-        : m(m), first(first), last(last), width(8 * ceil_div(m->n_classes, 8)),
-          rows(static_cast<size_t>((last - first + 2) * width), -1.0), sum(static_cast<size_t>(width)) {}
+        : m(m), k(kernels()), first(first), n(m->n_classes), block(block_samples(m, first, last)),
+          rows(static_cast<size_t>((last - first + 2) * block * n)), sum(static_cast<size_t>(n)) {}
 
-    int64_t n() const { return width; }
-
-    const double* current() const { return rows.data(); }
-
-    void read(const Kernels& k, int64_t i) {
-        widen(k, m->current, m->current_type, i, rows.data());
-        for (int64_t e = first; e <= last; ++e) widen(k, m->epochs[e], m->type, i, row(e));
+    // Calls work(sample) for those of [begin, end) that have weight.
+    template <class Work>
+    void each(int64_t begin, int64_t end, const Work& work) {
+        for (start = begin; start < end; start += block) {
+            const int64_t size = std::min(block, end - start);
+            widen(m->current, m->current_type, size, rows.data());
+            const auto epochs = static_cast<int64_t>(rows.size()) / (block * n) - 1;
+            for (int64_t e = 0; e < epochs; ++e) widen(m->epochs[first + e], m->type, size, plane(first + e));
+            for (now = 0; now < size; ++now)
+                if (weight(m, start + now) != 0) work(start + now);
+        }
     }
 
+    const double* current() const { return &rows[static_cast<size_t>(now * n)]; }
+
     const double* mean(int64_t from, int64_t to) {
-        const double* a = row(from);
+        const double* a = plane(from) + now * n;
         if (from == to) return a;
-        const double count = static_cast<double>(to - from + 1), *b = row(from + 1);
+        const double count = static_cast<double>(to - from + 1), *b = plane(from + 1) + now * n;
         double* out = sum.data();
-        for (int64_t c = 0; c < width; ++c) out[c] = a[c] + b[c];
+        for (int64_t c = 0; c < n; ++c) out[c] = a[c] + b[c];
         for (int64_t e = from + 2; e <= to; ++e) {
-            const double* more = row(e);
-            for (int64_t c = 0; c < width; ++c) out[c] += more[c];
+            const double* more = plane(e) + now * n;
+            for (int64_t c = 0; c < n; ++c) out[c] += more[c];
         }
-        for (int64_t c = 0; c < width; ++c) out[c] /= count;
+        for (int64_t c = 0; c < n; ++c) out[c] /= count;
         return out;
     }
 
 private:
-    double* row(int64_t e) { return &rows[static_cast<size_t>((e - first + 1) * width)]; }
+    static int64_t block_samples(const fmn_mixture* m, int64_t first, int64_t last) {
+        return std::max<int64_t>(1, std::min<int64_t>(64, (1 << 15) / ((last - first + 2) * m->n_classes)));
+    }
 
-    void widen(const Kernels& k, const void* scores, int32_t type, int64_t i, double* out) const {
+    double* plane(int64_t e) { return &rows[static_cast<size_t>((e - first + 1) * block * n)]; }
+
+    void widen(const void* scores, int32_t type, int64_t size, double* out) const {
         const auto t = static_cast<fmn_type>(type);
-        k.widen(static_cast<const uint8_t*>(scores) + i * m->n_classes * type_size(t), t, m->n_classes, out);
+        k.widen(static_cast<const uint8_t*>(scores) + start * n * type_size(t), t, size * n, out);
     }
 
     const fmn_mixture* m;
-    int64_t first, last, width;
+    const Kernels& k;
+    int64_t first, n, block, start = 0, now = 0;
     std::vector<double> rows, sum;
 };
 
@@ -194,12 +206,10 @@ bool best_of(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, co
     const double work = 64.0 * n * (m->n_classes + 16) * n_windows;
     const bool read = split_allocating(ceil_div(n, unit), work, n_threads, [&](int64_t begin, int64_t end) {
         Scores scores(m, first, last);
-        for (int64_t i = begin * unit; i < std::min(end * unit, n); ++i) {
-            if (weight(m, i) == 0) continue;
-            scores.read(k, i);
+        scores.each(begin * unit, std::min(end * unit, n), [&](int64_t i) {
             for (int64_t c = 0; c < n_windows; ++c) {
                 const double* then = scores.mean(windows[2 * c], windows[2 * c + 1]);
-                const Interval v = k.interval(scores.current(), then, scores.n(), m->labels[i], n_grid > 0);
+                const Interval v = k.interval(scores.current(), then, m->n_classes, m->labels[i], n_grid > 0);
                 Ends& of = ends[static_cast<size_t>(c)];
                 of.add(i, v, weight(m, i));
                 if (n_grid == 0) continue;
@@ -207,7 +217,7 @@ bool best_of(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, co
                 of.grid_first[at] = static_cast<int32_t>(points_below(grid, n_grid, v.widest_lo, false));
                 of.grid_end[at] = static_cast<int32_t>(points_below(grid, n_grid, v.widest_hi, true));
             }
-        }
+        });
     });
     return read && split_allocating(n_windows, 512.0 * n * n_windows, n_threads, [&](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) {
@@ -230,7 +240,7 @@ fmn_status fmn_check_probabilities(const void* scores, fmn_type type, int64_t n_
     const int64_t bytes = n_classes * type_size(type);
     std::atomic<bool> all{true};
     const bool done = split_allocating(n_samples, 1.0 * n_samples * bytes, n_threads, [&](int64_t begin, int64_t end) {
-        std::vector<double> row(static_cast<size_t>(8 * ceil_div(n_classes, 8)));
+        std::vector<double> row(static_cast<size_t>(n_classes));
         for (int64_t i = begin; i < end && all; ++i) {
             k.widen(static_cast<const uint8_t*>(scores) + i * bytes, type, n_classes, row.data());
             if (!k.sums_to_one(row.data(), static_cast<int64_t>(row.size()), tolerance)) all = false;
@@ -252,17 +262,15 @@ fmn_status fmn_mixture_right(const fmn_mixture* m, int64_t first, int64_t last, 
         std::vector<int64_t> sums(static_cast<size_t>(n_epsilons));
         constexpr int64_t block = 64;
         bool is_right[block];
-        for (int64_t i = begin; i < end; ++i) {
-            if (weight(m, i) == 0) continue;
-            scores.read(k, i);
+        scores.each(begin, end, [&](int64_t i) {
             const double* then = scores.mean(first, last);
             for (int64_t j = 0; j < n_epsilons; j += block) {
                 const int64_t n = std::min(block, n_epsilons - j);
-                k.right_at(scores.current(), then, scores.n(), m->labels[i], epsilon + j, n, is_right);
+                k.right_at(scores.current(), then, m->n_classes, m->labels[i], epsilon + j, n, is_right);
                 for (int64_t l = 0; l < n; ++l)
                     if (is_right[l]) sums[static_cast<size_t>(j + l)] += weight(m, i);
             }
-        }
+        });
         const std::lock_guard<std::mutex> lock(adding);
         for (int64_t j = 0; j < n_epsilons; ++j) right[j] += sums[static_cast<size_t>(j)];
     });

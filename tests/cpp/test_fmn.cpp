@@ -2,6 +2,7 @@
 // several threads at once. Run once per FMN_ISA.
 //
 //     test_fmn [cases = 20000] [seed = from the clock]      prints both; a failure is repeated by its seed
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -11,6 +12,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "fmn/fmn.h"
@@ -202,9 +204,11 @@ static void put(uint8_t* to, fmn_type type, double v) {
     else std::memcpy(to, &h, 2);
 }
 
+static int64_t size_of(fmn_type type) { return type == FMN_FLOAT64 ? 8 : type == FMN_FLOAT32 ? 4 : 2; }
+
 static void check_scores(Rng& rng, fmn_type type) {
     const int64_t n = pick(rng, 0, 140), k = rng() % 4 ? pick(rng, 1, 12) : pick(rng, 1, 140), offset = pick(rng, 0, 9);
-    const int64_t size = type == FMN_FLOAT64 ? 8 : type == FMN_FLOAT32 ? 4 : 2, stride = k * size + pick(rng, 0, 9);
+    const int64_t size = size_of(type), stride = k * size + pick(rng, 0, 9);
     Bytes memory(offset + n * stride + 1), bits((n + 7) / 8 + 1, 0xEE), expected((n + 7) / 8 + 1);
     expected.back() = 0xEE;
     std::vector<int64_t> labels(n);
@@ -228,6 +232,225 @@ static void check_scores(Rng& rng, fmn_type type) {
     CHECK(bits == expected);
 }
 
+static fmn_type any_float(Rng& rng) { return static_cast<fmn_type>(pick(rng, FMN_FLOAT16, FMN_FLOAT64)); }
+
+// What put has written, or any other finite number, subnormal ones included.
+static double get(const uint8_t* p, fmn_type type) {
+    double d;
+    float f;
+    uint16_t h;
+    if (type == FMN_FLOAT64) return std::memcpy(&d, p, 8), d;
+    if (type == FMN_FLOAT32) return std::memcpy(&f, p, 4), f;
+    std::memcpy(&h, p, 2);
+    const int n_bits = type == FMN_FLOAT16 ? 10 : 7, bias = type == FMN_FLOAT16 ? 15 : 127;
+    const int exponent = (h & 0x7FFF) >> n_bits, fraction = h & ((1 << n_bits) - 1);
+    const double v = std::ldexp(exponent ? (1 << n_bits) + fraction : fraction, std::max(exponent, 1) - bias - n_bits);
+    return h & 0x8000 ? -v : v;
+}
+
+// A number in [0, 1], or in [-8, 0]: a multiple of 1 / units if units > 0, so that there are ties, or of any size.
+static void put_any(Rng& rng, fmn_type type, int64_t units, bool low, uint8_t* to) {
+    if (units == 0 && size_of(type) == 2) {
+        const auto h = static_cast<uint16_t>(pick(rng, 0, type == FMN_FLOAT16 ? 0x3C00 : 0x3F80) | (low ? 0x8000 : 0));
+        std::memcpy(to, &h, 2);
+        return;
+    }
+    double v = units ? static_cast<double>(pick(rng, 0, units)) / static_cast<double>(units) : std::ldexp(rng() >> 11, -53);
+    if (units == 0 && rng() % 16 == 0) v = std::ldexp(v, -static_cast<int>(rng() % 1075));
+    put(to, type, low ? -8 * v : v);
+}
+
+// A predictor and epochs of random scores: as the library takes them, each array without a byte more, and as doubles.
+struct Mixture {
+    fmn_mixture m;
+    bool low;
+    std::vector<Bytes> memory;  // of the epochs, then of the predictor
+    std::vector<const void*> epochs;
+    std::vector<std::vector<double>> scores;
+    std::vector<int64_t> labels, weights;
+
+    Mixture(Rng& rng, int64_t n, int64_t k, int64_t n_epochs) : low(rng() % 8 == 0), labels(n) {
+        static const int64_t any_units[] = {0, 0, 4, 10, 64};
+        const int64_t units = any_units[rng() % 5];
+        const fmn_type types[] = {any_float(rng), any_float(rng)};
+        for (int64_t e = 0; e <= n_epochs; ++e) {
+            const fmn_type type = types[e == n_epochs];
+            memory.emplace_back(n * k * size_of(type)), scores.emplace_back(n * k);
+            const bool same = e > 0 && (e < n_epochs || types[0] == types[1]) && rng() % 8 == 0;  // ties at every epsilon
+            if (same) memory[e] = memory[e - 1];
+            for (int64_t i = 0; i < n * k; ++i) {
+                uint8_t* at = memory[e].data() + i * size_of(type);
+                if (!same) put_any(rng, type, units, low, at);
+                scores[e][i] = get(at, type);
+            }
+            if (e < n_epochs) epochs.push_back(memory[e].data());
+        }
+        const int64_t most = rng() % 2 ? 3 : (int64_t(1) << 62) / (n + 1);
+        if (rng() % 2) weights.resize(n);
+        for (auto& w : weights) w = rng() % 4 ? pick(rng, 0, most) : 0;
+        for (int64_t i = 0; i < n; ++i) {  // half of the labels where the first epoch is right
+            const double* row = scores[0].data() + i * k;
+            labels[i] = rng() % 2 ? std::max_element(row, row + k) - row : pick(rng, 0, k - 1);
+        }
+        m = {memory.back().data(), epochs.data(), n_epochs, types[1], types[0], n, k, labels.data(),
+             weights.empty() ? nullptr : weights.data()};
+        context = "(mixture " + std::to_string(n) + " x " + std::to_string(k) + ", types " + std::to_string(types[0]) + " " +
+                  std::to_string(types[1]) + ", units " + std::to_string(units) + (low ? ", low" : "") + ")";
+    }
+
+    int64_t weight(int64_t i) const { return weights.empty() ? 1 : weights[i]; }
+
+    std::vector<double> mean(int64_t first, int64_t last) const {
+        std::vector<double> out = scores[first];
+        for (int64_t e = first + 1; e <= last; ++e)
+            for (size_t i = 0; i < out.size(); ++i) out[i] += scores[e][i];
+        for (auto& v : out) v /= static_cast<double>(last - first + 1);
+        return out;
+    }
+
+    // Whether sample i is right at epsilon; `then` are scores of all samples.
+    bool right(int64_t i, const std::vector<double>& then, double epsilon) const {
+        int64_t arg_max = 0;
+        double best = 0;
+        for (int64_t c = 0; c < m.n_classes; ++c) {
+            const double a = epsilon * then[i * m.n_classes + c], b = (1 - epsilon) * scores.back()[i * m.n_classes + c];
+            const double v = a + b;  // not one fused operation: -ffp-contract=off where the processor has them
+            if (c == 0 || v > best) best = v, arg_max = c;
+        }
+        return arg_max == labels[i];
+    }
+
+    // Whether it might be, with an error of 1e-13 in its lead.
+    bool nearly_right(int64_t i, const std::vector<double>& then, double epsilon) const {
+        const double *p = &scores.back()[i * m.n_classes], *q = &then[i * m.n_classes];
+        bool is = true;
+        for (int64_t c = 0; c < m.n_classes; ++c) {
+            const double a = p[labels[i]] - p[c], b = q[labels[i]] - q[c];
+            is &= (1 - epsilon) * a + epsilon * b >= -1e-13;
+        }
+        return is;
+    }
+
+    // The closed interval of epsilon on which it is right, an open end moved to the next double; lo > hi for nowhere.
+    std::pair<double, double> interval(int64_t i, const std::vector<double>& then) const {
+        const double *p = &scores.back()[i * m.n_classes], *q = &then[i * m.n_classes];
+        const int64_t y = labels[i];
+        double lo = 0, hi = 1;
+        for (int64_t c = 0; c < m.n_classes; ++c) {
+            const double a = p[y] - p[c], b = q[y] - q[c];
+            const bool lost_now = c < y ? a <= 0 : a < 0, lost_then = c < y ? b <= 0 : b < 0;
+            if (lost_now && lost_then) return {1, 0};
+            const double crossing = std::max(a / (a - b), std::numeric_limits<double>::denorm_min());
+            if (lost_now) lo = std::max(lo, c < y ? std::nextafter(crossing, 2) : crossing);
+            if (lost_then) hi = std::min(hi, c < y ? std::nextafter(crossing, -1) : crossing);
+        }
+        return {lo, hi};
+    }
+};
+
+static void check_mixture_right(const Mixture& x, Rng& rng) {
+    const int64_t first = pick(rng, 0, x.m.n_epochs - 1), last = pick(rng, first, x.m.n_epochs - 1);
+    std::vector<double> epsilon(rng() % 16 ? pick(rng, 0, 6) : pick(rng, 62, 66));
+    for (auto& e : epsilon) e = rng() % 4 ? std::ldexp(rng() >> 11, -53) : 0.25 * static_cast<double>(pick(rng, -1, 5));
+    std::vector<int64_t> right(epsilon.size(), 5), expected(right), again(right);
+    const auto then = x.mean(first, last);
+    for (size_t j = 0; j < epsilon.size(); ++j)
+        for (int64_t i = 0; i < x.m.n_samples; ++i) expected[j] += x.right(i, then, epsilon[j]) ? x.weight(i) : 0;
+    const int n_threads = static_cast<int>(pick(rng, 0, 3)), n = static_cast<int>(epsilon.size());
+    CHECK(fmn_mixture_right(&x.m, first, last, epsilon.data(), n, n_threads, right.data()) == FMN_OK);
+    CHECK(right == expected);
+    CHECK(fmn_mixture_right(&x.m, first, last, epsilon.data(), n, 3, again.data()) == FMN_OK && again == right);
+}
+
+static void check_best_epsilon(const Mixture& x, Rng& rng) {
+    const int64_t n_windows = pick(rng, 0, 3), n_grid = pick(rng, 0, 6), n = x.m.n_samples;
+    std::vector<int64_t> windows, right(n_windows), right_again(n_windows);
+    for (int64_t c = 0; c < n_windows; ++c) {
+        windows.push_back(pick(rng, 0, x.m.n_epochs - 1));
+        windows.push_back(pick(rng, windows.back(), x.m.n_epochs - 1));
+    }
+    std::vector<double> grid(n_grid), epsilon(n_windows), epsilon_again(n_windows);
+    for (auto& g : grid) g = rng() % 2 ? std::ldexp(rng() >> 11, -53) : 0.125 * static_cast<double>(pick(rng, 0, 8));
+    std::sort(grid.begin(), grid.end());
+    std::vector<int64_t> on_grid(n_grid ? n_windows : 0), on_grid_again(on_grid);
+    const int n_threads = static_cast<int>(pick(rng, 0, 3));
+    CHECK(fmn_best_epsilon(&x.m, windows.data(), n_windows, grid.data(), n_grid, n_threads, epsilon.data(), right.data(),
+                           on_grid.data()) == FMN_OK);
+    CHECK(fmn_best_epsilon(&x.m, windows.data(), n_windows, grid.data(), n_grid, 3, epsilon_again.data(), right_again.data(),
+                           on_grid_again.data()) == FMN_OK);
+    CHECK(epsilon == epsilon_again && right == right_again && on_grid == on_grid_again);
+    for (int64_t c = 0; c < n_windows; ++c) {
+        const int64_t first = windows[2 * c], last = windows[2 * c + 1];
+        const auto then = x.mean(first, last);
+        std::vector<std::tuple<double, double, int64_t>> intervals;
+        std::vector<double> starts = {0};
+        for (int64_t i = 0; i < n; ++i) {
+            const auto v = x.interval(i, then);
+            if (v.first > v.second || x.weight(i) == 0) continue;
+            intervals.emplace_back(v.first, v.second, x.weight(i)), starts.push_back(v.first);
+        }
+        // The most weight first, then a stretch that is long enough, then the lowest.
+        std::tuple<int64_t, bool, double, double> best{1, false, 0, 0};
+        for (const double at : starts) {
+            int64_t sum = 0;
+            double end = 1;
+            for (const auto& [lo, hi, w] : intervals) {
+                if (lo <= at && at <= hi) sum += w;
+                if (at <= hi) end = std::min(end, hi);
+            }
+            best = std::min(best, std::make_tuple(-sum, end - at <= 1e-12, at, end));
+        }
+        int64_t at_epsilon = 0;
+        for (const auto& [lo, hi, w] : intervals)
+            if (lo <= epsilon[c] && epsilon[c] <= hi) at_epsilon += w;
+        CHECK(0 <= epsilon[c] && epsilon[c] <= 1);
+        CHECK(right[c] == -std::get<0>(best) && right[c] == at_epsilon);
+        CHECK(epsilon[c] == (std::get<2>(best) + std::get<3>(best)) / 2);
+        if (n_grid == 0) continue;
+        std::vector<int64_t> evaluated(n_grid), at_most(n_grid);
+        CHECK(fmn_mixture_right(&x.m, first, last, grid.data(), n_grid, 1, evaluated.data()) == FMN_OK);
+        for (int64_t j = 0; j < n_grid; ++j)
+            for (int64_t i = 0; i < n; ++i) at_most[j] += x.nearly_right(i, then, grid[j]) ? x.weight(i) : 0;
+        if (!x.low) CHECK(on_grid[c] >= *std::max_element(evaluated.begin(), evaluated.end()));  // rounding grows with scores
+        CHECK(on_grid[c] <= *std::max_element(at_most.begin(), at_most.end()));
+    }
+}
+
+static void check_mixture(Rng& rng) {
+    const int64_t n = rng() % 4 ? pick(rng, 0, 20) : pick(rng, 0, 140), k = rng() % 4 ? pick(rng, 1, 12) : pick(rng, 1, 40);
+    const Mixture x(rng, n, k, pick(rng, 1, 5));
+    check_mixture_right(x, rng);
+    check_best_epsilon(x, rng);
+}
+
+// Rows of 64ths, which every type holds and which add up without rounding, in one of them a thing that is wrong or nearly so.
+static void check_probabilities(Rng& rng) {
+    const fmn_type type = any_float(rng);
+    const int64_t n = pick(rng, 0, 70), k = pick(rng, 1, 40), kind = n ? pick(rng, 0, 7) : 0;
+    std::vector<double> rows(n * k);
+    for (int64_t i = 0; i < n; ++i)
+        for (int unit = 0; unit < 64; ++unit) rows[i * k + pick(rng, 0, k - 1)] += 1.0 / 64;
+    const int64_t i = n ? pick(rng, 0, n - 1) : 0, c = pick(rng, 0, k - 1);
+    const double inf = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+    const double off[] = {0, 2.0 / 64, -2.0 / 64, 3.0 / 64, -3.0 / 64}, special[] = {-inf, inf, nan};
+    double *row = rows.data() + i * k, *most = std::max_element(row, row + k);
+    if (n > 0 && kind < 5) *most += off[kind];
+    if (kind == 5) most[0] += row[c] + 1.0 / 64, row[c] = -1.0 / 64;  // the sum is right still
+    if (kind == 6) row[c] = special[rng() % 3];
+    if (kind == 7) std::fill(row, row + k, 0.0);
+    Bytes memory;
+    for (const double v : rows) {
+        memory.resize(memory.size() + size_of(type));
+        put(&memory[memory.size() - size_of(type)], type, v == 0 && rng() % 2 ? -0.0 : v);
+    }
+    memory.shrink_to_fit();
+    int found = 7;
+    context = "(probabilities, kind " + std::to_string(kind) + ", type " + std::to_string(type) + ")";
+    const int n_threads = static_cast<int>(pick(rng, 0, 3));
+    CHECK(fmn_check_probabilities(memory.data(), type, n, k, 2.0 / 64, n_threads, &found) == FMN_OK);
+    CHECK(found == (kind < 3));
+}
+
 static void check_case(Rng& rng) {
     const Case c(rng);
     check_curves(c, rng);
@@ -240,7 +463,9 @@ static void check_case(Rng& rng) {
     check_predictions<int32_t>(rng, FMN_INT32), check_predictions<uint32_t>(rng, FMN_UINT32);
     check_predictions<int64_t>(rng, FMN_INT64), check_predictions<uint64_t>(rng, FMN_UINT64);
     context = "(scores)";
-    check_scores(rng, static_cast<fmn_type>(pick(rng, FMN_FLOAT16, FMN_FLOAT64)));
+    check_scores(rng, any_float(rng));
+    check_mixture(rng);
+    check_probabilities(rng);
 }
 
 // Large enough for threads inside one call, in both formats.
@@ -267,6 +492,44 @@ static void check_large(Rng& rng) {
     CHECK(samples == samples_bits);
     Bytes again(bytes.size());
     CHECK(fmn_unpack(&p, 4, again.data(), n) == FMN_OK && again == bytes);
+}
+
+// Mixtures with work for several threads in one call, and more windows than are held at once: the same six over and over.
+static void check_large_mixture(Rng& rng) {
+    const int64_t n = 30011, k = 10, n_windows = 75, n_grid = 21;
+    const Mixture x(rng, n, k, 3);
+    const int64_t six[][2] = {{0, 0}, {1, 1}, {2, 2}, {0, 1}, {1, 2}, {0, 2}};
+    std::vector<int64_t> windows, right[2], on_grid[2], at[2];
+    for (int64_t c = 0; c < n_windows; ++c) windows.insert(windows.end(), six[c % 6], six[c % 6] + 2);
+    std::vector<double> grid(n_grid), epsilon[2];
+    for (int64_t j = 0; j < n_grid; ++j) grid[j] = static_cast<double>(j) / (n_grid - 1);
+    for (int t = 0; t < 2; ++t) {
+        epsilon[t].resize(n_windows), right[t].resize(n_windows), on_grid[t].resize(n_windows), at[t].resize(n_grid);
+        CHECK(fmn_best_epsilon(&x.m, windows.data(), n_windows, grid.data(), n_grid, 1 + 2 * t, epsilon[t].data(),
+                               right[t].data(), on_grid[t].data()) == FMN_OK);
+        CHECK(fmn_mixture_right(&x.m, 0, 2, grid.data(), n_grid, 1 + 2 * t, at[t].data()) == FMN_OK);
+    }
+    CHECK(epsilon[0] == epsilon[1] && right[0] == right[1] && on_grid[0] == on_grid[1] && at[0] == at[1]);
+    for (int64_t c = 0; c + 6 < n_windows; ++c) CHECK(epsilon[0][c] == epsilon[0][c + 6] && right[0][c] == right[0][c + 6]);
+    for (int64_t c = 0; c < 6; ++c) {
+        const auto then = x.mean(six[c][0], six[c][1]);
+        int64_t sum = 0, some = 0;  // the weight right at epsilon, and at another place
+        const double other = std::ldexp(rng() >> 11, -53);
+        for (int64_t i = 0; i < n; ++i) {
+            const auto v = x.interval(i, then);
+            if (v.first <= epsilon[0][c] && epsilon[0][c] <= v.second) sum += x.weight(i);
+            if (v.first <= other && other <= v.second) some += x.weight(i);
+        }
+        CHECK(sum == right[0][c] && sum >= some);
+    }
+    if (!x.low) CHECK(on_grid[0][5] >= *std::max_element(at[0].begin(), at[0].end()));
+    std::vector<double> rows(200003 * 8, 0.125);
+    int sound[3];
+    CHECK(fmn_check_probabilities(rows.data(), FMN_FLOAT64, 200003, 8, 1e-6, 3, sound) == FMN_OK);
+    rows.back() = 0.126;
+    CHECK(fmn_check_probabilities(rows.data(), FMN_FLOAT64, 200003, 8, 1e-6, 1, sound + 1) == FMN_OK);
+    CHECK(fmn_check_probabilities(rows.data(), FMN_FLOAT64, 200003, 8, 1e-6, 3, sound + 2) == FMN_OK);
+    CHECK(sound[0] == 1 && sound[1] == 0 && sound[2] == 0);
 }
 
 // A zero stride repeats one row: counts past 2^32 without the memory.
@@ -334,6 +597,60 @@ static void check_errors() {
     for (const int64_t c : counts) CHECK(c == 0);  // nothing was written
 }
 
+static void check_mixture_errors() {
+    const float p[6] = {};
+    const void *epochs[] = {p, p}, *missing[] = {p, nullptr};
+    const int64_t labels[] = {0, 1}, negative[] = {0, -1}, windows[] = {0, 1, 1, 1};
+    const double points[] = {0, 1};
+    const auto bad = FMN_INVALID_ARGUMENT;
+    int sound = 7;
+    int64_t right[2] = {7, 7}, on_grid[2] = {7, 7};
+    double epsilon[2] = {7, 7};
+    const fmn_mixture good = {p, epochs, 2, FMN_FLOAT32, FMN_FLOAT32, 2, 3, labels, nullptr};
+    const auto both_bad = [&](const fmn_mixture* m) {
+        return fmn_mixture_right(m, 0, 1, points, 2, 0, right) == bad &&
+               fmn_best_epsilon(m, windows, 2, points, 2, 0, epsilon, right, on_grid) == bad;
+    };
+    CHECK(both_bad(nullptr));
+    fmn_mixture wrong[12];
+    std::fill(wrong, wrong + 12, good);
+    wrong[0].current = nullptr, wrong[1].epochs = nullptr, wrong[2].labels = nullptr;
+    wrong[3].epochs = missing;
+    wrong[4].n_epochs = -1, wrong[5].n_samples = -1, wrong[6].n_classes = 0;
+    wrong[7].type = FMN_INT32, wrong[8].current_type = FMN_UINT8, wrong[9].type = 12;
+    wrong[10].n_classes = 1, wrong[11].labels = negative;
+    for (const auto& m : wrong) CHECK(both_bad(&m));
+    const int64_t outside[][2] = {{-1, 0}, {1, 0}, {0, 2}, {2, 2}};
+    for (const auto& w : outside) {
+        CHECK(fmn_mixture_right(&good, w[0], w[1], points, 2, 0, right) == bad);
+        CHECK(fmn_best_epsilon(&good, w, 1, points, 2, 0, epsilon, right, on_grid) == bad);
+    }
+    CHECK(fmn_mixture_right(&good, 0, 1, nullptr, 2, 0, right) == bad);
+    CHECK(fmn_mixture_right(&good, 0, 1, points, 2, 0, nullptr) == bad);
+    CHECK(fmn_mixture_right(&good, 0, 1, points, -1, 0, right) == bad);
+    CHECK(fmn_best_epsilon(&good, nullptr, 2, points, 2, 0, epsilon, right, on_grid) == bad);
+    CHECK(fmn_best_epsilon(&good, windows, -1, points, 2, 0, epsilon, right, on_grid) == bad);
+    CHECK(fmn_best_epsilon(&good, windows, 2, nullptr, 2, 0, epsilon, right, on_grid) == bad);
+    CHECK(fmn_best_epsilon(&good, windows, 2, points, -1, 0, epsilon, right, on_grid) == bad);
+    CHECK(fmn_best_epsilon(&good, windows, 2, points, int64_t(1) << 31, 0, epsilon, right, on_grid) == bad);
+    CHECK(fmn_best_epsilon(&good, windows, 2, points, 2, 0, nullptr, right, on_grid) == bad);
+    CHECK(fmn_best_epsilon(&good, windows, 2, points, 2, 0, epsilon, nullptr, on_grid) == bad);
+    CHECK(fmn_best_epsilon(&good, windows, 2, points, 2, 0, epsilon, right, nullptr) == bad);
+    CHECK(fmn_check_probabilities(p, FMN_INT8, 2, 3, 1, 0, &sound) == bad);
+    CHECK(fmn_check_probabilities(p, FMN_FLOAT32, 2, 0, 1, 0, &sound) == bad);
+    CHECK(fmn_check_probabilities(p, FMN_FLOAT32, -1, 3, 1, 0, &sound) == bad);
+    CHECK(fmn_check_probabilities(nullptr, FMN_FLOAT32, 2, 3, 1, 0, &sound) == bad);
+    CHECK(fmn_check_probabilities(p, FMN_FLOAT32, 2, 3, 1, 0, nullptr) == bad);
+    for (int i = 0; i < 2; ++i) CHECK(right[i] == 7 && on_grid[i] == 7 && epsilon[i] == 7 && sound == 7);
+    // Nothing to do needs no arrays, and no grid no place for its result.
+    const fmn_mixture none = {nullptr, nullptr, 2, FMN_FLOAT32, FMN_FLOAT64, 0, 3, nullptr, nullptr};
+    CHECK(fmn_mixture_right(&good, 0, 1, nullptr, 0, 0, nullptr) == FMN_OK);
+    CHECK(fmn_best_epsilon(&good, nullptr, 0, nullptr, 0, 0, nullptr, nullptr, nullptr) == FMN_OK);
+    CHECK(fmn_best_epsilon(&none, windows, 2, nullptr, 0, 0, epsilon, right, nullptr) == FMN_OK);
+    CHECK(right[0] == 0 && right[1] == 0 && epsilon[0] == 0.5 && epsilon[1] == 0.5);
+    CHECK(fmn_check_probabilities(nullptr, FMN_FLOAT32, 0, 3, 0, 0, &sound) == FMN_OK && sound == 1);
+}
+
 int main(int argc, char** argv) {
     const char* wanted = std::getenv("FMN_ISA");
     if (wanted && std::strcmp(wanted, fmn_instruction_set()) != 0) return 77;  // not on this processor: skipped
@@ -347,6 +664,8 @@ int main(int argc, char** argv) {
     for (int64_t i = 0; i < cases; ++i) check_case(rng);
     context = "(large)";
     check_errors();
+    check_mixture_errors();
+    check_large_mixture(rng);
     if (cases > 1000) check_large(rng), check_overflow();
 
     // Eight threads in the library at once.
