@@ -191,16 +191,23 @@ def command_import(args: argparse.Namespace) -> None:
 
 
 def command_bench(args: argparse.Namespace) -> None:
+    def module(name: str) -> Any:
+        return importlib.import_module(f"fmn_ref.benchmarks.{name}")
+
+    if args.suite in ("paper", "descent") and not args.data:
+        raise ValueError("--data: the folder with the data sets is needed")
     if args.suite == "paper":
-        if not args.data:
-            raise ValueError("--data: the folder with the data sets is needed")
-        paper = importlib.import_module("fmn_ref.benchmarks.paper")
         out = args.output or f"runs/paper_{args.scale}"
-        print(paper.benchmark(args.scale, args.data, out, args.only, args.jobs, args.seeds).rstrip())
-        return
-    metric_throughput = importlib.import_module("fmn_ref.benchmarks.metric_throughput")
-    result = metric_throughput.benchmark(args.epochs, args.samples, args.output)
-    show(args, result, metric_throughput.markdown(result).rstrip())
+        tables = module("paper").benchmark(args.scale, args.data, out, args.only, args.jobs, args.seeds)
+        return print(tables.rstrip())
+    if args.suite == "descent":
+        suite, result = module("double_descent"), module("double_descent").benchmark(args.data, args.output, args.seeds)
+    elif args.suite == "fusion":
+        suite, result = module("fusion_speed"), module("fusion_speed").benchmark(args.output)
+    else:
+        suite = module("metric_throughput")
+        result = suite.benchmark(args.epochs, args.samples, args.output)
+    show(args, result, suite.markdown(result).rstrip())
 
 
 def show(args: argparse.Namespace, content: dict[str, Any], text: str) -> None:
@@ -264,16 +271,20 @@ def parser() -> argparse.ArgumentParser:
     )
 
     c = add(
-        "bench", command_bench, "metric: time the kernels (minutes); fusion: time the searches; paper: the experiments"
+        "bench",
+        command_bench,
+        "time the kernels (metric) or the searches (fusion), or repeat the experiments (paper, descent)",
     )
-    c.add_argument("suite", choices=["metric", "fusion", "paper"], help="what to run")
+    c.add_argument("suite", choices=["metric", "fusion", "paper", "descent"], help="what to run")
     c.add_argument("--epochs", type=int, default=200, help="metric: of the large matrix (default 200)")
     c.add_argument("--samples", type=int, default=1_281_167, help="metric: of the large matrix (default 1281167)")
     c.add_argument("--scale", choices=["cpu", "gpu"], default="cpu", help="paper: hours on two cores, or on a GPU")
-    c.add_argument("--data", help="paper: folder with mnist/, cifar-100-binary/, cifar-100n/, tiny-imagenet-200/")
+    c.add_argument(
+        "--data", help="paper, descent: folder with mnist/, cifar-100-binary/, cifar-100n/, tiny-imagenet-200/"
+    )
     c.add_argument("--only", default="", help="paper: regular expression for the names of pieces")
     c.add_argument("--jobs", type=int, default=1, help="paper: pieces at once (default 1)")
-    c.add_argument("--seeds", type=int, default=3, help="paper: per setting (default 3)")
+    c.add_argument("--seeds", type=int, default=3, help="paper, descent: per setting (default 3)")
     c.add_argument("-o", "--output", help="folder for the results; paper goes on with what is there")
 
     c = add("fuse", command_fuse, "find a fusion plan on a selection set")

@@ -426,24 +426,21 @@ static void check_mixture(Rng& rng) {
 // Rows of 64ths, which every type holds and which add up without rounding, in one of them a thing that is wrong or nearly so.
 static void check_probabilities(Rng& rng) {
     const fmn_type type = any_float(rng);
-    const int64_t n = pick(rng, 0, 70), k = pick(rng, 1, 40), kind = n ? pick(rng, 0, 7) : 0;
+    const int64_t n = pick(rng, 0, 70), k = pick(rng, 1, 40), size = size_of(type), kind = n > 0 ? pick(rng, 0, 7) : 0;
     std::vector<double> rows(n * k);
     for (int64_t i = 0; i < n; ++i)
         for (int unit = 0; unit < 64; ++unit) rows[i * k + pick(rng, 0, k - 1)] += 1.0 / 64;
-    const int64_t i = n ? pick(rng, 0, n - 1) : 0, c = pick(rng, 0, k - 1);
-    const double inf = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
-    const double off[] = {0, 2.0 / 64, -2.0 / 64, 3.0 / 64, -3.0 / 64}, special[] = {-inf, inf, nan};
-    double *row = rows.data() + i * k, *most = std::max_element(row, row + k);
-    if (n > 0 && kind < 5) *most += off[kind];
-    if (kind == 5) most[0] += row[c] + 1.0 / 64, row[c] = -1.0 / 64;  // the sum is right still
-    if (kind == 6) row[c] = special[rng() % 3];
-    if (kind == 7) std::fill(row, row + k, 0.0);
-    Bytes memory;
-    for (const double v : rows) {
-        memory.resize(memory.size() + size_of(type));
-        put(&memory[memory.size() - size_of(type)], type, v == 0 && rng() % 2 ? -0.0 : v);
+    if (kind > 0) {
+        const double inf = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+        const double off[] = {0, 2.0 / 64, -2.0 / 64, 3.0 / 64, -3.0 / 64}, special[] = {-inf, inf, nan};
+        double *row = &rows[pick(rng, 0, n - 1) * k], *most = std::max_element(row, row + k), *any = row + pick(rng, 0, k - 1);
+        if (kind < 5) *most += off[kind];
+        if (kind == 5) *most += *any + 1.0 / 64, *any = -1.0 / 64;  // the sum is right still
+        if (kind == 6) *any = special[rng() % 3];
+        if (kind == 7) std::fill(row, row + k, 0.0);
     }
-    memory.shrink_to_fit();
+    Bytes memory(n * k * size);
+    for (int64_t j = 0; j < n * k; ++j) put(&memory[j * size], type, rows[j] == 0 && rng() % 2 ? -0.0 : rows[j]);
     int found = 7;
     context = "(probabilities, kind " + std::to_string(kind) + ", type " + std::to_string(type) + ")";
     const int n_threads = static_cast<int>(pick(rng, 0, 3));
