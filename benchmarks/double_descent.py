@@ -84,9 +84,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure((9.6, 3.6), dpi=120, layout="constrained")
-    for axes, (name, case) in zip(
-        figure.subplots(1, len(result["cases"]), sharey=True), result["cases"].items(), strict=True
-    ):
+    all_axes = figure.subplots(1, len(result["cases"]), sharey=True, squeeze=False)[0]
+    for axes, (name, case) in zip(all_axes, result["cases"].items(), strict=True):
         mean = {k: np.mean([s[k] for s in case["seeds"]], axis=0) for k in NAMES}
         axes.plot(mean["accuracy"], color="#2563eb", label="accuracy")
         axes.plot(mean["retained"], color="#2563eb", linestyle=":", label="of it still right at the end")

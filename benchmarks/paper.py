@@ -157,7 +157,7 @@ def run_piece(piece: Piece, root: Path, out: Path) -> dict[str, Any]:
     content["seconds"] = round(time.perf_counter() - began)  # of this attempt, if earlier ones were interrupted
     path.parent.mkdir(parents=True, exist_ok=True)
     _files.write_json(path, {"format": FORMAT, "version": 1, **content})
-    return content
+    return _files.read_json(path, FORMAT)
 
 
 def benchmark(

@@ -108,7 +108,7 @@ def budget(results: list[Result]) -> list[dict[str, Any]]:
             "pieces": len(v),
             "gain": 100 * float(np.mean([g for g, _, _ in v])),
             "full_gain": 100 * float(np.mean([f for _, f, _ in v])),
-            "share_of_gain": float(sum(g for g, _, _ in v) / sum(f for _, f, _ in v)),
+            "share_of_gain": float(sum(g for g, _, _ in v) / (sum(f for _, f, _ in v) or np.inf)),
             "checkpoints": float(np.mean([n for _, _, n in v])),
         }
         for (keep, share, fusion), v in sums.items()

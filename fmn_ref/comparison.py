@@ -18,6 +18,7 @@ from .plan import Epochs, FusionPlan, mixture
 
 Int = NDArray[np.int64]
 FLATTERS = "scoring there flatters (allow_overlap=True or --allow-overlap permits it)"
+OTHERS = ("greedy", "bagged", "likelihood", "coverage", "auto")  # methods of `fuse` beside KF
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # per epoch; the one with the best selection accuracy is scored
 
 
@@ -91,8 +92,8 @@ def compare_probabilities(
 ) -> Comparison:
     """The methods that mix predictions, from arrays alone.
 
-    Rows: last, best epoch, best window, last-k, equally spaced, top-k, KF(1), KF; k is the number of checkpoints of
-    KF's plan.
+    Rows: last, best epoch, best window, last-k, equally spaced, top-k, KF(1), KF, and the other methods of `fuse`; k is
+    the number of checkpoints of KF's plan.
 
     Parameters
     ----------
@@ -117,15 +118,15 @@ def compare_probabilities(
     select_probs, test_probs = Epochs(select_probs, "select_probs"), Epochs(test_probs, "test_probs")
     if not allow_overlap:
         refuse_overlap(_rows(select_probs), _rows(test_probs), "test_probs")
-    rows, plan = _mixed(select_probs, select_labels, test_probs, test_labels, correct, window, search)
-    return _comparison(rows, plan, select_labels, test_labels, allow_overlap)
+    rows, plans = _mixed(select_probs, select_labels, test_probs, test_labels, correct, window, search)
+    return _comparison(rows, plans["KF"], select_labels, test_labels, allow_overlap)
 
 
 def _mixed(
     select_probs: Any, select_labels: Any, test_probs: Any, test_labels: Any, correct: Any, window: int, search: str
-) -> tuple[list[Row], FusionPlan]:
-    """The rows that mix predictions."""
-    plan = fuse(select_probs, select_labels, correct=correct, window=window, search=search)
+) -> tuple[list[Row], dict[str, FusionPlan]]:
+    """The rows that mix predictions, and the plans of those that fuse."""
+    plan = fuse(select_probs, select_labels, correct=correct, window=window, search=search, folds=0)
     first = FusionPlan(plan.members[:1], plan.n_epochs, window, plan.accuracy[:2])
     y = _check.labels(select_labels)
     n, k = plan.n_epochs, len(plan.weights)
@@ -146,9 +147,13 @@ def _mixed(
         Row(name, len(w), _score(mixture(select_probs, w), y), _score(mixture(test_probs, w), y_test))
         for name, w in mixed.items()
     ]
-    for name, p in (("KF(1)", first), ("KF", plan)):
-        rows.append(Row(name, len(p.weights), p.accuracy[-1], _score(p.apply(test_probs), y_test)))
-    return rows, plan
+    plans = {"KF(1)": first, "KF": plan}
+    for method in OTHERS:
+        folds = None if method == "auto" else 0
+        plans[method] = fuse(select_probs, y, correct=correct, method=method, window=window, folds=folds)
+    for name, p in plans.items():
+        rows.append(Row(name, p.forward_passes, p.accuracy[-1], _score(p.apply(test_probs), y_test)))
+    return rows, plans
 
 
 def _comparison(rows: list[Row], plan: FusionPlan, y: Any, y_test: Any, allow_overlap: bool) -> Comparison:
@@ -174,7 +179,7 @@ def compare(
 
     Rows of `compare_probabilities`; with `train_data` also the averaged weights (EMA and SWA over the epochs'
     checkpoints, averaged KF; BatchNorm recomputed on `train_data`); with `make_student` too, students distilled from
-    the final model alone and from the fused model.
+    the final model alone, from KF and from "auto".
 
     Parameters
     ----------
@@ -211,17 +216,17 @@ def compare(
         refuse_overlap(data.fingerprints(select_data), data.fingerprints(test_data), "test_data")
     select, test = run.probabilities(select_data), run.probabilities(test_data)
     y, y_test = select.labels, test.labels
-    rows, plan = _mixed(select, y, test, y_test, None, window, search)
+    rows, plans = _mixed(select, y, test, y_test, None, window, search)
     rows += [
         Row(name, 1, _model_score(model, select_data, run, y), _model_score(model, test_data, run, y_test))
-        for name, model in _single_models(run, plan, select_data, y, train_data, make_student, options)
+        for name, model in _single_models(run, plans, select_data, y, train_data, make_student, options)
     ]
-    return _comparison(rows, plan, y, y_test, allow_overlap)
+    return _comparison(rows, plans["KF"], y, y_test, allow_overlap)
 
 
 def _single_models(
     run: Any,
-    plan: FusionPlan,
+    plans: dict[str, FusionPlan],
     select_data: Any,
     y: Int,
     train_data: Any,
@@ -234,6 +239,7 @@ def _single_models(
 
     if train_data is None:
         return
+    plan = plans["KF"]
     n = plan.n_epochs
     candidates = [averaged_model(run, baselines.ema(n, d), train_data) for d in EMA_DECAYS]
     yield "EMA", max(candidates, key=lambda m: _model_score(m, select_data, run, y))
@@ -242,7 +248,7 @@ def _single_models(
     if make_student is None:
         return
     final = FusionPlan((), n, 0, plan.accuracy[:1])
-    for name, p in (("distilled last", final), ("distilled KF", plan)):
+    for name, p in (("distilled last", final), ("distilled KF", plan), ("distilled auto", plans["auto"])):
         teacher = FusedModel(p, run)
         yield name, distill(make_student(), teacher, train_data, forward_fn=run.forward_fn, **options)
 

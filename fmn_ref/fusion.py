@@ -74,8 +74,8 @@ def fuse(
         Maximise weighted accuracy; "balanced": every class weighs the same.
     folds : int >= 2, or 0, optional
         Cross-validation inside the selection set: the method is run without each fold and scored on it, which gives
-        `cv_accuracy` and `gain_interval` of the plan. Default: 5 where `probs` is an array or a list with at least 50
-        samples; 0 where reading an epoch may cost something.
+        `cv_accuracy` and `gain_interval` of the plan. Default: 5 for "auto", and where `probs` is an array or a list
+        with at least 50 samples; 0 where reading an epoch may cost something.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def fuse(
     y = _check.labels(labels, *final.shape)
     target = Target(y, sample_weight)
     if folds is None:
-        folds = 5 if method == "auto" or (probs.in_memory and len(y) >= 50) else 0
+        folds = min(5, len(y)) if method == "auto" or (probs.in_memory and len(y) >= 50) else 0
     if folds != 0:
         folds = _check.number(folds, 2, len(y), "folds", int)
     if method == "auto" and folds == 0:

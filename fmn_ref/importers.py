@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,11 +50,14 @@ class from_logits(Sequence[NDArray[np.float32]]):
         if z.dtype.kind != "f" or z.ndim != 2 or 0 in z.shape:
             got = f"shape {z.shape}, dtype {z.dtype}"
             raise ValueError(f"logits[{epoch}]: expected floating-point (n_samples, n_classes), got {got}")
-        z = z.astype(np.float32)
-        highest = z.max(1, keepdims=True)
-        if not np.isfinite(highest).all():
-            raise ValueError(f"logits[{epoch}]: expected finite numbers, got {highest.min()} at most in a row")
-        p = np.exp(z - highest)
+        with np.errstate(over="ignore"):
+            z = z.astype(np.float32)
+            highest = z.max(1, keepdims=True)
+            bad = ~np.isfinite(highest)
+            if bad.any():
+                row, value = int(bad.argmax()), highest[bad][0]
+                raise ValueError(f"logits[{epoch}], row {row}: expected finite numbers, the highest is {value}")
+            p = np.exp(z - highest)
         return np.asarray(p / p.sum(1, keepdims=True))
 
 
@@ -73,9 +77,16 @@ def epoch_files(folder: str | Path, pattern: str = "*.npy") -> list[NDArray[Any]
     arrays = []
     for path in paths:
         try:
-            arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}: not an .npy file of numbers ({error})") from None
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                array.close()
+                raise ValueError("an .npz file")
+            if array.dtype.kind not in "biuf":
+                raise ValueError(f"dtype {array.dtype}")
+        except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
+            reason = "objects" if "pickle" in str(error) else error  # NumPy suggests to unpickle them
+            raise ValueError(f"{path}: not an .npy file of numbers ({reason})") from None
+        arrays.append(array)
     return arrays
 
 
@@ -109,13 +120,16 @@ def from_cartography(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[n
     epochs: list[dict[str, tuple[list[float], int]]] = []
     for path in paths:
         rows: dict[str, tuple[list[float], int]] = {}
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 content = json.loads(line)
                 key = next(k for k in content if k.startswith("logits_epoch_"))
-                rows[str(content["guid"])] = [float(v) for v in content[key]], int(content["gold"])
-            except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+                guid, row = str(content["guid"]), ([float(v) for v in content[key]], int(content["gold"]))
+            except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: not a line of training dynamics ({error})") from None
+            if guid in rows:
+                raise ValueError(f"{path}:{number}: sample {guid!r} is there twice")
+            rows[guid] = row
         epochs.append(rows)
         if rows.keys() != epochs[0].keys() or not rows:
             raise ValueError(f"{path}: expected the samples of {paths[0].name}, and at least one")
@@ -130,10 +144,38 @@ def from_cartography(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[n
     return dynamics, _check.labels([epochs[0][g][1] for g in guids], n_classes=n_classes, name="gold"), guids
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, tuples, strings and numbers; refuses whatever would import or call something."""
+class _Dtype:
+    """Stands in for numpy.dtype: what a pickle says about the type of a number."""
 
-    def find_class(self, module: str, name: str) -> NoReturn:
+    def __init__(self, name: Any, *flags: Any) -> None:
+        if not isinstance(name, str) or not re.fullmatch("b1|[iu][1248]|f[248]", name):
+            raise pickle.UnpicklingError("it holds a NumPy type that is no number")
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] not in ("<", ">", "|", "="):
+            raise pickle.UnpicklingError("it holds a NumPy type of unknown byte order")
+        self.order = state[1]
+
+
+class _Scalar:
+    """Stands in for the function that makes NumPy's scalars of a type and bytes: gives a plain number."""
+
+    def __new__(cls, dtype: Any, data: Any) -> Any:
+        return np.frombuffer(data, dtype.order + dtype.name).item()
+
+    def __setstate__(self, state: Any) -> None:  # or the class itself could be given attributes
+        raise pickle.UnpicklingError("it sets the state of a number")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, tuples, strings and numbers, NumPy's too; refuses whatever would import or call something."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy", "dtype"):
+            return _Dtype
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
+            return _Scalar
         raise pickle.UnpicklingError(f"it refers to {module}.{name}; only plain containers and numbers are read")
 
     def persistent_load(self, pid: Any) -> NoReturn:
@@ -142,6 +184,8 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def from_toneva(path: str | Path) -> tuple[NDArray[np.bool_], list[int]]:
     """What mtoneva/example_forgetting pickles: {index: [losses, accuracies, margins]}, each over the presentations.
+
+    The indices there are NumPy's integers.
 
     Returns
     -------

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from . import _check, metrics
 from .plan import FusionPlan
+from .recovery import Recovery
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,4 +95,18 @@ def per_class(correct: Any, labels: Any) -> Figure:
     figure, axes = _axes("Forgotten samples per class", "class", "share of the class")
     axes.bar(classes, share, color=_RED)
     axes.axhline(forgotten.mean(), color=_GREY, linewidth=1, linestyle="--")
+    return figure
+
+
+def recovery(r: Recovery) -> Figure:
+    """Per predictor: forgotten samples that it brings back, never-learned ones that it knows, and those it loses."""
+    figure, axes = _axes("What changes against the final model", "", "samples")
+    counts = r.counts()
+    places = np.arange(len(counts))
+    bars = (("recovered", _GREEN, "forgotten, recovered"), ("new", _BLUE, "never right, new"), ("lost", _RED, "lost"))
+    for i, (key, color, label) in enumerate(bars):
+        axes.bar(places + 0.27 * (i - 1), [n[key] for n in counts.values()], 0.25, color=color, label=label)
+    axes.set_xticks(places, list(counts))
+    axes.margins(y=0.2)
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
     return figure

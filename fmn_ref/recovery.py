@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check, metrics
+from .history import NO_LABELS, CorrectnessHistory, labels_digest
 
 Bool = NDArray[np.bool_]
+_COLUMNS = ("sample_id", "group", "final", "forgotten")  # of the table per sample, before the predictors
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,9 @@ class Recovery:
         """{name: counts} over all samples or one group: samples; forgotten; recovered, forgotten and now right; never
         right before and now right (new); lost, right by the final model and now wrong; right."""
         inside: Bool = np.ones(len(self.final), bool)
-        if group is not None and self.groups is not None:
+        if group is not None:
+            if self.groups is None:
+                raise ValueError("group: recovery was called without groups")
             inside = self.groups == group
         never = ~self.final & ~self.forgotten
         return {
@@ -107,7 +111,7 @@ def recovery(
     Raises
     ------
     TypeError, ValueError
-        Shapes that do not fit, values out of range.
+        Shapes that do not fit, values out of range; a history of other samples.
 
     Examples
     --------
@@ -124,8 +128,12 @@ def recovery(
     y = _check.labels(labels, n)
     if not isinstance(predictions, dict):
         raise TypeError(f"predictions: expected {{name: array}}, got {type(predictions).__name__}")
+    if isinstance(correct, CorrectnessHistory) and correct.digest not in (NO_LABELS, labels_digest(y)):
+        raise ValueError("correct: a history of other labels, or in another order")
     right = {}
     for name, p in predictions.items():
+        if name in _COLUMNS:
+            raise ValueError(f"predictions: {name!r} is the name of another column; choose another")
         right[name] = metrics.correctness(p, y)
         if right[name].shape != (n,):
             raise ValueError(f"predictions[{name!r}]: expected one prediction per sample, got {right[name].shape}")

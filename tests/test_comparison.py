@@ -70,8 +70,9 @@ def test_rows_are_what_they_say(run, table):
     swa = fmn.averaged_model(run, baselines.swa(12), TRAIN)
     assert table["SWA"].test_accuracy == (swa(TEST[0]).argmax(1) == TEST[1]).double().mean().item()
     names = [r.method for r in table.rows]
-    assert names[-5:] == ["EMA", "SWA", "averaged KF", "distilled last", "distilled KF"]
-    assert all(r.forward_passes == 1 for r in table.rows[-5:])
+    singles = ["EMA", "SWA", "averaged KF", "distilled last", "distilled KF", "distilled auto"]
+    assert names[-6:] == singles
+    assert all(r.forward_passes == 1 for r in table.rows[-6:])
     with pytest.raises(KeyError, match="there are last"):
         table["bagging"]
 
@@ -123,7 +124,7 @@ def test_bad_probabilities(change, words):
     rng = np.random.default_rng(0)
     given = {"select_probs": rng.dirichlet(np.ones(3), (3, 4)), "test_probs": rng.dirichlet(np.ones(3), (3, 4))}
     given |= {"select_labels": [0, 1, 2, 0], "test_labels": [0, 1, 2, 0]}
-    assert len(fmn.compare_probabilities(**given).rows) == 8
+    assert len(fmn.compare_probabilities(**given).rows) == 13
     as_tensors = {k: torch.tensor(v) for k, v in given.items()}
     assert fmn.compare_probabilities(**as_tensors).rows == fmn.compare_probabilities(**given).rows
     with pytest.raises((ValueError, TypeError), match=f"^{words}"):
@@ -155,6 +156,9 @@ def test_figures(run, table, tmp_path):
         "last": plot.last_correct(run.history),
         "class": plot.per_class(run.history, VAL[1]),
     }
+    predictions = {"KF": table.plan.apply(run.probabilities(VAL)), "epoch 0": run.probabilities(VAL)[0]}
+    recovered = fmn.recovery(run.history, predictions, VAL[1])
+    figures["recovery"] = plot.recovery(recovered)
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
@@ -167,6 +171,11 @@ def test_figures(run, table, tmp_path):
     assert sum(bar.get_height() for bar in figures["last"].axes[0].patches) == forgotten.sum()
     shares = [bar.get_height() for bar in figures["class"].axes[0].patches]
     np.testing.assert_allclose(shares, [forgotten[VAL[1].numpy() == c].mean() for c in range(4)])
+    axes = figures["recovery"].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["KF", "epoch 0"]
+    for bars, key in zip(axes.containers, ("recovered", "new", "lost"), strict=True):
+        assert key in bars.get_label()
+        assert [bar.get_height() for bar in bars] == [n[key] for n in recovered.counts().values()]
 
 
 def test_figures_without_matplotlib(monkeypatch):

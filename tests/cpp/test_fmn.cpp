@@ -198,10 +198,10 @@ static uint16_t half_bits(double v, int fraction, int bias) {
 
 static void put(uint8_t* to, fmn_type type, double v) {
     const float f = static_cast<float>(v);
+    if (type == FMN_FLOAT64) return void(std::memcpy(to, &v, 8));
+    if (type == FMN_FLOAT32) return void(std::memcpy(to, &f, 4));
     const uint16_t h = type == FMN_FLOAT16 ? half_bits(v, 10, 15) : half_bits(v, 7, 127);
-    if (type == FMN_FLOAT64) std::memcpy(to, &v, 8);
-    else if (type == FMN_FLOAT32) std::memcpy(to, &f, 4);
-    else std::memcpy(to, &h, 2);
+    std::memcpy(to, &h, 2);
 }
 
 static int64_t size_of(fmn_type type) { return type == FMN_FLOAT64 ? 8 : type == FMN_FLOAT32 ? 4 : 2; }
@@ -259,6 +259,8 @@ static void put_any(Rng& rng, fmn_type type, int64_t units, bool low, uint8_t* t
     if (units == 0 && rng() % 16 == 0) v = std::ldexp(v, -static_cast<int>(rng() % 1075));
     put(to, type, low ? -8 * v : v);
 }
+
+struct Range { double lo, hi; };
 
 // A predictor and epochs of random scores: as the library takes them, each array without a byte more, and as doubles.
 struct Mixture {
@@ -332,7 +334,7 @@ struct Mixture {
     }
 
     // The closed interval of epsilon on which it is right, an open end moved to the next double; lo > hi for nowhere.
-    std::pair<double, double> interval(int64_t i, const std::vector<double>& then) const {
+    Range interval(int64_t i, const std::vector<double>& then) const {
         const double *p = &scores.back()[i * m.n_classes], *q = &then[i * m.n_classes];
         const int64_t y = labels[i];
         double lo = 0, hi = 1;
@@ -371,6 +373,10 @@ static void check_best_epsilon(const Mixture& x, Rng& rng) {
     }
     std::vector<double> grid(n_grid), epsilon(n_windows), epsilon_again(n_windows);
     for (auto& g : grid) g = rng() % 2 ? std::ldexp(rng() >> 11, -53) : 0.125 * static_cast<double>(pick(rng, 0, 8));
+    for (int64_t j = 0; n > 0 && n_windows > 0 && j < n_grid; j += 2) {  // where rounding decides
+        const Range v = x.interval(pick(rng, 0, n - 1), x.mean(windows[0], windows[1]));
+        grid[j] = std::min(v.lo > 0 ? v.lo : v.hi, 1.0);
+    }
     std::sort(grid.begin(), grid.end());
     std::vector<int64_t> on_grid(n_grid ? n_windows : 0), on_grid_again(on_grid);
     const int n_threads = static_cast<int>(pick(rng, 0, 3));
@@ -386,8 +392,8 @@ static void check_best_epsilon(const Mixture& x, Rng& rng) {
         std::vector<double> starts = {0};
         for (int64_t i = 0; i < n; ++i) {
             const auto v = x.interval(i, then);
-            if (v.first > v.second || x.weight(i) == 0) continue;
-            intervals.emplace_back(v.first, v.second, x.weight(i)), starts.push_back(v.first);
+            if (v.lo > v.hi || x.weight(i) == 0) continue;
+            intervals.emplace_back(v.lo, v.hi, x.weight(i)), starts.push_back(v.lo);
         }
         // The most weight first, then a stretch that is long enough, then the lowest.
         std::tuple<int64_t, bool, double, double> best{1, false, 0, 0};
@@ -514,8 +520,8 @@ static void check_large_mixture(Rng& rng) {
         const double other = std::ldexp(rng() >> 11, -53);
         for (int64_t i = 0; i < n; ++i) {
             const auto v = x.interval(i, then);
-            if (v.first <= epsilon[0][c] && epsilon[0][c] <= v.second) sum += x.weight(i);
-            if (v.first <= other && other <= v.second) some += x.weight(i);
+            if (v.lo <= epsilon[0][c] && epsilon[0][c] <= v.hi) sum += x.weight(i);
+            if (v.lo <= other && other <= v.hi) some += x.weight(i);
         }
         CHECK(sum == right[0][c] && sum >= some);
     }
