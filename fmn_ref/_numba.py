@@ -122,7 +122,7 @@ def _intervals(now, then, labels):  # type: ignore[no-untyped-def]
             elif lost_then:
                 hi = min(hi, max(a / (a - b), least))
         if open_lo >= lo:
-            lo = np.nextafter(open_lo, 2.0)
+            lo = min(np.nextafter(open_lo, 2.0), 1.0)
         if open_hi <= hi:
             hi = np.nextafter(open_hi, -1.0)
         if never or surely_never:

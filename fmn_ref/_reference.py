@@ -212,7 +212,7 @@ def _intervals(now: Float, then: Float, y: Int) -> Float:
         wide_crossing = wide_a / (wide_a - wide_b)
     lo, open_lo = highest(lost_now & ~before, crossing, 0.0), highest(lost_now & before, crossing, -1.0)
     hi, open_hi = -highest(lost_then & ~before, -crossing, -1.0), -highest(lost_then & before, -crossing, -2.0)
-    lo = np.where(open_lo >= lo, np.nextafter(open_lo, 2), lo)
+    lo = np.where(open_lo >= lo, np.minimum(np.nextafter(open_lo, 2), 1), lo)
     hi = np.where(open_hi <= hi, np.nextafter(open_hi, -1), hi)
     widest_lo, widest_hi = highest(wide_a < 0, wide_crossing, 0.0), -highest(wide_b < 0, -wide_crossing, -1.0)
     never, surely_never = (lost_now & lost_then).any(1), ((wide_a < 0) & (wide_b < 0)).any(1)

@@ -20,7 +20,9 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, half: bool = F
     half: float32 and float64 as float16, but for tensors that hold a number too large for it. `load_into` widens them.
     """
     state = to_cpu(unwrap(model).state_dict())
-    save({name: _halved(value) for name, value in state.items()} if half else state, path)
+    if half:
+        state.update({name: _halved(value) for name, value in state.items()})
+    save(state, path)
 
 
 def _halved(value: Any) -> Any:

@@ -330,10 +330,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """No command writes over a file that it reads."""
-    inputs = [vars(args).get(name) for name in ("file", "plan", "probs", "labels", "correct", "ids")]
+    """No command writes over a file that it reads, nor what would be read next time into a folder of epochs."""
+    names = [vars(args).get(name) for name in ("file", "plan", "probs", "labels", "correct", "ids", "path")]
+    inputs = [Path(name).resolve() for name in names if name]
     for output in (vars(args).get("output"), vars(args).get("per_sample")):
-        if output and Path(output).resolve() in [Path(i).resolve() for i in inputs if i]:
+        path = Path(output or "").resolve()
+        beside_epochs = path.suffix in (".npy", ".jsonl") and path.parent in inputs
+        if output and (path in inputs or beside_epochs):
             raise ValueError(f"{output}: is one of the files to read; choose another name for what is written")
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _check, data
+from . import _check, checkpoints, data
 from .recorder import Recorder, claim
 from .training import Recipe, data_digest, fit, recording_hooks, tensors_digest
 
@@ -114,6 +114,8 @@ def distill(
         resume_path = claim(Path(run_dir), config, resume) / "resume.pt"
         if val_data is not None:
             recorder = Recorder(run_dir, student, keep, half=half, forward_fn=forward_fn)
+            if recorder.next_epoch == epochs and not resume_path.exists():  # complete, and tidied up by somebody
+                return checkpoints.load_into(student, recorder.run.checkpoints[-1]).eval()
             recording = recording_hooks(recorder, resume_path, student, val_data, forward_fn)
     cached = augment is None and data.is_arrays(train_data)
     with _borrowed(teacher, data.device_of(student)):

@@ -270,11 +270,20 @@ class CorrectnessHistory:
         return joined
 
     def select(self, rows: Any) -> CorrectnessHistory:
-        """Some of the epochs, ascending, as a history in memory."""
+        """Some of the epochs, ascending rows, as a history in memory.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Rows that are none, or not ascending.
+        """
+        chosen = [_check.index(i, len(self), "rows") for i in rows]
+        if chosen != sorted(set(chosen)):
+            raise ValueError(f"rows: expected them ascending, got {chosen}")
         part = CorrectnessHistory(self.n_samples)
         part.digest = self.digest
-        part._rows = np.ascontiguousarray(self.packed[list(rows)])
-        part._epochs = [self._epochs[i] for i in rows]
+        part._rows = np.ascontiguousarray(self.packed[chosen])
+        part._epochs = [self._epochs[i] for i in chosen]
         return part
 
     def __len__(self) -> int:

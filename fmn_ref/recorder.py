@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,23 +192,40 @@ class Recorder:
         if epoch < self.next_epoch:
             hint = f"go on with {self.next_epoch} (recorder.next_epoch), or drop it with recorder.rewind({epoch})"
             raise ValueError(f"epoch: {self.run_dir} is already recorded past {epoch}; {hint}")
+        limited = self._save is not None and self._keep.rule in ("every", "budget")
+        if limited:
+            self._remove_leftovers()
         if self._save is not None:
             self._save(checkpoint_path(self.run_dir, epoch))
         if self._history is None:
             self._history = CorrectnessHistory(len(right), self.run_dir / "history.fmnh", labels=labels)
         self._history.append(right, epoch)
-        if self._keep.rule in ("every", "budget"):
+        if limited:
             kept = self.run.kept
             for dropped in self._keep.dropped(kept.history.epochs, kept.history.correct()):
                 checkpoint_path(self.run_dir, dropped).unlink()
 
+    def _remove_leftovers(self) -> None:
+        """Checkpoints of epochs that are not in the history: what a crash left."""
+        if self._history is None:
+            return
+        recorded = {checkpoint_path(self.run_dir, e) for e in self._history.epochs}
+        for path in list((self.run_dir / "checkpoints").iterdir()):
+            if path not in recorded and re.fullmatch(r"epoch_\d{5,}\.pt", path.name):
+                path.unlink()
+
     def rewind(self, epoch: int) -> None:
-        """Drop `epoch` and all later ones: what a loop needs that resumes from an earlier state than was recorded."""
+        """Drop `epoch` and all later ones, with their checkpoints: what a loop needs that resumes from an earlier state
+        than was recorded."""
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         if self._history is None:
             return
         if epoch < self.next_epoch:
-            self._history.truncate(sum(e < epoch for e in self._history.epochs))
+            dropped = [checkpoint_path(self.run_dir, e) for e in self._history.epochs if e >= epoch]
+            self._history.truncate(len(self._history) - len(dropped))
+            for path in dropped:  # or they would stand for the epochs that are recorded next
+                if path.is_file():
+                    path.unlink()
         if not len(self._history):  # nothing left: other samples may be recorded
             (self.run_dir / "history.fmnh").unlink()
             self._history = None

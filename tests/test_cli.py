@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from conftest import random_probs
 
 import fmn_ref as fmn
+from fmn_ref import expectation
 from fmn_ref.cli import main
 
 
@@ -97,6 +99,130 @@ def test_fuse_and_apply(files, capsys):
     assert "accuracy" not in run(capsys, "apply", "plan.json", "probs.npy")
 
 
+def epochs_in(folder, p):
+    """A folder with one file per epoch; "epoch_10" is not between "epoch_1" and "epoch_2"."""
+    os.mkdir(folder)
+    for e, epoch in enumerate(p, 3):
+        np.save(f"{folder}/epoch_{e}.npy", epoch)
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        ([], {}),
+        (["--method", "greedy", "--max-members", "2"], {"method": "greedy", "max_members": 2}),
+        (["--method", "top", "--max-forward-passes", "2"], {"method": "top", "max_forward_passes": 2}),
+        (["--method", "likelihood", "--folds", "0"], {"method": "likelihood", "folds": 0}),
+        (["--method", "auto", "--folds", "3", "--balanced"], {"method": "auto", "folds": 3, "balanced": True}),
+        (["--window", "0", "--folds", "4"], {"window": 0, "folds": 4}),
+    ],
+    ids=str,
+)
+def test_ways_to_fuse(files, capsys, args, options):
+    p, labels = np.load("probs.npy"), np.load("labels.npy")
+    content = json.loads(run(capsys, "fuse", "probs.npy", "--labels", "labels.npy", "--json", *args))
+    plan = fmn.fuse(p, labels, sample_weight="balanced" if options.pop("balanced", False) else None, **options)
+    assert fmn.FusionPlan.load("plan.json") == plan
+    assert content["method"] == plan.method
+    assert content["selection_accuracy"] == list(plan.accuracy)
+    assert content["members"] == [list(m) for m in plan.members]
+    assert content["cv_accuracy"] == plan.cv_accuracy
+    assert content["gain_interval"] == (None if plan.gain_interval is None else list(plan.gain_interval))
+    assert (plan.cv_accuracy is None) == (options.get("folds", 0) == 0)
+    assert str(plan) in run(capsys, "fuse", "probs.npy", "--labels", "labels.npy", *args)
+
+
+def test_bounds_hold(files, capsys):
+    args = ["fuse", "probs.npy", "--labels", "labels.npy", "--method", "equal"]
+    for more, passes in (([], None), (["--max-members", "2"], 2), (["--max-forward-passes", "3"], 3)):
+        run(capsys, *args, *more)
+        plan = fmn.FusionPlan.load("plan.json")
+        assert passes is None or 1 < plan.forward_passes <= passes
+    assert fmn.fuse(np.load("probs.npy"), np.load("labels.npy"), method="equal").forward_passes > 3
+
+
+def test_folders_and_logits_give_the_same_plan(files, capsys):
+    p = np.concatenate([np.load("probs.npy")[:4], np.load("probs.npy")])  # twelve epochs
+    labels, test = np.load("labels.npy"), np.load("test.npz")
+    test_p = np.concatenate([test["probs"][:4], test["probs"]])
+    logits = np.log(p) + 3
+    np.save("logits.npy", logits)
+    np.save("half_logits.npy", logits.astype(np.float16))
+    np.savez("logits.npz", logits=logits, labels=labels)
+    epochs_in("epochs", p)
+    epochs_in("logits", logits)
+    epochs_in("test", test_p)
+    epochs_in("test_logits", np.log(test_p) - 7)
+    np.save("test_labels.npy", test["labels"])
+    plan = fmn.fuse(p, labels)
+    assert plan.members
+    for source in (["epochs"], ["logits.npy", "--logits"], ["logits.npz", "--logits"], ["logits", "--logits"]):
+        run(capsys, "fuse", *source, "--labels", "labels.npy")
+        assert fmn.FusionPlan.load("plan.json") == plan
+    run(capsys, "apply", "plan.json", "test", "-o", "a.npy")
+    np.testing.assert_array_equal(np.load("a.npy"), plan.apply(test_p))
+    run(capsys, "apply", "plan.json", "test_logits", "--logits", "-o", "b.npy", "--labels", "test_labels.npy")
+    np.testing.assert_allclose(np.load("b.npy"), plan.apply(test_p), atol=1e-6)
+    run(capsys, "fuse", "half_logits.npy", "--logits", "--labels", "labels.npy")
+    assert fmn.FusionPlan.load("plan.json") == fmn.fuse(fmn.from_logits(np.load("half_logits.npy")), labels)
+    args = ["compare", "--select-labels", "labels.npy", "--test-labels", "test_labels.npy", "--select"]
+    table = run(capsys, *args, "epochs", "--test", "test")
+    assert table == fmn.compare_probabilities(p, labels, test_p, test["labels"]).to_markdown()
+    assert table == run(capsys, *args, "logits", "--test", "test_logits", "--logits")
+
+
+def test_import_cartography(files, capsys):
+    """Written as allenai/cartography does, in the order of training."""
+    logits, labels = np.log(np.load("probs.npy")).astype(np.float32), np.load("labels.npy")
+    os.mkdir("dynamics")
+    order = np.random.default_rng(0).permutation(40)
+    for e, epoch in enumerate(logits):
+        lines = [{"guid": f"g{i}", f"logits_epoch_{e}": epoch[i].tolist(), "gold": int(labels[i])} for i in order]
+        (files / f"dynamics/dynamics_epoch_{e}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    content = json.loads(run(capsys, "import", "cartography", "dynamics", "-o", "dynamics.npz", "--json"))
+    assert content == {"output": "dynamics.npz", "scores": [8, 40, 5], "labels": [40], "sample_ids": [40]}
+    written = np.load("dynamics.npz")
+    np.testing.assert_array_equal(written["scores"], logits[:, order])
+    assert written["sample_ids"].tolist() == [f"g{i}" for i in order]
+    found = json.loads(run(capsys, "metric", "dynamics.npz", "--json"))
+    assert found["forget_fraction"] == fmn.forget_fraction(np.load("correct.npy")).tolist()
+
+
+def test_import_toneva(files, capsys):
+    correct = np.load("correct.npy")
+    stats = {np.int64(3 * i): [[0.1] * 8, correct[:, i].astype(int).tolist(), [0.2] * 8] for i in range(40)[::-1]}
+    (files / "stats.pkl").write_bytes(pickle.dumps({**stats, "train": [[], [50.0]], "test": [[], [50.0]]}))
+    assert "correct [8, 40]" in run(capsys, "import", "toneva", "stats.pkl")
+    written = np.load("history.npz")
+    np.testing.assert_array_equal(written["correct"], correct)
+    assert written["sample_ids"].tolist() == [str(3 * i) for i in range(40)]
+    found = json.loads(run(capsys, "metric", "history.npz", "--json"))
+    assert found["forget_fraction"] == fmn.forget_fraction(correct).tolist()
+
+
+def test_metric_says_what_to_expect(files, capsys, monkeypatch):
+    monkeypatch.setattr(expectation, "RULE", {"constant": 0.01, "peak": 0.5, "churn": 0.25, "drop": 0.125})
+    monkeypatch.setattr(expectation, "ERROR", 0.02)
+    correct = np.load("correct.npy")
+    gain, error = fmn.expected_gain(correct)
+    assert 0.01 < gain < 1
+    np.save("integers.npy", correct.astype(np.uint8))
+    for source in (["correct.npy"], ["integers.npy"], ["history.fmnh"], ["probs.npy", "--labels", "labels.npy"]):
+        content = json.loads(run(capsys, "metric", *source, "--json"))
+        assert (content["expected_gain"], content["expected_gain_error"]) == (gain, error)
+    text = run(capsys, "metric", "correct.npy")
+    assert f"may add about {100 * gain:.0f} points, give or take 2 " in text
+    large = np.random.default_rng(0).random((3, 70_001)) < 0.5
+    large[0, 65536:], large[1:, 65536:] = True, False
+    history = fmn.CorrectnessHistory(70_001, "large.fmnh")
+    for row in large:
+        history.append(row)
+    np.save("large.npy", large)
+    for name in ("large.npy", "large.fmnh"):
+        content = json.loads(run(capsys, "metric", name, "--json"))
+        assert content["expected_gain"] == fmn.expected_gain(large[:, :65536])[0]
+
+
 def test_apply_refuses_the_samples_that_chose_the_plan(files, capsys):
     run(capsys, "fuse", "probs.npy", "--labels", "labels.npy")
     assert main(["apply", "plan.json", "probs.npy", "--labels", "labels.npy"]) == 1
@@ -156,6 +282,30 @@ def test_final_model_alone(files, capsys):
         (["metric", "history.fmnh", "--labels", "labels3.npy"], "labels3.npy: not the labels"),
         (["demo", "--seeds", "0"], "seeds"),
         (["metric", "text.npy"], "text.npy: not an .npy file"),
+        (["import", "cartography", "dynamics"], "dynamics_epoch_0.jsonl:2"),
+        (["import", "cartography", "run"], "run: no dynamics_epoch_*.jsonl"),
+        (["import", "cartography", "dynamics", "-o", "dynamics/dynamics_epoch_0.jsonl"], "one of the files"),
+        (["import", "toneva", "evil.pkl"], "evil.pkl: not example statistics"),
+        (["import", "toneva", "labels.npy"], "labels.npy: not example statistics"),
+        (["import", "toneva", "none.pkl"], "none.pkl"),
+        (["import", "toneva", "good.pkl", "-o", "good.pkl"], "good.pkl: is one of the files"),
+        (["import", "toneva", "good.pkl", "-o", "no/such/history.npz"], "history.npz"),
+        (["fuse", "epochs", "--labels", "labels.npy", "-o", "epochs/epoch_3.npy"], "one of the files"),
+        (["apply", "plan3.json", "epochs", "-o", "epochs/fused.npy"], "one of the files"),
+        (["fuse", "epochs"], "--labels"),
+        (["fuse", "mixed", "--labels", "labels.npy"], "probs[1]"),
+        (["fuse", "broken", "--labels", "labels.npy"], "epoch_2.npy"),
+        (["fuse", "dynamics", "--labels", "labels.npy"], "dynamics: no *.npy"),
+        (["fuse", "run", "--labels", "labels.npy"], "run: holds correctness"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "--logits", "--folds", "1"], "folds"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "--folds", "41"], "folds"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "--method", "auto", "--folds", "0"], "folds"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "--max-members", "0"], "max_members"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "--max-forward-passes", "0"], "max_forward_passes"),
+        (["fuse", "correct.npy", "--labels", "labels.npy", "--logits"], "logits["),
+        (["fuse", "nan.npy", "--labels", "labels.npy", "--logits"], "logits[7], row 3"),
+        (["fuse", "logits.npz"], "named 'probs'"),
+        (["apply", "plan3.json", "nan.npy", "--logits"], "logits[7]"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(files, capsys, args, words):
@@ -170,6 +320,19 @@ def test_bad_input_is_one_line_on_stderr(files, capsys, args, words):
     (files / "disguised").write_bytes((files / "test.npz").read_bytes())
     fmn.FusionPlan((), 8, 1, (0.5,)).save("plan3.json")
     (files / "runs" / "demo").mkdir(parents=True)
+    nan = np.load("probs.npy")
+    nan[7, 3] = np.nan
+    np.save("nan.npy", nan)
+    np.savez("logits.npz", logits=nan, labels=np.load("labels.npy"))
+    (files / "dynamics").mkdir()
+    line = json.dumps({"guid": "a", "logits_epoch_0": [0.0, 1.0], "gold": 0})
+    (files / "dynamics" / "dynamics_epoch_0.jsonl").write_text(f"{line}\n{line[:-7]}")
+    (files / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    (files / "good.pkl").write_bytes(pickle.dumps({0: [[0.5], [1], [0.5]]}))
+    epochs_in("epochs", np.load("probs.npy"))
+    epochs_in("mixed", [nan[0], nan[1, :3], nan[2]])
+    epochs_in("broken", np.load("probs.npy")[:2])
+    (files / "broken" / "epoch_2.npy").write_bytes(b"epoch")
     (files / "run").mkdir()
     (files / "run" / "history.fmnh").write_bytes((files / "history.fmnh").read_bytes())
     header = (files / "probs.npy").read_bytes()
@@ -191,7 +354,7 @@ def test_unwritable_folder(files, capsys):
     assert "plan.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "info", "metric", "fuse", "apply", "compare"])
+@pytest.mark.parametrize("command", ["demo", "info", "metric", "fuse", "import", "apply", "compare"])
 def test_help_and_usage(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])

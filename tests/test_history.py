@@ -207,6 +207,31 @@ def test_concatenate(tmp_path):
             CorrectnessHistory.concatenate(bad)
 
 
+def test_select(path):
+    on_disk = CorrectnessHistory(77, path, labels=np.arange(77))
+    for epoch, row in zip((0, 2, 3, 7, 9), CORRECT, strict=True):
+        on_disk.append(row, epoch)
+    for rows, chosen in (
+        ([1, 3, 4], [1, 3, 4]),
+        ((1, 3, -1), [1, 3, 4]),
+        (iter([1, 3]), [1, 3]),
+        (np.array([0, 2]), [0, 2]),
+        (range(5), [0, 1, 2, 3, 4]),
+        ([], []),
+    ):
+        part = on_disk.select(rows)
+        np.testing.assert_array_equal(part.correct(), CORRECT[chosen])
+        assert part.epochs == tuple((0, 2, 3, 7, 9)[i] for i in chosen)
+        assert (part.digest, part.path) == (on_disk.digest, None)
+        part.append(~CORRECT[0])
+        np.testing.assert_array_equal(part.correct()[:-1], CORRECT[chosen])
+    assert len(on_disk) == 5
+    np.testing.assert_array_equal(CorrectnessHistory.open(path).correct(), CORRECT)
+    for rows, error in (([3, 1], ValueError), ([1, 1], ValueError), ([5], ValueError), ([True, False], TypeError)):
+        with pytest.raises(error, match=r"^rows: expected"):
+            on_disk.select(rows)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

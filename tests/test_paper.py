@@ -242,6 +242,11 @@ class TestCommittedResults:
             if len(values) > 1:
                 assert float(cell["standard_error"]) == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
 
+    def test_the_documentation_quotes_them(self, results):
+        text = (RESULTS.parents[2] / "docs" / "results.md").read_text()
+        assert paper_tables.summary(results) in text
+        assert f"{len(results)} of {len(paper.pieces('cpu', Path()))} pieces" in text
+
     def test_the_rule_is_the_fitted_one(self, results):
         rule = paper_tables.fit_rule(results)
         assert rule["coefficients"] == fmn.expectation.RULE

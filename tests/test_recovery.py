@@ -71,7 +71,7 @@ def test_kinds_of_histories(data):
     for given in (history, correct.astype(int), correct.tolist()):
         assert fmn.recovery(given, predictions, labels).counts() == expected
     assert fmn.recovery(correct[-1:], predictions, labels).counts()["fused"]["forgotten"] == 0
-    with pytest.raises(ValueError, match="correct.*other labels"):
+    with pytest.raises(ValueError, match=r"correct.*other labels"):
         fmn.recovery(history, predictions, labels[::-1])
 
 

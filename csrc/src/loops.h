@@ -332,7 +332,8 @@ struct Leads {
             const int64_t lost_then = -int64_t(b < 0) | (-int64_t(b == 0) & before);
             int64_t at = bits(a / (a - b));
             at = at > least ? at : least;
-            const int64_t up = (at - before) & lost_now, down = ((at + before) & lost_then) | (one & ~lost_then);
+            const int64_t after = at - before > one ? one : at - before, up = after & lost_now;
+            const int64_t down = ((at + before) & lost_then) | (one & ~lost_then);
             lo = up > lo ? up : lo;
             hi = down < hi ? down : hi;
             if (!widest) continue;

@@ -186,7 +186,7 @@ struct Ends {
 
 // How many points of an ascending grid in [0, 1] are below x, or equal to it if those count: a guess, then steps.
 int64_t points_below(const double* grid, int64_t n, double x, bool or_equal) {
-    int64_t i = static_cast<int64_t>(x * static_cast<double>(n));
+    int64_t i = x > 0 ? static_cast<int64_t>(x * static_cast<double>(n)) : 0;
     while (i < n && (or_equal ? grid[i] <= x : grid[i] < x)) ++i;
     while (i > 0 && (or_equal ? grid[i - 1] > x : grid[i - 1] >= x)) --i;
     return i;

@@ -119,7 +119,7 @@ fmn_status fmn_mixture_right(const fmn_mixture* mixture, int64_t first, int64_t 
  * which the most weight is right (arXiv 2507.08686 searches a grid). Writes to epsilon[c] the middle of the first such stretch
  * that is longer than 1e-12, or of the first if none is; to right[c] its weight. Rounding may make an evaluation at epsilon[c]
  * differ: ask fmn_mixture_right. With n_grid > 0, writes to on_grid[c] a bound of what fmn_mixture_right gives at any of the
- * ascending grid[j]. Holds up to 64 MiB or 32 bytes per sample. */
+ * ascending grid[j] in [0, 1], for scores of at most 1 in magnitude. Holds up to 64 MiB or 32 bytes per sample. */
 fmn_status fmn_best_epsilon(const fmn_mixture* mixture, const int64_t* windows, int64_t n_windows, const double* grid,
                             int64_t n_grid, int n_threads, double* epsilon, int64_t* right, int64_t* on_grid);
 
