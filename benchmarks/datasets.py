@@ -1,4 +1,4 @@
-"""Real data in its standard layouts, as tensors: scikit-learn's digits, MNIST (IDX), CIFAR-100 (binary), CIFAR-100N.
+"""Real data in its standard layouts, as tensors: digits, MNIST (IDX), CIFAR-100 (binary), CIFAR-100N, TinyImageNet.
 
 ROOT/mnist/train-images-idx3-ubyte[.gz] ..., ROOT/cifar-100-binary/{train,test}.bin, ROOT/cifar-100n/noisy_fine.npy.
 Nothing is downloaded.
@@ -72,7 +72,32 @@ def cifar100(root: Path) -> Source:
     return Source(pairs[0], pairs[1], 100, human)
 
 
-SOURCES: dict[str, Callable[[Path], Source]] = {"digits": digits, "mnist": mnist, "cifar100": cifar100}
+def tinyimagenet(root: Path) -> Source:
+    """64 x 64 colour images of 200 classes, 100 000 and 10 000, from tiny-imagenet-200/ as it is distributed."""
+    folder = root / "tiny-imagenet-200"
+    classes = {name: i for i, name in enumerate((folder / "wnids.txt").read_text().split())}
+    train = [(path, classes[path.parent.parent.name]) for path in sorted(folder.glob("train/*/images/*.JPEG"))]
+    lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+    test = [(folder / "val" / "images" / name, classes[label]) for name, label, *_ in map(str.split, lines)]
+    return Source(_jpegs(train), _jpegs(test), len(classes))
+
+
+def _jpegs(samples: list[tuple[Path, int]]) -> tuple[Images, Labels]:
+    from PIL import Image
+
+    images = np.empty((len(samples), 3, 64, 64), np.uint8)
+    for i, (path, _) in enumerate(samples):
+        with Image.open(path) as image:
+            images[i] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    return images, np.array([label for _, label in samples], np.int64)
+
+
+SOURCES: dict[str, Callable[[Path], Source]] = {
+    "digits": digits,
+    "mnist": mnist,
+    "cifar100": cifar100,
+    "tinyimagenet": tinyimagenet,
+}
 
 
 def split(

@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,8 +55,8 @@ def torch_grid(current: torch.Tensor, candidate: torch.Tensor, labels: torch.Ten
 
 
 def seconds(call: Callable[[], Any], least: int = 3, budget: float = 2.0) -> float:
-    time.sleep(0.3)
     call()
+    time.sleep(0.3)
     times: list[float] = []
     while len(times) < least or (sum(times) < budget and len(times) < 200):
         start = time.perf_counter()
@@ -104,11 +105,12 @@ def large_run(n_epochs: int, n: int, k: int) -> tuple[NDArray[np.float16], NDArr
     return probs, labels
 
 
-def fuse_row(method: str, folds: int, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Time and peak memory of one fusion, in this process: `benchmark` starts one for each."""
+def fuse_row(method: str, folds: int, path: str) -> dict[str, Any]:
+    """Time and peak memory of one fusion of a file's probabilities, read into memory: `benchmark` starts a process for
+    each."""
     import resource
 
-    probs, labels = large_run(*shape)
+    probs, labels = np.load(path), np.load(path.replace("probs", "labels"))
     fmn.fuse(probs[:2, :100], labels[:100], method=method, folds=2)  # loads what is loaded once
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
@@ -133,11 +135,15 @@ def benchmark(output: str | None = None) -> dict[str, Any]:
     searches = [search_row(n, k, "float32", rng) for n, k in SIZES]
     searches += [search_row(*SIZES[1], dtype, rng) for dtype in ("float16", "bfloat16", "float64")]
     fusions = []
-    for method in METHODS:
-        for folds in (5,) if method == "auto" else (0, 5):
-            call = f"from fmn_ref.benchmarks import fusion_speed as f; f.main({method!r}, {folds}, {LARGE})"
-            done = subprocess.run([sys.executable, "-c", call], check=True, capture_output=True, text=True)
-            fusions.append(json.loads(done.stdout))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "probs.npy"
+        for name, a in zip(("probs", "labels"), large_run(*LARGE), strict=True):
+            np.save(path.with_name(f"{name}.npy"), a)
+        for method in METHODS:
+            for folds in (5,) if method == "auto" else (0, 5):
+                call = f"from fmn_ref.benchmarks import fusion_speed as f; f.main({method!r}, {folds}, {str(path)!r})"
+                done = subprocess.run([sys.executable, "-c", call], check=True, capture_output=True, text=True)
+                fusions.append(json.loads(done.stdout))
     result = {"machine": machine(), "shape": list(LARGE), "search": searches, "fuse": fusions}
     if output is not None:
         folder = Path(output)
@@ -147,8 +153,8 @@ def benchmark(output: str | None = None) -> dict[str, Any]:
     return result
 
 
-def main(method: str, folds: int, shape: tuple[int, int, int]) -> None:
-    print(json.dumps(fuse_row(method, folds, shape)))
+def main(method: str, folds: int, path: str) -> None:
+    print(json.dumps(fuse_row(method, folds, path)))
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _check, _reference
+from . import _check, _reference, metrics
 from ._backend import load
 
 Float = NDArray[np.float64]
@@ -70,7 +70,8 @@ def best_exactly(
     all_of_them = np.array([[0, len(epochs) - 1]])
     args = cur, epochs, target.labels, target.weights
     found, bound, on_grid = kernels.best_epsilons(*args, all_of_them, grid, bfloat16)
-    at_zero, right = kernels.mixture_right(*args, np.array([0.0, found[0]]), bfloat16).tolist()
+    right = int(kernels.mixture_right(*args, found, bfloat16)[0])
+    at_zero = target.score(metrics.correctness(cur, target.labels))
     eps, best = (float(found[0]), right) if right > at_zero else (0.0, at_zero)
     if max(int(bound[0]), int(on_grid[0])) > best:  # equal scores, which rounding may decide: look closer
         return _closer(_reference.widened(cur), _reference.mean(epochs, bfloat16), target, grid, (eps, best))

@@ -7,6 +7,7 @@ docstrings say what was decided. The ways to choose are in `_selection.py`.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -221,7 +222,7 @@ def _right_unseen(problem: Problem, target: Target, method: str, folds: int) -> 
         hidden = fold == k
         members = choose(problem, target.weighted(np.where(hidden, 0, target.each)), method)
         window = problem.window if method in WINDOWED else 0
-        *_, fused = replay(problem, members, window)
+        fused = deque(replay(problem, members, window), maxlen=1)[0]
         right[hidden] = fused[hidden].argmax(1) == y[hidden]
     return right
 

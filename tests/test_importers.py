@@ -222,16 +222,19 @@ class Calls:
 class Dtype(Calls):
     """Pickled as NumPy pickles a dtype, with any state."""
 
-    def __init__(self, name, state):
-        super().__init__(np.dtype, name)
+    def __init__(self, arguments, state):
+        super().__init__(np.dtype, *arguments)
         self.state = state
 
     def __reduce__(self):
         return (*self.call, self.state)
 
 
+SOUND = (3, "<", None, None, None, -1, -1, 0)
+
+
 class TestToneva:
-    @pytest.mark.parametrize("key", [int, np.int64, np.int32, np.uint16, np.dtype(">i8").type])
+    @pytest.mark.parametrize("key", [int, np.int64, np.int32, np.uint16])
     @pytest.mark.parametrize("protocol", [3, 4, 5])
     def test_what_was_written(self, tmp_path, rng, protocol, key):
         correct, indices = rng.random((6, 9)) < 0.6, [3, 500, 7, 0, 12, 40_000, 2, 1, 9]
@@ -251,6 +254,19 @@ class TestToneva:
             other = raw.replace(b"numpy._core.multiarray", module).replace(b"numpy.core.multiarray", module)
             (tmp_path / "s.pkl").write_bytes(other)
             assert fmn.from_toneva(tmp_path / "s.pkl")[1] == [1, 2, 300]
+
+    def test_bytes_in_the_other_order(self, tmp_path):
+        """Of a big-endian machine; and an order that would make two numbers of one is none."""
+        scalar = np.int64(1).__reduce__()[0]
+        for order, size, found in ((">", 8, [7, 300]), ("i8,", 16, None)):
+            dtype = Dtype(("i8", False, True), (3, order, *SOUND[2:]))
+            key = Calls(scalar, dtype, (300).to_bytes(size, "big"))
+            (tmp_path / "s.pkl").write_bytes(pickle.dumps({key: [[0.5], [1], [0.1]], 7: [[0.5], [0], [0.1]]}, 4))
+            if found is None:
+                with pytest.raises(ValueError, match=r"s\.pkl.*byte order"):
+                    fmn.from_toneva(tmp_path / "s.pkl")
+            else:
+                assert fmn.from_toneva(tmp_path / "s.pkl")[1] == found
 
     @pytest.mark.parametrize(
         ("content", "words"),
@@ -275,36 +291,35 @@ class TestToneva:
             fmn.from_toneva(tmp_path / "s.pkl")
         assert not owned.exists()
 
-    def test_numbers_of_numpy_cannot_be_abused(self, tmp_path):
-        """What stands in for NumPy's two functions takes integers alone, and keeps nothing of what is set on it."""
-        scalar = type(np.int64(1)).__reduce__(np.int64(1))[0]
-        sound = (3, "<", None, None, None, -1, -1, 0)
-        for dtype, data in (
-            (Dtype(("O8", False, True), (3, "|", None, None, None, -1, -1, 63)), b"\1" * 8),
-            (Dtype(("V8", False, True), sound), b"\1" * 8),
-            (Dtype(("i8", False, True), sound), b"\1" * 7),
-            (Dtype(("i8", False, True), sound), b""),
-            (Dtype(("i8", False, True), sound), [1]),
-            (Dtype(("i8", False, True), (3, "O", None)), b"\1" * 8),
-            (Dtype(("i8",), 7), b"\1" * 8),
-            (Dtype(([("a", "i8")],), sound), b"\1" * 8),
-            (7, b"\1" * 8),
-        ):
-            content = {Calls(scalar, dtype, data): [[0.5], [1], [0.1]]}
-            (tmp_path / "s.pkl").write_bytes(pickle.dumps(content, 4))
-            with pytest.raises(ValueError, match=r"s\.pkl: not example statistics"):
-                fmn.from_toneva(tmp_path / "s.pkl")
+    @pytest.mark.parametrize(
+        ("dtype", "data", "words"),
+        [
+            (Dtype(("O8", False, True), (3, "|", None, None, None, -1, -1, 63)), b"\1" * 8, "no number"),
+            (Dtype(("V8", False, True), SOUND), b"\1" * 8, "no number"),
+            (Dtype(([("a", "i8")],), SOUND), b"\1" * 8, "no number"),
+            (Dtype(("i8", False, True), (3, "O", None)), b"\1" * 8, "byte order"),
+            (Dtype(("i8", False, True), 7), b"\1" * 8, "int"),
+            (Dtype(("i8", False, True), SOUND), b"\1" * 7, "size"),
+            (Dtype(("i8", False, True), SOUND), b"", "size"),
+            (Dtype(("i8", False, True), SOUND), [1], "list"),
+            (7, b"\1" * 8, "int"),
+        ],
+    )
+    def test_numbers_of_numpy_are_nothing_else(self, tmp_path, dtype, data, words):
+        scalar = np.int64(1).__reduce__()[0]
+        (tmp_path / "s.pkl").write_bytes(pickle.dumps({Calls(scalar, dtype, data): [[0.5], [1], [0.1]]}, 4))
+        with pytest.raises(ValueError, match=rf"s\.pkl: not example statistics: .*{words}"):
+            fmn.from_toneva(tmp_path / "s.pkl")
+
+    @pytest.mark.parametrize("function", [b"numpy\ndtype", b"numpy.core.multiarray\nscalar"])
+    @pytest.mark.parametrize("state", [{"order": ">"}, (None, {"__new__": 1})])
+    def test_what_stands_in_for_numpy_cannot_be_changed(self, tmp_path, function, state):
+        """By state for the function itself, instead of for what it returns."""
         (tmp_path / "good.pkl").write_bytes(pickle.dumps(toneva(np.eye(2), [5, 6]), 4))
-        for function in (
-            b"numpy\ndtype",
-            b"numpy.core.multiarray\nscalar",
-        ):  # state for these, not for what they return
-            for state in ({"order": ">"}, (None, {"__new__": 1})):
-                raw = b"\x80\x03c" + function + b"\n" + pickle.dumps(state, 3)[2:-1] + b"b."
-                (tmp_path / "s.pkl").write_bytes(raw)
-                with pytest.raises(ValueError, match=r"s\.pkl"):
-                    fmn.from_toneva(tmp_path / "s.pkl")
-                assert fmn.from_toneva(tmp_path / "good.pkl")[1] == [5, 6]
+        (tmp_path / "s.pkl").write_bytes(b"\x80\x03c" + function + b"\n" + pickle.dumps(state, 3)[2:-1] + b"b.")
+        with pytest.raises(ValueError, match=r"s\.pkl"):
+            fmn.from_toneva(tmp_path / "s.pkl")
+        assert fmn.from_toneva(tmp_path / "good.pkl")[1] == [5, 6]
 
     def test_references_to_the_outside_are_refused(self, tmp_path):
         class Pickler(pickle.Pickler):

@@ -140,6 +140,28 @@ def test_splits_are_disjoint_and_seeded(dataset, tmp_path):
         datasets.split(source, "sym", 0, 150, 10, 10, pooled=dataset == "digits")
 
 
+def test_tinyimagenet(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "tiny-imagenet-200"
+    assert [t.dataset for t in paper.gpu_tasks(tmp_path)] == ["cifar100"]
+    for name in ("n01", "n02"):
+        (folder / "train" / name / "images").mkdir(parents=True)
+        for i in range(3):
+            grey = image.fromarray(rng.integers(0, 256, (64, 64)).astype(np.uint8))  # some images there are grey
+            grey.save(folder / "train" / name / "images" / f"{name}_{i}.JPEG", "JPEG")
+    (folder / "val" / "images").mkdir(parents=True)
+    image.new("RGB", (64, 64), (255, 0, 0)).save(folder / "val" / "images" / "val_0.JPEG", "JPEG")
+    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t62\t62\n")
+    (folder / "wnids.txt").write_text("n01\nn02\n")
+    source = datasets.tinyimagenet(tmp_path)
+    assert source.train[1].tolist() == [0, 0, 0, 1, 1, 1]
+    assert source.test[1].tolist() == [1]
+    assert source.test[0].shape == (1, 3, 64, 64)
+    assert source.test[0][0, 0].min() > 250 > 5 > source.test[0][0, 1].max()
+    assert [t.dataset for t in paper.gpu_tasks(tmp_path)] == ["cifar100", "tinyimagenet"]
+
+
 def test_damaged_data_is_named(tmp_path):
     cifar_like(tmp_path)
     path = tmp_path / "cifar-100-binary" / "test.bin"
@@ -217,7 +239,7 @@ def test_fusion_speed_on_small_sizes(tmp_path, monkeypatch):
 class TestCommittedResults:
     """What is committed follows from the pieces, cell by cell."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def results(self):
         return paper_tables.load(RESULTS)
 

@@ -306,17 +306,19 @@ struct Leads {
     static constexpr double rounding = 4e-15;
 
     FMN_INLINE void look(const double* p, const double* q, int64_t n) {
-        int64_t both = 0, either = 0, surely = 0;
-        for (int64_t k = 0; k < n; ++k) {
-            const double a = now - p[k], b = then - q[k];
-            const int64_t before = -int64_t(k < label);
-            const int64_t lost_now = -int64_t(a < 0) | (-int64_t(a == 0) & before);
-            const int64_t lost_then = -int64_t(b < 0) | (-int64_t(b == 0) & before);
-            both |= lost_now & lost_then;
-            either |= lost_now | lost_then;
-            surely |= -int64_t(a + rounding < 0) & -int64_t(b + rounding < 0);
+        never = crosses = surely_never = 0;
+        for (int64_t k = 0; k < label; ++k) {
+            const int64_t lost_now = -int64_t(p[k] >= now), lost_then = -int64_t(q[k] >= then);
+            never |= lost_now & lost_then;
+            crosses |= lost_now | lost_then;
         }
-        never = both, crosses = either, surely_never = surely;
+        for (int64_t k = label + 1; k < n; ++k) {
+            const int64_t lost_now = -int64_t(p[k] > now), lost_then = -int64_t(q[k] > then);
+            never |= lost_now & lost_then;
+            crosses |= lost_now | lost_then;
+        }
+        for (int64_t k = 0; never && k < n; ++k)
+            surely_never |= -int64_t(now - p[k] + rounding < 0) & -int64_t(then - q[k] + rounding < 0);
     }
 
     // Where a class before the label's crosses, the end is open: the next double stands for it. Doubles that are not negative
