@@ -35,7 +35,7 @@ def load(path: str, *names: str) -> NDArray[Any]:
 def load_epochs(path: str, logits: bool = False) -> Any:
     """Probabilities of all epochs: an array, or a folder with a file per epoch."""
     folder = Path(path).is_dir() and not (Path(path) / "history.fmnh").is_file()
-    epochs = importers.epoch_files(path) if folder else load(path, "probs", *(["logits"] if logits else []))
+    epochs = importers.epoch_files(path) if folder else load(path, "probs", *(["logits", "scores"] if logits else []))
     return importers.from_logits(epochs) if logits else epochs
 
 

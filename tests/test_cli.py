@@ -186,6 +186,7 @@ def test_import_cartography(files, capsys):
     assert written["sample_ids"].tolist() == [f"g{i}" for i in order]
     found = json.loads(run(capsys, "metric", "dynamics.npz", "--json"))
     assert found["forget_fraction"] == fmn.forget_fraction(np.load("correct.npy")).tolist()
+    assert run(capsys, "fuse", "dynamics.npz", "--logits", "-o", "imported.json")
 
 
 def test_import_toneva(files, capsys):

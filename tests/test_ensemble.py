@@ -184,7 +184,7 @@ def test_forward_fn_is_asked_for_each_member(tmp_path):
     run = fmn.train(Tuples(), TRAIN, VAL, epochs=6, run_dir=tmp_path, forward_fn=forward, **RECIPE)
     options = {"epochs": 2, "progress": False}
     table = fmn.compare(run, VAL, TEST, train_data=TRAIN, make_student=Tuples, distill_options=options)
-    assert len(table.rows) == 13
+    assert len(table.rows) == 19
     fused = fmn.FusedModel(table.plan, run)
     log_probs, labels = fused._fmn_forward_batch(TEST, forward)
     np.testing.assert_allclose(log_probs.exp(), table.plan.apply(run.probabilities(TEST)), atol=1e-6)

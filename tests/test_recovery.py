@@ -39,6 +39,7 @@ def data(rng):
 def test_counts_against_a_loop(data):
     correct, labels, predictions, right = data
     r = fmn.recovery(correct, predictions, labels, groups=labels)
+    assert isinstance(r, fmn.Recovery)
     total = r.counts()
     assert list(total) == list(predictions)
     for name in predictions:
