@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fmn_ref.benchmarks import metric_throughput
+from fmn_ref.benchmarks import fusion_speed, metric_throughput
 
 from fmn_ref.cli import main
 
@@ -15,6 +15,12 @@ def test_the_readme_quotes_the_committed_results():
     result = json.loads((RESULTS / "metric_throughput.json").read_text())
     assert metric_throughput.summary(result) in (ROOT / "README.md").read_text()
     assert metric_throughput.markdown(result) == (RESULTS / "metric_throughput.md").read_text()
+
+
+def test_the_speed_of_the_fusion_is_as_committed():
+    result = json.loads((RESULTS / "fusion_speed.json").read_text())
+    assert fusion_speed.markdown(result) == (RESULTS / "fusion_speed.md").read_text()
+    assert all(r["accuracy"]["exact"] >= r["accuracy"]["torch_grid"] for r in result["search"])
 
 
 def test_metric_throughput(tmp_path, monkeypatch, capsys):
