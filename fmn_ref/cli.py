@@ -198,7 +198,7 @@ def command_bench(args: argparse.Namespace) -> None:
         raise ValueError("--data: the folder with the data sets is needed")
     if args.suite == "paper":
         out = args.output or f"runs/paper_{args.scale}"
-        tables = module("paper").benchmark(args.scale, args.data, out, args.only, args.jobs, args.seeds)
+        tables = module("paper").benchmark(args.scale, args.data, out, args.only, args.jobs, args.seeds, args.clean)
         return print(tables.rstrip())
     if args.suite == "descent":
         suite, result = module("double_descent"), module("double_descent").benchmark(args.data, args.output, args.seeds)
@@ -285,6 +285,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--only", default="", help="paper: regular expression for the names of pieces")
     c.add_argument("--jobs", type=int, default=1, help="paper: pieces at once (default 1)")
     c.add_argument("--seeds", type=int, default=3, help="paper, descent: per setting (default 3)")
+    c.add_argument("--clean", action="store_true", help="paper: remove the checkpoints of finished pieces")
     c.add_argument("-o", "--output", help="folder for the results; paper goes on with what is there")
 
     c = add("fuse", command_fuse, "find a fusion plan on a selection set")

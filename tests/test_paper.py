@@ -202,10 +202,12 @@ def test_the_gpu_scale_on_a_tiny_network(tmp_path):
 def test_the_suite_as_a_command(tmp_path, monkeypatch, capsys):
     tasks = [tiny(stages={"": ()})]
     monkeypatch.setattr(paper, "cpu_tasks", lambda: tasks)
-    command = ["bench", "paper", "--data", str(tmp_path), "-o", str(tmp_path / "out"), "--only", "clean-plain-[01]"]
+    command = ["bench", "paper", "--data", str(tmp_path), "-o", str(tmp_path / "out"), "--clean"]
+    command += ["--only", "clean-plain-[01]"]
     assert main(command) == 0
     assert "| auto |" in capsys.readouterr().out
     assert len(list((tmp_path / "out" / "pieces").iterdir())) == 2
+    assert not list((tmp_path / "out").rglob("*.pt"))
     assert main([*command[:-1], "nothing"]) == 1
     assert main(["bench", "paper"]) == 1
     assert "--data" in capsys.readouterr().err
