@@ -102,7 +102,7 @@ class Piece:
 
 
 def cpu_tasks() -> list[Task]:
-    """About four hours on two cores."""
+    """About five hours on two cores."""
     small = {**SGD, "batch_size": 64, "lr": 0.05}
     colour = {**SGD, "batch_size": 128, "lr": 0.02, "amp": True}  # the best of 0.02, 0.05, 0.1 by selection accuracy
     students = {f"{noise}-augmented": ("students",) for noise in NOISES}  # their teachers predict every augmented batch
