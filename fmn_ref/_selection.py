@@ -19,8 +19,8 @@ from .plan import Epochs, Float, members_of, mix, mixture, window_epochs
 Int = NDArray[np.int64]
 Bool = NDArray[np.bool_]
 Members = tuple[tuple[int, float], ...]
-MIN_WEIGHT = 0.01  # what weighs less in a likelihood mixture is left out
-MIN_COVERAGE = 0.005  # as for a checkpoint that covers less of the samples
+MIN_WEIGHT = 0.01  # members of "bagged" and "likelihood" that weigh less are left out
+MIN_COVERAGE = 0.005  # checkpoints of "coverage" that add a smaller share of the samples are left out
 EM_STEPS = 100
 BAGS = 5
 
