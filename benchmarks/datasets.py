@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,24 +138,6 @@ def wrong_labels(y: Labels, noise: str, n_classes: int, seed: int, human: Labels
         if noise.startswith(kind) and noise[len(kind) :].isdigit():
             return make(y, int(noise[len(kind) :]) / 100, n_classes, seed)
     raise ValueError(f"noise: expected 'clean', 'human', or 'sym' or 'asym' with a percentage, got {noise!r}")
-
-
-def augmentation(padding: int, flip: bool) -> Callable[[Tensor], Tensor]:
-    """Crop with zero padding and, if asked for, flip: each image by its own draw from torch's generator."""
-    return partial(_augment, padding=padding, flip=flip)
-
-
-def _augment(x: Tensor, padding: int, flip: bool) -> Tensor:
-    n, _, height, width = x.shape
-    padded = torch.nn.functional.pad(x, (padding,) * 4)
-    dy, dx = torch.randint(0, 2 * padding + 1, (2, n, 1), device=x.device)
-    rows = dy + torch.arange(height, device=x.device)
-    columns = dx + torch.arange(width, device=x.device)
-    if flip:
-        mirrored = torch.rand(n, 1, device=x.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    each = torch.arange(n, device=x.device)[:, None, None]
-    return padded[each, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
 def _idx_pair(folder: Path, name: str) -> tuple[Images, Labels]:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def mlp(n_channels: int, size: int, n_classes: int, hidden: int = 256, depth: int = 2) -> nn.Module:
+    """`depth` hidden layers with ReLU."""
+    widths = [n_channels * size**2, *[hidden] * depth]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for n_in, n_out in pairwise(widths):
+        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], n_classes))
 
 
 def _block(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
@@ -53,4 +64,72 @@ def resnet18(n_channels: int, n_classes: int, width: int = 64) -> nn.Module:
         layers += [Residual(n_in, n_out, stride), Residual(n_out, n_out, 1)]
         n_in = n_out
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n_classes)]
+    return nn.Sequential(*layers, *head).to(memory_format=torch.channels_last)
+
+
+class VisionTransformer(nn.Module):
+    """Patches as tokens, learned positions, pre-norm layers, mean over the tokens."""
+
+    def __init__(
+        self, n_channels: int, size: int, n_classes: int, patch: int, width: int, depth: int, heads: int
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(n_channels, width, patch, patch)
+        self.position = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
+        self.layers = nn.Sequential(
+            *[
+                nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+                for _ in range(depth)
+            ]
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position  # (B, patches, width)
+        return self.head(self.norm(self.layers(tokens)).mean(1))
+
+
+def small_vit(
+    n_channels: int, size: int, n_classes: int, patch: int = 4, width: int = 96, depth: int = 4, heads: int = 4
+) -> nn.Module:
+    """Vision Transformer (Dosovitskiy et al. 2021) for images whose size is a multiple of `patch`; 0.5 M parameters."""
+    return VisionTransformer(n_channels, size, n_classes, patch, width, depth, heads)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel of (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNextBlock(nn.Module):
+    """Depthwise 7 x 7, LayerNorm and two pointwise layers beside the identity, scaled per channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 7, 1, 3, groups=width)
+        self.pointwise = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.scale = nn.Parameter(torch.full((width,), 0.1))  # the paper's 1e-6 is for networks far deeper
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.pointwise(self.depthwise(x).permute(0, 2, 3, 1))  # (B, H, W, C): pointwise layers are linear
+        return x + (self.scale * out).permute(0, 3, 1, 2)
+
+
+def small_convnext(
+    n_channels: int, size: int, n_classes: int, width: int = 32, depths: tuple[int, ...] = (2, 2, 2)
+) -> nn.Module:
+    """ConvNeXt (Liu et al. 2022): each stage has half the size and twice the width of the last; 0.4 M parameters."""
+    stem = 2 if size >= 32 else 1
+    layers: list[nn.Module] = [nn.Conv2d(n_channels, width, stem, stem), ChannelNorm(width)]
+    for stage, depth in enumerate(depths):
+        if stage > 0:
+            layers += [ChannelNorm(width), nn.Conv2d(width, 2 * width, 2, 2)]
+            width *= 2
+        layers += [ConvNextBlock(width) for _ in range(depth)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(width), nn.Linear(width, n_classes)]
     return nn.Sequential(*layers, *head).to(memory_format=torch.channels_last)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import fmn_ref as fmn
 from fmn_ref import _files
+from fmn_ref.augmentation import crop_flip
 
 from . import datasets, models, paper_piece, paper_tables
 
@@ -54,7 +55,7 @@ class Task:
 
     @property
     def augment(self) -> Callable[[Tensor], Tensor]:
-        return datasets.augmentation(self.padding, self.flip)
+        return crop_flip(self.padding, self.flip)
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,7 @@ def recovered(bench: Bench) -> dict[str, dict[str, int]]:
     for name in ("KF", "auto"):
         if "students" in bench.piece.stages:
             student = bench.student(name, FusedModel(bench.plans[name], bench.run))
-            predictions[f"distilled {name}"] = predict(student.model, bench.data.test)[0].numpy()
+            predictions[f"distilled {name}"] = predict(student.model, bench.data.test)[0].cpu().numpy()
     return fmn.recovery(correct, predictions, bench.y_test).counts()
 
 

@@ -31,10 +31,12 @@ from .recorder import Recorder, Run
 from .recovery import Recovery, recovery
 
 if TYPE_CHECKING:
+    from .augmentation import crop_flip
     from .comparison import Comparison, compare, compare_probabilities
     from .distillation import distill
     from .ensemble import FusedModel, Probabilities, averaged_model
-    from .training import Recipe, train
+    from .recipe import Recipe
+    from .training import train
 
 __version__ = "0.1.0"
 
@@ -42,10 +44,11 @@ _LAZY = {
     "Comparison": "comparison",
     "FusedModel": "ensemble",
     "Probabilities": "ensemble",
-    "Recipe": "training",
+    "Recipe": "recipe",
     "averaged_model": "ensemble",
     "compare": "comparison",
     "compare_probabilities": "comparison",
+    "crop_flip": "augmentation",
     "distill": "distillation",
     "train": "training",
 }
@@ -70,6 +73,7 @@ __all__ = [
     "compare",
     "compare_probabilities",
     "correctness",
+    "crop_flip",
     "distill",
     "epoch_files",
     "expected_gain",

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,12 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, half: bool = F
 
     half: float32 and float64 as float16, but for tensors that hold a number too large for it. `load_into` widens them.
     """
-    state = to_cpu(unwrap(model).state_dict())
+    save_weights(unwrap(model).state_dict(), path, half=half)
+
+
+def save_weights(state: dict[str, Any], path: str | os.PathLike[str], *, half: bool = False) -> None:
+    """Store a state_dict, as `save_state`."""
+    state = to_cpu(state)
     if half:
         state.update({name: _halved(value) for name, value in state.items()})
     save(state, path)
@@ -53,6 +59,22 @@ def save(content: Any, path: str | os.PathLike[str]) -> None:
     _files.write_atomic(path, lambda file: file.write(buffer.getbuffer()))
 
 
+def check(path: str | os.PathLike[str]) -> None:
+    """ValueError that names the file if it is no zip archive, cut short, or a checksum does not match."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums it wrote
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, NotImplementedError) as error:
+        raise _unreadable(path, error) from None
+    if damaged is not None:
+        raise _unreadable(path, f"checksum of {damaged} does not match")
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception | str) -> ValueError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ValueError(f"{path}: not a readable checkpoint of tensors: {lines[0]}")
+
+
 def load(path: str | os.PathLike[str]) -> Any:
     """What `save` stored, on the CPU.
 
@@ -63,17 +85,11 @@ def load(path: str | os.PathLike[str]) -> Any:
         Truncated, damaged (a checksum does not match), not a checkpoint, or a pickle that holds more than tensors and
         plain containers.
     """
-    with open(path, "rb") as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()  # torch.load does not look at the checksums it wrote
-            if damaged is not None:
-                raise ValueError(f"checksum of {damaged} does not match")
-            file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"{path}: not a readable checkpoint of tensors: {reason}") from None
+    check(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise _unreadable(path, error) from None
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -87,13 +103,22 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 def to_cpu(content: Any) -> Any:
     """The same nested dicts and lists with every tensor on the CPU."""
+    return _each_tensor(content, lambda t: t.detach().cpu())
+
+
+def snapshot(content: Any) -> Any:
+    """The same nested dicts and lists with a copy of every tensor, on its device."""
+    return _each_tensor(content, lambda t: t.detach().clone())
+
+
+def _each_tensor(content: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(content, torch.Tensor):
-        return content.detach().cpu()
+        return function(content)
     if isinstance(content, dict):
-        copied = type(content)((key, to_cpu(value)) for key, value in content.items())
+        copied = type(content)((key, _each_tensor(value, function)) for key, value in content.items())
         if hasattr(content, "_metadata"):  # versions of a state_dict's modules
             copied._metadata = content._metadata  # type: ignore[attr-defined]
         return copied
     if isinstance(content, (list, tuple)):
-        return type(content)(to_cpu(value) for value in content)
+        return type(content)(_each_tensor(value, function) for value in content)
     return content

@@ -255,7 +255,7 @@ def _single_models(
 
 def _distill_options(run: Any, given: dict[str, Any] | None) -> dict[str, Any]:
     """The run's own recipe, overridden by what was given."""
-    from .training import Recipe
+    from .recipe import Recipe
 
     known = {"epochs", *(f.name for f in fields(Recipe))}
     return {k: v for k, v in run.config.items() if k in known} | (given or {})
@@ -279,4 +279,4 @@ def _score(probs: Any, labels: Int) -> float:
 def _model_score(model: Any, samples: Any, run: Any, labels: Int) -> float:
     from .data import predict
 
-    return _score(predict(model, samples, forward_fn=run.forward_fn)[0].numpy(), labels)
+    return _score(predict(model, samples, forward_fn=run.forward_fn)[0].cpu().numpy(), labels)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from . import distributed
+
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
@@ -76,40 +78,117 @@ def check_module(model: Any, name: str) -> None:
         raise TypeError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def batches(data: Any, batch_size: int, device: torch.device, *, shuffle: bool = False) -> Iterator[Any]:
-    """One pass over the data, on the device; shuffled by torch's global generator when asked to."""
-    if is_arrays(data):
-        tensors = as_tensors(data)
-        for rows in _index_batches(len(tensors[0]), batch_size, shuffle):
-            yield tuple(t[rows.to(t.device) if shuffle else _as_slice(rows)].to(device) for t in tensors)
-        return
-    loader: Iterable[Any]
-    if isinstance(data, IterableDataset):
-        loader = DataLoader(data, batch_size)
-    elif isinstance(data, Dataset):
-        order = _index_batches(len(data), batch_size, shuffle)  # type: ignore[arg-type]
-        own = torch.Generator()  # or the loader would draw from the global one, and change what the model draws
-        loader = DataLoader(data, batch_sampler=[rows.tolist() for rows in order], generator=own)
-    elif hasattr(data, "__iter__") and not isinstance(data, (Tensor, np.ndarray, str, Iterator)):
-        loader = data
+class Batches:
+    """A data set as batches on a device, pass after pass.
+
+    Arrays that fit are moved there once, and shuffled and sliced there; larger ones stay where they are and follow
+    batch by batch, as a Dataset's samples do. A DataLoader is taken as it is.
+
+    shuffle : by torch's global generator, at each pass
+    split : each process takes its part of every batch; a DataLoader is expected to have a DistributedSampler
+    """
+
+    def __init__(
+        self, data: Any, batch_size: int, device: torch.device, *, shuffle: bool = False, split: bool = False
+    ) -> None:
+        self.device, self._batch_size, self._shuffle = device, batch_size, shuffle
+        self._rank, self._world = (distributed.rank(), distributed.world_size()) if split else (0, 1)
+        if shuffle and batch_size % self._world:
+            raise ValueError(f"batch_size: expected a multiple of the {self._world} processes, got {batch_size}")
+        self.source = data
+        self._arrays: tuple[Tensor, ...] | None = None
+        if is_arrays(data):
+            self._arrays = as_tensors(data)
+            if device.type != "cpu" and _fits(self._arrays, device):
+                self._arrays = tuple(_resident(t, device) for t in self._arrays)
+        elif isinstance(data, IterableDataset):
+            if self._world > 1:
+                raise ValueError("data: a stream cannot be split over processes; pass a DataLoader that does it")
+            self.source = DataLoader(data, batch_size)
+        elif not isinstance(data, Dataset) and (
+            not hasattr(data, "__iter__") or isinstance(data, (Tensor, np.ndarray, str, Iterator))
+        ):
+            raise TypeError(f"data: expected (inputs, labels), a Dataset or a DataLoader, got {type(data).__name__}")
+
+    @property
+    def arrays(self) -> tuple[Tensor, ...]:
+        """On the device if they fit; none for other data."""
+        return self._arrays or ()
+
+    @property
+    def is_split(self) -> bool:
+        return self._world > 1
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._arrays is not None:
+            for rows in self._rows(len(self._arrays[0])):
+                yield tuple(_take(t, rows, self._shuffle or self._world > 1, self.device) for t in self._arrays)
+            return
+        loader: Iterable[Any] = self.source
+        if isinstance(self.source, Dataset):
+            sampler = [rows.tolist() for rows in self._rows(len(self.source))]  # type: ignore[arg-type]
+            own = torch.Generator()  # or the loader would draw from the global one, and change what the model draws
+            loader = DataLoader(
+                self.source, batch_sampler=sampler, generator=own, pin_memory=self.device.type == "cuda"
+            )
+        for batch in loader:
+            yield to_device(batch, self.device)
+
+    def _rows(self, n: int) -> list[Tensor]:
+        """Row numbers of this process's part of each batch.
+
+        What is left over joins the last batch where it is a single sample for each process: BatchNorm cannot train on
+        one. Shuffled, parts are of equal size, so that the mean over processes is the mean over the batch; fewer
+        samples than there are processes sit out.
+        """
+        order = torch.randperm(n) if self._shuffle else torch.arange(n)
+        if self._shuffle and self._world > 1:
+            order = order[: n - n % self._world]
+            torch.manual_seed(torch.initial_seed() + self._rank)  # what is drawn from here on differs between them
+        if self._shuffle and self._arrays is not None:
+            order = order.to(self._arrays[0].device)
+        rows = list(torch.split(order, self._batch_size))
+        if len(rows) > 1 and len(rows[-1]) < 2 * self._world:
+            rows[-2:] = [torch.cat(rows[-2:])]
+        return [r[self._rank :: self._world] for r in rows]
+
+    def ids(self) -> Tensor:
+        """The numbers of the samples that this process is given, in order (n,) int64, on the device."""
+        if self._arrays is not None:
+            rows = torch.cat(self._rows(len(self._arrays[0])))
+        elif isinstance(self.source, Dataset):
+            rows = torch.cat(self._rows(len(self.source)))  # type: ignore[arg-type]
+        else:
+            batches = getattr(self.source, "batch_sampler", None)
+            if batches is None:
+                raise ValueError("data: a stream cannot be split over processes; pass arrays or a Dataset")
+            rows = torch.tensor([i for batch in batches for i in batch])
+        return rows.to(self.device)
+
+
+def _fits(arrays: tuple[Tensor, ...], device: torch.device) -> bool:
+    """Whether they take at most half of the memory that is free; other accelerators than CUDA do not say."""
+    if device.type != "cuda":
+        return False
+    return 2 * sum(t.nbytes for t in arrays) <= torch.cuda.mem_get_info(device)[0]
+
+
+def _resident(t: Tensor, device: torch.device) -> Tensor:
+    t = t.to(device)
+    return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+
+
+def _take(t: Tensor, rows: Tensor, scattered: bool, device: torch.device) -> Tensor:
+    """Rows of an array on the device; consecutive ones without a copy."""
+    if not scattered:
+        return t[int(rows[0]) : int(rows[-1]) + 1].to(device, non_blocking=True)
+    if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        taken = t.movedim(1, -1)[rows].movedim(-1, 1)
     else:
-        raise TypeError(f"data: expected (inputs, labels), a Dataset or a DataLoader, got {type(data).__name__}")
-    for batch in loader:
-        yield to_device(batch, device)
-
-
-def _index_batches(n: int, batch_size: int, shuffle: bool) -> list[Tensor]:
-    """Row numbers of each batch; a single one left over joins the batch before it: BatchNorm cannot train on one."""
-    order = torch.randperm(n) if shuffle else torch.arange(n)
-    rows = [order[start : start + batch_size] for start in range(0, n, batch_size)]
-    if len(rows) > 1 and len(rows[-1]) == 1:
-        rows[-2:] = [torch.cat(rows[-2:])]
-    return rows
-
-
-def _as_slice(rows: Tensor) -> slice:
-    """Consecutive rows as a view rather than a copy."""
-    return slice(int(rows[0]), int(rows[-1]) + 1)
+        taken = t[rows.to(t.device)]
+    if t.device.type == "cpu" and device.type == "cuda":
+        taken = taken.pin_memory()
+    return taken.to(device, non_blocking=True)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -155,22 +234,39 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, data: Any, *, batch_size: int = 512, forward_fn: Forward | None = None, log: bool = False
+    model: nn.Module,
+    data: Any,
+    *,
+    batch_size: int = 256,
+    forward_fn: Forward | None = None,
+    log: bool = False,
+    split: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities (log: their logarithms) (n_samples, n_classes) float32 and labels (n_samples,), on the CPU."""
+    """Probabilities (log: their logarithms) (n_samples, n_classes) float32 and labels (n_samples,), where the model is.
+
+    Nothing leaves the device in between. `split`: every process calls this, evaluates its part, and gets the whole.
+    """
+    if not isinstance(data, Batches):
+        data = Batches(data, batch_size, device_of(model), split=split)
     parts: list[tuple[Tensor, Tensor]] = []
     with evaluating(model):
-        for batch in batches(data, batch_size, device_of(model)):
+        for batch in data:
             logits, labels = forward(model, batch, forward_fn)
             logits = logits.float()
-            if not parts and (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(1, device=logits.device)):
-                raise ValueError(
-                    "model: gives probabilities; expected logits or log-probabilities (no softmax at the end)"
-                )
-            parts.append(((logits.log_softmax(1) if log else logits.softmax(1)).cpu(), labels.cpu()))
+            if not parts:
+                _refuse_probabilities(logits)
+            parts.append((logits.log_softmax(1) if log else logits.softmax(1), labels))
     if not parts:
         raise ValueError("data: expected at least one batch")
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    probs, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    if data.is_split:
+        probs, labels = distributed.joined(data.ids(), probs, labels)
+    return probs, labels
+
+
+def _refuse_probabilities(logits: Tensor) -> None:
+    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(1, device=logits.device)):
+        raise ValueError("model: gives probabilities; expected logits or log-probabilities (no softmax at the end)")
 
 
 def inputs_of(batch: Any) -> list[Tensor]:
@@ -185,7 +281,7 @@ def inputs_of(batch: Any) -> list[Tensor]:
 def fingerprints(data: Any) -> set[bytes]:
     """A hash of each sample's inputs, to notice samples that stand in two sets."""
     seen = set()
-    for batch in batches(data, 512, torch.device("cpu")):
+    for batch in Batches(data, 512, torch.device("cpu")):
         arrays = [v.detach().contiguous().reshape(len(v), -1).view(torch.uint8).numpy() for v in inputs_of(batch)]
         for row in zip(*arrays, strict=True):
             seen.add(hashlib.blake2b(b"".join(r.tobytes() for r in row), digest_size=16).digest())

@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _check, checkpoints, data
-from .recorder import Recorder, claim
-from .training import Recipe, data_digest, fit, recording_hooks, tensors_digest
-
-Targets = tuple[Tensor, Tensor]  # labels (B,), the teacher's log-probabilities (B, K)
+from . import _check, data, soft_targets
+from .engine import Average, EarlyStopping, fit, hidden
+from .recipe import Recipe
+from .training import data_digest, load_final, open_store, tensors_digest
 
 
 def distill(
@@ -38,7 +37,13 @@ def distill(
     val_data: Any = None,
     keep: str = "all",
     half: bool = False,
+    targets: str = "auto",
+    views: int = 8,
+    top_k: int | None = None,
+    ema_decay: float | None = None,
+    patience: int | None = None,
     resume: bool = True,
+    disk_wait: float = 3600.0,
     progress: bool | None = None,
     **recipe: Any,
 ) -> nn.Module:
@@ -62,16 +67,29 @@ def distill(
     temperature : float > 0
     kd_weight : float in [0, 1]
     augment : callable, optional
-        As in `train`. Without it, and with data given as arrays, the teacher is asked once per sample; else on every
-        batch.
+        As in `train`.
+    targets : str
+        How the teacher is asked. "cached": once per sample, for arrays without `augment`. "cached-views": once for each
+        of `views` augmented versions of the samples, which are drawn again from their stored seeds, one version an
+        epoch in turn. "online": on every batch that the student sees. "auto": "cached" where it is possible, else
+        "online".
+    views : int
+        For "cached-views"; more are more varied, and each costs the teacher one pass over the data.
+    top_k : int, optional
+        What is cached is the k likeliest classes in 16 bits; the rest is spread evenly over the others.
+    ema_decay : float in [0, 1], optional
+        The student is an exponential moving average over the steps (0.99 to 0.999 are usual), and is recorded as such.
+    patience : int, optional
+        Stop when the accuracy on `val_data` has not risen for so many epochs; the student is the best epoch's.
     forward_fn
         As in `train`; used for both models.
     run_dir : path, optional
-        Keeps the state after each epoch there, so that a killed distillation continues.
+        Keeps the state after each epoch there, so that a killed distillation continues, and in targets/ what the
+        teacher said (memory-mapped).
     val_data, keep, half : optional
         With `run_dir`: record the student on these samples as `train` does, so that `Run.open(run_dir, student)` can be
         fused and distilled in its turn.
-    resume, progress, **recipe
+    resume, disk_wait, progress, **recipe
         As in `train`.
 
     Returns
@@ -102,44 +120,91 @@ def distill(
     kd_weight = _check.number(kd_weight, 0, 1, "kd_weight")
     data.check_module(student, "student")
     data.check_module(teacher, "teacher")
-    resume_path = None
     if val_data is not None and run_dir is None:
         raise ValueError("val_data: needs run_dir, where the history and the checkpoints go")
-    recording: dict[str, Any] = {}
+    way = _way(targets, views, top_k, train_data, augment)
+    held = {"targets": way, "views": views if way == "cached-views" else None, "top_k": top_k}
+    stopping = None if patience is None else EarlyStopping(_check.number(patience, 1, 2**31, "patience", int))
+    if stopping is not None and val_data is None:
+        raise ValueError("patience: needs val_data, whose accuracy it looks at")
+    average = None if ema_decay is None else Average(student, _check.number(ema_decay, 0, 1, "ema_decay"))
+    store = None
     if run_dir is not None:
         config = {"epochs": epochs, "temperature": temperature, "kd_weight": kd_weight, **asdict(settings)}
         config |= {"data": data_digest(train_data), "teacher": tensors_digest(teacher.state_dict().values())}
+        config |= {"ema_decay": ema_decay, "patience": patience, **held}
         if val_data is not None:
             config["val_data"] = data_digest(val_data)
-        resume_path = claim(Path(run_dir), config, resume) / "resume.pt"
+        recorded = None if val_data is None else keep
+        options: dict[str, Any] = {"half": half, "forward_fn": forward_fn, "disk_wait": disk_wait}
+        store = open_store(run_dir, config, resume, student, recorded, **options)
+        if load_final(student, store, epochs):
+            return student.eval()
+    device = data.device_of(student)
+    evaluate, notes = None, {}
+    with _borrowed(teacher, device):
         if val_data is not None:
-            recorder = Recorder(run_dir, student, keep, half=half, forward_fn=forward_fn)
-            if recorder.next_epoch == epochs and not resume_path.exists():  # complete, and tidied up by somebody
-                return checkpoints.load_into(student, recorder.run.checkpoints[-1]).eval()
-            recording = recording_hooks(recorder, resume_path, student, val_data, forward_fn)
-    cached = augment is None and data.is_arrays(train_data)
-    with _borrowed(teacher, data.device_of(student)):
-        if cached:
-            soft, _ = data.predict(teacher, train_data, forward_fn=forward_fn, log=True)
-            train_data = (*data.as_tensors(train_data), soft)
-        else:
-            first = next(data.batches(train_data, settings.batch_size, data.device_of(student)), None)
+            val = data.Batches(val_data, 256, device, split=True)
+            evaluate = partial(data.predict, data=val, forward_fn=forward_fn)
+            if not hidden(progress):
+                probs, labels = evaluate(teacher)
+                notes = {"teacher": f"{(probs.argmax(1) == labels).double().mean():.2%}"}
+        if way == "online":
+            batches = data.Batches(train_data, settings.batch_size, device, shuffle=True, split=True)
+            first = next(iter(data.Batches(train_data, settings.batch_size, device)), None)
             if first is not None:  # refused at once where it gives no logits
                 data.predict(teacher, [first], forward_fn=forward_fn)
+            source: Any = batches, partial(soft_targets.online, teacher, forward_fn), augment
+        else:
+            cached = soft_targets.Cached(
+                teacher,
+                train_data,
+                settings.batch_size,
+                device,
+                augment=augment,
+                views=views,
+                seed=settings.seed,
+                forward_fn=forward_fn,
+                folder=None if run_dir is None else Path(run_dir) / "targets",
+                top_k=top_k,
+            )
+            source = cached.batches, cached.step, None
         fit(
             student,
-            train_data,
+            source[0],
             epochs,
             settings,
-            augment=augment,
-            forward_fn=partial(_forward_cached if cached else _forward_online, teacher, forward_fn),
+            step=source[1],
             loss_fn=partial(distillation_loss, temperature=temperature, kd_weight=kd_weight),
+            augment=source[2],
+            evaluate=evaluate,
+            store=store,
+            average=average,
+            stopping=stopping,
             progress=progress,
             description="distill",
-            resume_path=resume_path,
-            **recording,
+            notes=notes,
         )
     return student.eval()
+
+
+def _way(targets: str, views: int, top_k: int | None, train_data: Any, augment: Any) -> str:
+    """The way to ask the teacher, checked against what is given."""
+    _check.choice(targets, ("auto", "cached", "cached-views", "online"), "targets")
+    if targets == "auto":
+        targets = "cached" if augment is None and data.is_arrays(train_data) else "online"
+    if targets != "online" and not data.is_arrays(train_data):
+        raise ValueError(f"targets: {targets!r} needs train_data as arrays, in an order that does not change")
+    if targets == "cached" and augment is not None:
+        raise ValueError("targets: 'cached' knows nothing of augmented samples; use 'cached-views' or 'online'")
+    if targets == "cached-views" and augment is None:
+        raise ValueError("targets: 'cached-views' needs augment; without it, 'cached' is the same")
+    _check.number(views, 1, 2**20, "views", int)
+    if top_k is not None:
+        _check.number(top_k, 1, 2**31, "top_k", int)
+        if targets == "online":
+            raise ValueError("top_k: compresses what is kept, and 'online' keeps nothing")
+    return targets
 
 
 @contextmanager
@@ -154,24 +219,7 @@ def _borrowed(teacher: nn.Module, device: torch.device) -> Iterator[None]:
         teacher.to(home)
 
 
-def _forward_cached(
-    teacher: nn.Module, forward_fn: data.Forward | None, student: nn.Module, batch: Any
-) -> tuple[Tensor, Targets]:
-    """The student's logits, and targets of which the batch's last array is the teacher's part."""
-    logits, labels = data.forward(student, batch[:-1], forward_fn)
-    return logits, (labels, batch[-1])
-
-
-def _forward_online(
-    teacher: nn.Module, forward_fn: data.Forward | None, student: nn.Module, batch: Any
-) -> tuple[Tensor, Targets]:
-    """The student's logits, and targets with what the teacher says about the same batch."""
-    logits, labels = data.forward(student, batch, forward_fn)
-    with torch.no_grad():
-        return logits, (labels, data.forward(teacher, batch, forward_fn)[0].float().log_softmax(1))
-
-
-def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:
+def distillation_loss(logits: Tensor, targets: soft_targets.Targets, *, temperature: float, kd_weight: float) -> Tensor:
     """The loss of `distill`, from logits (B, K) and labels (B,) with the teacher's log-probabilities (B, K)."""
     labels, teacher_log_probs = targets
     if logits.shape != teacher_log_probs.shape:

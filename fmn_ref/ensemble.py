@@ -23,14 +23,18 @@ CACHE_BYTES = 4 << 30
 class Probabilities(Sequence[NDArray[np.float32]]):
     """Predictions of every checkpoint of a run on one data set, computed when read; up to 4 GiB stay in memory.
 
+    One network is on the device at a time. `split`: in several processes, all of which read the same rows in the same
+    order, each evaluates its part.
+
     ``probabilities[i]`` is (n_samples, n_classes) float32 for row i of the run's history; ``labels`` is (n_samples,)
     int64. `fuse(probabilities, labels, correct=history)` reads the last epoch and the chosen windows only.
     """
 
-    def __init__(self, run: Run, data: Any, *, batch_size: int = 512) -> None:
-        self._model = copy.deepcopy(model_of(run))
-        self._run, self._data = run, data
-        self._batch_size = _check.number(batch_size, 1, 2**31, "batch_size", int)
+    def __init__(self, run: Run, samples: Any, *, batch_size: int = 256, split: bool = False) -> None:
+        self._model = copy.deepcopy(model_of(run)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._run = run
+        size = _check.number(batch_size, 1, 2**31, "batch_size", int)
+        self._batches = data.Batches(samples, size, data.device_of(self._model), split=split)
         self._known: dict[int, NDArray[np.float32]] = {}
         self._labels: NDArray[np.int64] | None = None
 
@@ -61,14 +65,13 @@ class Probabilities(Sequence[NDArray[np.float32]]):
         i = operator.index(epoch) % len(self)
         if i not in self._known:
             checkpoints.load_into(self._model, self._run.checkpoints[i])
-            forward_fn = self._run.forward_fn
-            probs, labels = data.predict(self._model, self._data, batch_size=self._batch_size, forward_fn=forward_fn)
-            y = labels.numpy().astype(np.int64)
+            probs, labels = data.predict(self._model, self._batches, forward_fn=self._run.forward_fn)
+            y = labels.cpu().numpy().astype(np.int64)
             if self._labels is not None and not np.array_equal(y, self._labels):
                 raise ValueError(
                     "data: gave other labels, or another order, than before; evaluation data must not shuffle"
                 )
-            self._known[i], self._labels = probs.numpy(), y
+            self._known[i], self._labels = probs.cpu().numpy(), y
             while len(self._known) > 2 and sum(p.nbytes for p in self._known.values()) > CACHE_BYTES:
                 del self._known[next(iter(self._known))]
         return self._known[i]
@@ -199,7 +202,7 @@ def recompute_batchnorm(
         norm.reset_running_stats()
         norm.train()
     seen = 0
-    for batch in data.batches(train_data, batch_size, data.device_of(model)):
+    for batch in data.Batches(train_data, batch_size, data.device_of(model)):
         n = len(data.inputs_of(batch)[0])
         for norm in norms:
             norm.momentum = n / (seen + n)

@@ -84,8 +84,10 @@ class Run:
             return self
         return Run(self.run_dir, self.history.select(rows), self.model, self.forward_fn)
 
-    def probabilities(self, data: Any, *, batch_size: int = 512) -> Probabilities:
+    def probabilities(self, data: Any, *, batch_size: int = 256, split: bool = False) -> Probabilities:
         """What each epoch predicts on `data`: a sequence of (n_samples, n_classes) arrays, computed when read.
+
+        split: each of several processes evaluates its part (see `Probabilities`).
 
         Raises
         ------
@@ -94,7 +96,7 @@ class Run:
         """
         from .ensemble import Probabilities
 
-        return Probabilities(self, data, batch_size=batch_size)
+        return Probabilities(self, data, batch_size=batch_size, split=split)
 
     def __repr__(self) -> str:
         return f"Run({str(self.run_dir)!r}, n_epochs={len(self.history)}, n_samples={self.history.n_samples})"
@@ -184,9 +186,13 @@ class Recorder:
             A file cannot be written; everything recorded before is intact.
         """
         right = metrics.correctness(scores_or_predictions, labels)
-        epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         if right.ndim != 1:
             raise ValueError(f"scores_or_predictions: expected one epoch, got correctness of shape {right.shape}")
+        self.record_correct(epoch, right, labels)
+
+    def record_correct(self, epoch: int, correct: Any, labels: Any) -> None:
+        """`record` for a loop that knows already which samples are right: correct (n_samples,) bool."""
+        epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         if self._history is not None and self._history.digest != labels_digest(labels):
             raise ValueError("labels: not the labels (or not in the order) that this run has recorded so far")
         if epoch < self.next_epoch:
@@ -198,8 +204,8 @@ class Recorder:
         if self._save is not None:
             self._save(checkpoint_path(self.run_dir, epoch))
         if self._history is None:
-            self._history = CorrectnessHistory(len(right), self.run_dir / "history.fmnh", labels=labels)
-        self._history.append(right, epoch)
+            self._history = CorrectnessHistory(len(correct), self.run_dir / "history.fmnh", labels=labels)
+        self._history.append(correct, epoch)
         if limited:
             kept = self.run.kept
             for dropped in self._keep.dropped(kept.history.epochs, kept.history.correct()):

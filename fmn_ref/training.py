@@ -9,80 +9,22 @@ finished epoch and ends with the same bits as one that was not.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from . import _check, checkpoints, data
-from .recorder import Recorder, Run, claim
-
-logger = logging.getLogger(__name__)
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Hyper-parameters of `train` and `distill`, passed to them by keyword.
-
-    The defaults are METHOD's recipe for CIFAR with ResNet-18 (the papers give none).
-    """
-
-    batch_size: int = 128
-    optimizer: str = "sgd"  # "sgd" (Nesterov momentum) or "adamw"
-    lr: float = 0.1
-    momentum: float = 0.9  # sgd only
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"  # "cosine" to 0, "step" or "constant"; changes between epochs
-    milestones: tuple[int, ...] = ()  # epochs at which "step" multiplies lr by gamma
-    gamma: float = 0.1
-    amp: bool = False  # bfloat16 autocast
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        number = {"batch_size": _check.number(self.batch_size, 1, 2**31, "batch_size", int)}
-        _check.choice(self.optimizer, ("sgd", "adamw"), "optimizer")
-        _check.choice(self.schedule, ("cosine", "step", "constant"), "schedule")
-        for name in ("lr", "momentum", "weight_decay", "gamma"):
-            number[name] = _check.number(getattr(self, name), 0, 1e6, name)
-        number["seed"] = _check.number(self.seed, 0, 2**32, "seed", int)
-        if not isinstance(self.amp, bool):
-            raise TypeError(f"amp: expected True or False, got {self.amp!r}")
-        if not isinstance(self.milestones, (list, tuple)):
-            raise TypeError(f"milestones: expected a tuple of epochs, got {self.milestones!r}")
-        for epoch in self.milestones:
-            _check.number(epoch, 0, 2**31, "milestones", int)
-        for name, value in number.items():
-            object.__setattr__(self, name, value)  # plain numbers, also where NumPy's were given
-
-    @classmethod
-    def of(cls, options: dict[str, Any]) -> Recipe:
-        """A recipe from keywords; an unknown one is named, with those there are."""
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise TypeError(f"{name}: not an option; there are {', '.join(known)}")
-        return cls(**options)
-
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        if self.optimizer == "adamw":
-            return torch.optim.AdamW(model.parameters(), self.lr, weight_decay=self.weight_decay)
-        return torch.optim.SGD(
-            model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
-        )
-
-    def make_scheduler(self, optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
-        if self.schedule == "cosine":
-            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-        milestones = self.milestones if self.schedule == "step" else ()
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), self.gamma)
+from . import _check, checkpoints, data, distributed
+from .engine import Loss, fit
+from .recipe import Recipe
+from .recorder import Run, claim
+from .store import Store
 
 
 def train(
@@ -98,6 +40,7 @@ def train(
     augment: Callable[[Tensor], Tensor] | None = None,
     forward_fn: data.Forward | None = None,
     loss_fn: Loss = F.cross_entropy,
+    disk_wait: float = 3600.0,
     progress: bool | None = None,
     **recipe: Any,
 ) -> Run:
@@ -122,10 +65,13 @@ def train(
         For batches that are neither (inputs, labels) nor dicts with "labels". With `augment`, batches must be tuples.
     loss_fn : callable(logits, labels) -> scalar
         Default: cross-entropy.
+    disk_wait : float
+        Seconds to wait for room when the disk is full, before its error ends the run (which can be resumed).
     progress : bool, optional
         A bar on stderr with validation accuracy and peak forget fraction; default: when stderr is a terminal.
     **recipe
-        Fields of `Recipe`: batch_size, optimizer, lr, momentum, weight_decay, schedule, milestones, gamma, amp, seed.
+        Fields of `Recipe`: batch_size, optimizer, lr, momentum, weight_decay, schedule, milestones, gamma, amp,
+        channels_last, compile, seed.
 
     Returns
     -------
@@ -143,9 +89,15 @@ def train(
 
     Notes
     -----
-    Bit-identical resuming holds on the same machine with the same thread count, and for randomness from torch's
-    generators (NumPy's and Python's are the caller's affair, as are a DataLoader's persistent workers). The global
-    generator is put back afterwards; the model is left in evaluation mode.
+    Files are written by a thread while the next epoch runs; a run that is killed goes on from the last epoch whose
+    state is whole on disk. In several processes (`torchrun`, after `torch.distributed.init_process_group`) every one
+    calls `train` with the same arguments: each takes its part of every batch and of the validation set, the first
+    one writes; `run_dir` must be on a disk that all of them see.
+
+    Bit-identical resuming holds on the same machine with the same thread count (on a GPU: with
+    ``torch.use_deterministic_algorithms(True)``), and for randomness from torch's generators
+    (NumPy's and Python's are the caller's affair, as are a DataLoader's persistent workers). The global generator is
+    put back afterwards; the model is left in evaluation mode.
 
     Examples
     --------
@@ -159,50 +111,48 @@ def train(
     epochs = _check.number(epochs, 1, 2**31, "epochs", int)
     data.check_module(model, "model")
     config = {"epochs": epochs, **asdict(settings), "data": data_digest(train_data), "val_data": data_digest(val_data)}
-    claim(Path(run_dir), config, resume)
-    recorder = Recorder(run_dir, model, keep, half=half, forward_fn=forward_fn)
-    resume_path = recorder.run_dir / "resume.pt"
-    if recorder.next_epoch == epochs and not resume_path.exists():  # complete, and tidied up by somebody
-        checkpoints.load_into(model, recorder.run.checkpoints[-1]).eval()
-        return recorder.run
-
-    fit(
-        model,
-        train_data,
-        epochs,
-        settings,
-        augment=augment,
-        forward_fn=forward_fn,
-        loss_fn=loss_fn,
-        progress=progress,
-        resume_path=resume_path,
-        **recording_hooks(recorder, resume_path, model, val_data, forward_fn),
-    )
+    store = open_store(run_dir, config, resume, model, keep, half=half, forward_fn=forward_fn, disk_wait=disk_wait)
+    device = data.device_of(model)
+    val = data.Batches(val_data, 256, device, split=True)
+    if not load_final(model, store, epochs):
+        fit(
+            model,
+            data.Batches(train_data, settings.batch_size, device, shuffle=True, split=True),
+            epochs,
+            settings,
+            step=forward_fn or data.default_forward,
+            loss_fn=loss_fn,
+            augment=augment,
+            evaluate=partial(data.predict, data=val, forward_fn=forward_fn),
+            store=store,
+            progress=progress,
+        )
     model.eval()
-    return recorder.run
+    return Run.open(run_dir, model, forward_fn) if store.recorder is None else store.recorder.run
 
 
-def recording_hooks(
-    recorder: Recorder, resume_path: Path, model: nn.Module, val_data: Any, forward_fn: data.Forward | None
-) -> dict[str, Any]:
-    """What `fit` calls to record every epoch, and before it goes on after an interruption."""
+def open_store(
+    run_dir: str | os.PathLike[str],
+    config: dict[str, Any],
+    resume: bool,
+    model: nn.Module,
+    keep: str | None,
+    **options: Any,
+) -> Store:
+    """The run directory, made or checked by the first process."""
+    if distributed.rank() == 0:
+        claim(Path(run_dir), config, resume)
+    store = Store(Path(run_dir), model, keep, **options)
+    distributed.barrier()
+    return store
 
-    def rewind(start: int) -> None:
-        """Go back to where resume.pt is: at most one epoch, if nobody meddled."""
-        if not start <= recorder.next_epoch <= start + 1:
-            found = f"after {start} epochs" if resume_path.exists() else "missing"
-            raise ValueError(
-                f"{resume_path}: is {found}, but the history has {recorder.next_epoch}; restore either file"
-            )
-        recorder.rewind(start)
 
-    def record(epoch: int) -> dict[str, str]:
-        probs, labels = data.predict(model, val_data, forward_fn=forward_fn)
-        recorder.record(epoch, probs, labels)
-        accuracy = (probs.argmax(1) == labels).double().mean().item()
-        return {"val": f"{accuracy:.2%}", "peak F_e": f"{recorder.peak_forget_fraction:.2%}"}
-
-    return {"rewind": rewind, "after_epoch": record}
+def load_final(model: nn.Module, store: Store, epochs: int) -> bool:
+    """Load the last checkpoint of a complete run that has nothing to resume from; whether it is one."""
+    path = distributed.shared(store.final_checkpoint(epochs))
+    if path is not None:
+        checkpoints.load_into(model, path)
+    return path is not None
 
 
 def data_digest(samples: Any) -> str | None:
@@ -219,82 +169,3 @@ def tensors_digest(tensors: Iterable[Any]) -> str:
         if isinstance(t, Tensor):
             digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def fit(
-    model: nn.Module,
-    train_data: Any,
-    epochs: int,
-    recipe: Recipe,
-    *,
-    augment: Callable[[Tensor], Tensor] | None = None,
-    forward_fn: Callable[[nn.Module, Any], tuple[Tensor, Any]] | None = None,
-    loss_fn: Callable[[Tensor, Any], Tensor] = F.cross_entropy,
-    progress: bool | None = None,
-    description: str = "train",
-    resume_path: Path | None = None,
-    rewind: Callable[[int], None] = lambda epoch: None,
-    after_epoch: Callable[[int], dict[str, str]] = lambda epoch: {},
-) -> None:
-    """The loop itself: what `train` and `distill` share. Model and loss may be anything that steps on batches."""
-    device = data.device_of(model)
-    optimizer = recipe.make_optimizer(model)
-    scheduler = recipe.make_scheduler(optimizer, epochs)
-    parts: dict[str, Any] = {"model": checkpoints.unwrap(model), "optimizer": optimizer, "scheduler": scheduler}
-    start = _resume(parts, resume_path)
-    if start == epochs:
-        logger.info("%s is complete: nothing to train", resume_path and resume_path.parent)
-    rewind(start)
-    devices = [device] if device.type == "cuda" else []
-    bar = tqdm(range(start, epochs), description, epochs, initial=start, disable=_disabled(progress), unit="epoch")
-    with torch.random.fork_rng(devices), bar:
-        for epoch in bar:
-            data.reseed(train_data, recipe.seed, epoch)
-            model.train()
-            loss = None
-            for batch in data.batches(train_data, recipe.batch_size, device, shuffle=True):
-                if augment is not None:
-                    batch = (augment(batch[0]), *batch[1:])
-                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
-                    outputs, targets = (forward_fn or data.default_forward)(model, batch)
-                    loss = _loss(loss_fn, outputs, targets)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-            if loss is None:
-                raise ValueError("train_data: expected at least one batch")
-            if not torch.isfinite(loss):  # of the last batch: one look an epoch, no synchronisation in between
-                raise FloatingPointError(f"epoch {epoch}: the loss is {loss.item()}; lower lr?")
-            scheduler.step()
-            bar.set_postfix(after_epoch(epoch))
-            if resume_path is not None:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                checkpoints.save(checkpoints.to_cpu({"epoch": epoch, **state}), resume_path)
-
-
-def _loss(loss_fn: Callable[[Tensor, Any], Tensor], outputs: Tensor, targets: Any) -> Tensor:
-    try:
-        return loss_fn(outputs, targets)
-    except IndexError as error:  # torch: "Target 5 is out of bounds."
-        raise ValueError(f"labels: outside the {outputs.shape[-1]} classes of the model ({error})") from None
-
-
-def _resume(parts: dict[str, Any], path: Path | None) -> int:
-    """Load the state after the last finished epoch; the number of the next."""
-    if path is None or not path.exists():
-        return 0
-    state = checkpoints.load(path)
-    if not isinstance(state, dict) or state.keys() != {"epoch", *parts} or not isinstance(state["epoch"], int):
-        raise ValueError(f"{path}: not what train or distill left to resume from")
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: does not fit this model and optimizer: {error}") from None
-    logger.info("resuming %s after epoch %d", path.parent, state["epoch"])
-    return int(state["epoch"]) + 1
-
-
-def _disabled(progress: bool | None) -> bool | None:
-    """tqdm's own meaning of None: off unless stderr is a terminal."""
-    return None if progress is None else not progress

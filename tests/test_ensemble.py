@@ -290,7 +290,7 @@ class TestDistill:
             options = {"epochs": 1, "run_dir": tmp_path, **RECIPE}
             if ok:
                 fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)
-                assert sorted(p.name for p in tmp_path.iterdir()) == ["resume.pt", "run.json"]
+                assert sorted(p.name for p in tmp_path.iterdir()) == ["resume.pt", "run.json", "targets"]
             else:
                 with pytest.raises(ValueError, match="teacher"):
                     fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import fmn_ref as fmn
-from fmn_ref import _files, checkpoints, data
+from fmn_ref import _files, _writer, checkpoints, data
 
 
 def fresh():
@@ -440,21 +440,39 @@ def test_an_unwritable_folder_is_named(call):
 
 
 def test_a_full_disk_during_training_is_survived(run, tmp_path, monkeypatch):
-    """It fails with the system's error, and goes on from where it was when there is room again."""
+    """Not waited for, it fails with the system's error, and goes on from where it was when there is room again."""
+    full_at(monkeypatch, {17})
+    with pytest.raises(OSError, match="No space"):
+        trained(tmp_path, epochs=6, disk_wait=0)
+    monkeypatch.undo()
+    assert len(fmn.Run.open(tmp_path).history) >= 1
+    assert same_weights(trained(tmp_path, epochs=6).model, run.model)
+
+
+@pytest.mark.parametrize("first", range(8, 20))
+def test_a_run_waits_for_room(run, tmp_path, monkeypatch, caplog, first):
+    """Whichever file it is that finds no room, twice."""
+    full_at(monkeypatch, {first, first + 1})
+    again = trained(tmp_path, epochs=6)
+    assert "No space left on device; the run waits for room" in caplog.text
+    assert str(tmp_path) in caplog.text
+    assert same_weights(again.model, run.model)
+    assert again.history.packed.tobytes() == run.history.packed.tobytes()
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(again.checkpoints, run.checkpoints, strict=True))
+
+
+def full_at(monkeypatch, when):
+    """A disk without room at some calls of fsync."""
     real, calls = os.fsync, []
 
     def sometimes_full(descriptor):
         calls.append(1)
-        if len(calls) == 17:
+        if len(calls) in when:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", sometimes_full)
-    with pytest.raises(OSError, match="No space"):
-        trained(tmp_path, epochs=6)
-    monkeypatch.undo()
-    assert len(fmn.Run.open(tmp_path).history) >= 1
-    assert same_weights(trained(tmp_path, epochs=6).model, run.model)
+    monkeypatch.setattr(_writer, "PAUSE", 0.001)
 
 
 @pytest.mark.parametrize(
@@ -531,13 +549,22 @@ def test_a_missing_run_json_is_not_made_up(tmp_path):
 
 
 @pytest.mark.parametrize("content", [torch.ones(3), {"model": {}}, {"epoch": "1", "model": {}}, [1]], ids=str)
-def test_a_resume_file_of_something_else(tmp_path, content):
-    trained(tmp_path, epochs=2)
+def test_a_resume_file_of_something_else(tmp_path, caplog, content):
+    """The state before it is taken, unless that is no better."""
+    done = trained(tmp_path, epochs=3)
+    history = done.history.packed.tobytes()
     checkpoints.save(content, tmp_path / "resume.pt")
+    again = trained(tmp_path, epochs=3)
+    assert f"{tmp_path}/resume.pt: not what train or distill left to resume from; going on" in caplog.text
+    assert same_weights(again.model, done.model)
+    assert again.history.packed.tobytes() == history
+    checkpoints.save(content, tmp_path / "resume.pt")
+    checkpoints.save(content, tmp_path / "resume.previous.pt")
     model = fresh()
-    with pytest.raises(ValueError, match=r"resume\.pt"):
-        fmn.train(model, *make_data()[:2], epochs=2, run_dir=tmp_path, **RECIPE)
+    with pytest.raises(ValueError, match=r"resume\.pt: not what.*resume\.previous\.pt: not what"):
+        fmn.train(model, *make_data()[:2], epochs=3, run_dir=tmp_path, **RECIPE)
     assert same_weights(model, fresh())
+    assert fmn.Run.open(tmp_path).history.packed.tobytes() == history
 
 
 class Pair(NamedTuple):
@@ -573,14 +600,16 @@ def test_a_stream_of_samples_can_be_trained_on(tmp_path):
 
 def test_without_resume_file_nothing_is_lost(tmp_path):
     done = trained(tmp_path / "done", epochs=3)
-    (tmp_path / "done" / "resume.pt").unlink()
+    for name in ("resume.pt", "resume.previous.pt"):
+        (tmp_path / "done" / name).unlink()
     assert same_weights(trained(tmp_path / "done", epochs=3).model, done.model)
     trained(tmp_path / "half", epochs=3)
     history = fmn.CorrectnessHistory.open(tmp_path / "half" / "history.fmnh")
     history.truncate(2)
     with pytest.raises(ValueError, match=r"resume\.pt: is after 3 epochs, but the history has 2"):
         trained(tmp_path / "half", epochs=3)
-    (tmp_path / "half" / "resume.pt").unlink()
+    for name in ("resume.pt", "resume.previous.pt"):
+        (tmp_path / "half" / name).unlink()
     with pytest.raises(ValueError, match=r"resume\.pt: is missing, but the history has 2"):
         trained(tmp_path / "half", epochs=3)
     assert len(fmn.Run.open(tmp_path / "half").history) == 2
@@ -607,7 +636,8 @@ def test_another_configuration_is_refused(tmp_path):
         trained(tmp_path, epochs=3)
     with pytest.raises(FileExistsError, match="resume"):
         trained(tmp_path, epochs=2, resume=False)
-    (tmp_path / "resume.pt").write_bytes(struct.pack("<q", 7))
+    for name in ("resume.pt", "resume.previous.pt"):
+        (tmp_path / name).write_bytes(struct.pack("<q", 7))
     with pytest.raises(ValueError, match=r"resume\.pt"):
         trained(tmp_path, epochs=2)
     assert (tmp_path / "history.fmnh").read_bytes() == before
