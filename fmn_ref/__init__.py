@@ -33,7 +33,7 @@ from .recovery import Recovery, recovery
 if TYPE_CHECKING:
     from .augmentation import crop_flip
     from .comparison import Comparison, compare, compare_probabilities
-    from .distillation import distill
+    from .distillation import Sweep, distill, tune_distillation
     from .ensemble import FusedModel, Probabilities, averaged_model
     from .recipe import Recipe
     from .training import train
@@ -45,12 +45,14 @@ _LAZY = {
     "FusedModel": "ensemble",
     "Probabilities": "ensemble",
     "Recipe": "recipe",
+    "Sweep": "distillation",
     "averaged_model": "ensemble",
     "compare": "comparison",
     "compare_probabilities": "comparison",
     "crop_flip": "augmentation",
     "distill": "distillation",
     "train": "training",
+    "tune_distillation": "distillation",
 }
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "Recovery",
     "Run",
     "SampleStatistics",
+    "Sweep",
     "asymmetric_noise",
     "averaged_model",
     "backend",
@@ -90,6 +93,7 @@ __all__ = [
     "symmetric_noise",
     "train",
     "transition_noise",
+    "tune_distillation",
 ]
 
 

@@ -240,18 +240,21 @@ def predict(
     batch_size: int = 256,
     forward_fn: Forward | None = None,
     log: bool = False,
+    amp: bool = False,
     split: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Probabilities (log: their logarithms) (n_samples, n_classes) float32 and labels (n_samples,), where the model is.
 
-    Nothing leaves the device in between. `split`: every process calls this, evaluates its part, and gets the whole.
+    Nothing leaves the device in between. amp: the network in bfloat16. split: every process calls this, evaluates its
+    part, and gets the whole.
     """
     if not isinstance(data, Batches):
         data = Batches(data, batch_size, device_of(model), split=split)
     parts: list[tuple[Tensor, Tensor]] = []
     with evaluating(model):
         for batch in data:
-            logits, labels = forward(model, batch, forward_fn)
+            with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
+                logits, labels = forward(model, batch, forward_fn)
             logits = logits.float()
             if not parts:
                 _refuse_probabilities(logits)

@@ -6,12 +6,12 @@ student = fmn.distill(make_model(), fmn.FusedModel(plan, run), (x_train, y_train
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import _check, data, soft_targets
 from .engine import Average, EarlyStopping, fit, hidden
 from .recipe import Recipe
+from .recorder import Run
 from .training import data_digest, load_final, open_store, tensors_digest
 
 
@@ -40,6 +41,7 @@ def distill(
     targets: str = "auto",
     views: int = 8,
     top_k: int | None = None,
+    targets_dir: str | os.PathLike[str] | None = None,
     ema_decay: float | None = None,
     patience: int | None = None,
     resume: bool = True,
@@ -77,6 +79,9 @@ def distill(
         For "cached-views"; more are more varied, and each costs the teacher one pass over the data.
     top_k : int, optional
         What is cached is the k likeliest classes in 16 bits; the rest is spread evenly over the others.
+    targets_dir : path, optional
+        Where to cache; default: targets/ in `run_dir`, and memory without one. Distillations of the same teacher on the
+        same data may share it.
     ema_decay : float in [0, 1], optional
         The student is an exponential moving average over the steps (0.99 to 0.999 are usual), and is recorded as such.
     patience : int, optional
@@ -123,7 +128,12 @@ def distill(
     if val_data is not None and run_dir is None:
         raise ValueError("val_data: needs run_dir, where the history and the checkpoints go")
     way = _way(targets, views, top_k, train_data, augment)
-    held = {"targets": way, "views": views if way == "cached-views" else None, "top_k": top_k}
+    asked: dict[str, Any] = {"targets": way, "top_k": top_k, "data": data_digest(train_data)}
+    asked["teacher"] = tensors_digest(teacher.state_dict().values())
+    if way == "cached-views":
+        asked["view_seeds"] = [soft_targets.view_seed(settings.seed, view) for view in range(views)]
+    if targets_dir is None and run_dir is not None:
+        targets_dir = Path(run_dir) / "targets"
     stopping = None if patience is None else EarlyStopping(_check.number(patience, 1, 2**31, "patience", int))
     if stopping is not None and val_data is None:
         raise ValueError("patience: needs val_data, whose accuracy it looks at")
@@ -131,8 +141,7 @@ def distill(
     store = None
     if run_dir is not None:
         config = {"epochs": epochs, "temperature": temperature, "kd_weight": kd_weight, **asdict(settings)}
-        config |= {"data": data_digest(train_data), "teacher": tensors_digest(teacher.state_dict().values())}
-        config |= {"ema_decay": ema_decay, "patience": patience, **held}
+        config |= {"ema_decay": ema_decay, "patience": patience, **asked}
         if val_data is not None:
             config["val_data"] = data_digest(val_data)
         recorded = None if val_data is None else keep
@@ -162,10 +171,10 @@ def distill(
                 settings.batch_size,
                 device,
                 augment=augment,
-                views=views,
-                seed=settings.seed,
+                view_seeds=asked.get("view_seeds", [0]),
                 forward_fn=forward_fn,
-                folder=None if run_dir is None else Path(run_dir) / "targets",
+                folder=None if targets_dir is None else Path(targets_dir),
+                identity=asked,
                 top_k=top_k,
             )
             source = cached.batches, cached.step, None
@@ -230,3 +239,85 @@ def distillation_loss(logits: Tensor, targets: soft_targets.Targets, *, temperat
     if kd_weight == 1:
         return kd
     return kd_weight * kd + (1 - kd_weight) * F.cross_entropy(logits, labels)
+
+
+class Sweep(NamedTuple):
+    """What `tune_distillation` found: the best setting and its run, and all that were tried."""
+
+    temperature: float
+    kd_weight: float
+    run: Run
+    rows: list[dict[str, float]]  # temperature, kd_weight, accuracy on the selection set; in the order of trial
+
+
+def tune_distillation(
+    make_student: Callable[[], nn.Module],
+    teacher: nn.Module,
+    train_data: Any,
+    val_data: Any,
+    *,
+    epochs: int,
+    run_dir: str | os.PathLike[str],
+    temperatures: Sequence[float] = (1.0, 2.0, 4.0),
+    kd_weights: Sequence[float] = (1.0, 0.7),
+    **options: Any,
+) -> Sweep:
+    """Distil with every temperature and kd_weight; take what is best on the selection set.
+
+    The accuracy of a trial is that of its last epoch (with `patience`, of its best), ties go to the earlier trial. The
+    default is six trials; the teacher is asked once for all of them where its answers are cached. A killed sweep
+    continues where it was.
+
+    Parameters
+    ----------
+    make_student : callable() -> nn.Module
+        A fresh network; torch's generator is seeded with `seed` before each call, so that all start alike.
+    teacher, train_data, epochs
+        As `distill`.
+    val_data
+        The selection set: its accuracy decides, so it flatters the result. Score on other samples.
+    run_dir : path
+        Each trial leaves a run in a folder of its own here.
+    temperatures, kd_weights : sequences of float
+    **options
+        Further keywords of `distill`.
+
+    Returns
+    -------
+    Sweep
+        ``sweep.run.model`` is the best student, in evaluation mode.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `distill`; nothing to try.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> x = torch.randn(64, 8); y = (x[:, 0] > 0).long()
+    >>> teacher, make_student = torch.nn.Linear(8, 2), lambda: torch.nn.Linear(8, 2)
+    >>> sweep = tune_distillation(make_student, teacher, (x, y), (x, y), epochs=1, run_dir=tempfile.mkdtemp())
+    >>> len(sweep.rows)
+    6
+    """
+    trials = [(float(t), float(w)) for t in temperatures for w in kd_weights]
+    if not trials:
+        raise ValueError("temperatures, kd_weights: expected at least one of each")
+    folder = Path(run_dir)
+    rows, best = list[dict[str, float]](), None
+    for temperature, kd_weight in trials:
+        with torch.random.fork_rng():
+            torch.manual_seed(options.get("seed", 0))
+            student = make_student()
+        own = folder / f"temperature_{temperature:g}_kd_weight_{kd_weight:g}"
+        settings = {"targets_dir": folder / "targets", **options, "temperature": temperature, "kd_weight": kd_weight}
+        distill(student, teacher, train_data, epochs=epochs, val_data=val_data, run_dir=own, **settings)
+        run = Run.open(own, student, options.get("forward_fn"))
+        accuracy = run.history.correct().mean(1)
+        score = float(accuracy.max() if options.get("patience") else accuracy[-1])
+        rows.append({"temperature": temperature, "kd_weight": kd_weight, "accuracy": score})
+        if best is None or score > best.rows[0]["accuracy"]:
+            best = Sweep(temperature, kd_weight, run, rows[-1:])
+    assert best is not None
+    return best._replace(rows=rows)

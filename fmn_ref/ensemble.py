@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 
 from . import _check, checkpoints, data
 from .plan import FusionPlan
@@ -23,16 +24,19 @@ CACHE_BYTES = 4 << 30
 class Probabilities(Sequence[NDArray[np.float32]]):
     """Predictions of every checkpoint of a run on one data set, computed when read; up to 4 GiB stay in memory.
 
-    One network is on the device at a time. `split`: in several processes, all of which read the same rows in the same
-    order, each evaluates its part.
+    One network is on the device at a time, whatever the number of epochs. `amp`: in bfloat16, which changes
+    probabilities in the third digit. `split`: in several processes, all of which read the same rows in the same order,
+    each evaluates its part.
 
     ``probabilities[i]`` is (n_samples, n_classes) float32 for row i of the run's history; ``labels`` is (n_samples,)
     int64. `fuse(probabilities, labels, correct=history)` reads the last epoch and the chosen windows only.
     """
 
-    def __init__(self, run: Run, samples: Any, *, batch_size: int = 256, split: bool = False) -> None:
+    def __init__(
+        self, run: Run, samples: Any, *, batch_size: int = 256, amp: bool = False, split: bool = False
+    ) -> None:
         self._model = copy.deepcopy(model_of(run)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._run = run
+        self._run, self._amp = run, amp
         size = _check.number(batch_size, 1, 2**31, "batch_size", int)
         self._batches = data.Batches(samples, size, data.device_of(self._model), split=split)
         self._known: dict[int, NDArray[np.float32]] = {}
@@ -65,7 +69,7 @@ class Probabilities(Sequence[NDArray[np.float32]]):
         i = operator.index(epoch) % len(self)
         if i not in self._known:
             checkpoints.load_into(self._model, self._run.checkpoints[i])
-            probs, labels = data.predict(self._model, self._batches, forward_fn=self._run.forward_fn)
+            probs, labels = data.predict(self._model, self._batches, forward_fn=self._run.forward_fn, amp=self._amp)
             y = labels.cpu().numpy().astype(np.int64)
             if self._labels is not None and not np.array_equal(y, self._labels):
                 raise ValueError(
@@ -85,6 +89,10 @@ class FusedModel(nn.Module):
     plan : FusionPlan
     run : Run
         With its model attached (``Run.open(run_dir, model)``).
+    together : bool
+        Run the members as one network with stacked weights (torch.func), rather than one after the other, where batches
+        are tensors or tuples without `forward_fn`. It needs the weights twice. On two CPU cores it took 2.5 to 5 times
+        as long (`docs/results.md`); on a GPU, where small batches of small networks leave it idle, it was not measured.
 
     Returns log-probabilities (batch, n_classes) float32, so that softmax, arg-max and cross-entropy just work. Members
     are frozen and stay in evaluation mode. `plan.json` and the run directory are its permanent form; its own state_dict
@@ -100,7 +108,7 @@ class FusedModel(nn.Module):
 
     weights: Tensor
 
-    def __init__(self, plan: FusionPlan, run: Run) -> None:
+    def __init__(self, plan: FusionPlan, run: Run, *, together: bool = False) -> None:
         super().__init__()
         if not isinstance(plan, FusionPlan):
             raise TypeError(f"plan: expected a FusionPlan, got {type(plan).__name__}")
@@ -108,7 +116,9 @@ class FusedModel(nn.Module):
             raise ValueError(f"plan: made for {plan.n_epochs} epochs, the run has {len(run.history)}")
         model, paths, weights = model_of(run), run.checkpoints, plan.weights
         self.members = nn.ModuleList(checkpoints.load_into(copy.deepcopy(model), paths[e]) for e in weights)
-        self.members.requires_grad_(False)
+        self.members.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._together = together
+        self._stacked: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         self.register_buffer("weights", torch.tensor(list(weights.values())))
         self.eval()
 
@@ -116,15 +126,41 @@ class FusedModel(nn.Module):
         """Members always stay in evaluation mode."""
         return super().train(False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedModel:
+        self._stacked = None  # the members move to another device or type
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._stacked = None
+        return super().load_state_dict(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._together:
+            return self._forward_together(args, kwargs)
+
         def logits(member: nn.Module) -> Tensor:
             output = member(*args, **kwargs)
             return cast(Tensor, getattr(output, "logits", output))
 
         return self._mix(logits)
 
+    def _forward_together(self, args: Any, kwargs: Any) -> Tensor:
+        if self._stacked is None:
+            self._stacked = stack_module_state(list(self.members))
+        skeleton = self.members[0]
+
+        def logits(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            output = functional_call(skeleton, (weights, buffers), args, kwargs)
+            return cast(Tensor, getattr(output, "logits", output))
+
+        each = iter(vmap(logits)(*self._stacked))  # (members, B, K)
+        return self._mix(lambda member: next(each))
+
     def _fmn_forward_batch(self, batch: Any, forward_fn: data.Forward) -> tuple[Tensor, Tensor]:
         """(log-probabilities, labels) of a batch, by a function that gives (logits, labels) for a single member."""
+        if self._together and forward_fn is data.default_forward:
+            return forward_fn(self, batch)
         labels: list[Tensor] = []
 
         def logits(member: nn.Module) -> Tensor:

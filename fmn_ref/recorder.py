@@ -84,10 +84,12 @@ class Run:
             return self
         return Run(self.run_dir, self.history.select(rows), self.model, self.forward_fn)
 
-    def probabilities(self, data: Any, *, batch_size: int = 256, split: bool = False) -> Probabilities:
+    def probabilities(
+        self, data: Any, *, batch_size: int = 256, amp: bool = False, split: bool = False
+    ) -> Probabilities:
         """What each epoch predicts on `data`: a sequence of (n_samples, n_classes) arrays, computed when read.
 
-        split: each of several processes evaluates its part (see `Probabilities`).
+        amp: networks in bfloat16. split: each of several processes evaluates its part. See `Probabilities`.
 
         Raises
         ------
@@ -96,7 +98,7 @@ class Run:
         """
         from .ensemble import Probabilities
 
-        return Probabilities(self, data, batch_size=batch_size, split=split)
+        return Probabilities(self, data, batch_size=batch_size, amp=amp, split=split)
 
     def __repr__(self) -> str:
         return f"Run({str(self.run_dir)!r}, n_epochs={len(self.history)}, n_samples={self.history.n_samples})"

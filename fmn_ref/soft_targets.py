@@ -40,10 +40,13 @@ class Cached:
         On the student's device, in evaluation mode.
     train_data : arrays
     augment : callable, optional
-        With it, view r is what it makes of the samples in their order after `torch.manual_seed(view_seed(seed, r))`:
+        With it, a view is what it makes of the samples in their order after `torch.manual_seed(seed of the view)`:
         computed anew in each epoch, and the same each time. Without, there is one view, the samples themselves.
     folder : Path, optional
-        Where the answers are kept, a NumPy file for each view, read as memory maps; default: in memory.
+        Where the answers are kept, a NumPy file for each view, read as memory maps, and targets.json, which says what
+        they are answers to; default: in memory.
+    identity : dict
+        What the answers depend on: a folder that was made with another is refused.
     top_k : int, optional
         Keep the k likeliest classes of each sample in 16 bits; what is left is spread evenly over the others.
     """
@@ -56,16 +59,19 @@ class Cached:
         device: torch.device,
         *,
         augment: Augment | None,
-        views: int,
-        seed: int,
+        view_seeds: list[int],
         forward_fn: data.Forward | None,
         folder: Path | None,
+        identity: dict[str, Any],
         top_k: int | None,
     ) -> None:
+        if folder is not None and distributed.rank() == 0:
+            _claim(folder, identity)
+        distributed.barrier()
         self._arrays = data.Batches(train_data, batch_size, device).arrays
         self._batch_size, self._device, self._augment = batch_size, device, augment
-        self._seed, self._forward_fn = seed, forward_fn
-        self._targets = [self._of_view(teacher, view, folder, top_k) for view in range(views if augment else 1)]
+        self._seeds, self._forward_fn = view_seeds, forward_fn
+        self._targets = [self._of_view(teacher, view, folder, top_k) for view in range(len(view_seeds))]
 
     def _of_view(self, teacher: nn.Module, view: int, folder: Path | None, top_k: int | None) -> tuple[Any, ...]:
         """(log-probabilities (n, K),), or (log-probabilities, classes), both (n, top_k)."""
@@ -77,7 +83,6 @@ class Cached:
             if folder is None:
                 return found
             if distributed.rank() == 0:
-                folder.mkdir(exist_ok=True)
                 for path, array in zip(paths, found, strict=True):
                     _files.write_atomic(path, partial(np.save, arr=array.cpu().numpy()))
             distributed.barrier()
@@ -88,7 +93,7 @@ class Cached:
             return self._arrays
         inputs = self._arrays[0]
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-            torch.manual_seed(view_seed(self._seed, view))
+            torch.manual_seed(self._seeds[view])
             augmented = [self._augment(part.to(self._device)) for part in torch.split(inputs, CHUNK)]
         return torch.cat(augmented), *self._arrays[1:]
 
@@ -102,6 +107,18 @@ class Cached:
         logits, labels = data.forward(student, batch[:-n], self._forward_fn)
         log_probs = batch[-1] if n == 1 else expanded(batch[-2], batch[-1], logits.shape[1])
         return logits, (labels, log_probs)
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Make the folder with its targets.json, or refuse it."""
+    path = folder / "targets.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _files.write_json(path, {"format": "fmn_ref.targets", "version": 1, **identity})
+    found = _files.read_json(path, "fmn_ref.targets")
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise ValueError(f"{key}: the targets in {folder} were made with {found.get(key)!r}, not {value!r}")
 
 
 def view_seed(seed: int, view: int) -> int:

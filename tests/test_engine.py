@@ -244,18 +244,8 @@ class TestDistill:
         assert views[0].isdisjoint(views[1])
 
     def test_the_target_belongs_to_the_view(self, teacher, tmp_path):
-        cached = soft_targets.Cached(
-            teacher,
-            TRAIN,
-            32,
-            torch.device("cpu"),
-            augment=self.noisy,
-            views=3,
-            seed=1,
-            forward_fn=None,
-            folder=tmp_path,
-            top_k=None,
-        )
+        options = {"augment": self.noisy, "view_seeds": [7, 8, 9], "forward_fn": None, "top_k": None}
+        cached = soft_targets.Cached(teacher, TRAIN, 32, torch.device("cpu"), folder=tmp_path, identity={}, **options)
         for epoch in range(4):
             for batch in cached.batches(epoch):
                 _, (_, log_probs) = cached.step(nn.Linear(6, 4), batch)
@@ -285,8 +275,8 @@ class TestDistill:
         top = self.distilled(teacher, tmp_path, top_k=3, **options)
         torch.testing.assert_close(top(TEST[0]).softmax(1), full(TEST[0]).softmax(1), atol=0.02, rtol=0)
         files = sorted(p.name for p in (tmp_path / "targets").iterdir())
-        assert files[:2] == ["view_00000.classes.npy", "view_00000.log_probs.npy"]
-        assert np.load(tmp_path / "targets" / files[1]).dtype == np.float16
+        assert files[:3] == ["targets.json", "view_00000.classes.npy", "view_00000.log_probs.npy"]
+        assert np.load(tmp_path / "targets" / files[2]).dtype == np.float16
 
     def test_the_top_keeps_mass(self):
         log_probs = torch.randn(50, 20).log_softmax(1)
@@ -351,3 +341,50 @@ class TestDistill:
     def test_bad_input(self, teacher, options, words):
         with pytest.raises(ValueError, match=words):
             self.distilled(teacher, **options)
+
+
+SHORT = {**RECIPE, "epochs": 3}
+
+
+class TestTune:
+    def test_takes_the_best_and_keeps_all(self, teacher, tmp_path):
+        sweep = fmn.tune_distillation(make_model, teacher, TRAIN, VAL, run_dir=tmp_path, temperatures=(1, 3), **SHORT)
+        assert isinstance(sweep, fmn.Sweep)
+        accuracy = [row["accuracy"] for row in sweep.rows]
+        assert [(row["temperature"], row["kd_weight"]) for row in sweep.rows] == [(1, 1), (1, 0.7), (3, 1), (3, 0.7)]
+        best = sweep.rows[int(np.argmax(accuracy))]
+        assert (sweep.temperature, sweep.kd_weight) == (best["temperature"], best["kd_weight"])
+        right = (sweep.run.model(VAL[0]).argmax(1) == VAL[1]).double().mean()
+        assert right == max(accuracy)
+        folders = sorted(p.name for p in tmp_path.iterdir() if (p / "run.json").exists())
+        assert folders == [f"temperature_{t}_kd_weight_{w}" for t in (1, 3) for w in ("0.7", "1")]
+        again = fmn.tune_distillation(make_model, teacher, TRAIN, VAL, run_dir=tmp_path, temperatures=(1, 3), **SHORT)
+        assert again.rows == sweep.rows
+        alone = fmn.distill(
+            self.seeded(), teacher, TRAIN, temperature=sweep.temperature, kd_weight=sweep.kd_weight, **SHORT
+        )
+        assert same(alone, sweep.run.model)
+
+    def seeded(self):
+        torch.manual_seed(RECIPE["seed"])
+        return make_model()
+
+    def test_the_teacher_is_asked_once(self, teacher, tmp_path):
+        asked = []
+
+        class Listening(nn.Module):
+            def forward(self, x):
+                asked.append(len(x))
+                return teacher(x)
+
+        fmn.tune_distillation(make_model, Listening(), TRAIN, VAL, run_dir=tmp_path, **SHORT)
+        assert sum(asked) == len(TRAIN[0])
+
+    def test_nothing_to_try(self, teacher, tmp_path):
+        with pytest.raises(ValueError, match="temperatures, kd_weights: expected at least one"):
+            fmn.tune_distillation(make_model, teacher, TRAIN, VAL, run_dir=tmp_path, kd_weights=(), **SHORT)
+
+    def test_targets_of_another_teacher_are_refused(self, teacher, tmp_path):
+        fmn.distill(make_model(), teacher, TRAIN, targets_dir=tmp_path, **SHORT)
+        with pytest.raises(ValueError, match="teacher: the targets in"):
+            fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, targets_dir=tmp_path, **SHORT)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fmn_ref as fmn
 from fmn_ref import baselines, checkpoints, ensemble
+from fmn_ref.data import predict
 from fmn_ref.distillation import distillation_loss
 
 TRAIN, VAL, TEST = make_data()
@@ -58,6 +59,25 @@ def test_fused_model_predicts_what_the_plan_says(run, plan):
     assert not log_probs.requires_grad
     assert not any(m.training for m in model.train().modules())
     np.testing.assert_array_equal(model(TEST[0]), log_probs)  # and BatchNorm has not moved
+
+
+def test_members_together_say_the_same(run, plan):
+    one_by_one, together = fmn.FusedModel(plan, run), fmn.FusedModel(plan, run, together=True)
+    torch.testing.assert_close(together(TEST[0]), one_by_one(TEST[0]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(predict(together, TEST)[0], predict(one_by_one, TEST)[0], atol=1e-5, rtol=1e-5)
+    other = fmn.FusedModel(plan, run, together=True)
+    state = {k: v * 0 for k, v in other.state_dict().items()} | {"weights": other.weights}
+    other(TEST[0])
+    other.load_state_dict(state)
+    torch.testing.assert_close(other(TEST[0]).exp(), torch.full((len(TEST[0]), 4), 0.25))
+    assert other.double()(TEST[0].double()).dtype == torch.float32
+
+
+def test_in_bfloat16(run):
+    exact, rough = run.probabilities(TEST)[-1], run.probabilities(TEST, amp=True)[-1]
+    assert rough.dtype == np.float32
+    np.testing.assert_allclose(rough, exact, atol=0.03)
+    assert (rough != exact).any()
 
 
 def test_fused_model_opens_from_disk_in_a_fresh_process(run, plan, tmp_path):
