@@ -122,10 +122,11 @@ def gpu_tasks(root: Path) -> list[Task]:
     """The papers' protocol with METHOD's recipe: half of the test set selects, half is scored."""
     recipe = {**SGD, "batch_size": 128, "lr": 0.1, "amp": True}
     some = {"": ("students",), "clean-augmented": ("students", "networks")}
-    tasks = [Task("cifar100", None, 5000, 5000, 200, recipe, partial(models.resnet18, 3, 100), 4, True, stages=some)]
+    more: dict[str, Any] = {"stages": some, "device": "cuda"}
+    tasks = [Task("cifar100", None, 5000, 5000, 200, recipe, partial(models.resnet18, 3, 100), 4, True, **more)]
     if (root / "tiny-imagenet-200").is_dir():
         network = partial(models.resnet18, 3, 200)
-        tasks.append(Task("tinyimagenet", None, 5000, 5000, 200, recipe, network, 8, True, stages=some))
+        tasks.append(Task("tinyimagenet", None, 5000, 5000, 200, recipe, network, 8, True, **more))
     return tasks
 
 
@@ -171,6 +172,8 @@ def benchmark(
     todo = [p for p in pieces(scale, Path(root), n_seeds) if re.search(only, p.name)]
     if not todo:
         raise ValueError(f"--only: no piece matches {only!r}")
+    if any(p.task.device == "cuda" for p in todo) and not torch.cuda.is_available():
+        raise ValueError("--scale gpu: torch finds no CUDA device here")
     task = partial(
         _work, root=Path(root), out=Path(out), threads=max(1, (os.cpu_count() or 1) // jobs), clean_up=clean_up
     )

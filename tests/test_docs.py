@@ -44,6 +44,22 @@ def test_own_loop():
     assert names["fused"](x_val).shape == names["student"](x_val).shape == (240, 4)
 
 
+def test_training_guide(capsys):
+    def images(n):
+        y = torch.arange(n) % 4
+        return torch.randn(n, 1, 8, 8) + y[:, None, None, None], y
+
+    def make_model():
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
+
+    (x_train, y_train), (x_val, y_val) = images(128), images(64)
+    names = dict(locals(), model=make_model())
+    exec(block((ROOT / "docs" / "training.md").read_text(), "# Training and distilling", "python"), names)
+    assert len(names["sweep"].rows) == 4
+    assert names["student"](x_val).shape == (64, 4)
+    capsys.readouterr()
+
+
 def test_arrays_and_command_line(capsys):
     p, labels = random_probs(np.random.default_rng(1))
     names = {"probs": p[:, :30], "labels": labels[:30], "test_probs": p[:, 30:]}

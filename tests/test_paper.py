@@ -200,6 +200,12 @@ def test_the_gpu_scale_on_a_tiny_network(tmp_path):
     assert len(names) == 15
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_scale_needs_one(tmp_path, capsys):
+    assert main(["bench", "paper", "--scale", "gpu", "--data", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+    assert "--scale gpu: torch finds no CUDA device" in capsys.readouterr().err
+
+
 def test_the_suite_as_a_command(tmp_path, monkeypatch, capsys):
     tasks = [tiny(stages={"": ()})]
     monkeypatch.setattr(paper, "cpu_tasks", lambda: tasks)
