@@ -191,7 +191,7 @@ def distill(
             average=average,
             stopping=stopping,
             progress=progress,
-            description="distill",
+            names=("distill", "student"),
             notes=notes,
         )
     return student.eval()

@@ -87,14 +87,15 @@ def fit(
     average: Average | None = None,
     stopping: EarlyStopping | None = None,
     progress: bool | None = None,
-    description: str = "train",
+    names: tuple[str, str] = ("train", "val"),
     notes: dict[str, str] | None = None,
 ) -> None:
     """Train `model` in place; with `average` or `stopping`, what they hold is the result.
 
     batches : or a function of the epoch that gives them
     evaluate : what the model says about the validation set; recorded by `store`
-    notes : shown at the end of the progress bar
+    names : of the progress bar, and of the validation accuracy there
+    notes : shown at the end of the bar
     """
     device = data.device_of(model)
     if recipe.channels_last:
@@ -108,7 +109,7 @@ def fit(
     if recipe.compile != "none":
         stepped = torch.compile(stepped, mode=recipe.compile)  # type: ignore[assignment]
     result = checkpoints.unwrap(model) if average is None else average.model
-    bar = tqdm(range(start, epochs), description, epochs, initial=start, disable=hidden(progress), unit="epoch")
+    bar = tqdm(range(start, epochs), names[0], epochs, initial=start, disable=hidden(progress), unit="epoch")
     writer = Writer(store.disk_wait) if store is not None else nullcontext()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), bar, writer:
         for epoch in bar:
@@ -135,7 +136,7 @@ def fit(
                     writer.wait()
             if outcome is not None:
                 peak = {} if store is None else {"peak F_e": f"{store.peak:.2%}"}
-                bar.set_postfix({"val": f"{accuracy:.2%}", **peak, **(notes or {})})
+                bar.set_postfix({names[1]: f"{accuracy:.2%}", **peak, **(notes or {})})
     distributed.barrier()
     if stopping is not None and stopping.weights:
         checkpoints.unwrap(model).load_state_dict(stopping.weights)

@@ -194,6 +194,8 @@ class Recorder:
 
     def record_correct(self, epoch: int, correct: Any, labels: Any) -> None:
         """`record` for a loop that knows already which samples are right: correct (n_samples,) bool."""
+        correct = _check.correctness(_check.array(correct, "correct")[None])[0]
+        _check.labels(labels, len(correct))
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         if self._history is not None and self._history.digest != labels_digest(labels):
             raise ValueError("labels: not the labels (or not in the order) that this run has recorded so far")

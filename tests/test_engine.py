@@ -321,7 +321,7 @@ class TestDistill:
     def test_progress_names_student_and_teacher(self, teacher, tmp_path, capsys):
         self.distilled(teacher, tmp_path, val_data=VAL, progress=True)
         text = capsys.readouterr().err
-        assert "val=" in text
+        assert "student=" in text
         assert "teacher=" in text
         assert "peak F_e=" in text
 
