@@ -14,7 +14,6 @@ import platform
 import random
 import signal
 import tempfile
-import time
 from collections import Counter
 from functools import partial
 from importlib import metadata
@@ -30,7 +29,7 @@ PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "fmn_ref.training", 
 def work(job, folder, kill=None, seconds=None):
     """Run a job of `resumable` in a process; kill it there or then, if it has not ended.
 
-    Returns what it reported: its calls (a Counter) at the end, the path at which it killed itself; None: killed by us.
+    Returns what it reported: (its calls, seconds) at its end, or the path at which it killed itself; None: killed here.
     """
     receiver, sender = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=resumable.work, args=(sender, job, folder, kill))
@@ -59,6 +58,8 @@ def contents(folder):
 
 def identical(a, b):
     """The same bits, in nested containers."""
+    if type(a) is not type(b):
+        return False
     if isinstance(a, torch.Tensor):
         return (a.dtype, a.shape) == (b.dtype, b.shape) and a.numpy().tobytes() == b.numpy().tobytes()
     if isinstance(a, dict):
@@ -74,17 +75,70 @@ def next_epoch(folder):
     return torch.load(states[0])["epoch"] + 1 if states else 0
 
 
-def kill_often(job, unbroken, folder, kills, draw):
-    """Do the job once in the folder `unbroken`, then in others, with so many kills.
+def kill_often(job, folder, kills, draw):
+    """Do the job undisturbed in folder/unbroken, then in others, with so many kills.
 
-    Returns how many there were of each kind, a line about each, how many runs these were, and which files differ from
-    the unbroken run's.
+    Returns how many kills of each kind, a line about each, how many runs they hit, and the files that differ from the
+    unbroken run's.
     """
-    begin = time.monotonic()
-    calls = work(job, unbroken)
-    duration, expected = time.monotonic() - begin, contents(unbroken)
-    kinds, hits, differ = Counter(), [], []
-    for n_runs in range(1, 10 * kills):
-        killed, report = folder / f"run_{n_runs}", None
-        while len(hits) < kills and not isinstance(report, Counter):
-            if kinds["time"] < kills / 2 and draw.random() < 0.5 or 2*(len(hits) - kinds["time"]) >= kills:
+    calls, duration = work(job, folder / "unbroken")
+    expected = contents(folder / "unbroken")
+    kinds, hits, differ, n_runs = Counter(), [], [], 0
+    while len(hits) < kills:
+        n_runs += 1
+        killed, ended = folder / f"killed_{n_runs}", False
+        while not ended:
+            kill = seconds = None
+            if len(hits) < kills and len(hits) % 2:
+                seconds = draw.uniform(0, duration / 5)
+            elif len(hits) < kills:
+                kill = draw_call(calls, draw)
+            report = work(job, killed, kill, seconds)
+            ended = isinstance(report, tuple)
+            if not ended:
+                kind = "at a time" if kill is None else f"{kill[2]} {kill[0]}"
+                where = f"after {seconds:.3f} s" if kill is None else f"{kind} {kill[1]}, {report}"
+                kinds[kind] += 1
+                hits.append(f"epoch {next_epoch(killed)}: {where}")
+            found = contents(killed)
+        names = sorted(expected.keys() | found.keys())
+        differ += [f"{killed.name}/{n}" for n in names if not identical(expected.get(n), found.get(n))]
+    return {"kills": dict(sorted(kinds.items())), "runs": n_runs, "different": differ, "hits": hits}
+
+
+def draw_call(calls, draw):
+    """Where to strike: (operation, which of its calls, when), within the next fifth of the run's."""
+    operation = draw.choice(sorted(calls))
+    moment = "half of" if operation == "write" else draw.choice(["before", "after"])
+    return operation, draw.randint(1, -(-calls[operation] // 5)), moment
+
+
+def kill_both(folder, kills, seed):
+    """Kill the training, and the distillation of what an undisturbed training left."""
+    print("seed", seed)
+    draw = random.Random(seed)
+    result = {"format": "fmn_ref.kills", "version": 1, "seed": seed, "made_with": versions()}
+    result["training"] = kill_often(resumable.training, folder / "training", kills, draw)
+    distillation = partial(resumable.distillation, trained=folder / "training" / "unbroken")
+    result["distillation"] = kill_often(distillation, folder / "distillation", kills, draw)
+    return result
+
+
+def versions():
+    names = ("fmn_ref", "numpy", "torch")
+    return {"system": platform.system(), "python": platform.python_version()} | {n: metadata.version(n) for n in names}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="of each (default: 100)")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the draws; default: a new one")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a JSON file")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = kill_both(Path(folder), args.kills, args.seed)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

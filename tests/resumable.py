@@ -3,12 +3,16 @@
 import builtins
 import os
 import signal
+import threading
+import time
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import torch
 from networks import RECIPE, make_data, make_model
+from tqdm import tqdm
 
 import fmn_ref as fmn
 from fmn_ref import checkpoints
@@ -42,11 +46,10 @@ def jitter(x):
 
 
 class Disk:
-    """Counts what this process does to the disk, and kills it at one operation, which is reported first.
+    """Counts what this process does to the disk, and kills it at one operation, whose path is reported first.
 
-    kill : (operation, which of its calls from 1, "before", "half" or "after")
-        After half of a "write" (before it, the file is as after half of nothing); before or after "fsync", "replace"
-        or "unlink".
+    kill : (operation, which of its calls from 1, moment), or None
+        At "half of" a "write"; "before" or "after" an "fsync", "replace" or "unlink".
     """
 
     def __init__(self, folder, report, kill=None):
@@ -109,14 +112,17 @@ class File:
         return self._file.write(content)
 
 
-def work(connection, job, folder, *args, kill=None):
-    """A process: sends "ready", then the path at which it kills itself, its `Disk.calls` or what went wrong."""
+def work(connection, job, folder, kill):
+    """A process: it sends "ready", then the path at which it kills itself, (its calls, seconds), or what went wrong."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill leaves behind
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", ".*dropped the torn last record")  # a history after half of a write
     disk = Disk(folder, connection.send, kill)
     connection.send("ready")
+    begin = time.monotonic()
     try:
-        job(folder, *args)
-        connection.send(disk.calls)
-    except BaseException:
+        job(folder)
+        connection.send((disk.calls, time.monotonic() - begin))
+    except Exception:
         connection.send(AssertionError(traceback.format_exc()))
-        raise
