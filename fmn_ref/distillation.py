@@ -131,7 +131,7 @@ def distill(
     asked: dict[str, Any] = {"targets": way, "top_k": top_k, "data": data_digest(train_data)}
     asked["teacher"] = tensors_digest(teacher.state_dict().values())
     if way == "cached-views":
-        asked["view_seeds"] = [soft_targets.view_seed(settings.seed, view) for view in range(views)]
+        asked["view_seeds"] = [soft_targets.view_seed(settings.seed, view) for view in range(min(views, epochs))]
     if targets_dir is None and run_dir is not None:
         targets_dir = Path(run_dir) / "targets"
     stopping = None if patience is None else EarlyStopping(_check.number(patience, 1, 2**31, "patience", int))

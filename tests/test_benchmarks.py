@@ -1,9 +1,11 @@
 """The benchmarks run, verify what they time, and the README quotes the committed results."""
 
 import json
+import statistics
 from pathlib import Path
 
-from fmn_ref.benchmarks import fusion_speed, metric_throughput
+import pytest
+from fmn_ref.benchmarks import fusion_speed, metric_throughput, training
 
 from fmn_ref.cli import main
 
@@ -34,3 +36,34 @@ def test_metric_throughput(tmp_path, monkeypatch, capsys):
     assert {"processor", "compiler", "instruction set", "numpy"} <= set(result["machine"])
     assert {"cpp", "numba", "numpy", "torch"} == {row["program"] for row in result["rows"]}
     assert capsys.readouterr().out.strip() == (tmp_path / "metric_throughput.md").read_text().strip()
+
+
+def test_the_speed_of_training_is_as_committed():
+    if not (RESULTS / "training.json").exists():
+        pytest.skip("not measured yet")
+    result = json.loads((RESULTS / "training.json").read_text())
+    assert training.markdown(result) == (RESULTS / "training.md").read_text()
+    assert not result["quick"]
+
+
+def test_training(tmp_path):
+    """Small; what is learned and what is predicted is compared while it is timed."""
+    text = training.benchmark(None, str(tmp_path), quick=True, device="cpu")
+    result = json.loads((tmp_path / "training.json").read_text())
+    assert (result["format"], result["version"]) == ("fmn_ref.training-benchmark", 1)
+    assert text == training.markdown(result) == (tmp_path / "training.md").read_text()
+    row = result["training"][1]
+    assert row["augmented"]
+    assert len(row["seconds"]["recorded"][0]) == row["epochs"] == 2
+    epochs = {name: statistics.median(calls[0][1:]) for name, calls in row["seconds"].items()}
+    assert row["relative"]["plain"]["median"] == pytest.approx(epochs["plain"] / epochs["recorded"])
+    assert row["images_per_second"]["recorded"] == pytest.approx(64 / epochs["recorded"])
+    assert [len(seeds) for seeds in result["accuracy"][0]["accuracies"].values()] == [2, 2]
+
+
+def test_bench_training(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(training, "benchmark", lambda *args, **options: asked.append((args, options)) or "# table\n")
+    assert main(["bench", "training", "--data", "root", "--device", "cpu", "-o", "out"]) == 0
+    assert asked == [(("root", "out"), {"device": "cpu"})]
+    assert capsys.readouterr().out == "# table\n"
