@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-SOURCES := $(wildcard fmn_ref/*.py fmn_ref/*.pyi benchmarks/*.py csrc/*/*.cpp csrc/*/*.h csrc/include/fmn/*.h) pyproject.toml setup.py constraints.txt
+SOURCES := $(wildcard fmn_ref/*.py fmn_ref/*/*.py fmn_ref/*.pyi fmn_ref/*.in benchmarks/*.py csrc/*/*.cpp csrc/*/*.h csrc/include/fmn/*.h) pyproject.toml setup.py constraints.txt
 
 .PHONY: demo test bench lint cpp emulate wheel clean
 

@@ -29,6 +29,7 @@ from .expectation import expected_gain
 from .fusion import fuse
 from .history import CorrectnessHistory, labels_digest
 from .plan import METHODS, FusionPlan
+from .report import write_report
 
 PROBS = (
     "probabilities (n_epochs, n_samples, n_classes): .npy, or .npz with 'probs' and perhaps 'labels'; "
@@ -166,6 +167,13 @@ def command_compare(args: argparse.Namespace) -> None:
     print(text.rstrip())
 
 
+def command_report(args: argparse.Namespace) -> None:
+    names = ("labels", "images", "plan", "comparison")
+    path = write_report(args.run_dir, args.output, **{name: vars(args)[name] for name in names})
+    size = path.stat().st_size
+    show(args, {"output": args.output, "bytes": size}, f"report written to {args.output} ({-(-size // 1000)} kB)")
+
+
 def command_demo(args: argparse.Namespace) -> None:
     from . import demo
 
@@ -200,6 +208,8 @@ def command_bench(args: argparse.Namespace) -> None:
         out = args.output or f"runs/paper_{args.scale}"
         tables = module("paper").benchmark(args.scale, args.data, out, args.only, args.jobs, args.seeds, args.clean)
         return print(tables.rstrip())
+    if args.suite == "training":
+        return print(module("training").benchmark(args.data, args.output, device=args.device).rstrip())
     if args.suite == "descent":
         suite, result = module("double_descent"), module("double_descent").benchmark(args.data, args.output, args.seeds)
     elif args.suite == "fusion":
@@ -273,15 +283,17 @@ def parser() -> argparse.ArgumentParser:
     c = add(
         "bench",
         command_bench,
-        "time the kernels (metric) or the searches (fusion), or repeat the experiments (paper, descent)",
+        "time the kernels (metric), the searches (fusion) or training, or repeat the experiments (paper, descent)",
     )
-    c.add_argument("suite", choices=["metric", "fusion", "paper", "descent"], help="what to run")
+    c.add_argument("suite", choices=["metric", "fusion", "training", "paper", "descent"], help="what to run")
     c.add_argument("--epochs", type=int, default=200, help="metric: of the large matrix (default 200)")
     c.add_argument("--samples", type=int, default=1_281_167, help="metric: of the large matrix (default 1281167)")
     c.add_argument("--scale", choices=["cpu", "gpu"], default="cpu", help="paper: hours on two cores, or on a GPU")
     c.add_argument(
-        "--data", help="paper, descent: folder with mnist/, cifar-100-binary/, cifar-100n/, tiny-imagenet-200/"
+        "--data",
+        help="paper, descent, training: folder with mnist/, cifar-100-binary/, cifar-100n/, tiny-imagenet-200/",
     )
+    c.add_argument("--device", choices=["cpu", "cuda"], help="training: where (default: a GPU if there is one)")
     c.add_argument("--only", default="", help="paper: regular expression for the names of pieces")
     c.add_argument("--jobs", type=int, default=1, help="paper: pieces at once (default 1)")
     c.add_argument("--seeds", type=int, default=3, help="paper, descent: per setting (default 3)")
@@ -327,6 +339,20 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--csv", action="store_true", help="print CSV")
     c.add_argument("--allow-overlap", action="store_true", help="score on the selection set all the same")
     selection(c)
+
+    c = add("report", command_report, "one HTML file that shows what a run forgot, to read in a browser or pass on")
+    c.add_argument("run_dir", help="run directory")
+    c.add_argument("--labels", help="true classes of the recorded samples (n_samples,): .npy, or .npz with 'labels'")
+    c.add_argument(
+        "--images",
+        help="their pictures, (n_samples, h, w), (n_samples, h, w, c) or (n_samples, c, h, w), uint8 or floats: .npy, "
+        "or .npz with 'images'",
+    )
+    c.add_argument("--plan", help="plan.json (default: the run directory's)")
+    c.add_argument(
+        "--comparison", help="what `fmn-ref compare --json` printed (default: the run directory's comparison.json)"
+    )
+    c.add_argument("-o", "--output", default="report.html", help="file to write (default report.html)")
     return p
 
 

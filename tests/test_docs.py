@@ -71,7 +71,10 @@ def test_arrays_and_command_line(capsys):
     np.save("test_probs.npy", p[:, 30:])
     np.save("test_labels.npy", labels[30:])
     commands = block(README, "## On the command line", "").strip().splitlines()
-    assert len(commands) == 7
+    assert len(commands) == 8
+    recorder = fmn.Recorder("runs/mine")
+    for epoch, row in enumerate(p[:, :30]):
+        recorder.record(epoch, row, labels[:30])
     for command in commands:
         if " bench " in command:  # minutes; test_benchmarks.py runs it on small inputs
             continue
