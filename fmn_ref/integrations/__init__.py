@@ -1,0 +1,1 @@
+"""One optional file for each framework; none is imported unless asked for by name."""
