@@ -1,7 +1,8 @@
 """Recorder: the correctness history and the checkpoints of one run, written as it goes; Run: the same, read back.
 
 NumPy only: torch is loaded when a torch model is saved or evaluated, never otherwise. A run directory holds run.json,
-history.fmnh and checkpoints/epoch_00000.pt, one for each row of the history (docs/formats.md).
+history.fmnh and checkpoints/epoch_00000.pt, one for each row of the history (docs/formats.md); another framework's
+checkpoints end as its files do (`suffix`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Run:
 
     def __init__(self, run_dir: Path, history: CorrectnessHistory, model: Any = None, forward_fn: Any = None) -> None:
         self.run_dir, self.history, self.model, self.forward_fn = run_dir, history, model, forward_fn
-        self.config = _read_config(run_dir)
+        content = _read(run_dir)
+        self.config, self._suffix = content["config"], content["checkpoint_suffix"]
 
     @classmethod
     def open(cls, run_dir: str | os.PathLike[str], model: Any = None, forward_fn: Any = None) -> Run:
@@ -63,7 +65,7 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """The file of each row's checkpoint, in order; those that `keep` dropped are not on disk (see `kept`)."""
-        return [checkpoint_path(self.run_dir, e) for e in self.history.epochs]
+        return [checkpoint_path(self.run_dir, e, self._suffix) for e in self.history.epochs]
 
     @property
     def kept(self) -> Run:
@@ -122,6 +124,8 @@ class Recorder:
         2^-11 that `docs/results.md` measures.
     save : callable(path), optional
         Stores the weights of another framework at `path`, instead of `model`'s.
+    suffix : str
+        How the names of checkpoints end, with `save`: what the other framework asks for. run.json keeps it.
     config : dict, optional
         Written to run.json; anything that JSON can hold. A run that was made with another one is not continued.
     forward_fn : callable, optional
@@ -152,6 +156,7 @@ class Recorder:
         *,
         half: bool = False,
         save: Save | None = None,
+        suffix: str = ".pt",
         config: dict[str, Any] | None = None,
         forward_fn: Any = None,
     ) -> None:
@@ -164,7 +169,10 @@ class Recorder:
         self._keep = Keep.of(keep)
         self._save = None if self._keep.rule == "none" else _saver(model, save, half)
         self._history: CorrectnessHistory | None = None
-        claim(self.run_dir, config)
+        self._suffix = _checked_suffix(suffix)
+        if suffix != ".pt" and save is None:
+            raise ValueError(f"suffix: {suffix!r} needs `save`, which writes such files")
+        claim(self.run_dir, config, suffix=suffix)
         (self.run_dir / "checkpoints").mkdir(exist_ok=True)
         if (self.run_dir / "history.fmnh").exists():
             self._history = CorrectnessHistory.open(self.run_dir / "history.fmnh")
@@ -206,22 +214,25 @@ class Recorder:
         if limited:
             self._remove_leftovers()
         if self._save is not None:
-            self._save(checkpoint_path(self.run_dir, epoch))
+            self._save(self._path(epoch))
         if self._history is None:
             self._history = CorrectnessHistory(len(correct), self.run_dir / "history.fmnh", labels=labels)
         self._history.append(correct, epoch)
         if limited:
             kept = self.run.kept
             for dropped in self._keep.dropped(kept.history.epochs, kept.history.correct()):
-                checkpoint_path(self.run_dir, dropped).unlink()
+                self._path(dropped).unlink()
+
+    def _path(self, epoch: int) -> Path:
+        return checkpoint_path(self.run_dir, epoch, self._suffix)
 
     def _remove_leftovers(self) -> None:
         """Checkpoints of epochs that are not in the history: what a crash left."""
         if self._history is None:
             return
-        recorded = {checkpoint_path(self.run_dir, e) for e in self._history.epochs}
+        recorded = {self._path(e) for e in self._history.epochs}
         for path in list((self.run_dir / "checkpoints").iterdir()):
-            if path not in recorded and re.fullmatch(r"epoch_\d{5,}\.pt", path.name):
+            if path not in recorded and re.fullmatch(r"epoch_\d{5,}" + re.escape(self._suffix), path.name):
                 path.unlink()
 
     def rewind(self, epoch: int) -> None:
@@ -231,7 +242,7 @@ class Recorder:
         if self._history is None:
             return
         if epoch < self.next_epoch:
-            dropped = [checkpoint_path(self.run_dir, e) for e in self._history.epochs if e >= epoch]
+            dropped = [self._path(e) for e in self._history.epochs if e >= epoch]
             self._history.truncate(len(self._history) - len(dropped))
             for path in dropped:  # or they would stand for the epochs that are recorded next
                 if path.is_file():
@@ -260,8 +271,9 @@ class Recorder:
         return f"Recorder({str(self.run_dir)!r}, next_epoch={self.next_epoch})"
 
 
-def claim(run_dir: Path, config: dict[str, Any] | None, resume: bool = True) -> Path:
-    """Make the folder and its run.json, or check that what is there was made with this configuration (None: any)."""
+def claim(run_dir: Path, config: dict[str, Any] | None, resume: bool = True, suffix: str = ".pt") -> Path:
+    """Make the folder and its run.json, or check that what is there was made with this configuration (None: any) and
+    that its checkpoints end in `suffix`."""
     if config is not None and not isinstance(config, dict):
         raise TypeError(f"config: expected a dict, got {type(config).__name__}")
     try:
@@ -276,11 +288,16 @@ def claim(run_dir: Path, config: dict[str, Any] | None, resume: bool = True) -> 
     if begun and not resume:
         raise FileExistsError(f"{run_dir} holds a run; resume=True continues it, or choose another run_dir")
     if not begun:
-        if plain is not None or not path.exists():  # also where an attempt failed before its first epoch
+        if plain is not None or not path.exists() or _read(run_dir)["checkpoint_suffix"] != suffix:
+            # also where an attempt failed before its first epoch
             content = {"format": "fmn_ref.run", "version": 1, "config": plain or {}, "made_with": _versions()}
-            _files.write_json(path, content)
+            _files.write_json(path, content if suffix == ".pt" else {**content, "checkpoint_suffix": suffix})
         return run_dir
-    found = _read_config(run_dir)
+    content = _read(run_dir)
+    found = content["config"]
+    if content["checkpoint_suffix"] != suffix:
+        was = content["checkpoint_suffix"]
+        raise ValueError(f"suffix: the checkpoints in {run_dir} end in {was!r}, not {suffix!r}; choose another folder")
     if plain is None:
         return run_dir
     for key in sorted(plain.keys() | found.keys()):
@@ -290,15 +307,27 @@ def claim(run_dir: Path, config: dict[str, Any] | None, resume: bool = True) -> 
     return run_dir
 
 
-def _read_config(run_dir: Path) -> dict[str, Any]:
-    config = _files.read_json(run_dir / "run.json", "fmn_ref.run").get("config")
-    if not isinstance(config, dict):
+def _read(run_dir: Path) -> dict[str, Any]:
+    """What run.json says, with a "config" and a "checkpoint_suffix"."""
+    content = {"checkpoint_suffix": ".pt", **_files.read_json(run_dir / "run.json", "fmn_ref.run")}
+    if not isinstance(content.get("config"), dict):
         raise ValueError(f"{run_dir / 'run.json'}: has no configuration")
-    return config
+    try:
+        _checked_suffix(content["checkpoint_suffix"])
+    except ValueError as error:
+        raise ValueError(f"{run_dir / 'run.json'}: checkpoint_{error}") from None
+    return content
 
 
-def checkpoint_path(run_dir: Path, epoch: int) -> Path:
-    return run_dir / "checkpoints" / f"epoch_{epoch:05d}.pt"
+def _checked_suffix(suffix: Any) -> str:
+    """The end of a file's name; run.json may come from a stranger, and must not lead elsewhere."""
+    if not isinstance(suffix, str) or not re.fullmatch(r"(\.\w+)+", suffix, re.ASCII):
+        raise ValueError(f"suffix: expected the end of a file's name, like '.pt', got {suffix!r}")
+    return suffix
+
+
+def checkpoint_path(run_dir: Path, epoch: int, suffix: str = ".pt") -> Path:
+    return run_dir / "checkpoints" / f"epoch_{epoch:05d}{suffix}"
 
 
 def _saver(model: Any, save: Save | None, half: bool) -> Save | None:
