@@ -21,7 +21,7 @@ except ImportError:
     raise ImportError('this needs torchmetrics: pip install "fmn_ref[torchmetrics]"') from None
 
 
-class ForgetFraction(Metric):  # type: ignore[misc]
+class ForgetFraction(Metric):
     """The peak forget fraction max_e F_e of the epochs so far, against the latest: right at e, wrong now.
 
     An epoch is what is updated between two resets. `compute` adds it to the history, which outlives `reset`; more
