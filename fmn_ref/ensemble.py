@@ -91,8 +91,8 @@ class FusedModel(nn.Module):
         With its model attached (``Run.open(run_dir, model)``).
     together : bool
         Run the members as one network with stacked weights (torch.func), rather than one after the other, where batches
-        are tensors or tuples without `forward_fn`. It needs the weights twice. On two CPU cores it took 2.5 to 5 times
-        as long (`docs/results.md`); on a GPU, where small batches of small networks leave it idle, it was not measured.
+        are tensors or tuples without `forward_fn`. It needs the weights twice. On two CPU cores it took more
+        than twice as long (`docs/training.md`); on a GPU, which small batches leave idle, it was not measured.
 
     Returns log-probabilities (batch, n_classes) float32, so that softmax, arg-max and cross-entropy just work. Members
     are frozen and stay in evaluation mode. `plan.json` and the run directory are its permanent form; its own state_dict
