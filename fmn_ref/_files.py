@@ -16,18 +16,24 @@ from numpy.typing import NDArray
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write(file)` on a temporary file and move it to `path`; on any error `path` stays as it was.
+    """Call `write(file)` on a temporary file and move it to `path`; on any error `path` stays as it was."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        write(file)
 
-    The temporary name is fixed, so that what a killed process left is overwritten by the next one.
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name, with the ending of `path`, to write to, then moved there; on any error `path` stays as it was.
+
+    The name is fixed, so that what a killed process left is overwritten by the next one.
     """
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target}: the folder {target.parent} does not exist")
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(f".tmp.{target.name}")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
+        yield temporary
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:

@@ -101,9 +101,9 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def to_cpu(content: Any) -> Any:
-    """The same nested dicts and lists with every tensor on the CPU."""
-    return _each_tensor(content, lambda t: t.detach().cpu())
+def to_cpu(content: Any, *, copy: bool = False) -> Any:
+    """The same nested dicts and lists with every tensor on the CPU; copy: those that are there already, too."""
+    return _each_tensor(content, lambda t: t.detach().to("cpu", copy=copy))
 
 
 def snapshot(content: Any) -> Any:

@@ -5,6 +5,7 @@ Everything is torch.distributed's; without an initialised process group all of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,20 @@ def shared(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def by_the_first(function: Callable[[], Any]) -> Any:
+    """What the function gives in the first process, in all; its error too, or the others would wait for ever."""
+    outcome: tuple[Any, Exception | None] = None, None
+    if rank() == 0:
+        try:
+            outcome = function(), None
+        except Exception as error:
+            outcome = None, error
+    result, fault = shared(outcome)
+    if fault is not None:
+        raise fault
+    return result
 
 
 def barrier() -> None:

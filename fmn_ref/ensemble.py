@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import reduce
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from . import _check, checkpoints, data
+from ._epochs import Epochs
 from .plan import FusionPlan
 from .recorder import Run
 
-CACHE_BYTES = 4 << 30
 
-
-class Probabilities(Sequence[NDArray[np.float32]]):
+class Probabilities(Epochs):
     """Predictions of every checkpoint of a run on one data set, computed when read; up to 4 GiB stay in memory.
 
     One network is on the device at a time, whatever the number of epochs. `amp`: in bfloat16, which changes
@@ -36,10 +35,10 @@ class Probabilities(Sequence[NDArray[np.float32]]):
         self, run: Run, samples: Any, *, batch_size: int = 256, amp: bool = False, split: bool = False
     ) -> None:
         self._model = copy.deepcopy(model_of(run)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._run, self._amp = run, amp
+        super().__init__(run)
+        self._amp = amp
         size = _check.number(batch_size, 1, 2**31, "batch_size", int)
         self._batches = data.Batches(samples, size, data.device_of(self._model), split=split)
-        self._known: dict[int, NDArray[np.float32]] = {}
         self._labels: NDArray[np.int64] | None = None
 
     @property
@@ -50,35 +49,14 @@ class Probabilities(Sequence[NDArray[np.float32]]):
         assert self._labels is not None
         return self._labels
 
-    @property
-    def evaluated(self) -> tuple[int, ...]:
-        """Rows that are in memory."""
-        return tuple(sorted(self._known))
-
-    def __repr__(self) -> str:
-        return f"Probabilities({self._run}, evaluated={self.evaluated})"
-
-    def __len__(self) -> int:
-        return len(self._run.history)
-
-    def __getitem__(self, epoch: Any) -> Any:
-        if isinstance(epoch, slice):
-            return [self[i] for i in range(*epoch.indices(len(self)))]
-        if not -len(self) <= operator.index(epoch) < len(self):
-            raise IndexError(f"epoch: expected a row in [-{len(self)}, {len(self)}), got {epoch}")
-        i = operator.index(epoch) % len(self)
-        if i not in self._known:
-            checkpoints.load_into(self._model, self._run.checkpoints[i])
-            probs, labels = data.predict(self._model, self._batches, forward_fn=self._run.forward_fn, amp=self._amp)
-            y = labels.cpu().numpy().astype(np.int64)
-            if self._labels is not None and not np.array_equal(y, self._labels):
-                raise ValueError(
-                    "data: gave other labels, or another order, than before; evaluation data must not shuffle"
-                )
-            self._known[i], self._labels = probs.cpu().numpy(), y
-            while len(self._known) > 2 and sum(p.nbytes for p in self._known.values()) > CACHE_BYTES:
-                del self._known[next(iter(self._known))]
-        return self._known[i]
+    def _evaluate(self, row: int) -> NDArray[np.float32]:
+        checkpoints.load_into(self._model, self._run.checkpoints[row])
+        probs, labels = data.predict(self._model, self._batches, forward_fn=self._run.forward_fn, amp=self._amp)
+        y = labels.cpu().numpy().astype(np.int64)
+        if self._labels is not None and not np.array_equal(y, self._labels):
+            raise ValueError("data: gave other labels, or another order, than before; evaluation data must not shuffle")
+        self._labels = y
+        return probs.cpu().numpy()
 
 
 class FusedModel(nn.Module):
@@ -109,17 +87,26 @@ class FusedModel(nn.Module):
     weights: Tensor
 
     def __init__(self, plan: FusionPlan, run: Run, *, together: bool = False) -> None:
+        model, paths = members_of(plan, run)
+        members = (checkpoints.load_into(copy.deepcopy(model), path) for path in paths.values())
+        self._hold(members, plan.weights.values(), together)
+
+    @classmethod
+    def of_members(
+        cls, members: Iterable[nn.Module], weights: Iterable[float], *, together: bool = False
+    ) -> FusedModel:
+        """A mixture of models that are loaded already, with positive weights of sum 1."""
+        self = cls.__new__(cls)
+        self._hold(members, weights, together)
+        return self
+
+    def _hold(self, members: Iterable[nn.Module], weights: Iterable[float], together: bool) -> None:
         super().__init__()
-        if not isinstance(plan, FusionPlan):
-            raise TypeError(f"plan: expected a FusionPlan, got {type(plan).__name__}")
-        if plan.n_epochs != len(run_of(run).history):
-            raise ValueError(f"plan: made for {plan.n_epochs} epochs, the run has {len(run.history)}")
-        model, paths, weights = model_of(run), run.checkpoints, plan.weights
-        self.members = nn.ModuleList(checkpoints.load_into(copy.deepcopy(model), paths[e]) for e in weights)
+        self.members = nn.ModuleList(members)
         self.members.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._together = together
         self._stacked: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
-        self.register_buffer("weights", torch.tensor(list(weights.values())))
+        self.register_buffer("weights", torch.tensor(list(weights)))
         self.eval()
 
     def train(self, mode: bool = True) -> FusedModel:
@@ -254,6 +241,15 @@ def recompute_batchnorm(
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
+
+
+def members_of(plan: Any, run: Any) -> tuple[nn.Module, dict[int, Path]]:
+    """The model of a run, and the checkpoint of each row that a plan uses."""
+    if not isinstance(plan, FusionPlan):
+        raise TypeError(f"plan: expected a FusionPlan, got {type(plan).__name__}")
+    if plan.n_epochs != len(run_of(run).history):
+        raise ValueError(f"plan: made for {plan.n_epochs} epochs, the run has {len(run.history)}")
+    return model_of(run), {row: run.checkpoints[row] for row in plan.weights}
 
 
 def run_of(run: Any) -> Run:

@@ -46,19 +46,24 @@ class from_logits(Sequence[NDArray[np.float32]]):
         return len(self._logits)
 
     def __getitem__(self, epoch: Any) -> Any:
-        z = _check.array(self._logits[epoch], f"logits[{epoch}]")
-        if z.dtype.kind != "f" or z.ndim != 2 or 0 in z.shape:
-            got = f"shape {z.shape}, dtype {z.dtype}"
-            raise ValueError(f"logits[{epoch}]: expected floating-point (n_samples, n_classes), got {got}")
-        with np.errstate(over="ignore"):
-            z = z.astype(np.float32)
-            highest = z.max(1, keepdims=True)
-            bad = ~np.isfinite(highest)
-            if bad.any():
-                row, value = int(bad.argmax()), highest[bad][0]
-                raise ValueError(f"logits[{epoch}], row {row}: expected finite numbers, the highest is {value}")
-            p = np.exp(z - highest)
-        return np.asarray(p / p.sum(1, keepdims=True))
+        return softmax(self._logits[epoch], f"logits[{epoch}]")
+
+
+def softmax(logits: Any, name: str) -> NDArray[np.float32]:
+    """(n_samples, n_classes) probabilities of finite logits."""
+    z = _check.array(logits, name)
+    if z.dtype.kind != "f" or z.ndim != 2 or 0 in z.shape:
+        got = f"shape {z.shape}, dtype {z.dtype}"
+        raise ValueError(f"{name}: expected floating-point (n_samples, n_classes), got {got}")
+    with np.errstate(over="ignore"):
+        z = z.astype(np.float32)
+        highest = z.max(1, keepdims=True)
+        bad = ~np.isfinite(highest)
+        if bad.any():
+            row, value = int(bad.argmax()), highest[bad][0]
+            raise ValueError(f"{name}, row {row}: expected finite numbers, the highest is {value}")
+        p = np.exp(z - highest)
+    return np.asarray(p / p.sum(1, keepdims=True))
 
 
 def epoch_files(folder: str | Path, pattern: str = "*.npy") -> list[NDArray[Any]]:

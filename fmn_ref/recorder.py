@@ -60,6 +60,8 @@ class Run:
         folder = Path(run_dir)
         if not (folder / "run.json").is_file():
             raise FileNotFoundError(f"{folder}: no run there (run.json is missing)")
+        if not (folder / "history.fmnh").is_file():
+            raise FileNotFoundError(f"{folder}: nothing recorded yet (history.fmnh is missing)")
         return cls(folder, CorrectnessHistory.open(folder / "history.fmnh"), model, forward_fn)
 
     @property

@@ -25,7 +25,7 @@ from .comparison import Comparison
 from .expectation import expected_gain
 from .history import NO_LABELS, CorrectnessHistory, labels_digest
 from .plan import FusionPlan
-from .recorder import Run, checkpoint_path
+from .recorder import Run
 
 MATRIX_ROWS, TABLE_ROWS = 200, 500  # what is longer is thinned out
 CARDS, BARS = 24, 40
@@ -89,9 +89,8 @@ def write_report(
     target, folder = Path(output), Path(run_dir)
     if target.suffix.lower() not in (".html", ".htm"):  # so that no slip of the hand writes over a plan or a history
         raise ValueError(f"output: expected a name ending in .html, got {target.name!r}")
-    if (folder / "run.json").is_file() and not (folder / "history.fmnh").is_file():
-        raise FileNotFoundError(f"{folder}: nothing recorded yet (history.fmnh is missing)")
-    history = Run.open(folder).history
+    run = Run.open(folder)
+    history = run.history
     if not len(history):
         raise ValueError(f"{folder}: nothing recorded yet")
     y = None if labels is None else _labels(labels, history)
@@ -103,7 +102,7 @@ def write_report(
         _curves(history, curves),
         _matrix(history),
         _samples(history, samples, y, pictures),
-        _plan(_found(plan, folder, "plan.json"), folder, history),
+        _plan(_found(plan, folder, "plan.json"), run),
         _comparison(_found(comparison, folder, "comparison.json", "cell.json")),
         _settings(folder),
     ]
@@ -288,13 +287,13 @@ def _classes(forgotten: NDArray[np.bool_], y: Int) -> str:
     return text
 
 
-def _plan(plan: Any, folder: Path, history: CorrectnessHistory) -> str:
+def _plan(plan: Any, run: Run) -> str:
     if plan is None:
         return ""
     p = FusionPlan.load(plan) if _is_path(plan) else plan
     if not isinstance(p, FusionPlan):
         raise TypeError(f"plan: expected a FusionPlan or a path, got {type(plan).__name__}")
-    names, note = _epochs_of(p, folder, history)
+    names, note = _epochs_of(p, run)
     parts = ["<h2>The plan of the fusion</h2>", _worth(p), f"<p>{note}</p>" if note else ""]
     if not p.final_model_alone:
         parts += [_weights(p, names), _members(p, names)]
@@ -303,7 +302,7 @@ def _plan(plan: Any, folder: Path, history: CorrectnessHistory) -> str:
 
 def _worth(p: FusionPlan) -> str:
     told = f"Method “{p.method}”: a weighted mean of {_html.count(p.forward_passes, 'checkpoint')}."
-    if p.final_model_alone:
+    if p.final_model_alone and p.method != "weights":
         told = f"The final model alone is best: no epoch that the method “{p.method}” tried helped"
         told += f" ({p.accuracy[0]:.2%} on the selection set)."
     elif p.method != "weights":  # whose accuracy is not known
@@ -318,14 +317,14 @@ def _worth(p: FusionPlan) -> str:
     return f"<p>{told}</p>"
 
 
-def _epochs_of(p: FusionPlan, folder: Path, history: CorrectnessHistory) -> tuple[Sequence[int], str]:
+def _epochs_of(p: FusionPlan, run: Run) -> tuple[Sequence[int], str]:
     """The epoch of each row that a plan speaks of, and a remark where that is not known."""
-    if p.n_epochs == len(history):
-        return history.epochs, ""
-    kept = [e for e in history.epochs if checkpoint_path(folder, e).is_file()]
+    if p.n_epochs == len(run.history):
+        return run.history.epochs, ""
+    kept = [e for e, path in zip(run.history.epochs, run.checkpoints, strict=True) if path.is_file()]
     if p.n_epochs == len(kept):
         return kept, f"It was made from the {len(kept)} epochs whose checkpoints were kept."
-    note = f"It was made when there were {p.n_epochs} epochs, and this run has {len(history)}: counted from 0 here."
+    note = f"It was made when there were {p.n_epochs} epochs, and this run has {len(run.history)}: counted from 0 here."
     return range(p.n_epochs), note
 
 

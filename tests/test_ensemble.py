@@ -13,7 +13,7 @@ from torch.optim import swa_utils
 from torch.utils.data import DataLoader, TensorDataset
 
 import fmn_ref as fmn
-from fmn_ref import baselines, checkpoints, ensemble
+from fmn_ref import _epochs, baselines, checkpoints, ensemble
 from fmn_ref.data import predict
 from fmn_ref.distillation import distillation_loss
 
@@ -172,7 +172,7 @@ def test_a_shuffled_data_set_is_noticed(run):
 
 
 def test_little_memory_evaluates_again(run, monkeypatch):
-    monkeypatch.setattr(ensemble, "CACHE_BYTES", 1)
+    monkeypatch.setattr(_epochs, "CACHE_BYTES", 1)
     p = run.probabilities(VAL)
     first = [q.copy() for q in p]
     assert p.evaluated == (10, 11)

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -182,3 +183,8 @@ def test_noise_rates_and_classes():
 def test_bad_noise(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_no_framework_is_required():
+    required = [line for line in importlib.metadata.requires("fmn_ref") if "extra" not in line]
+    assert sorted(re.match(r"\w+", line).group() for line in required) == ["numpy", "torch", "tqdm"]

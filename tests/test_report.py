@@ -254,6 +254,8 @@ def test_epochs_of_a_plan(tmp_path, rng):
     assert "there were 4 epochs, and this run has 5: counted from 0" in rows(4)[1]
     alone = write_report(tmp_path / "run", tmp_path / "r.html", plan=fmn.FusionPlan((), 5, 1, (0.5,)))
     assert "The final model alone is best" in Page(alone).text()
+    last = write_report(tmp_path / "run", tmp_path / "r.html", plan=fmn.FusionPlan.from_weights({4: 1}, 5))
+    assert "weighted mean of 1 checkpoint" in Page(last).text()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check
-from ..importers import from_logits
+from ..importers import softmax
 
 Margins = Iterator[NDArray[Any]]
 
@@ -105,6 +105,8 @@ def _xgboost(model: Any, x: Any, every: int) -> Margins:
         raise ValueError(f"model: expected a classifier by logistic loss or softmax, got objective {objective!r}")
     if kind != "gbtree":
         raise ValueError(f"model: expected trees that stay as they are (gbtree), got booster {kind!r}")
+    if type(x).__name__ == "QuantileDMatrix":
+        raise TypeError("x: expected features or a DMatrix, got a QuantileDMatrix, which cannot be evaluated in slices")
     data = x.slice(np.arange(x.num_row())) if isinstance(x, DMatrix) else DMatrix(x, **options)  # a copy: it is changed
     whole = booster.predict(data, output_margin=True, iteration_range=(0, booster.num_boosted_rounds()))
     if whole.ndim != (1 if objective.startswith("binary") else 2):
@@ -143,4 +145,4 @@ def _probabilities(margin: NDArray[Any]) -> NDArray[np.float32]:
     """(n_samples, n_classes) float32 from (n_samples, n_classes) margins, or (n_samples,) of the second of two."""
     if margin.ndim == 1:
         margin = np.stack([np.zeros_like(margin), margin], axis=1)
-    return np.asarray(from_logits([margin])[0])
+    return softmax(margin, "margins")

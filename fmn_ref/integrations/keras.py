@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check, _files
-from ..importers import from_logits as softmax_of
+from .._epochs import Epochs
+from ..importers import softmax
 from ..recorder import Recorder, Run
 
 try:
@@ -32,7 +32,6 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 SUFFIX = ".weights.h5"
-CACHE_BYTES = 4 << 30
 
 
 class RecorderCallback(keras.callbacks.Callback):
@@ -138,6 +137,8 @@ class RecorderCallback(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.recorder.record(epoch, _columns(self._predict(), self._logits()), self.labels)
         self._has_recorded = True
+        if logs is not None:  # for the callbacks that follow, and the bar
+            logs["peak_forget_fraction"] = self.recorder.peak_forget_fraction
 
     def _line_up(self, epoch: int) -> None:
         """Put the history to the epoch that training begins with, which BackupAndRestore may have set: a crash leaves
@@ -147,7 +148,7 @@ class RecorderCallback(keras.callbacks.Callback):
             hint = f"initial_epoch=callback.restore(model), another run_dir, or callback.recorder.rewind({epoch}) first"
             raise ValueError(f"{self.recorder.run_dir}: has {n} epochs, and training begins with {epoch}; use {hint}")
         if n == epoch + 1:
-            logger.info("%s: epoch %d was recorded, but is trained again", self.recorder.run_dir, epoch)
+            logger.warning("%s: epoch %d was recorded, but is trained again", self.recorder.run_dir, epoch)
             self.recorder.rewind(epoch)
         elif n == epoch - 1 and fresh:  # the weights are those after that epoch
             self.on_epoch_end(n)
@@ -159,20 +160,12 @@ class RecorderCallback(keras.callbacks.Callback):
         return _gives_logits(self.model) if self._from_logits is None else self._from_logits
 
     def _save(self, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}")  # Keras insists on the end of the name
-        try:
+        with _files.replacing(path) as temporary:
             self.model.save_weights(temporary)
-            with open(temporary, "r+b") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _files.sync_folder(path.parent)
 
 
-class probabilities(Sequence[NDArray[np.float32]]):
-    """What each recorded epoch predicts on `x`: computed when read; up to 4 GiB stay in memory.
+class probabilities(Epochs):
+    """What each recorded epoch predicts on `x`: computed when read; the latest 4 GiB stay in memory.
 
     ``probabilities(run, model, x)[i]`` is (n_samples, n_classes) float32 for row i of the history; a single output
     counts as two classes.
@@ -208,23 +201,15 @@ class probabilities(Sequence[NDArray[np.float32]]):
             raise TypeError(f"run: expected a Run, got {type(run).__name__}")
         if not all(path.name.endswith(SUFFIX) for path in run.checkpoints):
             raise ValueError(f"run: {run.run_dir} was not recorded with Keras (no {SUFFIX} files)")
-        self._run, self._model, self._x, self._batch_size = run, model, x, batch_size
+        super().__init__(run)
+        self._model, self._x, self._batch_size = model, x, batch_size
         self._logits = _gives_logits(model) if from_logits is None else from_logits
-        self._known: dict[int, NDArray[np.float32]] = {}
 
-    def __len__(self) -> int:
-        return len(self._run.history)
+    def _evaluate(self, row: int) -> NDArray[np.float32]:
+        columns = _columns(self._outputs(self._run.checkpoints[row]), self._logits)
+        return softmax(columns, "model") if self._logits else columns.astype(np.float32)
 
-    def __getitem__(self, epoch: Any) -> Any:
-        i = range(len(self))[epoch]
-        if i not in self._known:
-            columns = _columns(self._evaluate(self._run.checkpoints[i]), self._logits)
-            self._known[i] = softmax_of([columns])[0] if self._logits else columns.astype(np.float32)
-            while len(self._known) > 2 and sum(p.nbytes for p in self._known.values()) > CACHE_BYTES:
-                del self._known[next(iter(self._known))]
-        return self._known[i]
-
-    def _evaluate(self, path: Path) -> Any:
+    def _outputs(self, path: Path) -> Any:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such checkpoint; where `keep` dropped some, use `run.kept`")
         _build(self._model, self._x, self._batch_size)

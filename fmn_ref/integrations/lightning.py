@@ -6,6 +6,7 @@ recorder = RecorderCallback("runs/mine"); Trainer(callbacks=[recorder]).fit(modu
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -22,10 +23,12 @@ from .. import _check, checkpoints, data, distributed, metrics
 from ..recorder import Recorder, Run
 from ..retention import Keep
 
+logger = logging.getLogger(__name__)
 OutputsOf = Callable[[Any, Any], tuple[Any, ...]]
 _SCORES = ("logits", "scores", "probs", "preds", "predictions")
 _LABELS = ("labels", "targets", "label", "target", "y")
 _INDEX = ("index", "indices", "idx")
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
@@ -66,13 +69,14 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
     ------
     ValueError, TypeError
         In the sanity check: nothing to record in the outputs, not what `fmn_ref.correctness` takes, a shuffled loader.
-        When training starts: `run_dir` holds another run. Later: as `Recorder.record`.
+        When training starts: no validation; `run_dir` holds another run; weights to be kept that are spread over
+        processes (FSDP, DeepSpeed). Later: as `Recorder.record`.
 
     Notes
     -----
     Rows stand in the order of the data set. With a DistributedSampler, which Lightning puts into loaders itself, the
     rows of all processes are joined by sample number, and repeated ones dropped. Any other sampler that shuffles or
-    divides needs each sample's number, as "index" in the outputs or in a dict batch.
+    divides needs each sample's number, as "index" in the outputs.
 
     Weights are taken as Lightning saves them, by `trainer.strategy.lightning_module_state_dict()`, while they are
     validated (so they are the averaged ones, where a callback averages for validation), and written as a plain
@@ -90,7 +94,8 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
     >>> recorder = RecorderCallback("runs/mine", keep="budget:8")
     >>> trainer = lightning.Trainer(max_epochs=40, callbacks=[recorder])  # doctest: +SKIP
     >>> trainer.fit(module, train_loader, val_loader)  # doctest: +SKIP
-    >>> plan = fmn_ref.fuse(recorder.run.kept.probabilities(val_loader), labels)  # doctest: +SKIP
+    >>> probs = recorder.run.kept.probabilities(val_loader)  # doctest: +SKIP
+    >>> plan = fmn_ref.fuse(probs, probs.labels)  # doctest: +SKIP
     """
 
     def __init__(
@@ -144,8 +149,12 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
             raise ValueError(f"model: expected a module inside the LightningModule, got another {got}")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.enable_validation:
+            raise ValueError("validation: nothing to record; fit needs a loader and the module a validation_step")
+        if self._stores and type(trainer.strategy).__name__ in _SHARDED:
+            raise ValueError("keep: no process has all weights to store them; use keep='none'")
         if not trainer.fast_dev_run:
-            self.run_dir = _by_the_first(lambda: self._open(trainer))
+            self.run_dir = distributed.by_the_first(lambda: self._open(trainer))
 
     def _open(self, trainer: Any) -> Path:
         """The recorder, with nothing recorded that the trainer has yet to do."""
@@ -154,7 +163,9 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
         self._recorder = Recorder(self.run_dir, None, self._keep, save=self._save)
         start, found = max(trainer.current_epoch, self._next_epoch), self._recorder.next_epoch
         n_epochs = len(self._recorder.run.history) if found else 0
-        if start == 0 and n_epochs > 1 and not self._overwrite:  # one: killed before the first checkpoint
+        if start == 0 and n_epochs == 1:  # killed before the first checkpoint
+            logger.warning("%s: holds one epoch, which is dropped: the trainer starts anew", self.run_dir)
+        elif start == 0 and n_epochs > 1 and not self._overwrite:
             hint = "fit(ckpt_path=...) continues it, overwrite=True drops it; or choose another folder"
             raise ValueError(f"run_dir: {self.run_dir} holds {n_epochs} epochs, but the trainer starts anew; {hint}")
         if 0 < found < self._next_epoch:
@@ -183,7 +194,7 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
                 state = trainer.strategy.lightning_module_state_dict()
             else:
                 state = checkpoints.unwrap(self._model).state_dict()
-            self._weights = checkpoints.to_cpu(checkpoints.snapshot(state)) if trainer.is_global_zero else {}
+            self._weights = checkpoints.to_cpu(state, copy=True) if trainer.is_global_zero else {}
         number = _check.labels(index[0], len(right), name="index") if index and index[0] is not None else None
         self._parts.append((right, _check.labels(labels), number))
 
@@ -200,7 +211,7 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
             return
         right, labels = _joined(numbers, right, labels, pl_module.device)
         where = trainer.current_epoch, trainer.fit_loop.total_batch_idx
-        peak, self._next_epoch = _by_the_first(lambda: self._record(*where, right, labels))
+        peak, self._next_epoch = distributed.by_the_first(lambda: self._record(*where, right, labels))
         self._n_batches, self._weights = where[1], {}
         pl_module.log("peak_forget_fraction", peak, sync_dist=trainer.world_size > 1)
 
@@ -235,7 +246,7 @@ def outputs_and_labels(outputs: Any, batch: Any) -> tuple[Any, Any, Any]:
     beside = batch if isinstance(batch, Mapping) else {}
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         beside = {"labels": batch[1]}
-    scores, (labels, index) = _first(_SCORES, given), (_first(names, given, beside) for names in (_LABELS, _INDEX))
+    scores, labels, index = _first(_SCORES, given), _first(_LABELS, given, beside), _first(_INDEX, given)
     hint = 'return {"logits": (n, n_classes)} from it, or give RecorderCallback an outputs_of=function'
     if scores is None:
         got = f"a dict with {sorted(given)}" if given else "a loss" if isinstance(outputs, Tensor) else repr(outputs)
@@ -256,22 +267,10 @@ def _rehearsal(trainer: Any) -> bool:
 def _joined(numbers: NDArray[np.int64], right: Any, labels: Any, device: torch.device) -> tuple[Any, Any]:
     """Rows of all processes in the order of their numbers, each once."""
     if distributed.world_size() == 1:
-        _, where = np.unique(numbers, return_index=True)
+        _, where, back = np.unique(numbers, return_index=True, return_inverse=True)
+        if (labels[where][back] != labels).any():
+            raise ValueError("index: expected each sample's own number, got one with several labels")
         return right[where], labels[where]
     ids, *parts = (torch.from_numpy(a).to(device) for a in (numbers, right.view(np.uint8), labels))
     right, labels = (part.cpu().numpy() for part in distributed.joined(ids, *parts))
     return right.view(bool), labels
-
-
-def _by_the_first(function: Callable[[], Any]) -> Any:
-    """What the function gives in the first process, in all; its error too, or the others would wait for ever."""
-    outcome: tuple[Any, Exception | None] = None, None
-    if distributed.rank() == 0:
-        try:
-            outcome = function(), None
-        except Exception as error:
-            outcome = None, error
-    result, fault = distributed.shared(outcome)
-    if fault is not None:
-        raise fault
-    return result

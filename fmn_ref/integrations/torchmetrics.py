@@ -175,7 +175,8 @@ def _with_epoch(closed: CorrectnessHistory | None, rows: Any) -> CorrectnessHist
         history = CorrectnessHistory(len(rows), labels=target)
     elif len(rows) > before or closed.digest != labels_digest(target):
         raise ValueError(
-            f"target: {len(rows)} samples, not the {before} of the epochs before or not in their order (give index=)"
+            f"target: {len(rows)} samples, not the {before} of the epochs before or not in their order; "
+            "give index=, or begin with a new ForgetFraction"
         )
     else:
         history = closed.select(range(len(closed)))

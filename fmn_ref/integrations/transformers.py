@@ -15,7 +15,8 @@ import copy
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import _check, checkpoints, data, distributed
-from ..ensemble import FusedModel, model_of, run_of
+from ..ensemble import FusedModel, members_of
 from ..history import labels_digest
 from ..metrics import correctness, forget_fraction
 from ..plan import FusionPlan
@@ -127,7 +128,8 @@ class RecorderCallback(TrainerCallback):
             Recorder, keep=_by_value(keep), half=half, config=config, forward_fn=_FORWARD[task]
         )
         self._recorder: Recorder | None = None  # in the process that writes
-        self._training = False
+        self._training, self._matched, self._missed = False, False, -1  # the step of an evaluation under another name
+        self._others: set[str] = set()
         self._latest: tuple[NDArray[np.bool_], Any] | None = None
         self._model: Any = None
 
@@ -184,9 +186,12 @@ class RecorderCallback(TrainerCallback):
             hint = "use 'none', and from_trainer on the Trainer's checkpoints"
             raise ValueError(f"keep: no process has all weights to store them; {hint}")
         self._model, self._training, self._latest = model, True, None
-        if state.is_world_process_zero:
-            self._recorder = self._make_recorder(self.run_dir, model)
-            self._continue(self._recorder, state)
+        self._matched, self._missed = False, -1
+        distributed.by_the_first(partial(self._open, state))
+
+    def _open(self, state: Any) -> None:
+        self._recorder = self._make_recorder(self.run_dir, self._model)
+        self._continue(self._recorder, state)
 
     def _continue(self, recorder: Recorder, state: Any) -> None:
         """Make the history end at the step from which the Trainer goes on."""
@@ -202,17 +207,29 @@ class RecorderCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         latest, self._latest = self._latest, None
-        if not self._training or f"{self.prefix}_runtime" not in metrics:
+        if not self._training:
             return
+        if f"{self.prefix}_runtime" not in metrics:
+            self._others |= {key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")}
+            if not self._matched and state.global_step > self._missed:  # a second round of evaluations without it
+                if self._missed >= 0:
+                    raise ValueError(f"prefix: no evaluation is called {self.prefix!r}, only {sorted(self._others)}")
+                self._missed = state.global_step
+            return
+        self._matched = True
         if latest is None:
             hint = "pass compute_metrics=recorder.compute_metrics to the Trainer, and labels in the eval_dataset"
             raise ValueError(f"compute_metrics: the recorder's was not called; {hint}")
-        if self._recorder is not None and state.global_step >= self._recorder.next_epoch:  # not there already
-            self._recorder.record_correct(state.global_step, *latest)
+        distributed.by_the_first(partial(self._record, state.global_step, *latest))
+
+    def _record(self, step: int, right: NDArray[np.bool_], labels: Any) -> None:
+        assert self._recorder is not None
+        if step >= self._recorder.next_epoch:  # not there already
+            self._recorder.record_correct(step, right, labels)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._training = False
-        if self._recorder is not None and not self._recorder.next_epoch:
+        if not self._matched and state.is_world_process_zero:
             logger.warning("%s: nothing was recorded: no evaluation called %r", self.run_dir, self.prefix)
 
 
@@ -243,7 +260,8 @@ def from_trainer(
 ) -> Run:
     """Make a run of the checkpoints that a Trainer saved: what each gets right on `eval_data`, and its weights.
 
-    They are evaluated in the order of their steps, one in memory at a time; interrupted, the same call goes on. Then
+    They are evaluated in the order of their steps, one in memory at a time; interrupted, the same call goes on, and
+    a call for another `output_dir` is refused. Then
     ``run.probabilities(data)`` is the (E, N, K) that `fuse` takes, and everything else takes the run. Weights are
     copied: the Trainer's may go.
 
@@ -275,7 +293,8 @@ def from_trainer(
     forward_fn = _FORWARD[_check.choice(task, tuple(_FORWARD), "task")]
     model = copy.deepcopy(model)
     batches = data.Batches(eval_data, batch_size, data.device_of(model))
-    recorder = Recorder(run_dir, model, _by_value(keep), half=half, forward_fn=forward_fn)
+    config = {"output_dir": str(Path(output_dir).resolve()), "task": task}
+    recorder = Recorder(run_dir, model, _by_value(keep), half=half, config=config, forward_fn=forward_fn)
     for step, folder in sorted((int(p.name[11:]), p) for p in folders):
         if step >= recorder.next_epoch:
             _load_into(model, folder)
@@ -313,10 +332,11 @@ def _named(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder}: not a readable checkpoint of this model: {error}") from None
 
 
-def save_fused(folder: AnyPath, plan: FusionPlan, run: Run) -> None:
+def save_fused(folder: AnyPath, plan: FusionPlan, run: Run, processing_class: Any = None) -> None:
     """Write a fused model: plan.json, and for each of its checkpoints a subfolder that from_pretrained loads.
 
-    member_00003 is row 3 of the run. A fused model that is there is replaced. One averaged model needs nothing but
+    member_00003 is row 3 of the run. A fused model that is there is replaced. The tokenizer, or another
+    `processing_class`, is saved beside them, where from_pretrained finds it. One averaged model needs nothing but
     ``fmn_ref.averaged_model(run, plan.weights, None).save_pretrained(folder)``.
 
     Raises
@@ -326,17 +346,18 @@ def save_fused(folder: AnyPath, plan: FusionPlan, run: Run) -> None:
     ValueError, FileNotFoundError
         As `FusedModel`.
     """
-    model = copy.deepcopy(model_of(run_of(run)))
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"run: expected a model with save_pretrained, got {type(model).__name__}")
-    if plan.n_epochs != len(run.history):
-        raise ValueError(f"plan: made for {plan.n_epochs} epochs, the run has {len(run.history)}")
-    target = Path(folder)
+    original, paths = members_of(plan, run)
+    if not isinstance(original, PreTrainedModel):
+        raise TypeError(f"run: expected a model with save_pretrained, got {type(original).__name__}")
+    model, target = copy.deepcopy(original), Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
-    for row in plan.weights:
-        checkpoints.load_into(model, run.checkpoints[row])
-        model.save_pretrained(target / f"member_{row:05d}")
+    for member in target.glob("member_*"):
+        shutil.rmtree(member)
+    for row, path in paths.items():
+        checkpoints.load_into(model, path).save_pretrained(target / f"member_{row:05d}")  # type: ignore[operator]
+    if processing_class is not None:
+        processing_class.save_pretrained(target)
     plan.save(target / "plan.json")
 
 
@@ -355,15 +376,4 @@ def load_fused(folder: AnyPath, model_class: Any) -> FusedModel:
     source = Path(folder)
     weights = FusionPlan.load(source / "plan.json").weights
     members = [_from_pretrained(model_class, source / f"member_{row:05d}") for row in weights]
-    return _Fused(members, weights.values())
-
-
-class _Fused(FusedModel):
-    """A FusedModel of members that are loaded already."""
-
-    def __init__(self, members: Iterable[nn.Module], weights: Iterable[float]) -> None:
-        nn.Module.__init__(self)
-        self.members = nn.ModuleList(members).requires_grad_(False)
-        self._together, self._stacked = False, None
-        self.register_buffer("weights", torch.tensor(list(weights)))
-        self.eval()
+    return FusedModel.of_members(members, weights.values())

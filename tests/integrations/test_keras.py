@@ -162,12 +162,14 @@ def test_a_budget_of_checkpoints():
     _, (x_val, y_val), _ = make_data()
     model, callback = make_model(), RecorderCallback("run", x_val, y_val, keep="budget:2")
     fit(model, [callback])
+    assert model.history.history["peak_forget_fraction"][-1] == callback.recorder.peak_forget_fraction
     names = sorted(path.name for path in Path("run", "checkpoints").iterdir())
     assert len(names) == 3
     assert names[-1] == "epoch_00005.weights.h5"
     kept = callback.run.kept
     plan = fmn.fuse(probabilities(kept, model, x_val), y_val, correct=kept.history)
     assert plan.n_epochs == 3
+    assert len(probabilities(kept, model, x_val)[1:]) == 2
     with pytest.raises(FileNotFoundError, match=r"run\.kept"):
         list(probabilities(callback.run, model, x_val))
 

@@ -329,6 +329,20 @@ def test_sample_numbers_undo_shuffling_and_repetition(tmp_path, trained):
     np.testing.assert_array_equal(recorder.run.history.correct(), trained[0].run.history.correct())
 
 
+def test_numbers_that_are_not_the_samples_own(tmp_path):
+    class Grouped(Net):
+        def validation_step(self, batch, batch_idx):
+            return {"logits": self.net(batch[0]), "index": torch.zeros(len(batch[1]), dtype=torch.int64)}
+
+    with pytest.raises(ValueError, match="index: expected each sample's own number"):
+        fit(tmp_path, module=make_net(Grouped))
+
+
+def test_no_validation(tmp_path):
+    with pytest.raises(ValueError, match="validation: nothing to record"):
+        fit(tmp_path, limit_val_batches=0)
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [

@@ -247,6 +247,9 @@ def test_from_trainer(trained, tmp_path):
     fmn.Recorder(tmp_path / "run").rewind(30)  # as if it had been interrupted
     again = from_trainer(out, tmp_path / "run", model, VAL, batch_size=7)
     np.testing.assert_array_equal(again.history.correct(), recorder.run.history.correct())
+    shutil.copytree(out / "checkpoint-6", tmp_path / "other" / "checkpoint-6")
+    with pytest.raises(ValueError, match=r"output_dir: the run in .* was made with"):
+        from_trainer(tmp_path / "other", tmp_path / "run", model, VAL)
 
 
 def test_shards_and_what_does_not_fit(trained, tmp_path):
@@ -303,8 +306,15 @@ def test_results_load_with_from_pretrained(trained, tmp_path):
     trainer, recorder, _ = trained
     run, x = recorder.run, torch.stack([s["input_ids"] for s in VAL])
     plan = fmn.fuse(run.probabilities(VAL), labels_of(VAL), correct=run.history)
-    for _ in range(2):  # what is there is replaced
-        save_fused(tmp_path / "fused", plan, run)
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("{}")
+
+    for older in (fmn.FusionPlan.from_weights(dict.fromkeys(range(len(run.history)), 1), len(run.history)), plan):
+        save_fused(tmp_path / "fused", older, run, Tokenizer())  # what is there is replaced
+    names = sorted(path.name for path in (tmp_path / "fused").iterdir())
+    assert names == [*(f"member_{row:05d}" for row in sorted(plan.weights)), "plan.json", "tokenizer.json"]
     fused = load_fused(tmp_path / "fused", AutoModelForSequenceClassification)
     assert fmn.FusionPlan.load(tmp_path / "fused" / "plan.json") == plan
     assert not fused.training
@@ -433,6 +443,8 @@ def test_refused_trainings(tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         train(RecorderCallback(run, prefix="eval_val"))
     assert "nothing was recorded: no evaluation called 'eval_val'" in caplog.text
+    with pytest.raises(ValueError, match=r"prefix: no evaluation is called 'eval_val', only \['eval'\]"):
+        train(RecorderCallback(run, prefix="eval_val"), num_train_epochs=2)
     with monkeypatch.context() as patch:
         state = SimpleNamespace(distributed_type="FSDP")
         patch.setattr("fmn_ref.integrations.transformers.AcceleratorState", lambda: state)
