@@ -12,11 +12,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+LANGUAGES = [
+    "c",
+    "cpp",
+    pytest.param("rust", marks=pytest.mark.skipif(not shutil.which("rustc"), reason="needs rustc")),
+]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """A folder with the C and the C++ example, compiled with the library's sources."""
+    """A folder with the examples in C, C++ and, where there is a compiler, Rust, with the library's sources."""
     if not shutil.which("cc") or not shutil.which("c++"):
         pytest.skip("needs a C and a C++ compiler")
     folder = tmp_path_factory.mktemp("compiled")
@@ -33,6 +38,22 @@ def compiled(tmp_path_factory):
     run(*cxx, *WARNINGS, "-c", EXAMPLES / "forget_fraction.cpp", "-o", "cpp.o")
     for name in ("c", "cpp"):
         run(*cxx, f"{name}.o", *library, "-o", name)
+    if shutil.which("rustc"):
+        run("ar", "rcs", "libfmn.a", *library)
+        run(
+            "rustc",
+            "-D",
+            "warnings",
+            "-L",
+            folder,
+            "-l",
+            "static=fmn",
+            "-l",
+            "stdc++",
+            EXAMPLES / "forget_fraction.rs",
+            "-o",
+            "rust",
+        )
     return folder
 
 
@@ -69,7 +90,7 @@ def check(example, path, correct, *args, **kwargs):
     assert (done.returncode, done.stdout) == (0, table(correct)), done.stderr
 
 
-@pytest.mark.parametrize("name", ["c", "cpp"])
+@pytest.mark.parametrize("name", LANGUAGES)
 def test_compiled(name, compiled, tmp_path, rng):
     for shape in [(1, 1), (2, 7), (3, 8), (7, 1003), (4, 8193), (300, 65), (2, 3_000_001)]:
         correct = rng.random(shape) < 0.6
@@ -129,7 +150,7 @@ def check_refused(example, path, write):
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("name", ["c", "cpp"])
+@pytest.mark.parametrize("name", LANGUAGES)
 def test_compiled_refuse(name, bad, compiled, tmp_path):
     check_refused(compiled / name, tmp_path / "correct.npy", BAD[bad])
 
