@@ -7,7 +7,7 @@ SOURCES := $(wildcard fmn_ref/*.py fmn_ref/*/*.py fmn_ref/*.pyi fmn_ref/*.in ben
 .PHONY: demo test bench lint cpp extras emulate wheel clean
 
 demo: $(VENV)/installed ; $(BIN)/fmn-ref demo
-test: $(VENV)/installed ; cd tests && $(BIN)/python -m pytest --cov=fmn_ref --cov-report=term --cov-fail-under=90
+test: $(VENV)/installed ; cd tests && $(BIN)/python -m pytest --cov=fmn_ref --cov-config=../pyproject.toml --cov-report=term --cov-fail-under=90
 bench: $(VENV)/installed ; $(BIN)/fmn-ref bench metric
 lint: $(VENV)/installed ; $(BIN)/pip install -q -c constraints.txt ruff mypy && $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 cpp: ; cmake -S . -B build/cpp -DCMAKE_BUILD_TYPE=Release && cmake --build build/cpp && ctest --test-dir build/cpp --output-on-failure

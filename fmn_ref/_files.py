@@ -22,15 +22,15 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], obje
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name, with the ending of `path`, to write to, then moved there; on any error `path` stays as it was.
+def replacing(path: str | os.PathLike[str], ending: str = "") -> Iterator[Path]:
+    """A temporary name to write to, then moved to `path`; on any error `path` stays as it was.
 
     The name is fixed, so that what a killed process left is overwritten by the next one.
     """
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target}: the folder {target.parent} does not exist")
-    temporary = target.with_name(f".tmp.{target.name}")
+    temporary = target.with_name(f".{target.name}.tmp{ending}")
     try:
         yield temporary
         with open(temporary, "r+b") as file:

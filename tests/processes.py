@@ -42,4 +42,5 @@ loader = DataLoader(TensorDataset(*val), 50, sampler=DistributedSampler(TensorDa
 again = run.probabilities(loader, split=True)[-1]
 if torch.distributed.get_rank() == 0:
     torch.save([student.state_dict(), torch.tensor(probs[-1]), torch.tensor(again)], folder / "results.pt")
+torch.distributed.barrier()  # or one ends while the other still talks to it
 torch.distributed.destroy_process_group()

@@ -160,7 +160,7 @@ class RecorderCallback(keras.callbacks.Callback):
         return _gives_logits(self.model) if self._from_logits is None else self._from_logits
 
     def _save(self, path: Path) -> None:
-        with _files.replacing(path) as temporary:
+        with _files.replacing(path, SUFFIX) as temporary:  # Keras insists on the end of the name
             self.model.save_weights(temporary)
 
 
