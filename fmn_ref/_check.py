@@ -72,7 +72,8 @@ def predictions_or_scores(x: Any) -> tuple[Any, bool]:
     else:
         a = array(x, name)
     if kind(a) == "b":
-        raise TypeError(f"{name}: expected class numbers or scores, got bool; is it correctness already?")
+        hint = "is it correctness already? Classes are integers"
+        raise TypeError(f"{name}: expected class numbers or scores, got bool; {hint}")
     return a, bfloat16
 
 

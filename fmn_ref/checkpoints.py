@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,7 +17,7 @@ from . import _files
 
 
 def save_state(model: nn.Module, path: str | os.PathLike[str], *, half: bool = False) -> None:
-    """Store `model.state_dict()`, moved to the CPU, under the names of the plain model.
+    """Store `model.state_dict()`, moved to the CPU, under the names of the plain model, compiled parts or not.
 
     half: float32 and float64 as float16, but for tensors that hold a number too large for it. `load_into` widens them.
     """
@@ -25,10 +26,24 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, half: bool = F
 
 def save_weights(state: dict[str, Any], path: str | os.PathLike[str], *, half: bool = False) -> None:
     """Store a state_dict, as `save_state`."""
-    state = to_cpu(state)
+    state = _plain_names(to_cpu(state))
     if half:
         state.update({name: _halved(value) for name, value in state.items()})
     save(state, path)
+
+
+def _plain(name: str) -> str:
+    """Without what torch.compile puts into the names of a part."""
+    return re.sub(r"\b_orig_mod\.|\._orig_mod$", "", name)
+
+
+def _plain_names(state: dict[str, Any]) -> dict[str, Any]:
+    if not any("_orig_mod" in name for name in state):
+        return state
+    renamed = type(state)((_plain(name), value) for name, value in state.items())
+    if hasattr(state, "_metadata"):
+        renamed._metadata = {_plain(n): v for n, v in state._metadata.items()}  # type: ignore[attr-defined]
+    return renamed
 
 
 def _halved(value: Any) -> Any:
@@ -94,8 +109,10 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a checkpoint into `model`; ValueError naming the file where names or shapes do not fit."""
+    plain, state = unwrap(model), load(path)
     try:
-        unwrap(model).load_state_dict(load(path))
+        compiled = {_plain(name): name for name in plain.state_dict() if name != _plain(name)}
+        plain.load_state_dict({compiled.get(k, k): v for k, v in state.items()} if compiled else state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit the model: {error}") from None
     return model

@@ -26,13 +26,17 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """(logits, labels) of a batch (inputs, labels), or of a dict with "labels" beside the model's keyword arguments."""
     if isinstance(batch, Mapping):
         if "labels" not in batch:
-            raise ValueError(f"batch: expected a key 'labels', got {sorted(batch)}; pass a forward_fn")
+            hint = "rename it (a Trainer's own loader does), or pass a forward_fn (Run.open takes it)"
+            raise ValueError(f"batch: expected a key 'labels', got {sorted(batch)}; {hint}")
         output = model(**{k: v for k, v in batch.items() if k != "labels"})
         labels = batch["labels"]
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
         output, labels = model(batch[0]), batch[1]
     else:
-        raise ValueError(f"batch: expected (inputs, labels) or a dict, got {type(batch).__name__}; pass a forward_fn")
+        got = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}"
+        raise ValueError(
+            f"batch: expected (inputs, labels) or a dict, got {got}; pass a forward_fn (Run.open takes it)"
+        )
     if labels.is_floating_point() or labels.ndim != 1:
         raise TypeError(f"labels: expected integers of shape (n,), got {labels.dtype} of shape {tuple(labels.shape)}")
     return getattr(output, "logits", output), labels.long()
@@ -255,9 +259,9 @@ def predict(
         for batch in data:
             with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
                 logits, labels = forward(model, batch, forward_fn)
-            logits = logits.float()
             if not parts:
-                _refuse_probabilities(logits)
+                check_logits(logits, "a forward_fn may convert them (Run.open takes it)")
+            logits = logits.float()
             parts.append((logits.log_softmax(1) if log else logits.softmax(1), labels))
     if not parts:
         raise ValueError("data: expected at least one batch")
@@ -267,9 +271,12 @@ def predict(
     return probs, labels
 
 
-def _refuse_probabilities(logits: Tensor) -> None:
-    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(1, device=logits.device)):
-        raise ValueError("model: gives probabilities; expected logits or log-probabilities (no softmax at the end)")
+def check_logits(logits: Any, hint: str) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model: expected logits (n, n_classes), got {got}; {hint}")
+    if (logits >= 0).all() and torch.allclose(logits.float().sum(-1), torch.ones(1, device=logits.device)):
+        raise ValueError(f"model: expected logits or log-probabilities, got probabilities; {hint}")
 
 
 def inputs_of(batch: Any) -> list[Tensor]:

@@ -50,7 +50,7 @@ class Probabilities(Epochs):
         return self._labels
 
     def _evaluate(self, row: int) -> NDArray[np.float32]:
-        checkpoints.load_into(self._model, self._run.checkpoints[row])
+        checkpoints.load_into(self._model, self._run.checkpoint(row))
         probs, labels = data.predict(self._model, self._batches, forward_fn=self._run.forward_fn, amp=self._amp)
         y = labels.cpu().numpy().astype(np.int64)
         if self._labels is not None and not np.array_equal(y, self._labels):
@@ -72,9 +72,9 @@ class FusedModel(nn.Module):
         are tensors or tuples without `forward_fn`. It needs the weights twice. On two CPU cores it took more
         than twice as long (`docs/training.md`); on a GPU, which small batches leave idle, it was not measured.
 
-    Returns log-probabilities (batch, n_classes) float32, so that softmax, arg-max and cross-entropy just work. Members
-    are frozen and stay in evaluation mode. `plan.json` and the run directory are its permanent form; its own state_dict
-    loads back too.
+    Returns log-probabilities (batch, n_classes) float32, so that softmax, arg-max and cross-entropy just work. It calls
+    the network as it is, which must return logits: a run's forward_fn is not used. Members are frozen and stay in
+    evaluation mode. `plan.json` and the run directory are its permanent form; its own state_dict loads back too.
 
     Raises
     ------
@@ -106,6 +106,7 @@ class FusedModel(nn.Module):
         self.members.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._together = together
         self._stacked: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._checked = False
         self.register_buffer("weights", torch.tensor(list(weights)))
         self.eval()
 
@@ -159,7 +160,15 @@ class FusedModel(nn.Module):
 
     def _mix(self, logits: Callable[[nn.Module], Tensor]) -> Tensor:
         """log sum_e weight_e softmax(logits of member e), one member after the other."""
-        parts = (w * logits(m).float().softmax(-1) for w, m in zip(self.weights, self.members, strict=True))
+
+        def probabilities(member: nn.Module) -> Tensor:
+            found = logits(member)
+            if not self._checked:
+                data.check_logits(found, "plan.apply(run.probabilities(data)) goes by the run's forward_fn")
+                self._checked = True
+            return found.float().softmax(-1)
+
+        parts = (w * probabilities(m) for w, m in zip(self.weights, self.members, strict=True))
         mixed: Tensor = reduce(torch.add, parts)
         return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
 
@@ -191,16 +200,16 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     ----------
     arXiv 2507.08686 ("averaged KF"); Izmailov et al. 2018 (SWA).
     """
-    paths, model = run_of(run).checkpoints, copy.deepcopy(model_of(run))
+    n_epochs, model = len(run_of(run).history), copy.deepcopy(model_of(run))
     if not isinstance(weights, dict):
         raise TypeError(f"weights: expected {{epoch: weight}}, got {type(weights).__name__}")
-    rows = [(_check.index(e, len(paths), "epoch"), _check.number(w, 0, 1e300, "weights")) for e, w in weights.items()]
+    rows = [(_check.index(e, n_epochs, "epoch"), _check.number(w, 0, 1e300, "weights")) for e, w in weights.items()]
     total = sum(w for _, w in rows)
     if total == 0:
         raise ValueError("weights: expected at least one above 0")
     mean: dict[str, Tensor] = {}
     for epoch, weight in sorted(rows):
-        state = checkpoints.load_into(model, paths[epoch]).state_dict()
+        state = checkpoints.load_into(model, run.checkpoint(epoch)).state_dict()
         for name, value in state.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 mean[name] = mean.get(name, 0) + weight / total * value.double()
@@ -249,7 +258,7 @@ def members_of(plan: Any, run: Any) -> tuple[nn.Module, dict[int, Path]]:
         raise TypeError(f"plan: expected a FusionPlan, got {type(plan).__name__}")
     if plan.n_epochs != len(run_of(run).history):
         raise ValueError(f"plan: made for {plan.n_epochs} epochs, the run has {len(run.history)}")
-    return model_of(run), {row: run.checkpoints[row] for row in plan.weights}
+    return model_of(run), {row: run.checkpoint(row) for row in plan.weights}
 
 
 def run_of(run: Any) -> Run:

@@ -200,7 +200,8 @@ def best_epsilon(
 def _recorded(correct: Any, n_epochs: int, y: Int, final: Float) -> NDArray[np.bool_]:
     """The correctness history, checked to be of these samples: its last row is compared with the last predictions."""
     if isinstance(correct, CorrectnessHistory) and correct.digest not in (NO_LABELS, labels_digest(y)):
-        raise ValueError("correct: a history of other labels, or in another order")
+        counts = f" ({correct.n_samples} samples, not {len(y)})" if correct.n_samples != len(y) else ""
+        raise ValueError(f"correct: a history of other labels, or in another order{counts}")
     right = _check.correctness(correct)
     if right.shape != (n_epochs, len(y)):
         raise ValueError(f"correct: expected shape {(n_epochs, len(y))} as probs, got shape {right.shape}")

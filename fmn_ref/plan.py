@@ -188,6 +188,8 @@ class FusionPlan:
         if self.cv_accuracy is not None and self.gain_interval is not None:
             low, high = (100 * v for v in self.gain_interval)
             text += f"; cross-validated {self.cv_accuracy:.2%}, {low:+.1f} to {high:+.1f} points from the final model's"
+        elif self.members and self.method != "weights":
+            text += "; not cross-validated (folds=5 does it)"
         return text
 
 

@@ -69,6 +69,19 @@ class Run:
         """The file of each row's checkpoint, in order; those that `keep` dropped are not on disk (see `kept`)."""
         return [checkpoint_path(self.run_dir, e, self._suffix) for e in self.history.epochs]
 
+    def checkpoint(self, row: int) -> Path:
+        """The file of one row's checkpoint.
+
+        Raises
+        ------
+        FileNotFoundError
+            It is not on disk: `keep` dropped it, or somebody did.
+        """
+        path = self.checkpoints[row]
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such checkpoint; run.kept is the run with only those that are there")
+        return path
+
     @property
     def kept(self) -> Run:
         """The same run with only the epochs whose checkpoints are on disk: what to fuse after keep="budget:n".
@@ -208,7 +221,9 @@ class Recorder:
         _check.labels(labels, len(correct))
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         if self._history is not None and self._history.digest != labels_digest(labels):
-            raise ValueError("labels: not the labels (or not in the order) that this run has recorded so far")
+            was, now = self._history.n_samples, len(correct)
+            counts = "" if was == now else f": {now} samples, not {was}"
+            raise ValueError(f"labels: not the labels (or not in the order) that this run has recorded so far{counts}")
         if epoch < self.next_epoch:
             hint = f"go on with {self.next_epoch} (recorder.next_epoch), or drop it with recorder.rewind({epoch})"
             raise ValueError(f"epoch: {self.run_dir} is already recorded past {epoch}; {hint}")
@@ -237,21 +252,29 @@ class Recorder:
             if path not in recorded and re.fullmatch(r"epoch_\d{5,}" + re.escape(self._suffix), path.name):
                 path.unlink()
 
-    def rewind(self, epoch: int) -> None:
+    def rewind(self, epoch: int) -> list[int]:
         """Drop `epoch` and all later ones, with their checkpoints: what a loop needs that resumes from an earlier state
-        than was recorded."""
+        than was recorded. Where none is left, the folder's plan.json and comparison.json go too.
+
+        Returns
+        -------
+        list of int
+            The epochs that were dropped.
+        """
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         if self._history is None:
-            return
-        if epoch < self.next_epoch:
-            dropped = [self._path(e) for e in self._history.epochs if e >= epoch]
+            return []
+        dropped = [e for e in self._history.epochs if e >= epoch]
+        if dropped:
             self._history.truncate(len(self._history) - len(dropped))
-            for path in dropped:  # or they would stand for the epochs that are recorded next
-                if path.is_file():
-                    path.unlink()
-        if not len(self._history):  # nothing left: other samples may be recorded
+        for e in dropped:  # or their checkpoints would stand for the epochs that are recorded next
+            self._path(e).unlink(missing_ok=True)
+        if not len(self._history):  # nothing left: other samples may be recorded, and what was fused is gone
+            for name in ("plan.json", "comparison.json"):
+                (self.run_dir / name).unlink(missing_ok=True)
             (self.run_dir / "history.fmnh").unlink()
             self._history = None
+        return dropped
 
     @property
     def next_epoch(self) -> int:

@@ -18,6 +18,7 @@ from fmn_ref.data import predict
 from fmn_ref.distillation import distillation_loss
 
 TRAIN, VAL, TEST = make_data()
+PLAN_OF_ONE = fmn.FusionPlan.from_weights({0: 1.0}, 1)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +210,8 @@ def test_forward_fn_is_asked_for_each_member(tmp_path):
     log_probs, labels = fused._fmn_forward_batch(TEST, forward)
     np.testing.assert_allclose(log_probs.exp(), table.plan.apply(run.probabilities(TEST)), atol=1e-6)
     assert labels is TEST[1]
+    with pytest.raises(ValueError, match=r"model: expected logits \(n, n_classes\), got tuple; plan\.apply"):
+        fmn.FusedModel(table.plan, run)(TEST[0])
     assert fmn.averaged_model(run, {4: 0.5, 5: 0.5}, TRAIN).steps == 7
 
 
@@ -266,8 +269,27 @@ def test_probabilities_can_be_sliced(run):
 def test_a_missing_checkpoint_is_named(run, tmp_path):
     recorder = fmn.Recorder(tmp_path, make_model(), keep="none")
     recorder.record(0, VAL[1], VAL[1])
-    with pytest.raises(FileNotFoundError, match=r"epoch_00000\.pt"):
-        recorder.run.probabilities(VAL)[0]
+    for use in (lambda run: run.probabilities(VAL)[0], lambda run: fmn.FusedModel(PLAN_OF_ONE, run)):
+        with pytest.raises(FileNotFoundError, match=r"epoch_00000\.pt: no such checkpoint; run\.kept"):
+            use(recorder.run)
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        (nn.Softmax(1), r"got probabilities; plan\.apply\(run"),
+        (nn.Flatten(0), r"expected logits \(n, n_classes\), got shape \(960,\)"),
+    ],
+)
+def test_a_fused_model_of_networks_without_logits_is_refused(tmp_path, last, words):
+    """It calls the network itself: what a run's forward_fn would make of its output is another matter."""
+    model = nn.Sequential(make_model(), last)
+    recorder = fmn.Recorder(tmp_path, model, forward_fn=lambda model, batch: (model[0](batch[0]), batch[1]))
+    recorder.record(0, VAL[1], VAL[1])
+    assert recorder.run.probabilities(VAL)[0].shape == (240, 4)
+    for together in (False, True):
+        with pytest.raises(ValueError, match=words):
+            fmn.FusedModel(PLAN_OF_ONE, recorder.run, together=together)(VAL[0])
 
 
 class TestDistill:
@@ -296,7 +318,7 @@ class TestDistill:
     def test_a_teacher_of_probabilities_is_refused(self):
         teacher = nn.Sequential(nn.Linear(6, 4), nn.Softmax(1))
         for options in ({}, {"augment": lambda x: x}):
-            with pytest.raises(ValueError, match="gives probabilities"):
+            with pytest.raises(ValueError, match="model: expected logits or log-probabilities, got probabilities"):
                 fmn.distill(make_model(), teacher, TRAIN, epochs=1, **RECIPE | options)
 
     def test_the_teacher_is_left_as_it_was(self):

@@ -206,12 +206,10 @@ class probabilities(Epochs):
         self._logits = _gives_logits(model) if from_logits is None else from_logits
 
     def _evaluate(self, row: int) -> NDArray[np.float32]:
-        columns = _columns(self._outputs(self._run.checkpoints[row]), self._logits)
+        columns = _columns(self._outputs(self._run.checkpoint(row)), self._logits)
         return softmax(columns, "model") if self._logits else columns.astype(np.float32)
 
     def _outputs(self, path: Path) -> Any:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such checkpoint; where `keep` dropped some, use `run.kept`")
         _build(self._model, self._x, self._batch_size)
         before = self._model.get_weights()
         try:

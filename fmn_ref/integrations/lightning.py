@@ -48,7 +48,8 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
 
     `validation_step` returns what it predicts: a dict with "logits" (or "scores", "probs") (n, n_classes), or "preds"
     (n,), or that tensor alone. Labels are the dict's "labels" or "targets", else the batch's: its second element, or
-    under the same names. Logs max_e F_e so far as "peak_forget_fraction", for every logger and for `monitor=`.
+    under the same names. Logs max_e F_e so far as "peak_forget_fraction", for every logger and for `monitor=`; of
+    another dataloader than the first as "peak_forget_fraction/dataloader_idx_1", which is how Lightning names things.
 
     Parameters
     ----------
@@ -121,6 +122,7 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
         self._outputs_of = outputs_of or outputs_and_labels
         self._dataloader_idx: int = _check.number(dataloader_idx, 0, 2**31, "dataloader_idx", int)
         self._module: Any = None
+        self._rehearses = False
         self._recorder: Recorder | None = None  # in the first process
         self._weights: dict[str, Any] = {}
         self._parts: list[tuple[Any, Any, Any]] = []
@@ -129,6 +131,8 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
     @property
     def run(self) -> Run:
         """What is recorded, with the model: for `fuse`, `FusedModel`, `distill`. In any process that sees `run_dir`."""
+        if self._rehearses:
+            raise ValueError("run: fast_dev_run records nothing")
         model = self._module if self._model is None else self._model
         return Run.open(self.run_dir, model, self._forward_fn)
 
@@ -153,7 +157,8 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
             raise ValueError("validation: nothing to record; fit needs a loader and the module a validation_step")
         if self._stores and type(trainer.strategy).__name__ in _SHARDED:
             raise ValueError("keep: no process has all weights to store them; use keep='none'")
-        if not trainer.fast_dev_run:
+        self._rehearses = bool(trainer.fast_dev_run)
+        if not self._rehearses:
             self.run_dir = distributed.by_the_first(lambda: self._open(trainer))
 
     def _open(self, trainer: Any) -> Path:
@@ -171,7 +176,9 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
         if 0 < found < self._next_epoch:
             was = f"ends before epoch {found}, but the checkpoint to resume from was saved before {self._next_epoch}"
             raise ValueError(f"run_dir: the history in {self.run_dir} {was}; restore it or choose another folder")
-        self._recorder.rewind(start)
+        dropped = self._recorder.rewind(start)
+        if dropped and start:
+            logger.warning("%s: dropped epochs %s, recorded after the checkpoint to go on from", self.run_dir, dropped)
         return self.run_dir
 
     def _save(self, path: Path) -> None:
@@ -194,7 +201,8 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
                 state = trainer.strategy.lightning_module_state_dict()
             else:
                 state = checkpoints.unwrap(self._model).state_dict()
-            self._weights = checkpoints.to_cpu(state, copy=True) if trainer.is_global_zero else {}
+            if trainer.is_global_zero:
+                self._weights = checkpoints.to_cpu(_without_histories(state), copy=True)
         number = _check.labels(index[0], len(right), name="index") if index and index[0] is not None else None
         self._parts.append((right, _check.labels(labels), number))
 
@@ -207,13 +215,18 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
         right, labels = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
         given = all(index is not None for _, _, index in parts)
         numbers = np.concatenate([p[2] for p in parts]) if given else self._numbers(trainer, len(right))
+        name = "peak_forget_fraction"
+        if self._dataloader_idx:
+            name += f"/dataloader_idx_{self._dataloader_idx}"
+        if trainer.fast_dev_run:
+            pl_module.log(name, 0.0, add_dataloader_idx=False)  # somebody may monitor it
         if _rehearsal(trainer):
             return
         right, labels = _joined(numbers, right, labels, pl_module.device)
         where = trainer.current_epoch, trainer.fit_loop.total_batch_idx
         peak, self._next_epoch = distributed.by_the_first(lambda: self._record(*where, right, labels))
         self._n_batches, self._weights = where[1], {}
-        pl_module.log("peak_forget_fraction", peak, sync_dist=trainer.world_size > 1)
+        pl_module.log(name, peak, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
     def _record(self, epoch: int, n_batches: int, right: Any, labels: Any) -> tuple[float, int]:
         assert self._recorder is not None
@@ -258,6 +271,13 @@ def outputs_and_labels(outputs: Any, batch: Any) -> tuple[Any, Any, Any]:
 
 def _first(names: tuple[str, ...], *sources: Mapping[str, Any]) -> Any:
     return next((source[name] for source in sources for name in names if name in source), None)
+
+
+def _without_histories(state: dict[str, Any]) -> dict[str, Any]:
+    """Weights do not hold the history of a ForgetFraction in the module, which goes without when they are loaded."""
+    for name in [k for k, v in state.items() if isinstance(v, Mapping) and "labels_sha256" in v]:
+        del state[name]
+    return state
 
 
 def _rehearsal(trainer: Any) -> bool:

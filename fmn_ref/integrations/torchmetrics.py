@@ -27,11 +27,12 @@ class ForgetFraction(Metric):
     An epoch is what is updated between two resets. `compute` adds it to the history, which outlives `reset`; more
     updates and another `compute` before the reset replace it; a `reset` without a `compute` since the last update drops
     it. What has fewer samples than another epoch is a rehearsal, as Lightning's sanity check, and no epoch; where that
-    covers the whole set (two batches or less), say `Trainer(num_sanity_val_steps=0)`. So both usual ways are right::
+    covers the whole set (two batches or less, or `num_sanity_val_steps=-1`), say `Trainer(num_sanity_val_steps=0)`. So
+    both usual ways are right::
 
         for epoch in range(epochs):                      def validation_step(self, batch, batch_idx):
             for x, y in val_loader:                          self.forget(self(batch[0]), batch[1])
-                metric.update(model(x), y)                   self.log("forget_fraction", self.forget)
+                metric.update(model(x), y)                   self.log("peak_forget_fraction", self.forget)
             value = metric.compute()
             metric.reset()
 
@@ -123,7 +124,11 @@ class ForgetFraction(Metric):
         if not len(self.rows):
             raise ValueError("compute: nothing was updated since the last reset")
         rows = self.rows if isinstance(self.rows, Tensor) else torch.cat(self.rows)  # joined: in several processes
-        self._open = _with_epoch(self._closed, rows.cpu().numpy())
+        epoch = rows.cpu().numpy()
+        first, second = np.array_split(epoch[:, :2], 2)
+        if self._closed is None and np.array_equal(first, second) and len(np.unique(first[:, 1])) > 1:
+            rank_zero_warn("ForgetFraction: the same targets twice in one epoch: was reset() forgotten?")
+        self._open = _with_epoch(self._closed, epoch)
         self._last = self._peak()
         return self._last
 
@@ -147,9 +152,14 @@ class ForgetFraction(Metric):
         """The history, as torch asks for it: plain tensors and numbers."""
         history = self._open or self._closed
         if history is None:
-            return {"n_samples": 0}
+            return {"n_samples": 0, "labels_sha256": None}
         packed, digest = (torch.from_numpy(a.copy()) for a in (history.packed, np.frombuffer(history.digest, np.uint8)))
         return {"n_samples": history.n_samples, "packed": packed, "labels_sha256": digest}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Weights of a model that had no such metric, or left it out, are fine: the history stays as it is."""
+        state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._closed = self._open = None
@@ -169,15 +179,16 @@ def _with_epoch(closed: CorrectnessHistory | None, rows: Any) -> CorrectnessHist
         raise ValueError("index: expected sample numbers in every batch or in none")
     target, right, before = np.ascontiguousarray(rows[:, 1]), rows[:, 2] == 1, 0 if closed is None else closed.n_samples
     if len(rows) < before:
-        rank_zero_warn(f"ForgetFraction: {len(rows)} samples, not the {before} of the epochs before: not recorded")
+        rank_zero_warn(
+            f"ForgetFraction: {len(rows)} samples, not the {before} of the epochs before: a rehearsal, not recorded"
+        )
         return None
     if closed is None or (len(closed) == 1 and before < len(rows)):
         history = CorrectnessHistory(len(rows), labels=target)
     elif len(rows) > before or closed.digest != labels_digest(target):
-        raise ValueError(
-            f"target: {len(rows)} samples, not the {before} of the epochs before or not in their order; "
-            "give index=, or begin with a new ForgetFraction"
-        )
+        more = f"{len(rows)} samples, not the {before} of the epochs before"
+        counts = more if len(rows) > before else "other samples than in the epochs before, or in another order"
+        raise ValueError(f"target: {counts}; give index=, or begin with a new ForgetFraction")
     else:
         history = closed.select(range(len(closed)))
     history.append(right)

@@ -82,7 +82,7 @@ class RecorderCallback(TrainerCallback):
     Parameters
     ----------
     run_dir : path
-        Of the run (docs/formats.md); not the Trainer's output_dir.
+        Of the run (docs/formats.md).
     task : str
         "classification": labels (N,). "causal_lm": labels (N, T), the tokens; a sample is a token that is predicted
         from those before it, without labels of -100.
@@ -96,15 +96,16 @@ class RecorderCallback(TrainerCallback):
     Raises
     ------
     ValueError
-        An argument out of range. While training: no evaluations; a run in `run_dir` that is not resumed, or not the one
-        of the checkpoint; labels that change or do not fit the task; NaN among the logits; weights to be kept that are
-        spread over processes (FSDP, DeepSpeed).
+        An argument out of range. While training: no evaluations, or none called `prefix`; evaluation that is reordered
+        (train_sampling_strategy="group_by_length"); a run in `run_dir` that is not resumed, or not the one of the
+        checkpoint; labels that change or do not fit the task; NaN among the logits; weights to be kept that are spread
+        over processes (FSDP, DeepSpeed).
 
     Notes
     -----
     ``trainer.train(resume_from_checkpoint=True)`` drops the rows after the checkpoint's step and records them anew. In
     several processes the first one writes. With metrics of your own:
-    ``compute_metrics=lambda p: {**mine(p), **recorder.compute_metrics(p)}``.
+    ``compute_metrics=lambda p: {**recorder.compute_metrics(p), **mine(p)}``.
 
     Examples
     --------
@@ -128,8 +129,9 @@ class RecorderCallback(TrainerCallback):
             Recorder, keep=_by_value(keep), half=half, config=config, forward_fn=_FORWARD[task]
         )
         self._recorder: Recorder | None = None  # in the process that writes
-        self._training, self._matched, self._missed = False, False, -1  # the step of an evaluation under another name
-        self._others: set[str] = set()
+        self._attached = self._training = False
+        self._found: set[str] = set()  # names of evaluations while training
+        self._began = 0
         self._latest: tuple[NDArray[np.bool_], Any] | None = None
         self._model: Any = None
 
@@ -147,6 +149,8 @@ class RecorderCallback(TrainerCallback):
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         """{"accuracy": ...} of an EvalPrediction, of logits or classes; "peak_forget_fraction" too while training."""
+        if not self._attached:
+            logger.warning("%s: nothing is recorded, pass callbacks=[recorder] to the Trainer", self.run_dir)
         self._latest = right, labels = self._correctness(prediction.predictions, prediction.label_ids)
         found = {"accuracy": float(right.mean())}
         if self._training:
@@ -162,8 +166,10 @@ class RecorderCallback(TrainerCallback):
         if self.task == "causal_lm":
             outputs, labels = _tokens(outputs, labels)
         elif np.ndim(labels) != 1:
-            hint = "of a causal language model? task='causal_lm'"
-            raise ValueError(f"labels: expected shape (n_samples,), got shape {np.shape(labels)}; {hint}")
+            a = np.asarray(labels)
+            tokens = not isinstance(labels, tuple) and a.ndim == 2 and a.shape[1] > 1 and a.dtype.kind in "iu"
+            hint = "; of a causal language model? task='causal_lm'" if tokens else ""
+            raise ValueError(f"labels: expected shape (n_samples,), got shape {np.shape(labels)}{hint}")
         return _right(outputs, labels), labels
 
     def _peak(self, right: NDArray[np.bool_], labels: Any) -> float | None:
@@ -182,11 +188,13 @@ class RecorderCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.eval_strategy == "no":
             raise ValueError("eval_strategy: 'no' evaluates nothing; pass eval_strategy='epoch' to TrainingArguments")
+        if getattr(args, "train_sampling_strategy", None) == "group_by_length":
+            raise ValueError("train_sampling_strategy: 'group_by_length' reorders evaluation too; use 'random'")
         if self.keep != "none" and AcceleratorState().distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             hint = "use 'none', and from_trainer on the Trainer's checkpoints"
             raise ValueError(f"keep: no process has all weights to store them; {hint}")
-        self._model, self._training, self._latest = model, True, None
-        self._matched, self._missed = False, -1
+        self._model, self._attached, self._training, self._latest = model, True, True, None
+        self._found, self._began = set(), state.global_step
         distributed.by_the_first(partial(self._open, state))
 
     def _open(self, state: Any) -> None:
@@ -199,24 +207,37 @@ class RecorderCallback(TrainerCallback):
         if step == 0 and recorder.next_epoch and not self.overwrite:
             hint = "resume (trainer.train(resume_from_checkpoint=True)), choose another folder, or pass overwrite=True"
             raise ValueError(f"run_dir: {self.run_dir} holds a run, and the Trainer starts at step 0; {hint}")
-        evaluated = {entry["step"] for entry in state.log_history if f"{self.prefix}_peak_forget_fraction" in entry}
-        lost = sorted(evaluated - set(recorder.run.history.epochs if recorder.next_epoch else ()))
+        peak = f"{self.prefix}_peak_forget_fraction"
+        evaluated = {entry["step"]: entry[peak] for entry in reversed(state.log_history) if peak in entry}
+        lost = sorted(evaluated.keys() - set(recorder.run.history.epochs if recorder.next_epoch else ()))
         if lost:
-            raise ValueError(f"run_dir: {self.run_dir} lacks the checkpoint's steps {lost}; is it another run's?")
-        recorder.rewind(step + 1 if step else 0)
+            hint = "is it another run's? If it is lost, train on without the recorder, and use from_trainer"
+            raise ValueError(f"run_dir: {self.run_dir} lacks the checkpoint's steps {lost}; {hint}")
+        if evaluated:
+            history, latest = recorder.run.history, max(evaluated)
+            rows = [row for row, epoch in enumerate(history.epochs) if epoch <= latest]
+            if abs(forget_fraction(history.select(rows)).max() - evaluated[latest]) > 1e-6:
+                raise ValueError(
+                    f"run_dir: {self.run_dir} differs from what the checkpoint logged; it is another run's"
+                )
+        dropped = recorder.rewind(step + 1 if step else 0)
+        if dropped and step:
+            logger.warning("%s: dropped steps %s, recorded after the checkpoint to go on from", self.run_dir, dropped)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._attached = True
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._found and self.prefix not in self._found:  # a round of evaluations without it
+            raise ValueError(f"prefix: no evaluation is called {self.prefix!r}, only {sorted(self._found)}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         latest, self._latest = self._latest, None
         if not self._training:
             return
+        self._found |= {key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")}
         if f"{self.prefix}_runtime" not in metrics:
-            self._others |= {key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")}
-            if not self._matched and state.global_step > self._missed:  # a second round of evaluations without it
-                if self._missed >= 0:
-                    raise ValueError(f"prefix: no evaluation is called {self.prefix!r}, only {sorted(self._others)}")
-                self._missed = state.global_step
             return
-        self._matched = True
         if latest is None:
             hint = "pass compute_metrics=recorder.compute_metrics to the Trainer, and labels in the eval_dataset"
             raise ValueError(f"compute_metrics: the recorder's was not called; {hint}")
@@ -229,7 +250,7 @@ class RecorderCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._training = False
-        if not self._matched and state.is_world_process_zero:
+        if self.prefix not in self._found and state.global_step > self._began and state.is_world_process_zero:
             logger.warning("%s: nothing was recorded: no evaluation called %r", self.run_dir, self.prefix)
 
 
@@ -260,10 +281,9 @@ def from_trainer(
 ) -> Run:
     """Make a run of the checkpoints that a Trainer saved: what each gets right on `eval_data`, and its weights.
 
-    They are evaluated in the order of their steps, one in memory at a time; interrupted, the same call goes on, and
-    a call for another `output_dir` is refused. Then
-    ``run.probabilities(data)`` is the (E, N, K) that `fuse` takes, and everything else takes the run. Weights are
-    copied: the Trainer's may go.
+    They are evaluated in the order of their steps, one in memory at a time; interrupted, the same call goes on (and
+    evaluates the latest of those once more, to see that nothing has changed). ``run.probabilities(data)`` is the
+    (E, N, K) that `fuse` takes, and everything else takes the run. Weights are copied: the Trainer's may go.
 
     Parameters
     ----------
@@ -284,10 +304,12 @@ def from_trainer(
     FileNotFoundError
         No checkpoint there.
     ValueError
-        A checkpoint is damaged or does not fit the model; NaN among its logits.
+        A checkpoint is damaged or does not fit the model; NaN among its logits; `run_dir` holds a run of another
+        `output_dir`, of a training that was done again since, or of other `eval_data`.
     """
     data.check_module(model, "model")
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    folders = dict(sorted((int(p.name[11:]), p) for p in found))
     if not folders:
         raise FileNotFoundError(f"{output_dir}: no checkpoint-STEP there")
     forward_fn = _FORWARD[_check.choice(task, tuple(_FORWARD), "task")]
@@ -295,14 +317,27 @@ def from_trainer(
     batches = data.Batches(eval_data, batch_size, data.device_of(model))
     config = {"output_dir": str(Path(output_dir).resolve()), "task": task}
     recorder = Recorder(run_dir, model, _by_value(keep), half=half, config=config, forward_fn=forward_fn)
-    for step, folder in sorted((int(p.name[11:]), p) for p in folders):
+
+    def evaluate(step: int) -> tuple[NDArray[np.bool_], Any]:
+        _load_into(model, folders[step])
+        with data.evaluating(model):
+            outputs = (data.forward(model, batch, forward_fn) for batch in batches)
+            pairs = [(RecorderCallback.preprocess_logits(scores, y), y) for scores, y in outputs]
+        classes, labels = (torch.cat(parts).cpu().numpy() for parts in zip(*pairs, strict=True))
+        return _right(classes, labels), labels
+
+    done = [step for step in folders if step < recorder.next_epoch]
+    if done:
+        history, step = recorder.run.history, done[-1]
+        right, labels = evaluate(step)
+        same = history.digest == labels_digest(labels) and set(done) <= set(history.epochs)
+        row = history.select([history.epochs.index(step)] if same else [0]).correct()[0]
+        if not same or np.mean(row != right) > 0.01:  # another device may round otherwise
+            hint = "or of other eval_data; choose another folder"
+            raise ValueError(f"run_dir: {run_dir} holds a run of other checkpoints than {output_dir}'s, {hint}")
+    for step in folders:
         if step >= recorder.next_epoch:
-            _load_into(model, folder)
-            with data.evaluating(model):
-                outputs = (data.forward(model, batch, forward_fn) for batch in batches)
-                pairs = [(RecorderCallback.preprocess_logits(scores, y), y) for scores, y in outputs]
-            classes, labels = (torch.cat(parts).cpu().numpy() for parts in zip(*pairs, strict=True))
-            recorder.record_correct(step, _right(classes, labels), labels)
+            recorder.record_correct(step, *evaluate(step))
     return recorder.run
 
 
@@ -316,6 +351,8 @@ def _load_into(model: nn.Module, folder: Path) -> None:
 
 def _from_pretrained(model_class: Any, folder: Path) -> Any:
     """It knows shards, tied weights and old names; but what is missing it would make up."""
+    if not (folder / "config.json").is_file():  # from_pretrained would look for it elsewhere
+        raise ValueError(f"{folder}: no model there (config.json is missing)")
     with _named(folder):
         model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     faults = {key: sorted(map(str, names)) for key, names in info.items() if names}

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 import fmn_ref as fmn  # noqa: E402
 from fmn_ref import checkpoints  # noqa: E402
 from fmn_ref.integrations.lightning import RecorderCallback  # noqa: E402
+from fmn_ref.integrations.torchmetrics import ForgetFraction  # noqa: E402
 
 GUIDE = Path(__file__).parents[2] / "docs" / "integrations" / "lightning.md"
 EPOCHS = 6
@@ -197,9 +198,10 @@ def test_an_exception_and_resuming_give_the_same_history(tmp_path, saving, optio
     same_run(broken, whole.run_dir.parent)
 
 
-def test_resuming_from_an_older_checkpoint_records_what_follows_anew(trained, tmp_path):
+def test_resuming_from_an_older_checkpoint_records_what_follows_anew(trained, tmp_path, caplog):
     fit(tmp_path, ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1))
     recorder, _ = fit(tmp_path, ckpt_path=tmp_path / "epoch=1.ckpt", max_epochs=4)
+    assert "dropped epochs [2, 3, 4, 5], recorded after the checkpoint" in caplog.text
     assert recorder.run.history.epochs == (0, 1, 2, 3)
     fit(tmp_path, ckpt_path=tmp_path / "epoch=2.ckpt")
     same_run(tmp_path, trained[0].run_dir.parent)
@@ -275,6 +277,16 @@ class Sparse(Net):
         return [batch["x"], self.net(batch["x"])]
 
 
+def test_a_compiled_part_and_a_metric_within(tmp_path, trained):
+    """Neither leaves a trace in the checkpoints: they fit the module without them, and with them."""
+    module = make_net()
+    module.net, module.forget = torch.compile(module.net, backend="eager"), ForgetFraction()
+    recorder, _ = fit(tmp_path, module=module)
+    same_run(tmp_path, trained[0].run_dir.parent)
+    plain = fmn.Run.open(recorder.run_dir, make_net()).probabilities(VAL)
+    np.testing.assert_array_equal(recorder.run.probabilities(VAL)[-1], plain[-1])
+
+
 def test_a_forward_fn_and_outputs_of(tmp_path):
     class Named(TensorDataset):
         def __getitem__(self, i):
@@ -311,6 +323,12 @@ def test_one_of_several_dataloaders(tmp_path):
     recorder, _ = fit(tmp_path, val=loaders, recording={"dataloader_idx": 1}, max_epochs=2)
     probs = recorder.run.probabilities(loaders[1])
     np.testing.assert_array_equal(recorder.run.history.correct(), fmn.correctness(list(probs), VAL[1]))
+    two = [RecorderCallback(tmp_path / f"of {i}", dataloader_idx=i) for i in (0, 1)]
+    trainer = trainer_of(tmp_path, *two, max_epochs=3)
+    trainer.fit(make_net(), loader(TRAIN), loaders)
+    for recorder, end in zip(two, ("", "/dataloader_idx_1"), strict=True):
+        peak = fmn.forget_fraction(recorder.run.history).max()
+        assert trainer.callback_metrics[f"peak_forget_fraction{end}"] == np.float32(peak)
     both = fit(tmp_path / "names", val={"test": loaders[0], "val": loaders[1]}, max_epochs=2)[0].run
     assert both.history.n_samples == 240
     with pytest.raises(ValueError, match="dataloader_idx: no validation batch came from dataloader 2"):
@@ -421,6 +439,9 @@ def test_only_fit_is_recorded(tmp_path):
     trainer = trainer_of(tmp_path, recorder, max_epochs=2, fast_dev_run=True)
     trainer.fit(make_net(), loader(TRAIN), loader(VAL, 50))
     assert not (tmp_path / "run").exists()
+    assert trainer.callback_metrics["peak_forget_fraction"] == 0
+    with pytest.raises(ValueError, match="run: fast_dev_run records nothing"):
+        recorder.run  # noqa: B018
     trainer = trainer_of(tmp_path, recorder, max_epochs=2)
     module = make_net()
     trainer.fit(module, loader(TRAIN), loader(VAL, 50))

@@ -108,5 +108,5 @@ def guide(**names):
     """The guide's lines as they are written, but for the tracker that is not there."""
     code = re.search(r"```python\n(.*?)```", GUIDE.read_text().split("## Trackers", 1)[1], re.DOTALL).group(1)
     lines = [line for line in code.splitlines() if "experiment" not in line or line.split(".")[0] in names]
-    assert len(lines) == 5
+    assert len(lines) == 6
     exec("\n".join(lines), {"fmn": fmn, **names})

@@ -247,6 +247,21 @@ def test_from_trainer(trained, tmp_path):
     fmn.Recorder(tmp_path / "run").rewind(30)  # as if it had been interrupted
     again = from_trainer(out, tmp_path / "run", model, VAL, batch_size=7)
     np.testing.assert_array_equal(again.history.correct(), recorder.run.history.correct())
+    for other in (TRAIN, sentences(90, 11)):
+        with pytest.raises(
+            ValueError, match=r"run_dir: .* holds a run of other checkpoints than .*, or of other eval_data"
+        ):
+            from_trainer(out, tmp_path / "run", model, other)
+    shutil.move(out, tmp_path / "moved")  # trained again: the same steps with other weights, or other steps
+    try:
+        for step in (6, 7):
+            classifier(3).save_pretrained(out / f"checkpoint-{step}")
+            with pytest.raises(ValueError, match="holds a run of other checkpoints"):
+                from_trainer(out, tmp_path / "run", model, VAL)
+    finally:
+        shutil.rmtree(out)
+        shutil.move(tmp_path / "moved", out)
+    np.testing.assert_array_equal(again.history.correct(), recorder.run.history.correct())
     shutil.copytree(out / "checkpoint-6", tmp_path / "other" / "checkpoint-6")
     with pytest.raises(ValueError, match=r"output_dir: the run in .* was made with"):
         from_trainer(tmp_path / "other", tmp_path / "run", model, VAL)
@@ -339,7 +354,7 @@ def test_results_load_with_from_pretrained(trained, tmp_path):
     with pytest.raises(ValueError, match="plan: made for 3 epochs"):
         save_fused(tmp_path / "fused", fmn.FusionPlan.from_weights({0: 1}, 3), run)
     shutil.rmtree(tmp_path / "fused" / f"member_{min(plan.weights):05d}")
-    with pytest.raises(ValueError, match=f"member_{min(plan.weights):05d}: not a readable"):
+    with pytest.raises(ValueError, match=f"member_{min(plan.weights):05d}: no model there"):
         load_fused(tmp_path / "fused", AutoModelForSequenceClassification)
     with pytest.raises(FileNotFoundError, match=r"plan\.json"):
         load_fused(tmp_path, AutoModelForSequenceClassification)
@@ -419,6 +434,9 @@ def test_refused_arguments(tmp_path):
     spans = SimpleNamespace(predictions=(np.zeros((3, 5)),) * 2, label_ids=(np.zeros(3, int),) * 2)
     with pytest.raises(ValueError, match=r"labels: expected shape \(n_samples,\), got shape \(2, 3\)"):
         RecorderCallback(tmp_path).compute_metrics(spans)
+    several = SimpleNamespace(predictions=np.zeros((3, 5)), label_ids=np.zeros((3, 5)))
+    with pytest.raises(ValueError, match=r"labels: expected shape \(n_samples,\), got shape \(3, 5\)$"):
+        RecorderCallback(tmp_path).compute_metrics(several)
     with pytest.raises(ValueError, match="batch: expected a dict with a key 'labels'"):
         causal_lm_forward(gpt2(), (torch.zeros(1, 3),))
 
@@ -430,6 +448,8 @@ def test_refused_trainings(tmp_path, caplog, monkeypatch):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="eval_strategy: 'no' evaluates nothing"):
         train(RecorderCallback(run), eval_strategy="no")
+    with pytest.raises(ValueError, match="train_sampling_strategy: 'group_by_length' reorders evaluation"):
+        train(RecorderCallback(run), train_sampling_strategy="group_by_length")
     with pytest.raises(ValueError, match="compute_metrics: the recorder's was not called"):
         train(RecorderCallback(run), compute_metrics=None)
     with pytest.raises(ValueError, match=r"labels: expected shape \(n_samples,\).*task='causal_lm'"):
@@ -465,9 +485,26 @@ def test_refused_trainings(tmp_path, caplog, monkeypatch):
     with pytest.raises(ValueError, match=r"lacks the checkpoint's steps \[12\]"):
         train(RecorderCallback(tmp_path / "other"), resume=True, num_train_epochs=3)
     assert fmn.Run.open(tmp_path / "other").history.epochs == (6, 18)  # nothing was dropped
+    other.rewind(0)
+    for step, right in ((6, True), (12, False), (18, False)):
+        other.record_correct(step, [right], [0])
+    with pytest.raises(ValueError, match="differs from what the checkpoint logged"):
+        train(RecorderCallback(tmp_path / "other"), resume=True, num_train_epochs=3)
+    assert fmn.Run.open(tmp_path / "other").history.epochs == (6, 12, 18)
     with pytest.raises(ValueError, match="labels: not the labels"):
         train(RecorderCallback(run), data=(TRAIN, sentences(90, 11)), resume=True, num_train_epochs=3)
     assert fmn.Run.open(run).history.epochs == (STEPS, 2 * STEPS)
+    caplog.clear()
+    train(RecorderCallback(run), resume=True, num_train_epochs=2)  # nothing is left to train
+    assert "nothing" not in caplog.text
+    fmn.Recorder(run).record_correct(5 * STEPS, np.ones(90, bool), labels_of(VAL))
+    train(RecorderCallback(run), resume=True, num_train_epochs=2)
+    assert f"dropped steps [{5 * STEPS}], recorded after the checkpoint" in caplog.text
+    recorder = RecorderCallback(tmp_path / "forgotten")
+    trainer = trainer_of(tmp_path, recorder, num_train_epochs=1)
+    trainer.remove_callback(recorder)
+    trainer.train()
+    assert "nothing is recorded, pass callbacks=[recorder]" in caplog.text
 
 
 KILLS = ("on_evaluate", 6), ("on_step_end", 11), ("on_evaluate", 15), ("on_save", 20), ("on_train_end", 36)
