@@ -28,7 +28,7 @@ def load(path: str, *names: str) -> NDArray[Any]:
     """An array of a file: .npy (memory-mapped), or the first of `names` in an .npz."""
     a: NDArray[Any] | CorrectnessHistory = load_named(path, *names)[0]
     if isinstance(a, CorrectnessHistory):
-        raise ValueError(f"{path}: holds correctness, not {names[0]}")
+        raise ValueError(f"{path}: holds correctness, not {names[0]}; save what run.probabilities gives as .npy")
     return a
 
 

@@ -169,9 +169,9 @@ def command_compare(args: argparse.Namespace) -> None:
 
 def command_report(args: argparse.Namespace) -> None:
     names = ("labels", "images", "plan", "comparison")
-    path = write_report(args.run_dir, args.output, **{name: vars(args)[name] for name in names})
-    size = path.stat().st_size
-    show(args, {"output": args.output, "bytes": size}, f"report written to {args.output} ({-(-size // 1000)} kB)")
+    output = args.output or Path(args.run_dir, "report.html")
+    size = write_report(args.run_dir, output, **{name: vars(args)[name] for name in names}).stat().st_size
+    show(args, {"output": str(output), "bytes": size}, f"report written to {output} ({-(-size // 1000)} kB)")
 
 
 def command_demo(args: argparse.Namespace) -> None:
@@ -352,7 +352,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--comparison", help="what `fmn-ref compare --json` printed (default: the run directory's comparison.json)"
     )
-    c.add_argument("-o", "--output", default="report.html", help="file to write (default report.html)")
+    c.add_argument("-o", "--output", help="file to write (default: report.html in the run directory)")
     return p
 
 

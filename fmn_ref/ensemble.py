@@ -270,5 +270,8 @@ def run_of(run: Any) -> Run:
 def model_of(run: Any) -> nn.Module:
     run = run_of(run)
     if not isinstance(run.model, nn.Module):
-        raise ValueError(f"run: no model attached; use Run.open({str(run.run_dir)!r}, model=...)")
+        hint = f"use Run.open({str(run.run_dir)!r}, model=...)"
+        if run.suffix != ".pt":
+            hint = f"this is for networks of torch, and its checkpoints are {run.suffix} files"
+        raise ValueError(f"run: no model attached; {hint}")
     return checkpoints.unwrap(run.model)

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ class Run:
     run_dir : Path
     config : dict
         What run.json says about how the run was made.
+    suffix : str
+        How the names of checkpoints end: ".pt", or what another framework asks for.
     history : CorrectnessHistory
     model : torch.nn.Module or None
         The network that the checkpoints fit; needed to evaluate them, not to read the history.
@@ -44,7 +47,7 @@ class Run:
     def __init__(self, run_dir: Path, history: CorrectnessHistory, model: Any = None, forward_fn: Any = None) -> None:
         self.run_dir, self.history, self.model, self.forward_fn = run_dir, history, model, forward_fn
         content = _read(run_dir)
-        self.config, self._suffix = content["config"], content["checkpoint_suffix"]
+        self.config, self.suffix = content["config"], content["checkpoint_suffix"]
 
     @classmethod
     def open(cls, run_dir: str | os.PathLike[str], model: Any = None, forward_fn: Any = None) -> Run:
@@ -67,7 +70,7 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """The file of each row's checkpoint, in order; those that `keep` dropped are not on disk (see `kept`)."""
-        return [checkpoint_path(self.run_dir, e, self._suffix) for e in self.history.epochs]
+        return [checkpoint_path(self.run_dir, e, self.suffix) for e in self.history.epochs]
 
     def checkpoint(self, row: int) -> Path:
         """The file of one row's checkpoint.
@@ -368,7 +371,8 @@ def _versions() -> dict[str, str]:
     from importlib import metadata  # slow to import, and needed once a run
 
     versions = {"python": platform.python_version()}
-    for name in ("fmn_ref", "numpy", "torch"):
+    frameworks = [name for name in ("lightning", "transformers", "keras", "jax") if name in sys.modules]
+    for name in ("fmn_ref", "numpy", "torch", *frameworks):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions

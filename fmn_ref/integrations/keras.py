@@ -9,8 +9,10 @@ Checkpoints are what `model.save_weights` writes (with the optimizer's state, as
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ class RecorderCallback(keras.callbacks.Callback):
     run_dir : path
         Created if missing; a run that is already there is continued.
     x_val
-        What `model.predict` takes; it must give the same samples in the same order each time.
+        What `model.predict` takes; it must give the same samples in the same order each time. Labels in it are ignored.
     y_val : (n_samples,) or (n_samples, 1) integers, or (n_samples, n_classes) one-hot
     keep : str
         Which checkpoints to keep: see `Recorder`.
@@ -123,9 +125,14 @@ class RecorderCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._begins = True
-        n = len(_columns(self._predict(), self._logits()))  # what cannot be recorded fails before hours of training
+        columns = _columns(self._predict(), self._logits())  # what cannot be recorded fails before hours of training
+        n = len(columns)
         if n != len(self.labels):
             raise ValueError(f"y_val: expected {n} labels, as x_val has samples, got {len(self.labels)}")
+        if not hasattr(self._x, "shape") and not isinstance(self._x, (list, tuple, dict)):  # a loader, not arrays
+            again = _columns(self._predict(), self._logits())
+            if again.shape != columns.shape or not np.allclose(columns, again, rtol=1e-3, atol=1e-4):
+                raise ValueError("x_val: gave other samples, or another order, the second time; it must not shuffle")
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if self._begins:
@@ -144,9 +151,16 @@ class RecorderCallback(keras.callbacks.Callback):
         """Put the history to the epoch that training begins with, which BackupAndRestore may have set: a crash leaves
         its backup and our history an epoch apart, either way."""
         n, fresh = self.recorder.next_epoch, not self._has_recorded
+        optimizer, steps = getattr(self.model, "optimizer", None), (self.params or {}).get("steps")
+        if epoch == 0 and optimizer is not None and steps:  # a loop of one's own around `fit`, a callback for each
+            fresh &= int(optimizer.iterations) < steps
         if n > epoch + 1 or (n > epoch and not fresh):
             hint = f"initial_epoch=callback.restore(model), another run_dir, or callback.recorder.rewind({epoch}) first"
-            raise ValueError(f"{self.recorder.run_dir}: has {n} epochs, and training begins with {epoch}; use {hint}")
+            text = f"has epochs up to {n - 1}, and training begins with {epoch}; use {hint}"
+            raise ValueError(f"{self.recorder.run_dir}: {text}")
+        if 0 < n < epoch - 1:
+            hint = "use initial_epoch=callback.restore(model), or another run_dir"
+            raise ValueError(f"{self.recorder.run_dir}: ends with epoch {n - 1}, training begins with {epoch}; {hint}")
         if n == epoch + 1:
             logger.warning("%s: epoch %d was recorded, but is trained again", self.recorder.run_dir, epoch)
             self.recorder.rewind(epoch)
@@ -154,7 +168,7 @@ class RecorderCallback(keras.callbacks.Callback):
             self.on_epoch_end(n)
 
     def _predict(self) -> Any:
-        return self.model.predict(self._x, batch_size=self._batch_size, verbose=0)
+        return _predict(self.model, self._x, self._batch_size)
 
     def _logits(self) -> bool:
         return _gives_logits(self.model) if self._from_logits is None else self._from_logits
@@ -214,7 +228,7 @@ class probabilities(Epochs):
         before = self._model.get_weights()
         try:
             _load(self._model, path, skip=getattr(self._model, "optimizer", None))
-            return self._model.predict(self._x, batch_size=self._batch_size, verbose=0)
+            return _predict(self._model, self._x, self._batch_size)
         finally:
             self._model.set_weights(before)
 
@@ -236,7 +250,8 @@ def _classes(y: Any) -> NDArray[np.int64]:
 def _columns(outputs: Any, logits: bool) -> NDArray[Any]:
     """(n_samples, n_classes) logits or probabilities; a single output becomes the second of two classes."""
     if isinstance(outputs, (dict, list, tuple)):
-        raise TypeError(f"model: expected one output, got {len(outputs)}")
+        hint = "record one of several by fmn.Recorder in a callback of your own (docs/integrations/loops.md)"
+        raise TypeError(f"model: expected one output, got {len(outputs)}; {hint}")
     z = np.asarray(outputs)
     z = z.astype(np.float64 if z.dtype == np.float64 else np.float32)  # also from bfloat16, which NumPy does not know
     if z.ndim != 2 or 0 in z.shape:
@@ -250,7 +265,9 @@ def _columns(outputs: Any, logits: bool) -> NDArray[Any]:
     try:
         _check.probabilities(z, name="model")
     except ValueError as error:
-        raise ValueError(f"{error}; if it gives logits, say from_logits=True") from None
+        finite = np.isfinite(z).all()
+        hint = "if it gives logits, say from_logits=True" if finite else "what was recorded before is intact"
+        raise ValueError(f"{error}; {hint}") from None
     return z
 
 
@@ -264,14 +281,28 @@ def _gives_logits(model: Any) -> bool:
 def _build(model: Any, x: Any, batch_size: int | None) -> None:
     """A model without an Input gets its weights when it first sees data."""
     if not model.built:
-        model.predict(x, batch_size=batch_size, verbose=0)
+        _predict(model, x, batch_size)
+
+
+def _predict(model: Any, x: Any, batch_size: int | None) -> Any:
+    """Keras on torch draws from the global generator for it: put back, or training would go on with other numbers."""
+    kept: Any = contextlib.nullcontext()
+    if keras.backend.backend() == "torch":
+        from torch.random import fork_rng
+
+        kept = fork_rng(devices=[])
+    with kept:
+        return model.predict(x, batch_size=batch_size, verbose=0)
 
 
 def _load(model: Any, path: Path, skip: Any = None) -> None:
     try:
-        keras.saving.load_weights(model, path, objects_to_skip=None if skip is None else [skip])
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Skipping variable loading for optimizer")  # it is of another kind
+            keras.saving.load_weights(model, path, objects_to_skip=None if skip is None else [skip])
+    except (OSError, ValueError, KeyError, UserWarning) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
         raise ValueError(f"{path}: damaged, or does not fit the model: {reason}") from error
 
 

@@ -216,15 +216,76 @@ def test_epochs_that_do_not_follow():
     _, (x_val, y_val), _ = make_data()
     model, callback = make_model(), RecorderCallback("run", x_val, y_val)
     fit(model, [callback], epochs=1)
-    with pytest.raises(ValueError, match="has 1 epochs, and training begins with 0"):
+    with pytest.raises(ValueError, match="has epochs up to 0, and training begins with 0"):
         fit(model, [callback], epochs=1)  # one fit per epoch, without initial_epoch: nothing is lost
     fit(model, [callback], epochs=3, initial_epoch=callback.restore(model))
-    with pytest.raises(ValueError, match="has 3 epochs, and training begins with 0"):
+    with pytest.raises(ValueError, match="has epochs up to 2, and training begins with 0"):
         fit(model, [RecorderCallback("run", x_val, y_val)])
+    with pytest.raises(ValueError, match="ends with epoch 2, training begins with 5"):
+        fit(make_model(), [RecorderCallback("run", x_val, y_val)], initial_epoch=5)
     assert len(fmn.Run.open("run").history) == 3
     callback.recorder.rewind(0)
     fit(model, [callback], epochs=1)
     assert callback.run.history.epochs == (0,)
+
+
+def test_a_callback_for_each_epoch_of_a_loop():
+    _, (x_val, y_val), _ = make_data()
+    model = make_model()
+    fit(model, [RecorderCallback("run", x_val, y_val)], epochs=1)
+    with pytest.raises(ValueError, match="has epochs up to 0, and training begins with 0"):
+        fit(model, [RecorderCallback("run", x_val, y_val)], epochs=1)
+    for epoch in (1, 2):
+        fit(model, [RecorderCallback("run", x_val, y_val)], initial_epoch=epoch, epochs=epoch + 1)
+    assert fmn.Run.open("run").history.epochs == (0, 1, 2)
+    fit(make_model(), [callback := RecorderCallback("other", x_val, y_val)], epochs=1)
+    fit(make_model(), [callback := RecorderCallback("other", x_val, y_val)], epochs=1)  # as after an early kill
+    assert callback.run.history.epochs == (0,)
+
+
+class Loader(keras.utils.PyDataset):
+    """Batches of 40 with their labels; shuffled at the end of each pass, as many do."""
+
+    def __init__(self, x, y, shuffle):
+        super().__init__()
+        self.x, self.y, self.shuffle = x, y, shuffle
+        self.order = np.arange(len(x))
+
+    def __len__(self):
+        return len(self.x) // 40
+
+    def __getitem__(self, i):
+        rows = self.order[40 * i : 40 * i + 40]
+        return self.x[rows], self.y[rows]
+
+    def on_epoch_end(self):
+        if self.shuffle:
+            np.random.default_rng(0).shuffle(self.order)
+
+
+def test_loaders():
+    _, (x_val, y_val), _ = make_data()
+    histories = []
+    for data in (x_val, Loader(x_val, y_val, False)):
+        keras.utils.set_random_seed(1)
+        callback = RecorderCallback(f"run{len(histories)}", data, y_val)
+        fit(make_model(), [callback], epochs=2)
+        histories.append(callback.run.history.correct())
+    np.testing.assert_array_equal(*histories)
+    with pytest.raises(ValueError, match="x_val: gave other samples, or another order, the second time"):
+        fit(make_model(), [RecorderCallback("run", Loader(x_val, y_val, True), y_val)])
+
+
+def test_the_training_does_not_notice():
+    """Nothing is drawn from random numbers that the training draws from."""
+    _, (x_val, y_val), _ = make_data()
+    found = []
+    for callbacks in ([], [RecorderCallback("run", x_val, y_val)]):
+        keras.utils.set_random_seed(1)
+        model = make_model()
+        fit(model, callbacks, epochs=3)
+        found.append(state_of(model))
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
 
 
 class Stop(keras.callbacks.Callback):
@@ -331,7 +392,7 @@ def test_the_guide(block, capsys):
         exec(block, again)
         np.testing.assert_allclose(again["fused"], names["fused"], atol=1e-6)
     else:
-        with pytest.raises(ValueError, match="has 5 epochs"):
+        with pytest.raises(ValueError, match="has epochs up to 4"):
             exec(block, names)
     capsys.readouterr()
 
