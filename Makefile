@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := $(wildcard fmn_ref/*.py fmn_ref/*/*.py fmn_ref/*.pyi fmn_ref/*.in benchmarks/*.py csrc/*/*.cpp csrc/*/*.h csrc/include/fmn/*.h) pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test bench lint cpp extras emulate wheel clean
+.PHONY: demo test bench lint cpp docs extras emulate wheel clean
 
 demo: $(VENV)/installed ; $(BIN)/fmn-ref demo
 test: $(VENV)/installed ; cd tests && $(BIN)/python -m pytest --cov=fmn_ref --cov-config=../pyproject.toml --cov-report=term --cov-fail-under=90
 bench: $(VENV)/installed ; $(BIN)/fmn-ref bench metric
 lint: $(VENV)/installed ; $(BIN)/pip install -q -c constraints.txt ruff mypy && $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 cpp: ; cmake -S . -B build/cpp -DCMAKE_BUILD_TYPE=Release && cmake --build build/cpp && ctest --test-dir build/cpp --output-on-failure
+docs: $(VENV)/installed ; $(BIN)/pip install -q -c constraints.txt ".[docs]" && $(BIN)/sphinx-build -W docs build/docs
 extras: $(VENV)/installed ; .ci/extras
 emulate: $(VENV)/installed ; cd tests && $(BIN)/python -m pytest test_cpp.py -k 'simde or aarch64' -rs
 wheel: $(VENV)/installed ; FMN_REQUIRE_EXT=1 $(BIN)/pip wheel --no-deps -w dist .

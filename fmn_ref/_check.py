@@ -27,6 +27,8 @@ def array(x: Any, name: str) -> NDArray[Any]:
         a = np.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected an array, got {type(x).__name__} ({error})") from None
+    if a.dtype.name == "bfloat16":  # of ml_dtypes, as JAX has them
+        a = a.astype(np.float32)
     if a.dtype.kind not in "biuf":
         raise TypeError(f"{name}: expected booleans or numbers, got {type(x).__name__} of dtype {a.dtype}")
     return a
@@ -110,16 +112,21 @@ def correctness(x: Any, name: str = "correct") -> Bool:
 
 def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, name: str = "labels") -> Int:
     """(n_samples,) int64 in [0, n_classes)."""
-    a = array(x, name)
+    others = "np.unique(..., return_inverse=True) numbers other labels"
+    try:
+        a = array(x, name)
+    except TypeError as error:
+        raise TypeError(f"{error}; {others}") from None
     if a.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected integers, got dtype {a.dtype}")
+        raise TypeError(f"{name}: expected integers, got dtype {a.dtype}; {others}")
     if a.ndim != 1 or len(a) == 0:
         raise ValueError(f"{name}: expected shape (n_samples,) with at least one sample, got shape {a.shape}")
     if n_samples is not None and len(a) != n_samples:
         raise ValueError(f"{name}: expected {n_samples} samples, got {len(a)}")
     if a.min() < 0 or (n_classes is not None and a.max() >= n_classes):
         bound = "n_classes" if n_classes is None else n_classes
-        raise ValueError(f"{name}: expected classes in [0, {bound}), got values from {a.min()} to {a.max()}")
+        hint = "; for one score a sample give classes, score > 0 as integers" if n_classes == 1 else ""
+        raise ValueError(f"{name}: expected classes in [0, {bound}), got values from {a.min()} to {a.max()}{hint}")
     if a.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name}: expected classes below 2^63, got {a.max()}")
     return a.astype(np.int64)

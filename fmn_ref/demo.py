@@ -109,10 +109,10 @@ def run_demo(out: Path, n_seeds: int = 5, epochs: int = 40, progress: bool | Non
     todo = [(rate, seed) for seed in range(n_seeds) for rate in RATES]
     cells: dict[float, list[dict[str, Any]]] = {rate: [] for rate in RATES}
     hidden = None if progress is None else not progress
-    for rate, seed in (bar := tqdm(todo, "demo", unit="run", disable=hidden)):
+    for i, (rate, seed) in enumerate(bar := tqdm(todo, "demo", unit="run", disable=hidden)):
         bar.set_postfix_str(f"{rate:.0%} wrong labels, seed {seed}")
         cells[rate].append(run_cell(out / f"noise_{rate * 100:02.0f}" / f"seed_{seed}", rate, seed, epochs))
-        logger.info("%.0f%% wrong labels, seed %d: done", rate * 100, seed)
+        logger.info("%d of %d done: %.0f%% wrong labels, seed %d", i + 1, len(todo), rate * 100, seed)
     noise = {}
     for rate in RATES:
         methods = [row["method"] for row in cells[rate][0]["rows"]]

@@ -66,7 +66,7 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
         bits = kernels.pack_predictions(_check.plain(a.reshape(-1, len(y))), y)
         return np.asarray(kernels.unpack(bits, len(y))).reshape(shape)
     if a.ndim < 2 or shape[-1] == 0:
-        hint = "; for one logit a sample give classes, logit > 0 as integers" if a.ndim == 1 else ""
+        hint = "; for one score a sample give classes, score > 0 as integers" if a.ndim == 1 else ""
         raise ValueError(f"scores: expected shape (..., n_samples, n_classes), got shape {shape}{hint}")
     y = _check.labels(labels, shape[-2], shape[-1])
     out = np.empty(shape[:-1], bool)

@@ -57,12 +57,13 @@ def curves(correct: Any) -> Figure:
 
 
 def matrix(correct: Any) -> Figure:
-    """Heat map of the forgetting matrix, as shares of the samples."""
+    """Heat map of the forgetting matrix, as shares of the samples: below the diagonal what was forgotten."""
     c, epochs = np.asarray(correct), _epochs(correct)
     share = metrics.forgetting_matrix(c) / c.shape[1]
     figure, axes = _axes("Right at epoch i, wrong at epoch j", "epoch j", "epoch i", (4.8, 4.0))
-    mesh = axes.pcolormesh(epochs, epochs, share, cmap="magma", vmin=0)
-    figure.colorbar(mesh, ax=axes, label="share of samples")
+    most = np.triu(share).max() or 1  # of what was forgotten: an untrained epoch would outshine it
+    mesh = axes.pcolormesh(epochs, epochs, share, cmap="magma", vmin=0, vmax=most)
+    figure.colorbar(mesh, ax=axes, label="share of samples", extend="max" if share.max() > most else "neither")
     return figure
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,9 @@ class Run:
         """
         folder = Path(run_dir)
         if not (folder / "run.json").is_file():
-            raise FileNotFoundError(f"{folder}: no run there (run.json is missing)")
+            below = [p.parent for pattern in ("*/run.json", "*/*/run.json") for p in sorted(folder.glob(pattern))]
+            hint = f"; there is one in {below[0]}" if below else ""
+            raise FileNotFoundError(f"{folder}: no run there (run.json is missing){hint}")
         if not (folder / "history.fmnh").is_file():
             raise FileNotFoundError(f"{folder}: nothing recorded yet (history.fmnh is missing)")
         return cls(folder, CorrectnessHistory.open(folder / "history.fmnh"), model, forward_fn)
@@ -81,7 +84,7 @@ class Run:
             It is not on disk: `keep` dropped it, or somebody did.
         """
         path = self.checkpoints[row]
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path}: no such checkpoint; run.kept is the run with only those that are there")
         return path
 
@@ -97,7 +100,7 @@ class Run:
         FileNotFoundError
             There is none.
         """
-        rows = [i for i, path in enumerate(self.checkpoints) if path.is_file()]
+        rows = [i for i, path in enumerate(self.checkpoints) if path.exists()]
         if not rows:
             raise FileNotFoundError(f"{self.run_dir / 'checkpoints'}: no checkpoint of the run is there")
         if len(rows) == len(self.history):
@@ -141,7 +144,8 @@ class Recorder:
         Store floating-point weights in 16 bits (those that would overflow in 32): half the disk, and a rounding of
         2^-11 that `docs/results.md` measures.
     save : callable(path), optional
-        Stores the weights of another framework at `path`, instead of `model`'s.
+        Stores the weights of another framework at `path`, as a file or a folder, instead of `model`'s; all of it is
+        there when it returns.
     suffix : str
         How the names of checkpoints end, with `save`: what the other framework asks for. run.json keeps it.
     config : dict, optional
@@ -234,14 +238,20 @@ class Recorder:
         if limited:
             self._remove_leftovers()
         if self._save is not None:
-            self._save(self._path(epoch))
+            path = self._path(epoch)
+            _remove(path)  # what a crash left, which not everybody writes over
+            self._save(path)
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path}: nothing there after `save`; wait for one that goes on in the background"
+                )
         if self._history is None:
             self._history = CorrectnessHistory(len(correct), self.run_dir / "history.fmnh", labels=labels)
         self._history.append(correct, epoch)
         if limited:
             kept = self.run.kept
             for dropped in self._keep.dropped(kept.history.epochs, kept.history.correct()):
-                self._path(dropped).unlink()
+                _remove(self._path(dropped))
 
     def _path(self, epoch: int) -> Path:
         return checkpoint_path(self.run_dir, epoch, self._suffix)
@@ -253,7 +263,7 @@ class Recorder:
         recorded = {self._path(e) for e in self._history.epochs}
         for path in list((self.run_dir / "checkpoints").iterdir()):
             if path not in recorded and re.fullmatch(r"epoch_\d{5,}" + re.escape(self._suffix), path.name):
-                path.unlink()
+                _remove(path)
 
     def rewind(self, epoch: int) -> list[int]:
         """Drop `epoch` and all later ones, with their checkpoints: what a loop needs that resumes from an earlier state
@@ -271,7 +281,7 @@ class Recorder:
         if dropped:
             self._history.truncate(len(self._history) - len(dropped))
         for e in dropped:  # or their checkpoints would stand for the epochs that are recorded next
-            self._path(e).unlink(missing_ok=True)
+            _remove(self._path(e))
         if not len(self._history):  # nothing left: other samples may be recorded, and what was fused is gone
             for name in ("plan.json", "comparison.json"):
                 (self.run_dir / name).unlink(missing_ok=True)
@@ -356,6 +366,13 @@ def _checked_suffix(suffix: Any) -> str:
 
 def checkpoint_path(run_dir: Path, epoch: int, suffix: str = ".pt") -> Path:
     return run_dir / "checkpoints" / f"epoch_{epoch:05d}{suffix}"
+
+
+def _remove(checkpoint: Path) -> None:
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)
 
 
 def _saver(model: Any, save: Save | None, half: bool) -> Save | None:

@@ -321,7 +321,7 @@ def _epochs_of(p: FusionPlan, run: Run) -> tuple[Sequence[int], str]:
     """The epoch of each row that a plan speaks of, and a remark where that is not known."""
     if p.n_epochs == len(run.history):
         return run.history.epochs, ""
-    kept = [e for e, path in zip(run.history.epochs, run.checkpoints, strict=True) if path.is_file()]
+    kept = [e for e, path in zip(run.history.epochs, run.checkpoints, strict=True) if path.exists()]
     if p.n_epochs == len(kept):
         return kept, f"It was made from the {len(kept)} epochs whose checkpoints were kept."
     note = f"It was made when there were {p.n_epochs} epochs, and this run has {len(run.history)}: counted from 0 here."

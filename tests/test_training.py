@@ -254,8 +254,12 @@ class TestRecorder:
         recorder.rewind(0)
         recorder.record(4, [0, 1], [0, 1])
         assert recorder.next_epoch == 5
+        for name in ("plan.json", "comparison.json", "notes.txt"):
+            (tmp_path / name).write_text("of the old run")
         recorder.rewind(0)
         assert (recorder.next_epoch, recorder.peak_forget_fraction) == (0, 0)
+        assert not {"plan.json", "comparison.json"} & {path.name for path in tmp_path.iterdir()}
+        assert (tmp_path / "notes.txt").exists()
         recorder.record(0, [0, 1, 2], [0, 1, 1])
         assert "next_epoch=1" in repr(recorder)
 
@@ -279,6 +283,31 @@ class TestRecorder:
         recorder.record(0, [0], [0])
         assert recorder.run.checkpoints[0].read_text() == "weights"
 
+    @pytest.mark.parametrize("keep", ["all", "every:2"])
+    def test_checkpoints_may_be_folders(self, tmp_path, keep):
+        def save(path):
+            path.mkdir()  # refuses one that is there, as Orbax does
+            (path / "weights").write_text(path.name)
+
+        recorder = fmn.Recorder(tmp_path, save=save, suffix=".orbax", keep=keep)
+        save(tmp_path / "checkpoints" / "epoch_00000.orbax")  # what a crash left before the history's first row
+        for epoch in range(5):
+            recorder.record(epoch, [0, 1, 1], [0, 1, 1])
+        kept = [0, 1, 2, 3, 4] if keep == "all" else [1, 3, 4]
+        assert list(recorder.run.kept.history.epochs) == kept
+        assert recorder.rewind(2) == [2, 3, 4]
+        recorder.record(2, [0, 1, 1], [0, 1, 1])
+        names = [f"epoch_{e:05d}.orbax" for e in [e for e in kept if e < 2] + [2]]
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
+        with pytest.raises(ValueError, match=r"no model attached; this is for networks of torch, .* \.orbax files"):
+            recorder.run.probabilities(([0.0], [0]))
+
+    def test_a_save_that_does_not_is_noticed(self, tmp_path):
+        recorder = fmn.Recorder(tmp_path, save=str)
+        with pytest.raises(FileNotFoundError, match=r"epoch_00000\.pt: nothing there after `save`"):
+            recorder.record(0, [0], [0])
+        assert recorder.next_epoch == 0
+
     def test_keep_none(self, tmp_path):
         recorder = fmn.Recorder(tmp_path, fresh(), keep="none")
         recorder.record(0, [0], [0])
@@ -289,7 +318,12 @@ class TestRecorder:
         [
             (lambda r: r.record(0, [0, 1], [0, 1]), ValueError, "next_epoch"),
             (lambda r: r.record(1, [0, 1], [1, 1]), ValueError, "labels"),
-            (lambda r: r.record(1, [0, 1, 1], [0, 1, 1]), ValueError, "labels"),
+            (lambda r: r.record(1, [0, 1, 1], [0, 1, 1]), ValueError, "labels.*: 3 samples, not 2"),
+            (lambda r: r.record(1, [0, 1], ["a", "b"]), TypeError, r"labels: .* np\.unique"),
+            (lambda r: r.record(1, [0, 1], [0.0, 1.0]), TypeError, r"labels: expected integers, .* np\.unique"),
+            (lambda r: r.record(1, [[0.3], [0.2]], [0, 1]), ValueError, "one score a sample"),
+            (lambda r: r.record(1, [0.3, 0.2], [0, 1]), ValueError, "one score a sample"),
+            (lambda r: r.record(1, [True, False], [0, 1]), TypeError, "Classes are integers"),
             (lambda r: r.record(1, [[np.nan, 0], [0, 1]], [0, 1]), ValueError, "NaN"),
             (lambda r: r.record(1, [[0, 1]], [0, 1]), ValueError, "one epoch"),
             (lambda r: r.record(-1, [0, 1], [0, 1]), ValueError, "epoch"),
@@ -322,6 +356,9 @@ class TestRecorder:
     def test_no_run_there(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             fmn.Run.open(tmp_path / "none")
+        fmn.Recorder(tmp_path / "of" / "them").record(0, [0], [0])
+        with pytest.raises(FileNotFoundError, match=r"run\.json is missing\); there is one in .*them"):
+            fmn.Run.open(tmp_path)
         fmn.Recorder(tmp_path).record(0, [0], [0])
         (tmp_path / "run.json").write_text("{")
         with pytest.raises(ValueError, match=r"run\.json"):

@@ -45,17 +45,22 @@ def main(run_dir: str) -> None:
     optimizer = nnx.Optimizer(net, optax.adam(1e-2), wrt=nnx.Param)
 
     def save(path: Path) -> None:
-        path.write_bytes(serialization.to_bytes(nnx.to_pure_dict(nnx.state(net))))
+        path.write_bytes(serialization.to_bytes(nnx.to_pure_dict(nnx.state((net, optimizer)))))
+
+    def load(path: Path) -> None:
+        state = nnx.to_pure_dict(nnx.state((net, optimizer)))
+        nnx.update((net, optimizer), serialization.from_bytes(state, path.read_bytes()))
 
     recorder = fmn.Recorder(run_dir, save=save, suffix=".msgpack")
+    if recorder.next_epoch:  # interrupted: go on from the last epoch
+        load(recorder.run.checkpoints[-1])
     for epoch in range(recorder.next_epoch, EPOCHS):
         for order in jax.random.permutation(jax.random.key(epoch), 800).reshape(-1, 50):
             train_step(net, optimizer, x_train[order], y_train[order])
         recorder.record(epoch, net(x_val), y_val)  # arrays of JAX as they are
 
     def predict(path: Path, x: jax.Array) -> jax.Array:
-        state = nnx.to_pure_dict(nnx.state(net))
-        nnx.update(net, serialization.from_bytes(state, path.read_bytes()))
+        load(path)
         return nnx.softmax(net(x))
 
     run = recorder.run

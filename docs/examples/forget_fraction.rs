@@ -51,7 +51,10 @@ fn parse(file: &[u8]) -> Result<(usize, usize, &[u8]), &'static str> {
 }
 
 fn main() {
-    let path = env::args().nth(1).expect("one argument, correct.npy");
+    let path = env::args().nth(1).unwrap_or_else(|| {
+        eprintln!("usage: forget_fraction correct.npy");
+        process::exit(2)
+    });
     let fail = |expected: &str| -> ! {
         eprintln!("{path}: expected {expected}");
         process::exit(1)

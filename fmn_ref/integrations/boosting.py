@@ -64,13 +64,16 @@ def staged_probabilities(model: Any, x: Any, every: int = 1) -> NDArray[np.float
     names = {c.__module__.partition(".")[0] for c in type(model).__mro__}
     if hasattr(model, "staged_predict_proba"):
         return np.stack(list(_every(model.staged_predict_proba(x), every)))
+    if type(model).__name__ == "XGBRFClassifier":
+        raise ValueError("model: expected boosting, got a random forest")
     if "xgboost" in names:
         margins = _xgboost(model, x, every)
     elif "lightgbm" in names:
         margins = _lightgbm(model, x, every)
     else:
         kinds = "XGBoost, LightGBM or a scikit-learn classifier with staged_predict_proba"
-        raise TypeError(f"model: expected a boosted classifier of {kinds}, got {type(model).__name__}")
+        hint = "of a Pipeline or a search, pass the classifier inside"
+        raise TypeError(f"model: expected a boosted classifier of {kinds}, got {type(model).__name__}; {hint}")
     return np.stack([_probabilities(m) for m in margins])
 
 

@@ -44,6 +44,11 @@ def test_script(script, tmp_path):
     assert len(history) == 30
     assert peak == pytest.approx(fmn.forget_fraction(history).max(), abs=1e-3)
     assert fused > final + 5
+    if script == "flax_loop":  # interrupted and run again, it goes on with the weights and Adam's state
+        whole = (tmp_path / "run" / "history.fmnh").read_bytes()
+        fmn.Recorder(tmp_path / "run", save=print, suffix=".msgpack").rewind(12)
+        assert subprocess.run(command, capture_output=True, timeout=500).returncode == 0
+        assert (tmp_path / "run" / "history.fmnh").read_bytes() == whole
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -82,3 +87,12 @@ def test_timm(tmp_path):
     run = script.record_checkpoints(tmp_path, tmp_path / "run", make_model(), DataLoader(TensorDataset(x, y), 32))
     assert run.history.epochs == tuple(range(12))
     np.testing.assert_array_equal(run.history.correct(), expected)
+
+
+def test_bfloat16_of_jax():
+    jnp = pytest.importorskip("jax.numpy")
+    scores, labels = jnp.array([[0.875, 0.125], [0.25, 0.75], [0.5, 0.5]], "bfloat16"), [0, 0, 1]
+    for given in (scores, np.asarray(scores)):  # of ml_dtypes
+        np.testing.assert_array_equal(fmn.correctness(given, labels), [True, False, False])
+        plan = fmn.fuse(given[None], labels)
+        np.testing.assert_array_equal(plan.apply(given[None]), np.asarray(scores, np.float64))
