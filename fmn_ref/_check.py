@@ -112,13 +112,13 @@ def correctness(x: Any, name: str = "correct") -> Bool:
 
 def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, name: str = "labels") -> Int:
     """(n_samples,) int64 in [0, n_classes)."""
-    others = "np.unique(..., return_inverse=True) numbers other labels"
+    others = "" if name == "index" else "; np.unique(..., return_inverse=True) numbers other labels"
     try:
         a = array(x, name)
     except TypeError as error:
-        raise TypeError(f"{error}; {others}") from None
+        raise TypeError(f"{error}{others}") from None
     if a.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected integers, got dtype {a.dtype}; {others}")
+        raise TypeError(f"{name}: expected integers, got dtype {a.dtype}{others}")
     if a.ndim != 1 or len(a) == 0:
         raise ValueError(f"{name}: expected shape (n_samples,) with at least one sample, got shape {a.shape}")
     if n_samples is not None and len(a) != n_samples:
