@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -26,23 +27,26 @@ def save_state(model: nn.Module, path: str | os.PathLike[str], *, half: bool = F
 
 def save_weights(state: dict[str, Any], path: str | os.PathLike[str], *, half: bool = False) -> None:
     """Store a state_dict, as `save_state`."""
-    state = _plain_names(to_cpu(state))
+    state = _renamed(to_cpu(state), {})
     if half:
         state.update({name: _halved(value) for name, value in state.items()})
     save(state, path)
 
 
-def _plain(name: str) -> str:
+def _plain(name: Any) -> Any:
     """Without what torch.compile puts into the names of a part."""
-    return re.sub(r"\b_orig_mod\.|\._orig_mod$", "", name)
+    return re.sub(r"\b_orig_mod\.|\._orig_mod$", "", name) if isinstance(name, str) else name
 
 
-def _plain_names(state: dict[str, Any]) -> dict[str, Any]:
-    if not any("_orig_mod" in name for name in state):
+def _renamed(state: Any, own: Any) -> Any:
+    """A state_dict under the names that `own` has, of the same model with other parts compiled; else plain names."""
+    if not isinstance(state, dict) or all(name == _plain(name) for name in (*state, *own)):
         return state
-    renamed = type(state)((_plain(name), value) for name, value in state.items())
-    if hasattr(state, "_metadata"):
-        renamed._metadata = {_plain(n): v for n, v in state._metadata.items()}  # type: ignore[attr-defined]
+    names = {_plain(name): name for name in own}
+    renamed: Any = OrderedDict((names.get(_plain(name), _plain(name)), value) for name, value in state.items())
+    versions = {_plain(name): value for name, value in getattr(state, "_metadata", {}).items()}
+    modules = getattr(own, "_metadata", None) or versions
+    renamed._metadata = {name: versions[_plain(name)] for name in modules if _plain(name) in versions}
     return renamed
 
 
@@ -111,8 +115,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a checkpoint into `model`; ValueError naming the file where names or shapes do not fit."""
     plain, state = unwrap(model), load(path)
     try:
-        compiled = {_plain(name): name for name in plain.state_dict() if name != _plain(name)}
-        plain.load_state_dict({compiled.get(k, k): v for k, v in state.items()} if compiled else state)
+        plain.load_state_dict(_renamed(state, plain.state_dict()))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit the model: {error}") from None
     return model

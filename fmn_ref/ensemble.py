@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable
 from functools import reduce
@@ -85,6 +86,7 @@ class FusedModel(nn.Module):
     """
 
     weights: Tensor
+    _checked = False
 
     def __init__(self, plan: FusionPlan, run: Run, *, together: bool = False) -> None:
         model, paths = members_of(plan, run)
@@ -106,7 +108,6 @@ class FusedModel(nn.Module):
         self.members.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._together = together
         self._stacked: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
-        self._checked = False
         self.register_buffer("weights", torch.tensor(list(weights)))
         self.eval()
 
@@ -163,8 +164,10 @@ class FusedModel(nn.Module):
 
         def probabilities(member: nn.Module) -> Tensor:
             found = logits(member)
-            if not self._checked:
-                data.check_logits(found, "plan.apply(run.probabilities(data)) goes by the run's forward_fn")
+            tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
+            if not (self._checked or tracing):
+                with contextlib.suppress(RuntimeError):  # vmap, meta: no values to look at
+                    data.check_logits(found, "plan.apply(run.probabilities(data)) goes by the run's forward_fn")
                 self._checked = True
             return found.float().softmax(-1)
 

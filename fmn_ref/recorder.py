@@ -369,8 +369,10 @@ def checkpoint_path(run_dir: Path, epoch: int, suffix: str = ".pt") -> Path:
 
 
 def _remove(checkpoint: Path) -> None:
-    if checkpoint.is_dir():
-        shutil.rmtree(checkpoint)
+    if checkpoint.is_dir() and not checkpoint.is_symlink():
+        going = checkpoint.with_name(f"{checkpoint.name}.tmp")  # never half a checkpoint under its name
+        shutil.rmtree(going, ignore_errors=True)
+        shutil.rmtree(checkpoint.rename(going))
     else:
         checkpoint.unlink(missing_ok=True)
 

@@ -62,6 +62,16 @@ def test_fused_model_predicts_what_the_plan_says(run, plan):
     np.testing.assert_array_equal(model(TEST[0]), log_probs)  # and BatchNorm has not moved
 
 
+def test_a_fused_model_where_values_cannot_be_looked_at(run, plan):
+    expected = fmn.FusedModel(plan, run)(TEST[0])
+    new = fmn.FusedModel(plan, run)
+    assert new(TEST[0][:0]).shape == (0, 4)
+    torch.testing.assert_close(torch.func.vmap(fmn.FusedModel(plan, run))(TEST[0][:, None])[:, 0], expected)
+    exported = torch.export.export(fmn.FusedModel(plan, run), (TEST[0],)).module()
+    torch.testing.assert_close(exported(TEST[0]), expected)
+    assert fmn.FusedModel(plan, run).to("meta")(TEST[0].to("meta")).shape == expected.shape
+
+
 def test_members_together_say_the_same(run, plan):
     one_by_one, together = fmn.FusedModel(plan, run), fmn.FusedModel(plan, run, together=True)
     torch.testing.assert_close(together(TEST[0]), one_by_one(TEST[0]), atol=1e-5, rtol=1e-5)

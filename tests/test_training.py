@@ -44,7 +44,7 @@ def test_a_run_holds_every_epoch(run):
     assert run.config["epochs"] == 6
     assert run.config["lr"] == 0.1
     made_with = json.loads((run.run_dir / "run.json").read_text())["made_with"]
-    assert made_with.keys() == {"python", "fmn_ref", "numpy", "torch"}
+    assert made_with.keys() >= {"python", "fmn_ref", "numpy", "torch"}
     assert "n_epochs=6" in repr(run)
 
 
@@ -296,6 +296,8 @@ class TestRecorder:
         kept = [0, 1, 2, 3, 4] if keep == "all" else [1, 3, 4]
         assert list(recorder.run.kept.history.epochs) == kept
         assert recorder.rewind(2) == [2, 3, 4]
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "checkpoints" / "epoch_00002.orbax").symlink_to(tmp_path / "elsewhere")
         recorder.record(2, [0, 1, 1], [0, 1, 1])
         names = [f"epoch_{e:05d}.orbax" for e in [e for e in kept if e < 2] + [2]]
         assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 SUFFIX = ".weights.h5"
+_RECORDED: weakref.WeakSet[Any] = weakref.WeakSet()  # models that a callback has recorded in this process
 
 
 class RecorderCallback(keras.callbacks.Callback):
@@ -120,19 +122,25 @@ class RecorderCallback(keras.callbacks.Callback):
         _build(model, self._x, self._batch_size)
         if not model.optimizer.built:  # or Keras would skip its state, with a warning
             model.optimizer.build(model.trainable_variables)
-        _load(model, path)
+        before = model.get_weights()
+        try:
+            _load(model, path)
+        except ValueError:
+            model.set_weights(before)
+            raise
         return self.recorder.next_epoch
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._begins = True
-        columns = _columns(self._predict(), self._logits())  # what cannot be recorded fails before hours of training
-        n = len(columns)
-        if n != len(self.labels):
-            raise ValueError(f"y_val: expected {n} labels, as x_val has samples, got {len(self.labels)}")
-        if not hasattr(self._x, "shape") and not isinstance(self._x, (list, tuple, dict)):  # a loader, not arrays
-            again = _columns(self._predict(), self._logits())
-            if again.shape != columns.shape or not np.allclose(columns, again, rtol=1e-3, atol=1e-4):
-                raise ValueError("x_val: gave other samples, or another order, the second time; it must not shuffle")
+        arrays = hasattr(self._x, "shape") or isinstance(self._x, (list, tuple, dict))
+        with _numbers_kept():  # what cannot be recorded fails before hours of training
+            passes = [self._predict() for _ in range(1 if arrays else 2)]
+        first, *second = (_columns(outputs, self._logits()) for outputs in passes)
+        if len(first) != len(self.labels):
+            raise ValueError(f"y_val: expected {len(first)} labels, as x_val has samples, got {len(self.labels)}")
+        if any(z.shape != first.shape or not np.allclose(z, first, rtol=1e-3, atol=1e-4) for z in second):
+            what = "neither it may shuffle, nor the model draw random numbers"
+            raise ValueError(f"x_val: gave other predictions, or another order, the second time; {what}")
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if self._begins:
@@ -142,8 +150,11 @@ class RecorderCallback(keras.callbacks.Callback):
             _draw_anew(self.model, self._seed, epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self.recorder.record(epoch, _columns(self._predict(), self._logits()), self.labels)
+        with _numbers_kept():
+            outputs = self._predict()
+        self.recorder.record(epoch, _columns(outputs, self._logits()), self.labels)
         self._has_recorded = True
+        _RECORDED.add(self.model)
         if logs is not None:  # for the callbacks that follow, and the bar
             logs["peak_forget_fraction"] = self.recorder.peak_forget_fraction
 
@@ -151,9 +162,7 @@ class RecorderCallback(keras.callbacks.Callback):
         """Put the history to the epoch that training begins with, which BackupAndRestore may have set: a crash leaves
         its backup and our history an epoch apart, either way."""
         n, fresh = self.recorder.next_epoch, not self._has_recorded
-        optimizer, steps = getattr(self.model, "optimizer", None), (self.params or {}).get("steps")
-        if epoch == 0 and optimizer is not None and steps:  # a loop of one's own around `fit`, a callback for each
-            fresh &= int(optimizer.iterations) < steps
+        fresh &= epoch > 0 or self.model not in _RECORDED  # a loop of one's own around `fit`, a callback for each
         if n > epoch + 1 or (n > epoch and not fresh):
             hint = f"initial_epoch=callback.restore(model), another run_dir, or callback.recorder.rewind({epoch}) first"
             text = f"has epochs up to {n - 1}, and training begins with {epoch}; use {hint}"
@@ -168,7 +177,7 @@ class RecorderCallback(keras.callbacks.Callback):
             self.on_epoch_end(n)
 
     def _predict(self) -> Any:
-        return _predict(self.model, self._x, self._batch_size)
+        return self.model.predict(self._x, batch_size=self._batch_size, verbose=0)
 
     def _logits(self) -> bool:
         return _gives_logits(self.model) if self._from_logits is None else self._from_logits
@@ -228,7 +237,8 @@ class probabilities(Epochs):
         before = self._model.get_weights()
         try:
             _load(self._model, path, skip=getattr(self._model, "optimizer", None))
-            return _predict(self._model, self._x, self._batch_size)
+            with _numbers_kept():
+                return self._model.predict(self._x, batch_size=self._batch_size, verbose=0)
         finally:
             self._model.set_weights(before)
 
@@ -281,18 +291,17 @@ def _gives_logits(model: Any) -> bool:
 def _build(model: Any, x: Any, batch_size: int | None) -> None:
     """A model without an Input gets its weights when it first sees data."""
     if not model.built:
-        _predict(model, x, batch_size)
+        with _numbers_kept():
+            model.predict(x, batch_size=batch_size, verbose=0)
 
 
-def _predict(model: Any, x: Any, batch_size: int | None) -> Any:
-    """Keras on torch draws from the global generator for it: put back, or training would go on with other numbers."""
-    kept: Any = contextlib.nullcontext()
-    if keras.backend.backend() == "torch":
-        from torch.random import fork_rng
+def _numbers_kept() -> contextlib.AbstractContextManager[Any]:
+    """On torch, `predict` draws from the global generator: put back, or training would go on with other numbers."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    from torch.random import fork_rng
 
-        kept = fork_rng(devices=[])
-    with kept:
-        return model.predict(x, batch_size=batch_size, verbose=0)
+    return fork_rng(devices=[])
 
 
 def _load(model: Any, path: Path, skip: Any = None) -> None:

@@ -85,6 +85,7 @@ class ForgetFraction(Metric):
         self._closed: CorrectnessHistory | None = None
         self._open: CorrectnessHistory | None = None  # with the epoch that was computed and may yet change
         self._last = torch.zeros(())
+        self._rows_computed = 0  # rows at the last compute since a reset
 
     @property
     def history(self) -> CorrectnessHistory:
@@ -126,8 +127,9 @@ class ForgetFraction(Metric):
         rows = self.rows if isinstance(self.rows, Tensor) else torch.cat(self.rows)  # joined: in several processes
         epoch = rows.cpu().numpy()
         first, second = np.array_split(epoch[:, :2], 2)
-        if self._closed is None and np.array_equal(first, second) and len(np.unique(first[:, 1])) > 1:
+        if len(first) == self._rows_computed and np.array_equal(first, second):
             rank_zero_warn("ForgetFraction: the same targets twice in one epoch: was reset() forgotten?")
+        self._rows_computed = len(epoch)
         self._open = _with_epoch(self._closed, epoch)
         self._last = self._peak()
         return self._last
@@ -146,6 +148,7 @@ class ForgetFraction(Metric):
         """Begin the next epoch."""
         if self._open is not None:
             self._closed, self._open = self._open, None
+        self._rows_computed = 0
         super().reset()
 
     def get_extra_state(self) -> dict[str, Any]:

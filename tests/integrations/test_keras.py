@@ -239,7 +239,9 @@ def test_a_callback_for_each_epoch_of_a_loop():
         fit(model, [RecorderCallback("run", x_val, y_val)], initial_epoch=epoch, epochs=epoch + 1)
     assert fmn.Run.open("run").history.epochs == (0, 1, 2)
     fit(make_model(), [callback := RecorderCallback("other", x_val, y_val)], epochs=1)
-    fit(make_model(), [callback := RecorderCallback("other", x_val, y_val)], epochs=1)  # as after an early kill
+    warm = make_model()
+    fit(warm, [], epochs=1)
+    fit(warm, [callback := RecorderCallback("other", x_val, y_val)], epochs=1)  # as after an early kill
     assert callback.run.history.epochs == (0,)
 
 
@@ -272,8 +274,12 @@ def test_loaders():
         fit(make_model(), [callback], epochs=2)
         histories.append(callback.run.history.correct())
     np.testing.assert_array_equal(*histories)
-    with pytest.raises(ValueError, match="x_val: gave other samples, or another order, the second time"):
+    with pytest.raises(ValueError, match="x_val: gave other predictions, or another order, the second time"):
         fit(make_model(), [RecorderCallback("run", Loader(x_val, y_val, True), y_val)])
+    torch = pytest.importorskip("torch")
+    shuffled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.tensor(x_val)), 40, shuffle=True)
+    with pytest.raises(ValueError, match="x_val: gave other predictions, or another order, the second time"):
+        fit(make_model(), [RecorderCallback("run", shuffled, y_val)])
 
 
 def test_the_training_does_not_notice():
@@ -319,6 +325,26 @@ def test_backup_and_restore(order):
     keras.utils.set_random_seed(5)
     fit(make_model(), callbacks("broken"))
     assert Path("broken/run/history.fmnh").read_bytes() == Path("unbroken/run/history.fmnh").read_bytes()
+
+
+def test_a_backup_of_the_last_batch_of_an_epoch():
+    """It holds epoch 0 as not done, and the history has it."""
+    _, (x_val, y_val), _ = make_data()
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if int(self.model.optimizer.iterations) == 10:
+                raise KeyboardInterrupt
+
+    def callbacks():
+        backup = keras.callbacks.BackupAndRestore("backup", save_freq=8, delete_checkpoint=False)  # of 8 batches
+        return [backup, RecorderCallback("run", x_val, y_val)]
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_model(), [*callbacks(), Interrupt()])
+    assert fmn.Run.open("run").history.epochs == (0,)
+    fit(make_model(), callbacks())
+    assert fmn.Run.open("run").history.epochs == tuple(range(EPOCHS))
 
 
 def test_a_model_that_learns_its_shape_from_data():
@@ -449,7 +475,7 @@ def training(folder, moment=None, kill_epoch=-1):
 def test_other_backends(backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    tests = "dumped or two_classes or killed or backup or damaged"  # of those that compute
+    tests = "dumped or two_classes or killed or backup or damaged or loaders or notice"  # of those that compute
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, __file__]
     environment = {**os.environ, "KERAS_BACKEND": backend}
     process = subprocess.run(

@@ -283,6 +283,8 @@ def test_a_compiled_part_and_a_metric_within(tmp_path, trained):
     module.net, module.forget = torch.compile(module.net, backend="eager"), ForgetFraction()
     recorder, _ = fit(tmp_path, module=module)
     same_run(tmp_path, trained[0].run_dir.parent)
+    stored = checkpoints.load(recorder.run.checkpoints[0])._metadata
+    assert {name: v for name, v in stored.items() if name != "forget"} == make_net().state_dict()._metadata
     plain = fmn.Run.open(recorder.run_dir, make_net()).probabilities(VAL)
     np.testing.assert_array_equal(recorder.run.probabilities(VAL)[-1], plain[-1])
 

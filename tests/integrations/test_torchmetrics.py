@@ -224,12 +224,12 @@ def test_the_guide_in_lightning(tmp_path, monkeypatch):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.2)
 
-    def fit(epochs, ckpt_path=None):
+    def fit(epochs, ckpt_path=None, alone=False):
         torch.manual_seed(1)
         module, recorder = Net(), RecorderCallback("run", outputs_of=lambda outputs, batch: (outputs, batch[1]))
         trainer = lightning.Trainer(
             max_epochs=epochs,
-            callbacks=[recorder],
+            callbacks=[] if alone else [recorder],
             logger=False,
             accelerator="cpu",
             enable_progress_bar=False,
@@ -246,7 +246,8 @@ def test_the_guide_in_lightning(tmp_path, monkeypatch):
     np.testing.assert_array_equal(module.forget.history.correct(), recorder.run.history.correct())
     assert module.forget.history.correct().shape == (5, 240)
     peak = fmn.forget_fraction(recorder.run.history).max()
-    assert trainer.callback_metrics["peak_forget_fraction"] == np.float32(peak) > 0
+    for each in (trainer, fit(5, alone=True)[2]):  # the recorder logs the same under this name
+        assert each.callback_metrics["peak_forget_fraction"] == np.float32(peak) > 0
     plan = fmn.fuse(recorder.run.probabilities(val), val[1], correct=recorder.run.history)
     assert len(fmn.FusedModel(plan, recorder.run).members) >= 1  # the metric's history in the weights does no harm
 

@@ -448,8 +448,6 @@ def test_refused_trainings(tmp_path, caplog, monkeypatch):
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="eval_strategy: 'no' evaluates nothing"):
         train(RecorderCallback(run), eval_strategy="no")
-    with pytest.raises(ValueError, match="train_sampling_strategy: 'group_by_length' reorders evaluation"):
-        train(RecorderCallback(run), train_sampling_strategy="group_by_length")
     with pytest.raises(ValueError, match="compute_metrics: the recorder's was not called"):
         train(RecorderCallback(run), compute_metrics=None)
     with pytest.raises(ValueError, match=r"labels: expected shape \(n_samples,\).*task='causal_lm'"):
@@ -500,6 +498,17 @@ def test_refused_trainings(tmp_path, caplog, monkeypatch):
     fmn.Recorder(run).record_correct(5 * STEPS, np.ones(90, bool), labels_of(VAL))
     train(RecorderCallback(run), resume=True, num_train_epochs=2)
     assert f"dropped steps [{5 * STEPS}], recorded after the checkpoint" in caplog.text
+    own = RecorderCallback(tmp_path / "own")
+
+    class Own(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            trainer.evaluate(TRAIN[:9], metric_key_prefix="train")
+
+    trainer = trainer_of(
+        tmp_path, own, callbacks=[Own()], num_train_epochs=4, eval_strategy="steps", eval_steps=2 * STEPS
+    )
+    trainer.train()
+    assert own.run.history.epochs == (2 * STEPS, 4 * STEPS)
     recorder = RecorderCallback(tmp_path / "forgotten")
     trainer = trainer_of(tmp_path, recorder, num_train_epochs=1)
     trainer.remove_callback(recorder)
