@@ -217,7 +217,7 @@ class RecorderCallback(TrainerCallback):
             rows = [row for row, epoch in enumerate(history.epochs) if epoch <= latest]
             if abs(forget_fraction(history.select(rows)).max() - evaluated[latest]) > 1e-3:  # some round what they log
                 raise ValueError(
-                    f"run_dir: {self.run_dir} differs from what the checkpoint logged; it is another run's"
+                    f"run_dir: {self.run_dir} is another run's: it differs from what the checkpoint logged"
                 )
         dropped = recorder.rewind(step + 1 if step else 0)
         if dropped and step:
@@ -233,9 +233,7 @@ class RecorderCallback(TrainerCallback):
         self._due = self._due or control.should_evaluate
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (
-            self._due and self._found and self.prefix not in self._found
-        ):  # the Trainer's own evaluations went without it
+        if self._due and self._found and self.prefix not in self._found:  # the Trainer's own evaluations lack it
             raise ValueError(f"prefix: no evaluation is called {self.prefix!r}, only {sorted(self._found)}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
@@ -356,7 +354,7 @@ def _holds(path: Path, model: nn.Module) -> bool:
     stored, state = checkpoints.load(path), checkpoints.unwrap(model).state_dict()
     tensors = [k for k, v in state.items() if isinstance(v, Tensor)]
     return stored.keys() == state.keys() and all(
-        torch.allclose(stored[k].float(), state[k].cpu().float(), rtol=1e-3, atol=1e-7) for k in tensors
+        torch.allclose(stored[k].float(), state[k].cpu().float(), rtol=1e-3, atol=1e-7, equal_nan=True) for k in tensors
     )
 
 

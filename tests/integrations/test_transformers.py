@@ -486,7 +486,7 @@ def test_refused_trainings(tmp_path, caplog, monkeypatch):
     other.rewind(0)
     for step, right in ((6, True), (12, False), (18, False)):
         other.record_correct(step, [right], [0])
-    with pytest.raises(ValueError, match="differs from what the checkpoint logged"):
+    with pytest.raises(ValueError, match="is another run's: it differs from what the checkpoint logged"):
         train(RecorderCallback(tmp_path / "other"), resume=True, num_train_epochs=3)
     assert fmn.Run.open(tmp_path / "other").history.epochs == (6, 12, 18)
     with pytest.raises(ValueError, match="labels: not the labels"):
