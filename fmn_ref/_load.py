@@ -43,6 +43,8 @@ def load_named(path: str, *names: str, verify: bool = True) -> tuple[Any, str]:
     """The array, and the name it had in an .npz. A run directory stands for its history."""
     if (Path(path) / "history.fmnh").is_file():
         path = str(Path(path) / "history.fmnh")
+    if Path(path).is_dir():
+        raise FileNotFoundError(f"{path}: a folder, and no run there (history.fmnh is missing)")
     try:
         if path.endswith(".fmnh"):
             return CorrectnessHistory.open(path, verify=verify), ""

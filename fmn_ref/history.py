@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import operator
 import os
 import struct
 import warnings
@@ -69,6 +70,8 @@ class CorrectnessHistory:
     >>> h.correct()
     array([[ True, False,  True],
            [ True,  True, False]])
+    >>> h[1]
+    array([ True,  True, False])
     >>> import numpy as np, fmn_ref as fmn
     >>> fmn.forget_fraction(h)
     array([0.33333333, 0.        ])
@@ -246,7 +249,12 @@ class CorrectnessHistory:
 
     def correct(self) -> NDArray[np.bool_]:
         """(n_epochs, n_samples) bool: a new array, eight times the size of the bits."""
-        return np.unpackbits(self.packed, axis=1, count=self.n_samples, bitorder="little").view(np.bool_)
+        return self[:]
+
+    def __getitem__(self, row: Any) -> NDArray[np.bool_]:
+        """``history[i]`` is (n_samples,) bool, ``history[a:b]`` (b - a, n_samples): new arrays."""
+        bits = self.packed[row if isinstance(row, slice) else operator.index(row)]
+        return np.unpackbits(bits, axis=-1, count=self.n_samples, bitorder="little").view(np.bool_)
 
     @classmethod
     def concatenate(

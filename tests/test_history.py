@@ -187,6 +187,20 @@ def test_the_matrix_of_a_history(path):
         fmn.forgetting_matrix(CorrectnessHistory(3))
 
 
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_rows(path, on_disk):
+    history = filled(path if on_disk else None)
+    assert history[1].dtype == bool
+    np.testing.assert_array_equal(history[np.int64(1)], CORRECT[1])
+    np.testing.assert_array_equal(history[-1], CORRECT[-1])
+    np.testing.assert_array_equal(history[1:3], CORRECT[1:3])
+    np.testing.assert_array_equal(list(history), CORRECT)
+    with pytest.raises(IndexError):
+        history[5]
+    with pytest.raises(TypeError):
+        history["1"]
+
+
 def test_truncate(path):
     for h in (filled(path), filled(None)):
         h.truncate(2)

@@ -338,8 +338,8 @@ def from_trainer(
         same = history.digest == labels_digest(labels) and set(done) <= set(history.epochs)
         if same:
             row = history.epochs.index(step)
-            kept, bits = recorder.run.checkpoints[row], history.select([row]).correct()[0]
-            same = _holds(kept, model) if kept.is_file() else np.mean(bits != right) < 0.05  # devices round otherwise
+            kept = recorder.run.checkpoints[row]  # else the bits: devices may round otherwise
+            same = _holds(kept, model) if kept.is_file() else np.mean(history[row] != right) < 0.05
         if not same:
             hint = "or of other eval_data; choose another folder"
             raise ValueError(f"run_dir: {run_dir} holds a run of other checkpoints than {output_dir}'s, {hint}")
