@@ -276,7 +276,7 @@ def test_final_model_alone(files, capsys):
         (["fuse", "probs.npy", "--labels", "labels.npy", "-o", "probs.npy"], "probs.npy: is one of the files"),
         (["apply", "plan3.json", "probs.npy", "--labels", "labels.npy", "-o", "labels.npy"], "is one of the files"),
         (["metric", "correct.npy", "--per-sample", "correct.npy"], "is one of the files"),
-        (["metric", "."], ".: a folder, and no run there (history.fmnh is missing)"),
+        (["metric", ".."], "..: a folder, and no run there (history.fmnh is missing)"),
         (["fuse", "history.fmnh", "--labels", "labels.npy"], "history.fmnh: holds correctness, not probs"),
         (["compare", "--select", "test.npz", "--test", "run"], "run: holds correctness"),
         (["fuse", "header.npy", "--labels", "labels.npy"], "header.npy"),
