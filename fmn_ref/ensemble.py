@@ -168,7 +168,7 @@ class FusedModel(nn.Module):
             if not (self._checked or tracing):
                 with contextlib.suppress(RuntimeError):  # vmap, meta: no values to look at
                     data.check_logits(found, "plan.apply(run.probabilities(data)) goes by the run's forward_fn")
-                self._checked = True
+                    self._checked = True
             return found.float().softmax(-1)
 
         parts = (w * probabilities(m) for w, m in zip(self.weights, self.members, strict=True))

@@ -178,6 +178,7 @@ def test_xgboost_models_that_are_refused():
     refused("reg:squarederror", xgb.XGBRegressor(**small).fit(x, y), x)
     refused("binary:hinge", xgb.XGBClassifier(objective="binary:hinge", **small).fit(x, y), x)
     refused("'dart'", xgb.XGBClassifier(booster="dart", **small).fit(x, y), x)
+    refused("random forest", xgb.XGBRFClassifier(**small).fit(x, y), x)
     refused("one label per sample", xgb.XGBClassifier(**small).fit(x, np.stack([y, 1 - y], axis=1)), x)
 
 

@@ -4,6 +4,7 @@ As a script it is the training that is killed: FOLDER [MOMENT EPOCH].
 """
 
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -83,6 +84,7 @@ def test_history_plan_and_fused_predictions_are_those_of_dumped_predictions(last
     right = np.array([z.argmax(1) == y_val for z in dump.outputs])
     run = fmn.Run.open("run")
     assert run.history.epochs == tuple(range(EPOCHS))
+    assert json.loads(Path("run/run.json").read_text())["made_with"]["keras"] == keras.__version__
     np.testing.assert_array_equal(run.history.packed, np.packbits(right, axis=1, bitorder="little"))
     np.testing.assert_array_equal(fmn.forget_fraction(run.history), fmn.forget_fraction(right))
     assert fmn.forget_fraction(right).max() > 0
