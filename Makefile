@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-SOURCES := $(wildcard fmn_ref/*.py fmn_ref/*/*.py fmn_ref/*.pyi fmn_ref/*.in benchmarks/*.py csrc/*/*.cpp csrc/*/*.h csrc/include/fmn/*.h) pyproject.toml setup.py constraints.txt
+SOURCES := $(wildcard fmn_ref/*.py fmn_ref/*/*.* benchmarks/*.py benchmarks/*/*.py csrc/*/*.cpp csrc/*/*.h csrc/include/fmn/*.h) pyproject.toml setup.py constraints.txt
 
 .PHONY: demo test bench lint cpp docs extras emulate wheel clean
 
@@ -13,7 +13,7 @@ lint: $(VENV)/installed ; $(BIN)/pip install -q -c constraints.txt ruff mypy && 
 cpp: ; cmake -S . -B build/cpp -DCMAKE_BUILD_TYPE=Release && cmake --build build/cpp && ctest --test-dir build/cpp --output-on-failure
 docs: $(VENV)/installed ; $(BIN)/pip install -q -c constraints.txt ".[docs]" && $(BIN)/sphinx-build -W docs build/docs
 extras: $(VENV)/installed ; .ci/extras
-emulate: $(VENV)/installed ; cd tests && $(BIN)/python -m pytest test_cpp.py -k 'simde or aarch64' -rs
+emulate: $(VENV)/installed ; cd tests && $(BIN)/python -m pytest package/test_cpp.py -k 'simde or aarch64' -rs
 wheel: $(VENV)/installed ; FMN_REQUIRE_EXT=1 $(BIN)/pip wheel --no-deps -w dist .
 clean: ; rm -rf $(VENV) build dist *.egg-info
 

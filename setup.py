@@ -22,7 +22,7 @@ class Build(build_ext):
 
 
 extension = Pybind11Extension(
-    "fmn_ref._kernels",
+    "fmn_ref.kernels._kernels",
     [f"csrc/{s}" for s in sources],
     include_dirs=["csrc/include", "csrc/src"],
     depends=[

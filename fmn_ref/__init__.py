@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import expectation as expectation
-from ._backend import Backend, backend
-from .expectation import expected_gain
-from .fusion import best_epsilon, fuse
-from .history import CorrectnessHistory
-from .importers import epoch_files, from_cartography, from_logits, from_toneva
-from .metrics import (
+from .fusion import expectation as expectation
+from .fusion.expectation import expected_gain
+from .fusion.fuse import best_epsilon, fuse
+from .fusion.plan import FusionPlan
+from .kernels.backend import Backend, backend
+from .metrics.curves import (
     ForgettingCurves,
     SampleStatistics,
     correctness,
@@ -25,34 +24,35 @@ from .metrics import (
     learned_fraction,
     sample_statistics,
 )
-from .noise import asymmetric_noise, symmetric_noise, transition_noise
-from .plan import FusionPlan
-from .recorder import Recorder, Run
-from .recovery import Recovery, recovery
+from .metrics.history import CorrectnessHistory
+from .reporting.recovery import Recovery, recovery
+from .runs.importers import epoch_files, from_cartography, from_logits, from_toneva
+from .runs.recorder import Recorder, Run
+from .training.noise import asymmetric_noise, symmetric_noise, transition_noise
 
 if TYPE_CHECKING:
-    from .augmentation import crop_flip
-    from .comparison import Comparison, compare, compare_probabilities
-    from .distillation import Sweep, distill, tune_distillation
-    from .ensemble import FusedModel, Probabilities, averaged_model
-    from .recipe import Recipe
-    from .training import train
+    from .reporting.comparison import Comparison, compare, compare_probabilities
+    from .training.augmentation import crop_flip
+    from .training.distill import Sweep, distill, tune_distillation
+    from .training.ensemble import FusedModel, Probabilities, averaged_model
+    from .training.recipe import Recipe
+    from .training.train import train
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Comparison": "comparison",
-    "FusedModel": "ensemble",
-    "Probabilities": "ensemble",
-    "Recipe": "recipe",
-    "Sweep": "distillation",
-    "averaged_model": "ensemble",
-    "compare": "comparison",
-    "compare_probabilities": "comparison",
-    "crop_flip": "augmentation",
-    "distill": "distillation",
-    "train": "training",
-    "tune_distillation": "distillation",
+    "Comparison": "reporting.comparison",
+    "FusedModel": "training.ensemble",
+    "Probabilities": "training.ensemble",
+    "Recipe": "training.recipe",
+    "Sweep": "training.distill",
+    "averaged_model": "training.ensemble",
+    "compare": "reporting.comparison",
+    "compare_probabilities": "reporting.comparison",
+    "crop_flip": "training.augmentation",
+    "distill": "training.distill",
+    "train": "training.train",
+    "tune_distillation": "training.distill",
 }
 
 __all__ = [
@@ -103,7 +103,7 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name == "plot":
-        return importlib.import_module(".plot", __name__)
+        return importlib.import_module(".reporting.plot", __name__)
     if name in _LAZY:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
         globals()[name] = value

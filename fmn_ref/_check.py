@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._backend import load
+from .kernels.backend import load
 
 TOLERANCE = 1e-2  # of a sum of probabilities: room for bfloat16
 Bool = NDArray[np.bool_]

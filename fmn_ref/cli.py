@@ -20,16 +20,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__, _check, _files, _reference, importers, metrics
-from ._backend import backend
-from ._load import has_labels, load_correct, load_epochs, load_labels, load_named
-from ._matrix import Matrix
-from .comparison import compare_probabilities
-from .expectation import expected_gain
-from .fusion import fuse
-from .history import CorrectnessHistory, labels_digest
-from .plan import METHODS, FusionPlan
-from .report import write_report
+from . import __version__, _check, _files
+from .fusion.expectation import expected_gain
+from .fusion.fuse import fuse
+from .fusion.plan import METHODS, FusionPlan
+from .kernels.backend import backend
+from .kernels.reference import correct_of
+from .metrics.curves import NEVER_LEARNED, ForgettingCurves, SampleStatistics, correctness, sample_statistics
+from .metrics.history import CorrectnessHistory, labels_digest
+from .metrics.matrix import Matrix
+from .reporting.comparison import compare_probabilities
+from .reporting.report import write_report
+from .runs import importers
+from .runs.load import has_labels, load_correct, load_epochs, load_labels, load_named
 
 PROBS = (
     "probabilities (n_epochs, n_samples, n_classes): .npy, or .npz with 'probs' and perhaps 'labels'; "
@@ -66,7 +69,7 @@ def command_metric(args: argparse.Namespace) -> None:
         "expected_gain_error": error,
     }
     if args.per_sample:
-        stats = metrics.sample_statistics(correct, never_learned=args.never_learned, progress=True)
+        stats = sample_statistics(correct, never_learned=args.never_learned, progress=True)
         write_per_sample(args.per_sample, stats, epochs, args.ids)
     if args.csv:
         return print(to_csv(columns), end="")
@@ -82,7 +85,7 @@ def command_metric(args: argparse.Namespace) -> None:
     show(args, {**summary, **columns}, "\n".join([head, *rows, end]))
 
 
-def curves_and_forgotten(correct: Any, reference: int) -> tuple[metrics.ForgettingCurves, int, tuple[float, float]]:
+def curves_and_forgotten(correct: Any, reference: int) -> tuple[ForgettingCurves, int, tuple[float, float]]:
     """The curves, how many samples were right at some epoch and are wrong at the reference, and the gain to expect
     (from the first 65536 samples), in one reading."""
     m = Matrix(correct)
@@ -94,11 +97,11 @@ def curves_and_forgotten(correct: Any, reference: int) -> tuple[metrics.Forgetti
         m.kernels.curve_counts(ever, part.stop - part.start, 1, of_ever)
         if part.start == 0:
             some = rows[:, :8192] if rows.dtype == np.uint8 else rows[:, :65536]
-            expected = expected_gain(_reference.correct_of(some, min(part.stop, 65536)))
-    return metrics.ForgettingCurves(counts, n, n, r), int(of_ever[1, 0]), expected
+            expected = expected_gain(correct_of(some, min(part.stop, 65536)))
+    return ForgettingCurves(counts, n, n, r), int(of_ever[1, 0]), expected
 
 
-def write_per_sample(path: str, stats: metrics.SampleStatistics, epochs: NDArray[np.int64], ids: str | None) -> None:
+def write_per_sample(path: str, stats: SampleStatistics, epochs: NDArray[np.int64], ids: str | None) -> None:
     n = len(stats.forgotten)
     names = list(range(n)) if ids is None else Path(ids).read_text().splitlines()
     if len(names) != n:
@@ -151,7 +154,7 @@ def command_apply(args: argparse.Namespace) -> None:
     content: dict[str, Any] = {"output": args.output, "shape": list(fused.shape)}
     text = f"fused probabilities {fused.shape} written to {args.output}"
     if labels is not None:
-        right = metrics.correctness(fused, labels), metrics.correctness(probs[-1], labels)
+        right = correctness(fused, labels), correctness(probs[-1], labels)
         content |= {"accuracy": float(right[0].mean()), "final_model_accuracy": float(right[1].mean())}
         text += f"\naccuracy {content['accuracy']:.2%}, final model alone {content['final_model_accuracy']:.2%}"
     show(args, content, text)
@@ -206,16 +209,21 @@ def command_bench(args: argparse.Namespace) -> None:
         raise ValueError("--data: the folder with the data sets is needed")
     if args.suite == "paper":
         out = args.output or f"runs/paper_{args.scale}"
-        tables = module("paper").benchmark(args.scale, args.data, out, args.only, args.jobs, args.seeds, args.clean)
+        tables = module("experiments.suite").benchmark(
+            args.scale, args.data, out, args.only, args.jobs, args.seeds, args.clean
+        )
         return print(tables.rstrip())
     if args.suite == "training":
-        return print(module("training").benchmark(args.data, args.output, device=args.device).rstrip())
+        return print(module("speed.training").benchmark(args.data, args.output, device=args.device).rstrip())
     if args.suite == "descent":
-        suite, result = module("double_descent"), module("double_descent").benchmark(args.data, args.output, args.seeds)
+        suite, result = (
+            module("experiments.double_descent"),
+            module("experiments.double_descent").benchmark(args.data, args.output, args.seeds),
+        )
     elif args.suite == "fusion":
-        suite, result = module("fusion_speed"), module("fusion_speed").benchmark(args.output)
+        suite, result = module("speed.fusion"), module("speed.fusion").benchmark(args.output)
     else:
-        suite = module("metric_throughput")
+        suite = module("speed.metric")
         result = suite.benchmark(args.epochs, args.samples, args.output)
     show(args, result, suite.markdown(result).rstrip())
 
@@ -270,9 +278,7 @@ def parser() -> argparse.ArgumentParser:
         "--labels", help="true classes, for a file of predictions or scores; " + LABELS.split(";")[1].strip()
     )
     c.add_argument("--reference", type=int, default=-1, help="row that stands for the end (default: the last)")
-    c.add_argument(
-        "--never-learned", choices=metrics.NEVER_LEARNED, default="nan", help="how never-learned samples count"
-    )
+    c.add_argument("--never-learned", choices=NEVER_LEARNED, default="nan", help="how never-learned samples count")
     c.add_argument("--per-sample", metavar="CSV", help="write a table with a row per sample")
     c.add_argument("--ids", help="text file with a sample id per line, for --per-sample")
     c.add_argument("--csv", action="store_true", help="print CSV")

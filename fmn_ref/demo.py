@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import _check, _files, plot
-from .comparison import Comparison, compare
-from .metrics import forgetting_curves
-from .noise import symmetric_noise
-from .recorder import Run
-from .training import train
+from . import _check, _files
+from .metrics.curves import forgetting_curves
+from .reporting import plot
+from .reporting.comparison import Comparison, compare
+from .runs.recorder import Run
+from .training.noise import symmetric_noise
+from .training.train import train
 
 logger = logging.getLogger(__name__)
 RATES = (0.0, 0.2, 0.4)

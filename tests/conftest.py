@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fmn_ref import _backend
+from fmn_ref.kernels import backend
 
 BACKENDS = [b for b in ("cpp", "numba", "numpy", "torch") if b != "numba" or importlib.util.find_spec("numba")]
 
@@ -18,12 +18,12 @@ def each_backend(request, monkeypatch):
     """Runs the test once per backend, through the public functions."""
     use_backend(monkeypatch, request.param)
     yield request.param
-    _backend.load.cache_clear()
+    backend.load.cache_clear()
 
 
 def use_backend(monkeypatch, name):
     monkeypatch.setenv("FMN_BACKEND", name)
-    _backend.load.cache_clear()
+    backend.load.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

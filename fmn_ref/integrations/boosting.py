@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check
-from ..importers import softmax
+from ..runs.importers import softmax
 
 Margins = Iterator[NDArray[Any]]
 

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check, _files
-from .._epochs import Epochs
-from ..importers import softmax
-from ..recorder import Recorder, Run
+from ..runs.importers import softmax
+from ..runs.recorder import Recorder, Run
+from ..training.predictions import Epochs
 
 try:
     import keras

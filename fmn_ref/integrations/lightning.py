@@ -19,9 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from .. import _check, checkpoints, data, distributed, metrics
-from ..recorder import Recorder, Run
-from ..retention import Keep
+from .. import _check
+from ..metrics.curves import correctness
+from ..runs import checkpoints
+from ..runs.recorder import Recorder, Run
+from ..runs.retention import Keep
+from ..training import data, distributed
 
 logger = logging.getLogger(__name__)
 OutputsOf = Callable[[Any, Any], tuple[Any, ...]]
@@ -193,7 +196,7 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
         if trainer.state.fn != "fit" or dataloader_idx != self._dataloader_idx:
             return
         scores, labels, *index = self._outputs_of(outputs, batch)
-        right = metrics.correctness(scores, labels)
+        right = correctness(scores, labels)
         if right.ndim != 1:
             raise ValueError(f"validation_step: expected (n, n_classes) scores, got correctness of shape {right.shape}")
         if not self._parts and self._stores and not _rehearsal(trainer):

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _check, metrics
-from ..history import CorrectnessHistory, labels_digest
+from .. import _check
+from ..metrics.curves import correctness, forget_fraction
+from ..metrics.history import CorrectnessHistory, labels_digest
 
 try:
     from torchmetrics import Metric
@@ -112,7 +113,7 @@ class ForgetFraction(Metric):
         index : (n,) integers >= 0, optional
             Sample numbers.
         """
-        right = metrics.correctness(preds, target)
+        right = correctness(preds, target)
         if right.ndim != 1:
             raise ValueError(f"preds: expected shape (n,) or (n, n_classes), got correctness of shape {right.shape}")
         number = np.full(len(right), -1) if index is None else _check.labels(index, len(right), name="index")
@@ -136,7 +137,7 @@ class ForgetFraction(Metric):
 
     def _peak(self) -> Tensor:
         history = self._open or self._closed
-        peak = metrics.forget_fraction(history).max() if history else 0.0
+        peak = forget_fraction(history).max() if history else 0.0
         return torch.tensor(peak, dtype=self.dtype, device=self.device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -27,13 +27,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import _check, checkpoints, data, distributed
-from ..ensemble import FusedModel, members_of
-from ..history import labels_digest
-from ..metrics import correctness, forget_fraction
-from ..plan import FusionPlan
-from ..recorder import Recorder, Run
-from ..retention import Keep
+from .. import _check
+from ..fusion.plan import FusionPlan
+from ..metrics.curves import correctness, forget_fraction
+from ..metrics.history import labels_digest
+from ..runs import checkpoints
+from ..runs.recorder import Recorder, Run
+from ..runs.retention import Keep
+from ..training import data, distributed
+from ..training.ensemble import FusedModel, members_of
 
 try:
     from accelerate.state import AcceleratorState

@@ -209,7 +209,7 @@ def test_the_guide(capsys):
 
 
 def test_the_guide_quotes_the_committed_results():
-    from fmn_ref.benchmarks import boosting as benchmark
+    from fmn_ref.benchmarks.experiments import boosting as benchmark
 
     result = json.loads((ROOT / "benchmarks" / "results" / "boosting.json").read_text())
     assert result["rounds"] == benchmark.ROUNDS
@@ -222,7 +222,7 @@ def test_the_guide_quotes_the_committed_results():
 def test_the_benchmark(tmp_path, monkeypatch):
     """Small; its accuracies are those of the plan and of single rounds."""
     xgboost(), lightgbm(), pytest.importorskip("matplotlib")
-    from fmn_ref.benchmarks import boosting as benchmark
+    from fmn_ref.benchmarks.experiments import boosting as benchmark
 
     monkeypatch.setattr(benchmark, "SIZES", {"breast_cancer": (200, 150)})
     monkeypatch.setattr(benchmark, "RATES", (0.4,))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 L = pytest.importorskip("lightning")
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a subprocess has no conftest
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # a subprocess has no conftest
 
 import torch  # noqa: E402
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402
@@ -24,9 +24,9 @@ from torch.optim.swa_utils import get_ema_avg_fn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import fmn_ref as fmn  # noqa: E402
-from fmn_ref import checkpoints  # noqa: E402
 from fmn_ref.integrations.lightning import RecorderCallback  # noqa: E402
 from fmn_ref.integrations.torchmetrics import ForgetFraction  # noqa: E402
+from fmn_ref.runs import checkpoints  # noqa: E402
 
 GUIDE = Path(__file__).parents[2] / "docs" / "integrations" / "lightning.md"
 EPOCHS = 6

@@ -1,0 +1,52 @@
+"""What a fusion will bring, told from the history alone. NumPy only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import _check
+from ..metrics.curves import forgetting_curves
+
+# Least squares over the settings of benchmarks/paper.py (`paper_tables.fit_rule`, docs/results.md); the error is the
+# root mean square on settings that were left out.
+RULE = {"constant": -0.0119, "peak": 0.7221, "churn": -0.274, "drop": 0.4351}
+ERROR = 0.0232
+
+
+def features(correct: Any) -> dict[str, float]:
+    """What the rule looks at, as shares of the samples.
+
+    Returns
+    -------
+    dict
+        peak: the peak forget fraction; churn: right at an epoch and wrong at the next, mean over the epochs; drop: best
+        accuracy of any epoch minus the final one.
+    """
+    right = _check.correctness(correct)
+    curves = forgetting_curves(right)
+    churn = (right[:-1] & ~right[1:]).mean() if len(right) > 1 else 0.0
+    drop = curves.accuracy.max() - curves.accuracy[-1]
+    return {"peak": float(curves.forget.max()), "churn": float(churn), "drop": float(drop)}
+
+
+def expected_gain(correct: Any) -> tuple[float, float]:
+    """What fusing the run's checkpoints will add to the final model's accuracy, and the error of that estimate.
+
+    Parameters
+    ----------
+    correct : (n_epochs, n_samples) bool or 0 and 1, or a CorrectnessHistory
+
+    Returns
+    -------
+    gain, error : float, float
+        In shares of the samples. A linear rule, fitted on small networks (docs/results.md); take it as a hint.
+
+    Examples
+    --------
+    >>> gain, error = expected_gain([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 0]])
+    """
+    f = features(correct)
+    gain = RULE["constant"] + sum(RULE[name] * value for name, value in f.items())
+    return float(np.clip(gain, 0, 1)), ERROR

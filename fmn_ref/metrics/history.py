@@ -1,0 +1,339 @@
+"""CorrectnessHistory: which samples were right at each epoch, as bits, in memory or in an append-only file. NumPy only.
+
+File (docs/formats.md): a 64-byte header, then one record per epoch of 64 bytes of record header and the row of bits,
+padded with zeros to 64 bytes; so every row is aligned and the whole file can be memory-mapped. All integers are
+little-endian.
+
+    header  8s magic  u32 version  u32 zero  u64 n_samples  32s SHA-256 of the labels (zeros: unknown)  u32 CRC-32 of
+    the 56 before record  4s magic  u32 CRC-32 of the epoch's 8 bytes and the row  i64 epoch  48 zeros  row
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import operator
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _check, _files
+
+_HEADER = struct.Struct("<8sIIQ32s")
+_RECORD = struct.Struct("<4sIq")
+_MAGIC, _RECORD_MAGIC = b"FMNHIST\0", b"EPOC"
+_PAD = 64
+NO_LABELS = bytes(32)
+
+
+def labels_digest(labels: Any) -> bytes:
+    """SHA-256 of the labels as little-endian int64: whether two files speak of the same samples in the same order."""
+    return hashlib.sha256(_check.labels(labels).astype("<i8").tobytes()).digest()
+
+
+class CorrectnessHistory:
+    """Append-only (n_epochs, n_samples) matrix of bits.
+
+    Parameters
+    ----------
+    n_samples : int >= 1
+    path : path, optional
+        A new file (conventionally history.fmnh); every append is on disk when it returns. None keeps the history in
+        memory.
+    labels : (n_samples,) integers, optional
+        Their digest is stored, so that a history is not continued on other samples.
+
+    Attributes
+    ----------
+    epochs : tuple of int
+        Epoch number of each row, ascending.
+    packed : (n_epochs, ceil(n_samples / 8)) uint8, read-only
+        Bits, least significant first, zero tail; a view of the file where there is one.
+
+    Raises
+    ------
+    FileExistsError
+        `path` exists: `CorrectnessHistory.open` continues it.
+
+    Examples
+    --------
+    >>> h = CorrectnessHistory(3)
+    >>> h.append([True, False, True])
+    >>> h.append([True, True, False])
+    >>> h.correct()
+    array([[ True, False,  True],
+           [ True,  True, False]])
+    >>> h[1]
+    array([ True,  True, False])
+    >>> import numpy as np, fmn_ref as fmn
+    >>> fmn.forget_fraction(h)
+    array([0.33333333, 0.        ])
+    """
+
+    def __init__(self, n_samples: int, path: str | os.PathLike[str] | None = None, *, labels: Any = None) -> None:
+        self.n_samples: int = _check.number(n_samples, 1, 2**48, "n_samples", int)
+        self.digest = NO_LABELS if labels is None else labels_digest(labels)
+        if labels is not None:
+            _check.labels(labels, self.n_samples)
+        self.path = None if path is None else Path(path)
+        self._epochs: list[int] = []
+        self._rows = np.zeros((0, -(-self.n_samples // 8)), np.uint8)  # in memory; grows by doubling
+        if self.path is not None:
+            if self.path.exists():
+                raise FileExistsError(f"{self.path} exists; CorrectnessHistory.open continues it")
+            header = _HEADER.pack(_MAGIC, 1, 0, self.n_samples, self.digest)
+            header = (header + struct.pack("<I", zlib.crc32(header))).ljust(_PAD, b"\0")
+            _files.write_atomic(self.path, lambda file: file.write(header))
+            self._size = _PAD
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> CorrectnessHistory:
+        """Open a history file, memory-mapped; appending continues it.
+
+        A torn last record (the process or the machine died while it was written) is left out with a warning, and
+        overwritten by the next append; opening alone never changes the file.
+
+        Parameters
+        ----------
+        path : path
+        verify : bool
+            Check every row's CRC-32, which reads the whole file once. False checks the record headers alone.
+
+        Raises
+        ------
+        FileNotFoundError
+        ValueError
+            Not a history file, a newer version, or corrupt; the message names the file and the offset.
+        """
+        self = cls.__new__(cls)
+        self.path = Path(path)
+        with open(self.path, "rb") as file:
+            self.n_samples, self.digest = _read_header(file.read(_PAD), self.path)
+        self._rows = np.zeros((0, -(-self.n_samples // 8)), np.uint8)
+        self._epochs = self._scan(verify)
+        return self
+
+    @property
+    def _record_size(self) -> int:
+        n_bytes: int = self._rows.shape[1]
+        return _PAD + -(-n_bytes // _PAD) * _PAD
+
+    def _scan(self, verify: bool) -> list[int]:
+        """Epoch numbers of the intact records."""
+        assert self.path is not None
+        self._size = self.path.stat().st_size
+        size = self._size - _PAD
+        n = size // self._record_size
+        torn = "incomplete" if size % self._record_size else ""
+        epochs: list[int] = []
+        records = self._map(n)
+        mapping = _files.mapping(records)
+        for i, record in enumerate(records):
+            fault = _record_fault(record, self.n_samples, epochs[-1] if epochs else None, verify)
+            if fault and i == n - 1 and not torn:
+                torn = fault
+                break
+            if fault:
+                raise ValueError(f"{self.path}: corrupt record at offset {_PAD + i * self._record_size}: {fault}")
+            epochs.append(_RECORD.unpack(record[:16].tobytes())[2])
+            _files.drop_pages(mapping)
+        if torn:
+            offset = _PAD + len(epochs) * self._record_size
+            message = (
+                f"{self.path}: dropped the torn last record at offset {offset} ({torn}); {len(epochs)} epochs kept"
+            )
+            warnings.warn(message, stacklevel=4)
+        return epochs
+
+    def _map(self, n: int) -> NDArray[np.uint8]:
+        """The first n records, (n, record_size) uint8."""
+        if n == 0:
+            return np.zeros((0, self._record_size), np.uint8)
+        assert self.path is not None
+        return np.memmap(self.path, np.uint8, "r", offset=_PAD, shape=(n, self._record_size))
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        return tuple(self._epochs)
+
+    @property
+    def packed(self) -> NDArray[np.uint8]:
+        n, width = len(self), self._rows.shape[1]
+        rows = self._rows[:n] if self.path is None else self._map(n)[:, _PAD : _PAD + width]
+        rows = rows.view(np.ndarray)
+        rows.flags.writeable = False
+        return rows
+
+    def append(self, correct: Any, epoch: int | None = None) -> None:
+        """Add one epoch.
+
+        Parameters
+        ----------
+        correct : (n_samples,) bool or 0 and 1
+        epoch : int, optional
+            Must be above the last one; default: the next number, from 0.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Wrong dtype or length, an epoch that is not above the last; the file was changed by another writer.
+        OSError
+            The disk is full or the file cannot be written; the history is then as it was before.
+        """
+        a = _check.array(correct, "correct")
+        row = _check.correctness(a[None] if a.ndim == 1 else a)
+        if row.shape != (1, self.n_samples):
+            raise ValueError(f"correct: expected shape ({self.n_samples},), got shape {a.shape}")
+        last = self._epochs[-1] if self._epochs else -1
+        epoch = last + 1 if epoch is None else _check.number(epoch, 0, 2**62, "epoch", int)
+        if epoch <= last:
+            raise ValueError(f"epoch: expected a number above {last}, the last epoch of this history, got {epoch}")
+        packed = np.packbits(row[0], bitorder="little")
+        if self.path is None:
+            self._append_in_memory(packed)
+        else:
+            self._append_to_file(packed, epoch)
+        self._epochs.append(epoch)
+
+    def _append_in_memory(self, packed: NDArray[np.uint8]) -> None:
+        n = len(self)
+        if n == len(self._rows):
+            grown = np.zeros((max(16, 2 * n), self._rows.shape[1]), np.uint8)
+            grown[:n] = self._rows
+            self._rows = grown
+        self._rows[n] = packed
+
+    def _append_to_file(self, packed: NDArray[np.uint8], epoch: int) -> None:
+        assert self.path is not None
+        record = bytearray(self._record_size)
+        record[_PAD : _PAD + len(packed)] = packed.tobytes()
+        crc = _checksum(epoch, bytes(record[_PAD:]))
+        _RECORD.pack_into(record, 0, _RECORD_MAGIC, crc, epoch)
+        end = _PAD + len(self) * self._record_size
+        with open(self.path, "r+b", buffering=0) as file:
+            self._check_only_writer(os.fstat(file.fileno()).st_size)
+            file.truncate(end)  # drops a torn record
+            file.seek(end)
+            try:
+                if file.write(record) != len(record):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError as error:
+                error.filename = str(self.path)
+                file.truncate(end)
+                raise
+            finally:
+                self._size = os.fstat(file.fileno()).st_size
+
+    def truncate(self, n_epochs: int) -> None:
+        """Keep the first n_epochs rows and drop the rest, in the file too."""
+        n: int = _check.number(n_epochs, 0, len(self), "n_epochs", int)
+        if self.path is not None:
+            self._check_only_writer(self.path.stat().st_size)
+            kept = self.path.read_bytes()[: _PAD + n * self._record_size]
+            _files.write_atomic(self.path, lambda file: file.write(kept))  # a new file: views of the old one stay valid
+            self._size = len(kept)
+        self._rows = self._rows.copy()  # views of the old ones stay as they are
+        del self._epochs[n:]
+
+    def _check_only_writer(self, size: int) -> None:
+        if size != self._size:
+            raise ValueError(f"{self.path}: changed since it was opened here; a history has one writer")
+
+    def correct(self) -> NDArray[np.bool_]:
+        """(n_epochs, n_samples) bool: a new array, eight times the size of the bits."""
+        return self[:]
+
+    def __getitem__(self, row: Any) -> NDArray[np.bool_]:
+        """``history[i]`` is (n_samples,) bool, ``history[a:b]`` (b - a, n_samples): new arrays."""
+        bits = self.packed[row if isinstance(row, slice) else operator.index(row)]
+        return np.unpackbits(bits, axis=-1, count=self.n_samples, bitorder="little").view(np.bool_)
+
+    @classmethod
+    def concatenate(
+        cls, histories: Sequence[CorrectnessHistory], path: str | os.PathLike[str] | None = None
+    ) -> CorrectnessHistory:
+        """Join histories of the same epochs over their samples, in the order given (shards of one evaluation).
+
+        Raises
+        ------
+        ValueError
+            Nothing to join, or epochs that differ.
+        """
+        if not histories:
+            raise ValueError("histories: expected at least one")
+        if any(h.epochs != histories[0].epochs for h in histories):
+            raise ValueError("histories: expected the same epochs in all")
+        joined = cls(sum(h.n_samples for h in histories), path)
+        for i, epoch in enumerate(histories[0].epochs):
+            parts = [np.unpackbits(h.packed[i], count=h.n_samples, bitorder="little") for h in histories]
+            joined.append(np.concatenate(parts), epoch)
+        return joined
+
+    def select(self, rows: Any) -> CorrectnessHistory:
+        """Some of the epochs, ascending rows, as a history in memory.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Rows that are none, or not ascending.
+        """
+        chosen = [_check.index(i, len(self), "rows") for i in rows]
+        if chosen != sorted(set(chosen)):
+            raise ValueError(f"rows: expected them ascending, got {chosen}")
+        part = CorrectnessHistory(self.n_samples)
+        part.digest = self.digest
+        part._rows = np.ascontiguousarray(self.packed[chosen])
+        part._epochs = [self._epochs[i] for i in chosen]
+        return part
+
+    def __len__(self) -> int:
+        return len(self._epochs)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("a CorrectnessHistory holds bits: an array of bool is always a copy")
+        return self.correct().astype(bool if dtype is None else dtype, copy=False)
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.path is None else str(self.path)
+        return f"CorrectnessHistory(n_epochs={len(self)}, n_samples={self.n_samples}, {where})"
+
+
+def _checksum(epoch: int, row: bytes | memoryview) -> int:
+    return zlib.crc32(row, zlib.crc32(struct.pack("<q", epoch)))
+
+
+def _read_header(header: bytes, path: Path) -> tuple[int, bytes]:
+    if len(header) < _PAD or not header.startswith(_MAGIC):
+        raise ValueError(f"{path}: not a history file (bad magic or shorter than its header, offset 0)")
+    _, version, _, n_samples, digest = _HEADER.unpack(header[: _HEADER.size])
+    if (
+        zlib.crc32(header[: _HEADER.size]) != struct.unpack_from("<I", header, _HEADER.size)[0]
+        or not 1 <= n_samples <= 2**48
+    ):
+        raise ValueError(f"{path}: corrupt header (CRC-32, offset 0)")
+    if version != 1:
+        raise ValueError(f"{path}: history version {version} is not known to this release")
+    return int(n_samples), digest
+
+
+def _record_fault(record: NDArray[np.uint8], n_samples: int, last: int | None, verify: bool) -> str:
+    """What is wrong with a record, or nothing."""
+    magic, crc, epoch = _RECORD.unpack(record[:16].tobytes())
+    if magic != _RECORD_MAGIC:
+        return "bad magic"
+    if verify and _checksum(epoch, record[_PAD:].data) != crc:
+        return "CRC-32 does not match"
+    if epoch < 0 or (last is not None and epoch <= last):
+        return f"epoch {epoch} after {last}"
+    if verify and n_samples % 8 and record[_PAD + n_samples // 8] >> (n_samples % 8):
+        return "bits set past the last sample"
+    return ""

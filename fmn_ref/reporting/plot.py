@@ -1,0 +1,114 @@
+"""Figures (matplotlib, optional: pip install "fmn_ref[plot]"). Each function returns a Figure; pyplot is not touched.
+
+fmn_ref.plot.curves(run.history).savefig("curves.png")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _check
+from ..fusion.plan import FusionPlan
+from ..metrics.curves import forgetting_curves, forgetting_matrix, sample_statistics
+from .recovery import Recovery
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BLUE, _RED, _GREEN, _GREY = "#2563eb", "#dc2626", "#059669", "#6b7280"
+
+
+def _axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (6.4, 3.6)) -> tuple[Figure, Axes]:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise ImportError('figures need matplotlib: pip install "fmn_ref[plot]"') from None
+    figure = Figure(size, dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _epochs(correct: Any) -> NDArray[np.int64]:
+    """Epoch numbers of the rows: those that a history recorded, else 0, 1, ..."""
+    return np.array(getattr(correct, "epochs", range(len(correct))), np.int64)
+
+
+def curves(correct: Any) -> Figure:
+    """Accuracy, retained accuracy, F_e and L_e per epoch; the shaded gap between the first two is F_e."""
+    c = forgetting_curves(correct)
+    epochs = _epochs(correct)
+    figure, axes = _axes("What is known at each epoch, and what of it is left at the end", "epoch", "share of samples")
+    axes.plot(epochs, c.accuracy, color=_BLUE, label="accuracy")
+    axes.plot(epochs, c.retained, color=_BLUE, linestyle=":", label="of it still right at the end")
+    axes.fill_between(epochs, c.retained, c.accuracy, color=_RED, alpha=0.12, linewidth=0)
+    axes.plot(epochs, c.forget, color=_RED, label="forget fraction $F_e$")
+    axes.plot(epochs, c.learned, color=_GREEN, label="learned fraction $L_e$")
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def matrix(correct: Any) -> Figure:
+    """Heat map of the forgetting matrix, as shares of the samples: below the diagonal what was forgotten."""
+    c, epochs = np.asarray(correct), _epochs(correct)
+    share = forgetting_matrix(c) / c.shape[1]
+    figure, axes = _axes("Right at epoch i, wrong at epoch j", "epoch j", "epoch i", (4.8, 4.0))
+    most = np.triu(share).max() or 1  # of what was forgotten: an untrained epoch would outshine it
+    mesh = axes.pcolormesh(epochs, epochs, share, cmap="magma", vmin=0, vmax=most)
+    figure.colorbar(mesh, ax=axes, label="share of samples", extend="max" if share.max() > most else "neither")
+    return figure
+
+
+def plan_weights(plan: FusionPlan) -> Figure:
+    """Weight of each checkpoint in the fused prediction."""
+    figure, axes = _axes("Weights of the fused prediction", "epoch", "weight")
+    weights = plan.weights
+    axes.bar(list(weights), list(weights.values()), color=_BLUE, width=0.9)
+    axes.set_xlim(-0.5, plan.n_epochs - 0.5)
+    return figure
+
+
+def last_correct(correct: Any) -> Figure:
+    """When the samples that are wrong at the end, but were right before, were right for the last time."""
+    s = sample_statistics(correct)
+    epochs = _epochs(correct)
+    title = f"Last epoch at which the {int(s.forgotten.sum())} forgotten samples were right"
+    figure, axes = _axes(title, "epoch", "samples")
+    n = np.bincount(s.last_correct[s.forgotten].astype(int), minlength=len(epochs))
+    axes.bar(epochs, n, width=0.9 * np.diff(epochs).min(initial=epochs[-1] + 1), color=_RED)
+    return figure
+
+
+def per_class(correct: Any, labels: Any) -> Figure:
+    """Share of each class that was forgotten: right at some epoch and wrong at the end."""
+    forgotten = sample_statistics(correct).forgotten
+    y = _check.labels(labels, len(forgotten))
+    classes, member, size = np.unique(y, return_inverse=True, return_counts=True)
+    share = np.bincount(member, forgotten) / size
+    figure, axes = _axes("Forgotten samples per class", "class", "share of the class")
+    axes.bar(classes, share, color=_RED)
+    axes.axhline(forgotten.mean(), color=_GREY, linewidth=1, linestyle="--")
+    return figure
+
+
+def recovery(r: Recovery) -> Figure:
+    """Per predictor: forgotten samples that it brings back, never-learned ones that it knows, and those it loses."""
+    figure, axes = _axes("What changes against the final model", "", "samples")
+    counts = r.counts()
+    places = np.arange(len(counts))
+    bars = (("recovered", _GREEN, "forgotten, recovered"), ("new", _BLUE, "never right, new"), ("lost", _RED, "lost"))
+    for i, (key, color, label) in enumerate(bars):
+        axes.bar(places + 0.27 * (i - 1), [n[key] for n in counts.values()], 0.25, color=color, label=label)
+    axes.set_xticks(places, list(counts))
+    axes.margins(y=0.2)
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
+    return figure

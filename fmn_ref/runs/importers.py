@@ -1,0 +1,216 @@
+"""What other tools recorded, as arrays of this package: cartography's training dynamics, mtoneva's example statistics,
+one file per epoch, logits. Nothing from a file is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import tokenize
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _check
+
+Float = NDArray[np.float64]
+
+
+class from_logits(Sequence[NDArray[np.float32]]):
+    """Logits of every epoch as probabilities, float32, computed when read.
+
+    Parameters
+    ----------
+    logits : (n_epochs, n_samples, n_classes) array, or a sequence of (n_samples, n_classes) arrays
+        Any floating-point type, memory-mapped or not.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When read: not floating-point, of other shape, or with a NaN or an infinity that is not negative.
+
+    Examples
+    --------
+    >>> from_logits([[[0.0, 0.0]]])[0]
+    array([[0.5, 0.5]], dtype=float32)
+    """
+
+    def __init__(self, logits: Any) -> None:
+        self._logits = logits
+
+    def __len__(self) -> int:
+        return len(self._logits)
+
+    def __getitem__(self, epoch: Any) -> Any:
+        return softmax(self._logits[epoch], f"logits[{epoch}]")
+
+
+def softmax(logits: Any, name: str) -> NDArray[np.float32]:
+    """(n_samples, n_classes) probabilities of finite logits."""
+    z = _check.array(logits, name)
+    if z.dtype.kind != "f" or z.ndim != 2 or 0 in z.shape:
+        got = f"shape {z.shape}, dtype {z.dtype}"
+        raise ValueError(f"{name}: expected floating-point (n_samples, n_classes), got {got}")
+    with np.errstate(over="ignore"):
+        z = z.astype(np.float32)
+        highest = z.max(1, keepdims=True)
+        bad = ~np.isfinite(highest)
+        if bad.any():
+            row, value = int(bad.argmax()), highest[bad][0]
+            raise ValueError(f"{name}, row {row}: expected finite numbers, the highest is {value}")
+        p = np.exp(z - highest)
+    return np.asarray(p / p.sum(1, keepdims=True))
+
+
+def epoch_files(folder: str | Path, pattern: str = "*.npy") -> list[NDArray[Any]]:
+    """One .npy file per epoch, memory-mapped, in the order of the numbers in their names ("epoch_2" before "epoch_10").
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        A file is no array of numbers; the message names it.
+    """
+    paths = sorted(Path(folder).glob(pattern), key=_natural)
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no {pattern} there")
+    arrays = []
+    for path in paths:
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                array.close()
+                raise ValueError("an .npz file")
+            if array.dtype.kind not in "biuf":
+                raise ValueError(f"dtype {array.dtype}")
+        except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
+            reason = "objects" if "pickle" in str(error) else error  # NumPy suggests to unpickle them
+            raise ValueError(f"{path}: not an .npy file of numbers ({reason})") from None
+        arrays.append(array)
+    return arrays
+
+
+def _natural(path: Path) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def from_cartography(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
+    """The training dynamics that dataset cartography writes: dynamics_epoch_0.jsonl and so on.
+
+    Each line is {"guid": ..., "logits_epoch_E": [...], "gold": class} (Swayamdipta et al. 2020).
+
+    Returns
+    -------
+    logits : (n_epochs, n_samples, n_classes) float32
+    labels : (n_samples,) int64
+    guids : list of str
+        Sample ids, in the order of the first file.
+
+    Raises
+    ------
+    FileNotFoundError
+        No dynamics there.
+    ValueError
+        A line that is none, another number of classes, samples that differ from file to file; the message names file
+        and line.
+    """
+    paths = sorted(Path(folder).glob("dynamics_epoch_*.jsonl"), key=_natural)
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no dynamics_epoch_*.jsonl there")
+    epochs: list[dict[str, tuple[list[float], int]]] = []
+    for path in paths:
+        rows: dict[str, tuple[list[float], int]] = {}
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                content = json.loads(line)
+                key = next(k for k in content if k.startswith("logits_epoch_"))
+                guid, row = str(content["guid"]), ([float(v) for v in content[key]], int(content["gold"]))
+            except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: not a line of training dynamics ({error})") from None
+            if guid in rows:
+                raise ValueError(f"{path}:{number}: sample {guid!r} is there twice")
+            rows[guid] = row
+        epochs.append(rows)
+        if rows.keys() != epochs[0].keys() or not rows:
+            raise ValueError(f"{path}: expected the samples of {paths[0].name}, and at least one")
+    guids = list(epochs[0])
+    n_classes = len(epochs[0][guids[0]][0])
+    for path, rows in zip(paths, epochs, strict=True):
+        for guid in guids:
+            logits, gold = rows[guid]
+            if len(logits) != n_classes or gold != epochs[0][guid][1]:
+                raise ValueError(f"{path}: sample {guid!r} has {len(logits)} logits and label {gold}, unlike before")
+    dynamics = np.array([[rows[g][0] for g in guids] for rows in epochs], np.float32)
+    return dynamics, _check.labels([epochs[0][g][1] for g in guids], n_classes=n_classes, name="gold"), guids
+
+
+class _Dtype:
+    """Stands in for numpy.dtype: what a pickle says about the type of a number."""
+
+    def __init__(self, name: Any, *flags: Any) -> None:
+        if not isinstance(name, str) or not re.fullmatch("b1|[iu][1248]|f[248]", name):
+            raise pickle.UnpicklingError("it holds a NumPy type that is no number")
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] not in ("<", ">", "|", "="):
+            raise pickle.UnpicklingError("it holds a NumPy type of unknown byte order")
+        self.order = state[1]
+
+
+class _Scalar:
+    """Stands in for the function that makes NumPy's scalars of a type and bytes: gives a plain number."""
+
+    def __new__(cls, dtype: Any, data: Any) -> Any:
+        return np.frombuffer(data, dtype.order + dtype.name).item()
+
+    def __setstate__(self, state: Any) -> None:  # or the class itself could be given attributes
+        raise pickle.UnpicklingError("it sets the state of a number")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, tuples, strings and numbers, NumPy's too; refuses whatever would import or call something."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy", "dtype"):
+            return _Dtype
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
+            return _Scalar
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}; only plain containers and numbers are read")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise pickle.UnpicklingError("it refers to something outside the file")
+
+
+def from_toneva(path: str | Path) -> tuple[NDArray[np.bool_], list[int]]:
+    """What mtoneva/example_forgetting pickles: {index: [losses, accuracies, margins]}, each over the presentations.
+
+    The indices there are NumPy's integers.
+
+    Returns
+    -------
+    correct : (n_epochs, n_samples) bool
+    indices : list of int
+        Of the samples, ascending.
+
+    Raises
+    ------
+    ValueError
+        Not such a file, or a pickle that holds anything but plain containers and numbers: it is not executed.
+    """
+    with open(path, "rb") as file:
+        try:
+            content = _PlainUnpickler(file).load()
+            samples = {k: v for k, v in content.items() if isinstance(k, int) and not isinstance(k, bool)}
+            indices = sorted(samples)
+            correct = np.array([samples[i][1] for i in indices], np.float64)
+            if correct.ndim != 2 or 0 in correct.shape or not np.isin(correct, (0, 1)).all():
+                raise ValueError("expected the same number of accuracies, 0 or 1, for every sample")
+        except Exception as error:  # a pickle from a stranger may fail in any way
+            raise ValueError(f"{path}: not example statistics: {error}") from None
+    return np.ascontiguousarray(correct.T == 1), indices

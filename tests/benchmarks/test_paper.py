@@ -1,0 +1,296 @@
+"""The experiment suite on tiny pieces, and the committed tables against the committed pieces."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import struct
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fmn_ref.benchmarks.experiments import datasets, double_descent, networks, suite, tables
+from fmn_ref.benchmarks.speed import fusion
+
+import fmn_ref as fmn
+from fmn_ref.cli import main
+from fmn_ref.training.augmentation import crop_flip
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "paper"
+
+
+def cifar_like(root, n_train=260, n_test=240):
+    """CIFAR-100's layout with random images, and CIFAR-100N's labels."""
+    rng = np.random.default_rng(0)
+    (root / "cifar-100-binary").mkdir(parents=True)
+    for name, n in (("train", n_train), ("test", n_test)):
+        rows = rng.integers(0, 100, (n, 3074)).astype(np.uint8)
+        rows.tofile(root / "cifar-100-binary" / f"{name}.bin")
+    (root / "cifar-100n").mkdir()
+    np.save(root / "cifar-100n" / "noisy_fine.npy", rng.integers(0, 100, n_train))
+    return root
+
+
+def idx(a):
+    return struct.pack(f">BBBB{a.ndim}I", 0, 0, 8, a.ndim, *a.shape) + a.tobytes()
+
+
+def tiny(dataset="digits", stages=None, **changes):
+    task = next(t for t in suite.cpu_tasks() if t.dataset == dataset)
+    return replace(task, n_train=150, n_select=100, n_test=120, epochs=10, stages=stages, **changes)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A piece with all stages, on digits."""
+    out = tmp_path_factory.mktemp("suite")
+    piece = suite.Piece(tiny(), "sym40", False, 0)
+    return piece, out, suite.run_piece(piece, Path(), out)
+
+
+def test_a_piece_holds_every_method(everything):
+    _, _, result = everything
+    rows = tables.rows_of(result)
+    assert {
+        "final",
+        "KF",
+        "auto",
+        "Caruana",
+        "distilled auto",
+        "5 networks, early stopped",
+        "snapshots",
+        "FGE",
+        "SWA",
+    } <= set(rows)
+    assert {"EMA", "distilled EMA", "distilled snapshots", "distilled 5 networks, early stopped"} <= set(rows)
+    assert {"generation 3, distilled", "averaged auto", "auto, 16-bit checkpoints", "top at auto's cost"} <= set(rows)
+    assert len(rows) == len(result["rows"])
+    for row in rows.values():
+        assert 0 <= row["test_accuracy"] <= 1
+        assert row["forward_passes"] >= 1
+    assert rows["top at auto's cost"]["forward_passes"] == rows["auto"]["forward_passes"]
+    assert rows["5 networks"]["training_runs"] == 5
+    assert result["share_of_wrong_labels"] == 0.4
+    assert result["recovery"]["auto"]["samples"] == 120
+
+
+def test_a_finished_piece_is_not_done_again(everything, monkeypatch):
+    piece, out, result = everything
+    monkeypatch.setattr(measurement, "measure", None)
+    assert suite.run_piece(piece, Path(), out)["rows"] == result["rows"]
+
+
+def test_an_interrupted_piece_ends_the_same(everything, tmp_path, monkeypatch):
+    piece, _, result = everything
+    stages = dict(measurement.STAGES)
+    monkeypatch.setitem(measurement.STAGES, "networks", lambda bench: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        suite.run_piece(piece, Path(), tmp_path)
+    monkeypatch.setitem(measurement.STAGES, "networks", stages["networks"])
+    assert suite.run_piece(piece, Path(), tmp_path)["rows"] == result["rows"]
+
+
+def test_tables_of_a_suite(everything):
+    _, out, result = everything
+    other = {**result, "piece": "digits-sym40-plain-1", "seed": 1}
+    (out / "pieces" / "digits-sym40-plain-1.json").write_text(
+        json.dumps({"format": suite.FORMAT, "version": 1, **other})
+    )
+    text = tables.write(out)
+    accuracy = 100 * tables.rows_of(result)["auto"]["test_accuracy"]
+    assert f"| auto | {accuracy:.1f} ± 0.0 |" in text
+    assert (out / "tables.md").read_text() == text
+    assert {"gain.png", "budget.png", "tables.csv", "tables.json"} <= {p.name for p in out.iterdir()}
+
+
+def test_the_same_samples_cannot_select_and_score(monkeypatch, tmp_path):
+    """A split that cheats is refused."""
+    piece = suite.Piece(tiny(stages={"": ()}), "clean", False, 0)
+    honest = piece.split(Path())
+    monkeypatch.setattr(suite.Piece, "split", lambda self, root: honest._replace(test=honest.select))
+    with pytest.raises(ValueError, match="selection set"):
+        suite.run_piece(piece, Path(), tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar100"])
+def test_splits_are_disjoint_and_seeded(dataset, tmp_path):
+    if dataset == "cifar100":
+        cifar_like(tmp_path)
+    if dataset == "mnist":
+        (tmp_path / "mnist").mkdir()
+        rng = np.random.default_rng(1)
+        for name, n in (("train", 200), ("t10k", 230)):
+            images, labels = rng.integers(0, 256, (n, 28, 28)).astype(np.uint8), rng.integers(0, 10, n).astype(np.uint8)
+            (tmp_path / "mnist" / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+            (tmp_path / "mnist" / f"{name}-labels-idx1-ubyte").write_bytes(idx(labels))
+    source = datasets.SOURCES[dataset](tmp_path)
+    for noise in ("clean", "sym20", "asym40", *(["human"] if dataset == "cifar100" else [])):
+        a, b = (datasets.split(source, noise, 3, 150, 100, 110, pooled=dataset == "digits") for _ in range(2))
+        for x, y in zip(a[:3], b[:3], strict=True):
+            assert torch.equal(x[0], y[0])
+            assert torch.equal(x[1], y[1])
+        sets = [set(map(bytes, part[0].numpy().reshape(len(part[0]), -1))) for part in a[:3]]
+        assert not sets[0] & sets[1] | sets[1] & sets[2] | sets[0] & sets[2]
+        assert a.share_wrong == {"clean": 0, "sym20": 0.2, "asym40": 0.4}.get(noise, a.share_wrong)
+    with pytest.raises(ValueError, match="at most"):
+        datasets.split(source, "clean", 0, 150, 5000, 6000, pooled=dataset == "digits")
+    with pytest.raises(ValueError, match="noise"):
+        datasets.split(source, "sym", 0, 150, 10, 10, pooled=dataset == "digits")
+
+
+def test_tinyimagenet(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "tiny-imagenet-200"
+    assert [t.dataset for t in suite.gpu_tasks(tmp_path)] == ["cifar100"]
+    for name in ("n01", "n02"):
+        (folder / "train" / name / "images").mkdir(parents=True)
+        for i in range(3):
+            grey = image.fromarray(rng.integers(0, 256, (64, 64)).astype(np.uint8))  # some images there are grey
+            grey.save(folder / "train" / name / "images" / f"{name}_{i}.JPEG", "JPEG")
+    (folder / "val" / "images").mkdir(parents=True)
+    image.new("RGB", (64, 64), (255, 0, 0)).save(folder / "val" / "images" / "val_0.JPEG", "JPEG")
+    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t62\t62\n")
+    (folder / "wnids.txt").write_text("n01\nn02\n")
+    source = datasets.tinyimagenet(tmp_path)
+    assert source.train[1].tolist() == [0, 0, 0, 1, 1, 1]
+    assert source.test[1].tolist() == [1]
+    assert source.test[0].shape == (1, 3, 64, 64)
+    assert source.test[0][0, 0].min() > 250 > 5 > source.test[0][0, 1].max()
+    assert [t.dataset for t in suite.gpu_tasks(tmp_path)] == ["cifar100", "tinyimagenet"]
+
+
+def test_damaged_data_is_named(tmp_path):
+    cifar_like(tmp_path)
+    path = tmp_path / "cifar-100-binary" / "test.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"test\.bin"):
+        datasets.cifar100(tmp_path)
+
+
+def test_augmentation_crops_and_flips():
+    """Every augmented image is a crop of the padded one, as it is or mirrored; equal seeds give equal images."""
+    x = torch.arange(4 * 3 * 6 * 6, dtype=torch.float32).reshape(4, 3, 6, 6) + 1
+    torch.manual_seed(0)
+    once = crop_flip(2)(x.repeat(20, 1, 1, 1))
+    torch.manual_seed(0)
+    assert torch.equal(once, crop_flip(2)(x.repeat(20, 1, 1, 1)))
+    padded = torch.nn.functional.pad(x, (2,) * 4)
+    crops = [padded[..., i : i + 6, j : j + 6] for i in range(5) for j in range(5)]
+    kinds = {(c if f == 0 else c.flip(-1))[k].numpy().tobytes() for c in crops for f in (0, 1) for k in range(4)}
+    got = {image.numpy().tobytes() for image in once}
+    assert got <= kinds
+    assert len(got) > 40
+
+
+def test_the_gpu_scale_on_a_tiny_network(tmp_path):
+    """Its code path on the CPU: ResNet-18, four channels wide, on random images in CIFAR's layout."""
+    cifar_like(tmp_path / "data")
+    task, *_ = suite.gpu_tasks(tmp_path / "data")
+    network = partial(networks.resnet18, 3, 100, width=4)
+    small = {"n_select": 60, "n_test": 60, "epochs": 2, "device": "cpu"}
+    piece = suite.Piece(replace(task, network=network, stages={"": ("students",)}, **small), "sym40", True, 0)
+    rows = tables.rows_of(suite.run_piece(piece, tmp_path / "data", tmp_path / "out"))
+    assert "distilled auto" in rows
+    names = [p.name for p in suite.pieces("gpu", tmp_path / "data")]
+    assert names[:4] == [f"cifar100-clean-augmented-{s}" for s in range(3)] + ["cifar100-sym40-augmented-0"]
+    assert len(names) == 15
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_scale_needs_one(tmp_path, capsys):
+    assert main(["bench", "paper", "--scale", "gpu", "--data", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+    assert "--scale gpu: torch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_the_suite_as_a_command(tmp_path, monkeypatch, capsys):
+    tasks = [tiny(stages={"": ()})]
+    monkeypatch.setattr(suite, "cpu_tasks", lambda: tasks)
+    command = ["bench", "paper", "--data", str(tmp_path), "-o", str(tmp_path / "out"), "--clean"]
+    command += ["--only", "clean-plain-[01]"]
+    assert main(command) == 0
+    assert "| auto |" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "pieces").iterdir())) == 2
+    assert not list((tmp_path / "out").rglob("*.pt"))
+    assert main([*command[:-1], "nothing"]) == 1
+    assert main(["bench", "paper"]) == 1
+    assert "--data" in capsys.readouterr().err
+
+
+def test_double_descent_on_a_few_images(tmp_path, monkeypatch):
+    (tmp_path / "mnist").mkdir()
+    rng = np.random.default_rng(1)
+    for name, n in (("train", 2000), ("t10k", 10000)):
+        (tmp_path / "mnist" / f"{name}-images-idx3-ubyte").write_bytes(
+            idx(rng.integers(0, 256, (n, 28, 28)).astype(np.uint8))
+        )
+        (tmp_path / "mnist" / f"{name}-labels-idx1-ubyte").write_bytes(idx(rng.integers(0, 10, n).astype(np.uint8)))
+    monkeypatch.setattr(double_descent, "CASES", {"case": ("sym20", lambda: double_descent.mlp(4), 0.01)})
+    result = double_descent.benchmark(str(tmp_path), str(tmp_path), n_seeds=2, epochs=3)
+    assert len(result["cases"]["case"]["seeds"][1]["forget"]) == 3
+    assert (tmp_path / "double_descent.png").stat().st_size > 5000
+    assert "case" in double_descent.markdown(result)
+
+
+def test_fusion_speed_on_small_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr(fusion, "SIZES", [(300, 5), (200, 7)])
+    monkeypatch.setattr(fusion, "seconds", lambda call, least=0, budget=0: (call(), 1.0)[1])
+    monkeypatch.setattr(fusion, "METHODS", ("forget", "auto"))
+    monkeypatch.setattr(fusion, "LARGE", (4, 100, 5))
+    result = fusion.benchmark(str(tmp_path))
+    assert [r["dtype"] for r in result["search"]] == ["float32", "float32", "float16", "bfloat16", "float64"]
+    assert (tmp_path / "fusion_speed.md").read_text() == fusion.markdown(result)
+
+
+class TestCommittedResults:
+    """What is committed follows from the pieces, cell by cell."""
+
+    @pytest.fixture
+    def results(self):
+        return tables.load(RESULTS)
+
+    def test_every_table_follows_from_the_pieces(self, results):
+        assert tables.markdown(results) == (RESULTS / "tables.md").read_text()
+        assert tables.to_csv(results) == (RESULTS / "tables.csv").read_text()
+        assert tables.to_json(results) == (RESULTS / "tables.json").read_text()
+
+    def test_cells_by_hand(self, results):
+        """The CSV's means and errors, recomputed from the pieces by nothing of the suite's code."""
+        accuracy = {}
+        for path in (RESULTS / "pieces").glob("*.json"):
+            content = json.loads(path.read_text())
+            for row in content["rows"]:
+                key = re.sub(r"-\d+$", "", content["piece"]), row["method"]
+                accuracy.setdefault(key, []).append(100 * row["test_accuracy"])
+        cells = list(csv.DictReader(io.StringIO((RESULTS / "tables.csv").read_text())))
+        assert len(cells) == len(accuracy)
+        for cell in cells:
+            values = accuracy[cell["setting"], cell["method"]]
+            assert float(cell["test_accuracy"]) == pytest.approx(np.mean(values))
+            if len(values) > 1:
+                assert float(cell["standard_error"]) == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
+
+    def test_the_documentation_quotes_them(self, results):
+        text = (RESULTS.parents[2] / "docs" / "results.md").read_text()
+        assert tables.summary(results) in text
+        assert f"{len(results)} of {len(suite.pieces('cpu', Path()))} pieces" in text
+
+    def test_the_rule_is_the_fitted_one(self, results):
+        rule = tables.fit_rule(results)
+        assert rule["coefficients"] == fmn.expectation.RULE
+        assert rule["error"] == fmn.expectation.ERROR
+
+    def test_pieces_say_how_they_were_made(self, results):
+        for result in results:
+            assert {"fmn_ref", "torch", "numpy", "python", "device"} <= set(result["made_with"])
+            assert result["piece"] == f"{result['setting']}-{result['seed']}"
+            assert len(result["curves"]["accuracy"]) == result["epochs"]
+
+    def test_double_descent_is_drawn_from_its_numbers(self):
+        result = json.loads((RESULTS.parent / "double_descent.json").read_text())
+        for case in result["cases"].values():
+            assert [double_descent.depth(s["accuracy"]) for s in case["seeds"]] == case["depth"]

@@ -1,0 +1,290 @@
+"""Knowledge Fusion against a transcription of METHOD's steps, and best_epsilon against rational arithmetic."""
+
+import json
+from fractions import Fraction
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from conftest import random_probs
+from hypothesis import given, settings
+
+import fmn_ref as fmn
+from fmn_ref.fusion.plan import mixture
+
+
+def fuse_by_the_book(p, labels, window):
+    """Steps 1 to 5, nothing shared with the package."""
+    n = len(p)
+    cur, members = p[-1], []
+    accuracy = (cur.argmax(1) == labels).mean()
+    while True:
+        wrong = cur.argmax(1) != labels
+        a = int(np.argmax([((q.argmax(1) == labels) & wrong).mean() for q in p]))
+        mean = p[max(0, a - window) : min(n, a + window + 1)].mean(0)
+        scores = [((g / 100 * mean + (1 - g / 100) * cur).argmax(1) == labels).mean() for g in range(101)]
+        best = int(np.argmax(scores))
+        if scores[best] <= accuracy:
+            return members, accuracy
+        accuracy = scores[best]
+        members.append((a, best / 100))
+        cur = best / 100 * mean + (1 - best / 100) * cur
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("window", [0, 1, 2])
+def test_fuse_follows_the_method(seed, window):
+    p, labels = random_probs(np.random.default_rng(seed))
+    plan = fmn.fuse(p, labels, window=window)
+    members, accuracy = fuse_by_the_book(p, labels, window)
+    assert list(plan.members) == members
+    assert plan.accuracy[-1] == accuracy
+
+
+@pytest.mark.parametrize("search", ["grid", "exact"])
+@pytest.mark.parametrize("seed", range(8))
+def test_plan(seed, search, tmp_path):
+    rng = np.random.default_rng(seed)
+    p, labels = random_probs(rng, dtype=np.float32)
+    plan = fmn.fuse(p, labels, search=search)
+    assert all(b > a for a, b in pairwise(plan.accuracy))
+    fused = plan.apply(p)
+    assert (fused.argmax(1) == labels).mean() == plan.accuracy[-1]
+    assert sum(plan.weights.values()) == pytest.approx(1)
+    np.testing.assert_allclose(mixture(p, plan.weights), fused, atol=1e-12)
+    plan.save(tmp_path / "plan.json")
+    assert fmn.FusionPlan.load(tmp_path / "plan.json") == plan
+
+
+def test_exact_search_is_never_below_the_grid_in_any_round(rng):
+    for _ in range(20):
+        p, labels = random_probs(rng, n_epochs=5, n_samples=40)
+        one = [fmn.fuse(p, labels, search=s, max_rounds=1).accuracy[-1] for s in ("grid", "exact")]
+        assert one[1] >= one[0]
+
+
+@st.composite
+def epsilon_problems(draw):
+    """Probabilities that are multiples of 1 / m, so that ties abound and fractions are exact."""
+    n, k, m = draw(st.integers(1, 8)), draw(st.integers(2, 4)), draw(st.sampled_from([2, 4, 8, 10, 64, 100]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    current, candidate = (rng.multinomial(m, np.ones(k) / k, n) for _ in range(2))
+    return current, candidate, m, rng.integers(0, k, n)
+
+
+def exact_accuracy(current, candidate, m, labels, eps):
+    right = 0
+    for c, q, y in zip(current.tolist(), candidate.tolist(), labels.tolist(), strict=True):
+        mixed = [eps * Fraction(b, m) + (1 - eps) * Fraction(a, m) for a, b in zip(c, q, strict=True)]
+        right += mixed.index(max(mixed)) == y
+    return right / len(labels)
+
+
+@settings(max_examples=300, deadline=None)
+@given(epsilon_problems())
+def test_exact_epsilon_against_rational_arithmetic(problem):
+    current, candidate, m, labels = problem
+    eps, accuracy = fmn.best_epsilon(current / m, candidate / m, labels, search="exact")
+    mixed = eps * (candidate / m) + (1 - eps) * (current / m)
+    assert accuracy == (mixed.argmax(1) == labels).mean()  # what was promised is what one gets
+    assert accuracy >= fmn.best_epsilon(current / m, candidate / m, labels)[1]
+    gaps = [
+        Fraction(int(c[y] - c[k]), int(c[y] - c[k] - q[y] + q[k]))
+        for c, q, y in zip(current, candidate, labels, strict=True)
+        for k in range(len(c))
+        if c[y] - c[k] != q[y] - q[k]
+    ]
+    ends = sorted({Fraction(0), Fraction(1), *(g for g in gaps if 0 < g < 1)})
+    stretches = [(a + b) / 2 for a, b in pairwise(ends)]
+    best = max(exact_accuracy(current, candidate, m, labels, x) for x in (*stretches, Fraction(0), Fraction(1)))
+    assert accuracy >= best - 1e-12
+
+
+def test_exact_epsilon_of_a_single_tie():
+    """Only eps = 1/2 exactly makes both right, since equal scores go to class 0."""
+    current, candidate = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
+    assert fmn.best_epsilon(current, candidate, [0, 0], search="exact") == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_exact_is_not_below_the_grid_where_rounding_decides(seed):
+    """Saturated float32 softmax against ties: differences far below the spacing of the numbers around them."""
+    rng = np.random.default_rng(seed)
+    for _ in range(150):
+        n, k = rng.integers(2, 12), 3
+        z = rng.normal(0, 30, (n, k))
+        saturated = np.exp(z - z.max(1, keepdims=True)).astype(np.float32)
+        saturated /= saturated.sum(1, keepdims=True)
+        tied = rng.choice([[0.25, 0.5, 0.25], [0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, 0.0]], n)
+        nearly = tied + rng.integers(-2, 3, (n, k)) * 1e-16
+        labels = rng.integers(0, k, n)
+        for pair in ((saturated, tied), (tied, saturated), (tied, nearly.clip(0)), (nearly.clip(0), saturated)):
+            grid, exact = (fmn.best_epsilon(*pair, labels, search=s)[1] for s in ("grid", "exact"))
+            assert exact >= grid
+
+
+def test_a_history_of_other_samples_is_refused(rng):
+    p, labels = random_probs(rng)
+    history = fmn.CorrectnessHistory(60, labels=labels)
+    for row in fmn.correctness(p, labels):
+        history.append(row)
+    assert fmn.fuse(p, labels, correct=history) == fmn.fuse(p, labels)
+    with pytest.raises(ValueError, match="other labels"):
+        fmn.fuse(p, labels[::-1], correct=history)
+    with pytest.raises(ValueError, match="disagrees"):
+        fmn.fuse(p[:, ::-1], labels, correct=history)
+    with pytest.raises(ValueError, match="disagrees"):
+        fmn.fuse(p[:, :1], labels[:1], correct=~fmn.correctness(p, labels)[:, :1])
+
+
+def test_a_history_recorded_in_half_precision_is_accepted():
+    """Many arg-maxes differ there, all of them between scores that are nearly equal."""
+    rng = np.random.default_rng(0)
+    logits = torch.tensor(rng.normal(3, 0.3, (3, 2000, 50)))
+    labels = rng.integers(0, 50, 2000)
+    correct = fmn.correctness(logits.bfloat16(), labels)
+    probs = logits.softmax(2).numpy()
+    assert (correct[-1] != fmn.correctness(probs, labels)[-1]).any()
+    assert fmn.fuse(probs, labels, correct=correct).n_epochs == 3
+
+
+def test_large_input_is_done_in_blocks(rng):
+    current, candidate = rng.dirichlet(np.ones(50), (2, 30_000))
+    labels = np.where(rng.random(30_000) < 0.5, current.argmax(1), candidate.argmax(1))
+    eps, accuracy = fmn.best_epsilon(current, candidate, labels, search="exact")
+    assert accuracy >= fmn.best_epsilon(current, candidate, labels, step=0.1)[1]
+    assert ((eps * candidate + (1 - eps) * current).argmax(1) == labels).mean() == accuracy
+
+
+class Reads:
+    """A sequence of arrays that remembers what was read."""
+
+    def __init__(self, probs):
+        self.probs, self.read = probs, set()
+
+    def __len__(self):
+        return len(self.probs)
+
+    def __getitem__(self, epoch):
+        self.read.add(epoch)
+        return self.probs[epoch]
+
+
+def test_only_the_chosen_windows_are_read(rng):
+    p, labels = random_probs(rng, n_epochs=40)
+    source = Reads(p)
+    plan = fmn.fuse(source, labels, correct=fmn.correctness(p, labels), max_rounds=2)
+    assert plan == fmn.fuse(p, labels, max_rounds=2)
+    assert len(source.read) <= 1 + 3 * 3  # the last, two windows, and one that may not have helped
+    source.read.clear()
+    plan.apply(source)
+    assert source.read == {*plan.weights, 39}
+
+
+def test_final_model_alone(rng):
+    p, _ = random_probs(rng, n_epochs=4)
+    plan = fmn.fuse(p, p[-1].argmax(1))  # the final model is always right
+    assert plan.final_model_alone
+    assert plan.members == ()
+    assert plan.weights == {3: 1.0}
+    np.testing.assert_array_equal(plan.apply(p), p[-1])
+
+
+def test_one_epoch_and_one_sample():
+    plan = fmn.fuse([[[0.2, 0.8]]], [0])
+    assert (plan.n_epochs, plan.members, plan.accuracy) == (1, (), (0.0,))
+
+
+def test_eps_of_one_drops_the_final_model():
+    assert fmn.FusionPlan(((0, 1.0),), 3, 0, (0.0, 1.0)).weights == {0: 1.0}
+
+
+P = np.full((3, 4, 2), 0.5)
+Y = [0, 1, 0, 1]
+
+
+def spoiled(value, where=(1, 2, 0)):
+    p = P.copy()
+    p[where] = value
+    return p
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: fmn.fuse(P[0], Y), ValueError, r"n_epochs, n_samples, n_classes.*\(4, 2\)"),
+        (lambda: fmn.fuse(P[:0], Y), ValueError, "at least one epoch"),
+        (lambda: fmn.fuse(P[:, :0], []), ValueError, "empty"),
+        (lambda: fmn.fuse(P, Y[:3]), ValueError, "labels"),
+        (lambda: fmn.fuse(P, [0, 1, 0, 2]), ValueError, "labels"),
+        (lambda: fmn.fuse(P, [0.0] * 4), TypeError, "labels"),
+        (lambda: fmn.fuse(spoiled(np.nan), Y), ValueError, r"probs\[1\].*nan.*\(2, 0\)"),
+        (lambda: fmn.fuse(spoiled(-0.1), Y), ValueError, r"probs\[1\].*-0.1"),
+        (lambda: fmn.fuse(spoiled(0.9), Y), ValueError, "sum to 1"),
+        (lambda: fmn.fuse(P.astype(int), Y), TypeError, "floating-point"),
+        (lambda: fmn.fuse(P.astype(str), Y), TypeError, "dtype"),
+        (lambda: fmn.fuse(7, Y), TypeError, "probs"),
+        (lambda: fmn.fuse([P[0], P[0, :3], P[0]], Y), ValueError, r"probs\[1\].*shape"),
+        (lambda: fmn.fuse(P, Y, correct=np.ones((2, 4), bool)), ValueError, "correct"),
+        (lambda: fmn.fuse(P, Y, method="magic"), ValueError, "method"),
+        (lambda: fmn.fuse(P, Y, search="magic"), ValueError, "search"),
+        (lambda: fmn.fuse(P, Y, window=-1), ValueError, "window"),
+        (lambda: fmn.fuse(P, Y, window=0.5), TypeError, "window"),
+        (lambda: fmn.fuse(P, Y, max_rounds=0), ValueError, "max_rounds"),
+        (lambda: fmn.fuse(P, Y, step=0.3), ValueError, "step"),
+        (lambda: fmn.fuse(P, Y, step=0), ValueError, "step"),
+        (lambda: fmn.best_epsilon(P[0], P[0, :3], Y), ValueError, "candidate"),
+        (lambda: fmn.fuse(P, Y).apply(P[:2]), ValueError, "3 epochs"),
+        (lambda: fmn.FusionPlan(((5, 0.5),), 3, 1, (0.5, 0.6)), ValueError, "epoch"),
+        (lambda: fmn.FusionPlan(((1, 5.0),), 3, 1, (0.5, 0.6)), ValueError, "eps"),
+        (lambda: fmn.FusionPlan((), 3, 1, (0.5, 0.6)), ValueError, "accuracy"),
+    ],
+)
+def test_bad_input(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+class TestPlanFile:
+    @pytest.fixture
+    def plan(self, tmp_path):
+        path = tmp_path / "plan.json"
+        fmn.FusionPlan(((2, 0.5),), 5, 1, (0.5, 0.75)).save(path)
+        return path
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"members": [{"epoch": 5, "eps": 0.5}]},
+            {"members": [{"epoch": 2, "eps": 1.5}]},
+            {"members": [{"epoch": 2}]},
+            {"members": "all"},
+            {"members": []},
+            {"n_epochs": 0},
+            {"n_epochs": "many"},
+            {"window": -1},
+            {"method": 7},
+            {"search": "fast"},
+            {"version": 2},
+            {"format": "other"},
+            {"selection_accuracy": [0.5, float("nan")]},
+        ],
+    )
+    def test_invalid(self, plan, change):
+        plan.write_text(json.dumps(json.loads(plan.read_text()) | change))
+        with pytest.raises(ValueError, match=r"plan\.json"):
+            fmn.FusionPlan.load(plan)
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"[" * 100_000, b"{", b"[]", b"\x80\x04K\x01.", b'{"format": "fmn_ref.plan", "version": 1}']
+    )
+    def test_not_a_plan(self, plan, content):
+        plan.write_bytes(content)
+        with pytest.raises(ValueError, match=r"plan\.json"):
+            fmn.FusionPlan.load(plan)
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            fmn.FusionPlan.load(tmp_path / "none.json")

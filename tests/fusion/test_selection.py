@@ -1,0 +1,284 @@
+"""The ways to choose epochs: against brute force, within their bounds, honest about how sure they are, replayed to the
+bit."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_probs, use_backend
+
+import fmn_ref as fmn
+from fmn_ref.fusion.plan import mixture
+from fmn_ref.kernels import backend
+
+METHODS = ("forget", "greedy", "bagged", "likelihood", "coverage", "equal", "last", "top", "auto")
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Twelve epochs that learn and then forget a part."""
+    rng = np.random.default_rng(7)
+    return random_probs(rng, n_epochs=12, n_samples=150, n_classes=6, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def plans(problem):
+    return {m: fmn.fuse(*problem, method=m) for m in METHODS}
+
+
+def accuracy(p, labels):
+    return (p.argmax(1) == labels).mean()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_is_what_it_says(problem, plans, method, tmp_path):
+    p, labels = problem
+    plan = plans[method]
+    fused = plan.apply(p)
+    assert accuracy(fused, labels) == plan.accuracy[-1]
+    assert accuracy(p[-1], labels) == plan.accuracy[0]
+    assert plan.accuracy[-1] > plan.accuracy[0]
+    assert sum(plan.weights.values()) == pytest.approx(1)
+    assert plan.forward_passes == len(plan.weights)
+    np.testing.assert_allclose(mixture(p, plan.weights), fused, atol=1e-12)
+    low, high = plan.gain_interval
+    assert low <= plan.cv_accuracy - plan.accuracy[0] <= high
+    assert f"{plan.cv_accuracy:.2%}" in str(plan)
+    plan.save(tmp_path / "plan.json")
+    loaded = fmn.FusionPlan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert (loaded.cv_accuracy, loaded.gain_interval) == (plan.cv_accuracy, plan.gain_interval)
+
+
+def test_plans_give_the_same_bits_in_a_fresh_process(problem, plans, tmp_path):
+    p, _ = problem
+    np.save(tmp_path / "probs.npy", p)
+    for method, plan in plans.items():
+        plan.save(tmp_path / f"{method}.json")
+    program = (
+        "import sys, numpy as np, fmn_ref as fmn\n"
+        "p = np.load('probs.npy')\n"
+        "for m in sys.argv[1:]: np.save(m, fmn.FusionPlan.load(m + '.json').apply(p))\n"
+    )
+    subprocess.run([sys.executable, "-c", program, *plans], cwd=tmp_path, check=True)
+    for method, plan in plans.items():
+        assert np.load(tmp_path / f"{method}.npy").tobytes() == plan.apply(p).tobytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bound", [{"max_members": 2}, {"max_rounds": 1}, {"max_forward_passes": 4}])
+def test_bounds(problem, method, bound):
+    plan = fmn.fuse(*problem, method=method, **bound)
+    assert len(plan.members) <= bound.get("max_members", bound.get("max_rounds", 99))
+    assert plan.forward_passes <= bound.get("max_forward_passes", 99)
+
+
+@pytest.mark.parametrize("window", [0, 1, 2])
+def test_greedy_takes_the_best_window_each_round(problem, window):
+    p, labels = problem
+    plan = fmn.fuse(p, labels, method="greedy", window=window, folds=0)
+    current = p[-1].astype(float)
+    for (epoch, eps), reached in zip(plan.members, plan.accuracy[1:], strict=True):
+        means = [p[max(0, e - window) : e + window + 1].astype(float) for e in range(len(p))]
+        means = [m.sum(0) / len(m) for m in means]
+        best = [fmn.best_epsilon(current, m, labels, search="exact")[1] for m in means]
+        assert reached == max(best)
+        assert epoch == int(np.argmax(best))
+        current = eps * means[epoch] + (1 - eps) * current
+    assert all(fmn.best_epsilon(current, m, labels, search="exact")[1] <= plan.accuracy[-1] for m in means)
+
+
+def test_likelihood_is_at_the_maximum(problem):
+    p, labels = problem
+    of_label = p[:, np.arange(len(labels)), labels].astype(float)
+
+    def value(weights):
+        return np.log(weights @ of_label).mean()
+
+    found = np.zeros(len(p))
+    for epoch, weight in fmn.fuse(p, labels, method="likelihood", window=0, folds=0).weights.items():
+        found[epoch] = weight
+    rng = np.random.default_rng(0)
+    others = [np.full(len(p), 1 / len(p)), *np.eye(len(p)), *rng.dirichlet(np.ones(len(p)), 500)]
+    others += [0.95 * found + 0.05 * other for other in others]
+    assert value(found) > max(map(value, others)) - 1e-3
+
+
+def test_coverage_by_hand():
+    """Epoch 1 is the most accurate (3 of 4); of the rest, epoch 0 alone knows the last sample."""
+    correct = np.array([[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 1, 0]], bool)
+    p = np.where(correct[..., None] == [False, True], 0.9, 0.1)
+    plan = fmn.fuse(p, [1] * 4, method="coverage", folds=0)
+    assert plan.weights == pytest.approx({1: 0.75, 0: 0.25})
+
+
+def test_plain_means_are_the_best_of_their_kind(problem, plans):
+    p, labels = problem
+    order = np.argsort(-(p.argmax(2) == labels).sum(1), kind="stable")
+    assert plans["top"].accuracy[-1] == max(accuracy(p[order[:k]].mean(0), labels) for k in range(1, 13))
+    assert plans["last"].accuracy[-1] == max(accuracy(p[-k:].mean(0), labels) for k in range(1, 13))
+    assert set(plans["last"].weights) == set(range(12 - plans["last"].forward_passes, 12))
+    assert 11 in plans["equal"].weights
+
+
+def test_the_final_model_alone(problem):
+    p, _ = problem
+    for method in METHODS:
+        plan = fmn.fuse(p, p[-1].argmax(1), method=method)
+        if method not in ("likelihood", "coverage"):  # which do not look at accuracy
+            assert plan.final_model_alone
+            assert plan.gain_interval == (0, 0)
+            assert "final model alone" in str(plan)
+
+
+def test_cross_validation_does_not_flatter():
+    """Random predictions and labels: what is found on the selection set is not there."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(4), (30, 400))
+    labels = rng.integers(0, 4, 400)
+    plan = fmn.fuse(p, labels, method="greedy")
+    assert plan.accuracy[-1] > 0.29
+    assert abs(plan.cv_accuracy - 0.25) < 0.05
+    assert plan.gain_interval[0] < 0
+
+
+def test_auto_falls_back_on_the_final_model():
+    """Epochs that are all worse than the final one, with random errors: nothing is worth mixing in."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 5, 300)
+    p = np.full((6, 300, 5), 0.1)
+    for e, right in enumerate((0.3, 0.3, 0.3, 0.3, 0.3, 0.97)):
+        said = np.where(rng.random(300) < right, labels, (labels + 1) % 5)
+        p[e, np.arange(300), said] = 0.6
+    plan = fmn.fuse(p, labels, method="auto")
+    assert plan.final_model_alone
+    assert plan.cv_accuracy == plan.accuracy[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_of_samples(problem, method):
+    """A weight of two is the sample twice; a weight of zero is the sample left out."""
+    if method in ("bagged", "auto"):
+        return  # draw samples by their number
+    p, labels = problem
+    rng = np.random.default_rng(0)
+    weight = rng.integers(0, 3, len(labels))
+    weighted = fmn.fuse(p, labels, method=method, sample_weight=weight, folds=0)
+    rows = np.repeat(np.arange(len(labels)), weight)
+    repeated = fmn.fuse(p[:, rows], labels[rows], method=method, folds=0)
+    assert [e for e, _ in weighted.members] == [e for e, _ in repeated.members]
+    np.testing.assert_allclose([x for _, x in weighted.members], [x for _, x in repeated.members], atol=1e-6)
+    np.testing.assert_allclose(weighted.accuracy, repeated.accuracy)
+
+
+def test_balanced_accuracy():
+    rng = np.random.default_rng(3)
+    labels = np.where(rng.random(300) < 0.9, 0, rng.integers(1, 4, 300))
+    current, candidate = rng.dirichlet(np.ones(4), (2, 300))
+    for search in ("grid", "exact"):
+        eps, balanced = fmn.best_epsilon(current, candidate, labels, search=search, sample_weight="balanced")
+        right = (eps * candidate + (1 - eps) * current).argmax(1) == labels
+        assert balanced == pytest.approx(np.mean([right[labels == c].mean() for c in range(4)]))
+    plain, _ = fmn.best_epsilon(current, candidate, labels, search="exact")
+    right = (plain * candidate + (1 - plain) * current).argmax(1) == labels
+    assert balanced >= np.mean([right[labels == c].mean() for c in range(4)])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, "bfloat16"])
+def test_every_type_gives_the_plan_of_its_values(problem, dtype):
+    p, labels = problem
+    given = torch.from_numpy(p).bfloat16() if dtype == "bfloat16" else p.astype(dtype)
+    wide = given.double().numpy() if dtype == "bfloat16" else given.astype(np.float64)
+    for method in ("forget", "greedy", "likelihood"):
+        plan = fmn.fuse(given, labels, method=method, search="exact", folds=0)
+        assert plan == fmn.fuse(wide, labels, method=method, search="exact", folds=0)
+        np.testing.assert_array_equal(plan.apply(given), plan.apply(wide))
+
+
+@pytest.mark.parametrize("method", ["forget", "greedy", "bagged", "auto"])
+def test_backends_agree(problem, plans, method, monkeypatch):
+    for name in ("cpp", "numba", "numpy"):
+        use_backend(monkeypatch, name)
+        plan = fmn.fuse(*problem, method=method)
+        assert (plan, plan.cv_accuracy, plan.gain_interval) == (
+            plans[method],
+            plans[method].cv_accuracy,
+            plans[method].gain_interval,
+        )
+    backend.load.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["floats", "ties"])
+def test_kernels_agree(kind, each_backend):
+    """Epsilons, weights and bounds of many small problems, bit for bit with the reference."""
+    from fmn_ref.kernels import reference
+
+    rng = np.random.default_rng(5)
+    kernels = backend.load()[0]
+    for case in range(150):
+        n, k, e = (int(v) for v in rng.integers([1, 2, 1], [40, 20, 6]))
+        m = int(rng.choice([4, 10, 64]))
+        p = (
+            rng.dirichlet(np.ones(k), (e + 1, n))
+            if kind == "floats"
+            else rng.multinomial(m, np.ones(k) / k, (e + 1, n)) / m
+        )
+        dtype = [np.float64, np.float32, np.float16, np.uint16][case % 4]
+        epochs = [
+            (q.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) if dtype is np.uint16 else q.astype(dtype)
+            for q in p[1:]
+        ]
+        weights = None if case % 3 else rng.integers(0, 2**40, n) + (np.arange(n) == 0)
+        first = rng.integers(0, e, 3)
+        windows = np.stack([first, rng.integers(first, e)], axis=1)
+        grid = np.arange(101) / 100
+        args = p[0], epochs, rng.integers(0, k, n), weights
+        for got, expected in zip(
+            kernels.best_epsilons(*args, windows, grid, dtype is np.uint16),
+            reference.best_epsilons(*args, windows, grid, dtype is np.uint16),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(got, expected)
+        right = kernels.mixture_right(*args, grid, dtype is np.uint16)
+        np.testing.assert_array_equal(right, reference.mixture_right(*args, grid, dtype is np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"folds": 1}, ValueError, "folds"),
+        ({"folds": 1000}, ValueError, "folds"),
+        ({"method": "auto", "folds": 0}, ValueError, "folds"),
+        ({"max_members": 0}, ValueError, "max_members"),
+        ({"max_forward_passes": 1.5}, TypeError, "max_forward_passes"),
+        ({"sample_weight": "equal"}, ValueError, "sample_weight"),
+        ({"sample_weight": [1, 2]}, ValueError, "sample_weight"),
+        ({"sample_weight": -np.ones(150)}, ValueError, "sample_weight"),
+        ({"method": "weights"}, ValueError, "method"),
+    ],
+)
+def test_bad_options(problem, options, error, words):
+    with pytest.raises(error, match=words):
+        fmn.fuse(*problem, **options)
+
+
+def test_plan_from_weights(problem, tmp_path):
+    p, _ = problem
+    plan = fmn.FusionPlan.from_weights({0: 1.0, 5: 3.0, 11: 4.0}, 12)
+    assert plan.weights == pytest.approx({0: 0.125, 5: 0.375, 11: 0.5})
+    np.testing.assert_allclose(plan.apply(p), mixture(p, plan.weights))
+    for weights, error in (({}, ValueError), ({12: 1.0}, ValueError), ({0: -1.0}, ValueError), ([1], TypeError)):
+        with pytest.raises(error):
+            fmn.FusionPlan.from_weights(weights, 12)
+
+
+@pytest.mark.parametrize("change", [{"cv_accuracy": 2}, {"gain_interval": [0.5, 0.1]}, {"gain_interval": "wide"}])
+def test_damaged_certainty(plans, change, tmp_path):
+    path = tmp_path / "plan.json"
+    plans["greedy"].save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"plan\.json"):
+        fmn.FusionPlan.load(path)

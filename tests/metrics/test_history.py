@@ -1,0 +1,275 @@
+"""The history: what comes back is what went in, and what a crash or a liar leaves is told apart."""
+
+import errno
+import os
+import struct
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis.extra.numpy import arrays
+
+import fmn_ref as fmn
+from fmn_ref.metrics import history as module
+from fmn_ref.metrics.history import CorrectnessHistory
+
+CORRECT = np.random.default_rng(3).random((5, 77)) < 0.5
+RECORD = 64 + 64  # 77 bits fit one padded row
+
+
+def filled(path, correct=CORRECT):
+    h = CorrectnessHistory(correct.shape[1], path)
+    for row in correct:
+        h.append(row)
+    return h
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "history.fmnh"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@given(correct=st.tuples(st.integers(1, 20), st.integers(1, 1100)).flatmap(lambda s: arrays(bool, s)))
+def test_round_trip(tmp_path, correct):
+    path = tmp_path / f"{np.random.default_rng().integers(2**60)}.fmnh"
+    on_disk, in_memory = filled(path, correct), filled(None, correct)
+    again = CorrectnessHistory.open(path)
+    for h in (on_disk, in_memory, again):
+        np.testing.assert_array_equal(h.correct(), correct)
+        np.testing.assert_array_equal(np.asarray(h), correct)
+        np.testing.assert_array_equal(h.packed, np.packbits(correct, axis=1, bitorder="little"))
+        assert h.epochs == tuple(range(len(correct)))
+        assert len(h) == len(correct)
+    np.testing.assert_array_equal(fmn.forget_fraction(again), fmn.forget_fraction(correct))
+
+
+def test_layout_is_the_documented_one(path):
+    filled(path)
+    raw = path.read_bytes()
+    assert len(raw) == 64 + 5 * RECORD
+    magic, version, zero, n_samples = struct.unpack_from("<8sIIQ", raw)
+    assert (magic, version, zero, n_samples) == (b"FMNHIST\0", 1, 0, 77)
+    assert struct.unpack_from("<4sIq", raw, 64 + RECORD)[::2] == (b"EPOC", 1)
+    row = np.frombuffer(raw, np.uint8, 10, 64 + RECORD + 64)
+    np.testing.assert_array_equal(np.unpackbits(row, bitorder="little")[:77], CORRECT[1])
+
+
+def test_appending_continues_a_file(path):
+    filled(path)
+    h = CorrectnessHistory.open(path)
+    h.append(CORRECT[0], epoch=9)
+    assert CorrectnessHistory.open(path).epochs == (0, 1, 2, 3, 4, 9)
+
+
+def test_packed_is_memory_mapped_and_read_only(path):
+    packed = filled(path).packed
+    with pytest.raises(ValueError, match="read-only"):
+        packed[0, 0] = 1
+    assert isinstance(packed.base, np.memmap)
+
+
+@pytest.mark.parametrize("kept", [1, 15, 64, RECORD - 1])
+def test_torn_tail_is_dropped_with_a_warning_and_overwritten(path, kept):
+    filled(path)
+    whole = path.read_bytes()
+    torn = whole[: len(whole) - RECORD + kept]
+    path.write_bytes(torn)
+    with pytest.warns(UserWarning, match=f"offset {64 + 4 * RECORD}.*4 epochs kept"):
+        h = CorrectnessHistory.open(path)
+    np.testing.assert_array_equal(h.correct(), CORRECT[:4])
+    assert path.read_bytes() == torn  # opening changes nothing
+    h.append(CORRECT[4])
+    assert path.read_bytes() == whole
+
+
+def test_last_record_of_zeros_is_a_torn_one(path):
+    """What some file systems leave of a block that was allocated but not yet written."""
+    filled(path)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-RECORD] + bytes(RECORD))
+    with pytest.warns(UserWarning, match="torn last record"):
+        assert len(CorrectnessHistory.open(path)) == 4
+
+
+@pytest.mark.parametrize("at", [0, 4, 8, 64, 73])
+def test_corruption_elsewhere_is_an_error_that_names_the_offset(path, at):
+    filled(path)
+    raw = bytearray(path.read_bytes())
+    raw[64 + 2 * RECORD + at] ^= 0x40
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=rf"history\.fmnh.*offset {64 + 2 * RECORD}"):
+        CorrectnessHistory.open(path)
+
+
+def test_without_verifying_only_headers_are_read(path):
+    filled(path)
+    raw = bytearray(path.read_bytes())
+    raw[64 + 2 * RECORD + 64] ^= 1
+    path.write_bytes(raw)
+    assert len(CorrectnessHistory.open(path, verify=False)) == 5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"FMN", b"\x80\x04K\x01.", bytes(64), b"FMNHIST\0" + bytes(56)],
+    ids=["empty", "short", "pickle", "zeros", "bad CRC"],
+)
+def test_not_a_history(path, content):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"history\.fmnh"):
+        CorrectnessHistory.open(path)
+
+
+def test_a_newer_version_is_refused(path):
+    filled(path)
+    raw = bytearray(path.read_bytes())
+    raw[8] = 2
+    header = bytes(raw[:56])
+    raw[56:60] = struct.pack("<I", module.zlib.crc32(header))
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="version 2"):
+        CorrectnessHistory.open(path)
+
+
+def test_bits_past_the_last_sample_are_refused(path):
+    h = CorrectnessHistory(80, path)
+    h.append(np.ones(80, bool))
+    h.append(np.ones(80, bool))
+    raw = bytearray(path.read_bytes())
+    raw[16:24] = struct.pack("<Q", 77)
+    raw[56:60] = struct.pack("<I", module.zlib.crc32(bytes(raw[:56])))
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="past the last sample"):
+        CorrectnessHistory.open(path)
+
+
+def test_a_full_disk_leaves_the_history_as_it_was(path, monkeypatch):
+    h = filled(path)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space.*history\.fmnh"):
+        h.append(CORRECT[0])
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert len(h) == 5
+    h.append(CORRECT[0])
+    assert len(CorrectnessHistory.open(path)) == 6
+
+
+def test_two_writers_are_noticed(path):
+    a = filled(path)
+    b = CorrectnessHistory.open(path)
+    a.append(CORRECT[0])
+    for change in (lambda: b.append(CORRECT[1]), lambda: b.truncate(1)):
+        with pytest.raises(ValueError, match="one writer"):
+            change()
+    np.testing.assert_array_equal(CorrectnessHistory.open(path).correct(), CORRECT[[0, 1, 2, 3, 4, 0]])
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_truncating_leaves_open_views_alone(path, on_disk):
+    h = filled(path if on_disk else None)
+    packed = h.packed
+    h.truncate(0)
+    h.append(~CORRECT[0])
+    np.testing.assert_array_equal(packed, np.packbits(CORRECT, axis=1, bitorder="little"))
+
+
+def test_the_matrix_of_a_history(path):
+    np.testing.assert_array_equal(fmn.forgetting_matrix(filled(path)), fmn.forgetting_matrix(CORRECT))
+    with pytest.raises(ValueError, match="at least one epoch"):
+        fmn.forgetting_matrix(CorrectnessHistory(3))
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_rows(path, on_disk):
+    history = filled(path if on_disk else None)
+    assert history[1].dtype == bool
+    np.testing.assert_array_equal(history[np.int64(1)], CORRECT[1])
+    np.testing.assert_array_equal(history[-1], CORRECT[-1])
+    np.testing.assert_array_equal(history[1:3], CORRECT[1:3])
+    np.testing.assert_array_equal(list(history), CORRECT)
+    with pytest.raises(IndexError):
+        history[5]
+    with pytest.raises(TypeError):
+        history["1"]
+
+
+def test_truncate(path):
+    for h in (filled(path), filled(None)):
+        h.truncate(2)
+        np.testing.assert_array_equal(h.correct(), CORRECT[:2])
+        h.append(CORRECT[3])
+        np.testing.assert_array_equal(h.correct(), CORRECT[[0, 1, 3]])
+    assert len(CorrectnessHistory.open(path)) == 3
+
+
+def test_concatenate(tmp_path):
+    parts = [filled(None, CORRECT[:, :30]), filled(None, CORRECT[:, 30:31]), filled(tmp_path / "c", CORRECT[:, 31:])]
+    np.testing.assert_array_equal(CorrectnessHistory.concatenate(parts).correct(), CORRECT)
+    joined = CorrectnessHistory.concatenate(parts, tmp_path / "joined.fmnh")
+    assert joined.epochs == parts[0].epochs
+    parts[1].append([True])
+    for bad in ([], parts):
+        with pytest.raises(ValueError, match="histories"):
+            CorrectnessHistory.concatenate(bad)
+
+
+def test_select(path):
+    on_disk = CorrectnessHistory(77, path, labels=np.arange(77))
+    for epoch, row in zip((0, 2, 3, 7, 9), CORRECT, strict=True):
+        on_disk.append(row, epoch)
+    for rows, chosen in (
+        ([1, 3, 4], [1, 3, 4]),
+        ((1, 3, -1), [1, 3, 4]),
+        (iter([1, 3]), [1, 3]),
+        (np.array([0, 2]), [0, 2]),
+        (range(5), [0, 1, 2, 3, 4]),
+        ([], []),
+    ):
+        part = on_disk.select(rows)
+        np.testing.assert_array_equal(part.correct(), CORRECT[chosen])
+        assert part.epochs == tuple((0, 2, 3, 7, 9)[i] for i in chosen)
+        assert (part.digest, part.path) == (on_disk.digest, None)
+        part.append(~CORRECT[0])
+        np.testing.assert_array_equal(part.correct()[:-1], CORRECT[chosen])
+    assert len(on_disk) == 5
+    np.testing.assert_array_equal(CorrectnessHistory.open(path).correct(), CORRECT)
+    for rows, error in (([3, 1], ValueError), ([1, 1], ValueError), ([5], ValueError), ([True, False], TypeError)):
+        with pytest.raises(error, match=r"^rows: expected"):
+            on_disk.select(rows)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda h: h.append(CORRECT[0, :5]), ValueError, "correct"),
+        (lambda h: h.append(CORRECT), ValueError, "correct"),
+        (lambda h: h.append(CORRECT[0].astype(float)), TypeError, "correct"),
+        (lambda h: h.append(["a"] * 77), TypeError, "correct"),
+        (lambda h: h.append(np.full(77, 3)), ValueError, "correct"),
+        (lambda h: h.append(CORRECT[0], epoch=4), ValueError, "epoch"),
+        (lambda h: h.append(CORRECT[0], epoch="five"), TypeError, "epoch"),
+        (lambda h: h.truncate(6), ValueError, "n_epochs"),
+        (lambda h: np.asarray(h, copy=False), ValueError, "copy"),
+        (lambda h: CorrectnessHistory(0), ValueError, "n_samples"),
+        (lambda h: CorrectnessHistory(2.0), TypeError, "n_samples"),
+        (lambda h: CorrectnessHistory(3, labels=[0, 1]), ValueError, "labels"),
+        (lambda h: CorrectnessHistory(3, h.path), FileExistsError, "open"),
+        (lambda h: CorrectnessHistory.open(h.path.parent / "none"), FileNotFoundError, "none"),
+        (lambda h: CorrectnessHistory(3, h.path.parent / "none" / "h.fmnh"), FileNotFoundError, "none"),
+    ],
+)
+def test_bad_input_loses_nothing(path, call, error, words):
+    h = filled(path)
+    before = path.read_bytes()
+    with pytest.raises(error, match=words):
+        call(h)
+    assert path.read_bytes() == before
+    np.testing.assert_array_equal(h.correct(), CORRECT)

@@ -1,0 +1,299 @@
+"""Matrices larger than memory, on several machines, on an accelerator, in threads: the same numbers every way."""
+
+import mmap
+import subprocess
+import sys
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from conftest import BACKENDS, use_backend
+from hypothesis import HealthCheck, given, settings
+from hypothesis.extra.numpy import arrays
+
+import fmn_ref as fmn
+from fmn_ref import _check
+from fmn_ref.cli import main
+from fmn_ref.metrics import matrix
+from fmn_ref.runs import load
+
+
+def everything(correct, groups, weights):
+    """Every metric's numbers, as one list of arrays."""
+    stats = fmn.sample_statistics(correct, never_learned="deepcore", progress=True)
+    return [
+        fmn.forgetting_curves(correct, reference=2, progress=True).counts,
+        fmn.forgetting_curves(correct, groups=groups).counts,
+        fmn.forgetting_curves(correct, sample_weight=weights).counts,
+        fmn.forgetting_curves(correct, groups=groups, sample_weight=weights).counts,
+        fmn.forgetting_matrix(correct, progress=True),
+        *vars(stats).values(),
+    ]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(matrix, "_BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(matrix, "_LEAST_SAMPLES", 512)
+
+
+@pytest.fixture
+def correct(rng):
+    return rng.random((7, 5003)) < 0.6
+
+
+@pytest.mark.parametrize("form", ["bool", "uint8", "int64", ">i2", "fortran", "rows", "copy on write", "history"])
+def test_a_mapped_file_in_blocks_gives_the_same_bits(each_backend, small_blocks, tmp_path, rng, correct, form):
+    groups, weights = rng.integers(0, 3, 5003), rng.random(5003)
+    expected = everything(correct, groups, weights)
+    path = tmp_path / "c.npy"
+    if form == "history":
+        history = fmn.CorrectnessHistory(5003, tmp_path / "h.fmnh")
+        for row in correct:
+            history.append(row)
+        mapped = fmn.CorrectnessHistory.open(tmp_path / "h.fmnh")
+    elif form == "rows":
+        np.save(path, np.repeat(correct, 2, axis=0)[::-1])
+        mapped = np.load(path, mmap_mode="r")[::-2][:7]
+    else:
+        dtype = form if form in ("uint8", "int64", ">i2") else bool
+        np.save(path, correct.astype(dtype, order="F" if form == "fortran" else "C"))
+        mapped = np.load(path, mmap_mode="c" if form == "copy on write" else "r")
+    if form == "copy on write":
+        mapped[0] = ~mapped[0]
+        expected = everything(np.array(mapped), groups, weights)
+    blocks = [part for part, _ in matrix.Matrix(mapped).blocks()]
+    assert len(blocks) > 1 or form == "copy on write"
+    for got, want in zip(everything(mapped, groups, weights), expected, strict=True):
+        if each_backend == "torch" and got.dtype == np.float64:
+            np.testing.assert_allclose(got, want, rtol=1e-12)
+        else:
+            np.testing.assert_array_equal(got, want)
+
+
+def test_pages_that_hold_data_are_not_dropped(small_blocks, tmp_path, correct):
+    """Private and anonymous maps would lose what was written to them."""
+    (tmp_path / "a").write_bytes(bytes(correct.size))
+    with open(tmp_path / "a", "r+b") as file:
+        for private in (mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), mmap.mmap(-1, correct.size)):
+            a = np.ndarray(correct.shape, bool, buffer=private)
+            a[:] = correct
+            np.testing.assert_array_equal(fmn.forgetting_curves(a).counts, fmn.forgetting_curves(correct).counts)
+            np.testing.assert_array_equal(a, correct)
+            del a
+            private.close()
+
+
+def test_a_mapped_file_may_end_with_a_page(small_blocks, tmp_path):
+    """Nothing is asked for past its end."""
+    a = np.memmap(tmp_path / "a", bool, "w+", shape=(4, 4096))
+    assert fmn.forgetting_curves(a).counts.sum() == 0
+
+
+def test_a_wrong_value_in_a_late_block_is_an_error(small_blocks, tmp_path):
+    a = np.zeros((3, 9000), np.int32)
+    a[1, 8888] = 2
+    np.save(tmp_path / "c.npy", a)
+    with pytest.raises(ValueError, match="correct: expected 0 and 1, got values from 0 to 2"):
+        fmn.forget_fraction(np.load(tmp_path / "c.npy", mmap_mode="r"))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_large_members_of_npz_files_are_mapped(tmp_path, monkeypatch, capsys, correct, save):
+    path = tmp_path / "c.npz"
+    save(path, labels=np.zeros(3), correct=np.asfortranarray(correct))
+    assert main(["metric", str(path), "--csv"]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(load, "_MAPPED_FROM", 1000)
+    mapped = load.load(str(path), "correct")
+    assert isinstance(mapped, np.memmap)
+    np.testing.assert_array_equal(mapped, correct)
+    assert main(["metric", str(path), "--csv"]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_large_members_are_checked(tmp_path, monkeypatch, correct):
+    monkeypatch.setattr(load, "_MAPPED_FROM", 1000)
+    path = tmp_path / "c.npz"
+    np.savez(path, correct=correct)
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="CRC"):
+        load.load(str(path), "correct")
+
+
+def test_members_of_other_names(tmp_path, correct):
+    np.save(tmp_path / "c.npy", correct)
+    with zipfile.ZipFile(tmp_path / "c.npz", "w") as z:
+        z.write(tmp_path / "c.npy", "correct")
+    np.testing.assert_array_equal(load.load(str(tmp_path / "c.npz"), "correct"), correct)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [(np.array(True), "n_epochs, n_samples"), (np.zeros((2, 3, 4), int), "n_epochs, n_samples")],
+)
+def test_metric_names_the_file_of_a_wrong_shape(tmp_path, capsys, array, words):
+    np.save(tmp_path / "wrong.npy", array)
+    assert main(["metric", str(tmp_path / "wrong.npy")]) == 1
+    error = capsys.readouterr().err
+    assert "wrong.npy" in error
+    assert words in error
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_resident_memory_is_bounded(tmp_path):
+    """A (sparse) file of 3 GB is streamed in less than 300 MB."""
+    path = tmp_path / "c.npy"
+    np.lib.format.open_memmap(path, "w+", bool, (300, 10_000_000)).flush()
+    code = (
+        "import numpy as np, fmn_ref as fmn, re, sys\n"
+        "curves = fmn.forgetting_curves(np.load(sys.argv[1], mmap_mode='r'))\n"
+        "assert (curves.counts == 0).all() and curves.n_samples == 10_000_000\n"
+        "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 300_000  # KiB
+
+
+def test_parts_of_several_machines_add_up(each_backend, rng, correct):
+    cut = 1234
+    parts = correct[:, :cut], correct[:, cut:]
+    np.testing.assert_array_equal(
+        sum(fmn.forgetting_curves(p) for p in parts).counts, fmn.forgetting_curves(correct).counts
+    )
+    np.testing.assert_array_equal(sum(fmn.forgetting_matrix(p) for p in parts), fmn.forgetting_matrix(correct))
+    joined = fmn.SampleStatistics.concatenate([fmn.sample_statistics(p) for p in parts])
+    for name, whole in vars(fmn.sample_statistics(correct)).items():
+        np.testing.assert_array_equal(vars(joined)[name], whole)
+    with pytest.raises(ValueError, match="at least one"):
+        fmn.SampleStatistics.concatenate([])
+
+
+def test_tensors_on_an_accelerator_take_the_torch_path(monkeypatch, rng, correct):
+    """Without an accelerator: CPU tensors are taken for such, and never pass through NumPy on the way in."""
+    groups, weights = rng.integers(0, 3, 5003), rng.random(5003)
+    scores, labels = rng.integers(0, 3, (2, 90, 4)).astype(np.float32), rng.integers(0, 4, 90)
+    expected = everything(correct, groups, weights), fmn.correctness(scores, labels)
+    monkeypatch.setattr(_check, "on_device", _check.is_tensor)
+    monkeypatch.setattr(torch.Tensor, "__array__", None)
+    tensors = torch.tensor(correct), torch.tensor(correct).int()
+    assert matrix.Matrix(tensors[0]).kernels.__name__ == "fmn_ref.kernels.torch"
+    for tensor in tensors:
+        for got, want in zip(everything(tensor, groups, weights), expected[0], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-12 if got.dtype == np.float64 else 0)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        np.testing.assert_array_equal(fmn.correctness(torch.tensor(scores).to(dtype), labels), expected[1])
+    predictions = torch.tensor(scores.argmax(-1))
+    np.testing.assert_array_equal(fmn.correctness(predictions, labels), expected[1])
+    with pytest.raises(ValueError, match="0 and 1"):
+        fmn.forget_fraction(tensors[1] * 2)
+    with pytest.raises(TypeError, match="float32"):
+        fmn.forget_fraction(tensors[0].float())
+    with pytest.raises(ValueError, match=r"NaN at index \(0, 1\)"):
+        fmn.correctness(torch.tensor([[0.0, np.nan]]), [0])
+
+
+def test_autocast_does_not_round_counts(monkeypatch, rng):
+    correct = rng.random((3, 100_001)) < 0.9
+    expected = fmn.forgetting_matrix(correct)
+    use_backend(monkeypatch, "torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(fmn.forgetting_matrix(correct), expected)
+
+
+def test_unsigned_numbers_past_int64(each_backend):
+    np.testing.assert_array_equal(fmn.correctness(np.array([2**64 - 1, 3], np.uint64), [1, 3]), [False, True])
+    with pytest.raises(ValueError, match="labels"):
+        fmn.correctness([0], np.array([2**63], np.uint64))
+
+
+def test_nan_is_found_in_every_type(each_backend):
+    scores = np.zeros((3, 4, 5), np.float32)
+    scores[2, 1, 3] = np.nan
+    for s in (scores, scores.astype("f2"), scores.astype(">f8"), torch.tensor(scores), torch.tensor(scores).bfloat16()):
+        with pytest.raises(ValueError, match=r"NaN at index \(2, 1, 3\)"):
+            fmn.correctness(s, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("backend", ["cpp", "numba"])
+def test_eight_threads_at_once(backend, monkeypatch, rng):
+    use_backend(monkeypatch, backend)
+    matrices = [rng.random((20, 300_000)) < 0.5 for _ in range(8)]
+    fmn.forgetting_curves(matrices[0])  # compiled before the threads start
+    with ThreadPoolExecutor(8) as pool:
+        curves = list(pool.map(fmn.forgetting_curves, matrices))
+    for c, m in zip(curves, matrices, strict=True):
+        np.testing.assert_array_equal(c.counts[1], (m & ~m[-1]).sum(1))
+
+
+def test_kernels_release_the_gil(monkeypatch, rng):
+    """Python code runs while a kernel does."""
+    use_backend(monkeypatch, "cpp")
+    correct = rng.random((400, 400_000)) < 0.5
+    rounds, while_busy = 0, []
+
+    def work():
+        before = rounds
+        fmn.forgetting_matrix(correct)
+        while_busy.append(rounds - before)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        rounds += 1
+    assert while_busy[0] > 10_000
+
+
+def layouts(rng, a):
+    """The same values in every memory layout and byte order."""
+    yield a
+    yield np.asfortranarray(a)
+    yield a.astype(a.dtype.newbyteorder())
+    yield np.repeat(a, 3, axis=-1)[..., ::3]
+    yield np.ascontiguousarray(a[:, ::-1])[:, ::-1]
+    yield (
+        np.concatenate([np.zeros(1, np.uint8), np.ascontiguousarray(a).view(np.uint8).ravel()])[1:]
+        .view(a.dtype)
+        .reshape(a.shape)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "g", "bfloat16", *"bBhHiIlLqQ"])
+def test_correctness_of_every_dtype(each_backend, rng, dtype):
+    for n, n_classes in ((1, 1), (7, 2), (65, 10), (70, 33), (130, 1000)):
+        labels = rng.integers(0, min(n_classes, 120), n)
+        if dtype in "bBhHiIlLqQ":
+            a = rng.integers(0, min(n_classes, 120), (2, n)).astype(dtype)
+            expected = a == labels
+        else:
+            a = rng.integers(-4, 5, (n, n_classes)).astype("f4" if dtype == "bfloat16" else dtype)  # with ties
+            a[rng.random(a.shape) < 0.1] = -0.0
+            a[rng.random(a.shape) < 0.02] = np.inf
+            expected = a.argmax(-1) == labels
+        forms = [torch.tensor(a).bfloat16()] if dtype == "bfloat16" else layouts(rng, a)
+        for form in forms:
+            np.testing.assert_array_equal(fmn.correctness(form, labels), expected)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_view_gives_the_counts_of_the_definition(data, monkeypatch):
+    """Every backend, on any strided view of any small matrix."""
+    shape = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 140)))
+    base = data.draw(arrays(data.draw(st.sampled_from(["?", "i1", "u8", ">i4"])), shape, elements=st.integers(0, 1)))
+    steps = st.sampled_from([1, 2, 3, -1, -2])
+    view = base[:: data.draw(steps), :: data.draw(steps)]
+    c = view != 0
+    for backend in BACKENDS:
+        use_backend(monkeypatch, backend)
+        counts = fmn.forgetting_curves(view).counts
+        np.testing.assert_array_equal(counts, [c.sum(1), (c & ~c[-1]).sum(1), (~c & c[-1]).sum(1), (c & c[-1]).sum(1)])
+        matrix = fmn.forgetting_matrix(view)
+        np.testing.assert_array_equal(matrix, [[(a & ~b).sum() for b in c] for a in c])
+        np.testing.assert_array_equal(fmn.sample_statistics(view).correctness, c.sum(0))

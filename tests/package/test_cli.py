@@ -1,0 +1,399 @@
+"""The command line, run as a user would."""
+
+import csv
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import random_probs
+
+import fmn_ref as fmn
+from fmn_ref.cli import main
+from fmn_ref.fusion import expectation
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with predictions of a run in it, which is also the working directory."""
+    monkeypatch.chdir(tmp_path)
+    p, labels = random_probs(np.random.default_rng(5), n_samples=80)
+    np.save("probs.npy", p[:, :40])
+    np.save("labels.npy", labels[:40])
+    np.savez("test.npz", probs=p[:, 40:], labels=labels[40:])
+    np.save("correct.npy", fmn.correctness(p[:, :40], labels[:40]))
+    history = fmn.CorrectnessHistory(40, "history.fmnh", labels=labels[:40])
+    for row in fmn.correctness(p[:, :40], labels[:40]):
+        history.append(row)
+    return tmp_path
+
+
+def run(capsys, *args):
+    assert main([str(a) for a in args]) == 0
+    return capsys.readouterr().out
+
+
+def test_info(capsys):
+    assert json.loads(run(capsys, "info", "--json"))["name"] == fmn.backend().name
+    assert fmn.backend().reason in run(capsys, "info")
+
+
+def test_metric_gives_the_same_from_every_kind_of_file(files, capsys):
+    expected = fmn.forget_fraction(np.load("correct.npy")).tolist()
+    np.save("predictions.npy", np.load("probs.npy").argmax(2))
+    np.savez("both.npz", scores=np.load("probs.npy"), labels=np.load("labels.npy"))
+    np.savez("zeros_and_ones.npz", correct=np.load("correct.npy").astype(int), labels=np.load("labels.npy"))
+    for args in (
+        ["correct.npy"],
+        ["history.fmnh"],
+        ["predictions.npy", "--labels", "labels.npy"],
+        ["probs.npy", "--labels", "labels.npy"],
+        ["both.npz"],
+        ["zeros_and_ones.npz"],
+    ):
+        content = json.loads(run(capsys, "metric", *args, "--json"))
+        assert content["forget_fraction"] == expected
+        assert content["peak_forget_fraction"] == max(expected)
+    assert f"peak forget fraction {max(expected):.2%}" in run(capsys, "metric", "correct.npy")
+    rows = list(csv.DictReader(run(capsys, "metric", "correct.npy", "--csv").splitlines()))
+    assert [float(r["forget_fraction"]) for r in rows] == expected
+
+
+def test_metric_per_sample(files, capsys):
+    (files / "ids.txt").write_text("\n".join(f"img_{i}" for i in range(40)) + "\n")
+    run(capsys, "metric", "correct.npy", "--per-sample", "s.csv", "--ids", "ids.txt", "--never-learned", "deepcore")
+    rows = list(csv.DictReader((files / "s.csv").read_text().splitlines()))
+    stats = fmn.sample_statistics(np.load("correct.npy"), never_learned="deepcore")
+    assert [r["sample_id"] for r in rows] == [f"img_{i}" for i in range(40)]
+    assert [float(r["forgetting_events"]) for r in rows] == stats.forgetting_events.tolist()
+    assert [r["forgotten"] == "True" for r in rows] == stats.forgotten.tolist()
+
+
+def test_fuse_and_apply(files, capsys):
+    p, labels = np.load("probs.npy"), np.load("labels.npy")
+    content = json.loads(run(capsys, "fuse", "probs.npy", "--labels", "labels.npy", "--json", "--search", "exact"))
+    plan = fmn.fuse(p, labels, search="exact")
+    assert fmn.FusionPlan.load("plan.json") == plan
+    assert content["selection_accuracy"] == list(plan.accuracy)
+    args = [
+        "fuse",
+        "probs.npy",
+        "--labels",
+        "labels.npy",
+        "--correct",
+        "history.fmnh",
+        "-o",
+        "one.json",
+        "--max-rounds",
+        1,
+    ]
+    assert "plan written to one.json" in run(capsys, *args)
+    assert len(fmn.FusionPlan.load("one.json").members) == 1
+    content = json.loads(run(capsys, "apply", "plan.json", "test.npz", "--json"))
+    test = np.load("test.npz")
+    np.testing.assert_array_equal(np.load("fused.npy"), plan.apply(test["probs"]))
+    assert content["accuracy"] == (np.load("fused.npy").argmax(1) == test["labels"]).mean()
+    assert "accuracy" not in run(capsys, "apply", "plan.json", "probs.npy")
+
+
+def epochs_in(folder, p):
+    """A folder with one file per epoch; "epoch_10" is not between "epoch_1" and "epoch_2"."""
+    os.mkdir(folder)
+    for e, epoch in enumerate(p, 3):
+        np.save(f"{folder}/epoch_{e}.npy", epoch)
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        ([], {}),
+        (["--method", "greedy", "--max-members", "2"], {"method": "greedy", "max_members": 2}),
+        (["--method", "top", "--max-forward-passes", "2"], {"method": "top", "max_forward_passes": 2}),
+        (["--method", "likelihood", "--folds", "0"], {"method": "likelihood", "folds": 0}),
+        (["--method", "auto", "--folds", "3", "--balanced"], {"method": "auto", "folds": 3, "balanced": True}),
+        (["--window", "0", "--folds", "4"], {"window": 0, "folds": 4}),
+    ],
+    ids=str,
+)
+def test_ways_to_fuse(files, capsys, args, options):
+    p, labels = np.load("probs.npy"), np.load("labels.npy")
+    content = json.loads(run(capsys, "fuse", "probs.npy", "--labels", "labels.npy", "--json", *args))
+    plan = fmn.fuse(p, labels, sample_weight="balanced" if options.pop("balanced", False) else None, **options)
+    assert fmn.FusionPlan.load("plan.json") == plan
+    assert content["method"] == plan.method
+    assert content["selection_accuracy"] == list(plan.accuracy)
+    assert content["members"] == [list(m) for m in plan.members]
+    assert content["cv_accuracy"] == plan.cv_accuracy
+    assert content["gain_interval"] == (None if plan.gain_interval is None else list(plan.gain_interval))
+    assert (plan.cv_accuracy is None) == (options.get("folds", 0) == 0)
+    assert str(plan) in run(capsys, "fuse", "probs.npy", "--labels", "labels.npy", *args)
+
+
+def test_bounds_hold(files, capsys):
+    args = ["fuse", "probs.npy", "--labels", "labels.npy", "--method", "equal"]
+    for more, passes in (([], None), (["--max-members", "2"], 2), (["--max-forward-passes", "3"], 3)):
+        run(capsys, *args, *more)
+        plan = fmn.FusionPlan.load("plan.json")
+        assert passes is None or 1 < plan.forward_passes <= passes
+    assert fmn.fuse(np.load("probs.npy"), np.load("labels.npy"), method="equal").forward_passes > 3
+
+
+def test_folders_and_logits_give_the_same_plan(files, capsys):
+    p = np.concatenate([np.load("probs.npy")[:4], np.load("probs.npy")])  # twelve epochs
+    labels, test = np.load("labels.npy"), np.load("test.npz")
+    test_p = np.concatenate([test["probs"][:4], test["probs"]])
+    logits = np.log(p) + 3
+    np.save("logits.npy", logits)
+    np.save("half_logits.npy", logits.astype(np.float16))
+    np.savez("logits.npz", logits=logits, labels=labels)
+    epochs_in("epochs", p)
+    epochs_in("logits", logits)
+    epochs_in("test", test_p)
+    epochs_in("test_logits", np.log(test_p) - 7)
+    np.save("test_labels.npy", test["labels"])
+    plan = fmn.fuse(p, labels)
+    assert plan.members
+    for source in (["epochs"], ["logits.npy", "--logits"], ["logits.npz", "--logits"], ["logits", "--logits"]):
+        run(capsys, "fuse", *source, "--labels", "labels.npy")
+        assert fmn.FusionPlan.load("plan.json") == plan
+    run(capsys, "apply", "plan.json", "test", "-o", "a.npy")
+    np.testing.assert_array_equal(np.load("a.npy"), plan.apply(test_p))
+    run(capsys, "apply", "plan.json", "test_logits", "--logits", "-o", "b.npy", "--labels", "test_labels.npy")
+    np.testing.assert_allclose(np.load("b.npy"), plan.apply(test_p), atol=1e-6)
+    run(capsys, "fuse", "half_logits.npy", "--logits", "--labels", "labels.npy")
+    assert fmn.FusionPlan.load("plan.json") == fmn.fuse(fmn.from_logits(np.load("half_logits.npy")), labels)
+    args = ["compare", "--select-labels", "labels.npy", "--test-labels", "test_labels.npy", "--select"]
+    table = run(capsys, *args, "epochs", "--test", "test")
+    assert table == fmn.compare_probabilities(p, labels, test_p, test["labels"]).to_markdown()
+    assert table == run(capsys, *args, "logits", "--test", "test_logits", "--logits")
+
+
+def test_import_cartography(files, capsys):
+    """Written as allenai/cartography does, in the order of training."""
+    logits, labels = np.log(np.load("probs.npy")).astype(np.float32), np.load("labels.npy")
+    os.mkdir("dynamics")
+    order = np.random.default_rng(0).permutation(40)
+    for e, epoch in enumerate(logits):
+        lines = [{"guid": f"g{i}", f"logits_epoch_{e}": epoch[i].tolist(), "gold": int(labels[i])} for i in order]
+        (files / f"dynamics/dynamics_epoch_{e}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    content = json.loads(run(capsys, "import", "cartography", "dynamics", "-o", "dynamics.npz", "--json"))
+    assert content == {"output": "dynamics.npz", "scores": [8, 40, 5], "labels": [40], "sample_ids": [40]}
+    written = np.load("dynamics.npz")
+    np.testing.assert_array_equal(written["scores"], logits[:, order])
+    assert written["sample_ids"].tolist() == [f"g{i}" for i in order]
+    found = json.loads(run(capsys, "metric", "dynamics.npz", "--json"))
+    assert found["forget_fraction"] == fmn.forget_fraction(np.load("correct.npy")).tolist()
+    assert run(capsys, "fuse", "dynamics.npz", "--logits", "-o", "imported.json")
+
+
+def test_import_toneva(files, capsys):
+    correct = np.load("correct.npy")
+    stats = {np.int64(3 * i): [[0.1] * 8, correct[:, i].astype(int).tolist(), [0.2] * 8] for i in range(40)[::-1]}
+    (files / "stats.pkl").write_bytes(pickle.dumps({**stats, "train": [[], [50.0]], "test": [[], [50.0]]}))
+    assert "correct [8, 40]" in run(capsys, "import", "toneva", "stats.pkl")
+    written = np.load("history.npz")
+    np.testing.assert_array_equal(written["correct"], correct)
+    assert written["sample_ids"].tolist() == [str(3 * i) for i in range(40)]
+    found = json.loads(run(capsys, "metric", "history.npz", "--json"))
+    assert found["forget_fraction"] == fmn.forget_fraction(correct).tolist()
+
+
+def test_metric_says_what_to_expect(files, capsys, monkeypatch):
+    monkeypatch.setattr(expectation, "RULE", {"constant": 0.01, "peak": 0.5, "churn": 0.25, "drop": 0.125})
+    monkeypatch.setattr(expectation, "ERROR", 0.02)
+    correct = np.load("correct.npy")
+    gain, error = fmn.expected_gain(correct)
+    assert 0.01 < gain < 1
+    np.save("integers.npy", correct.astype(np.uint8))
+    for source in (["correct.npy"], ["integers.npy"], ["history.fmnh"], ["probs.npy", "--labels", "labels.npy"]):
+        content = json.loads(run(capsys, "metric", *source, "--json"))
+        assert (content["expected_gain"], content["expected_gain_error"]) == (gain, error)
+    text = run(capsys, "metric", "correct.npy")
+    assert f"may add about {100 * gain:.0f} points, give or take 2 " in text
+    large = np.random.default_rng(0).random((3, 70_001)) < 0.5
+    large[0, 65536:], large[1:, 65536:] = True, False
+    history = fmn.CorrectnessHistory(70_001, "large.fmnh")
+    for row in large:
+        history.append(row)
+    np.save("large.npy", large)
+    for name in ("large.npy", "large.fmnh"):
+        content = json.loads(run(capsys, "metric", name, "--json"))
+        assert content["expected_gain"] == fmn.expected_gain(large[:, :65536])[0]
+
+
+def test_apply_refuses_the_samples_that_chose_the_plan(files, capsys):
+    run(capsys, "fuse", "probs.npy", "--labels", "labels.npy")
+    assert main(["apply", "plan.json", "probs.npy", "--labels", "labels.npy"]) == 1
+    assert "--allow-selection-data" in capsys.readouterr().err
+    assert not (files / "fused.npy").exists()
+    args = ["apply", "plan.json", "probs.npy", "--labels", "labels.npy", "--allow-selection-data"]
+    assert "accuracy" in run(capsys, *args)
+
+
+def test_compare(files, capsys):
+    args = ["compare", "--select", "probs.npy", "--select-labels", "labels.npy", "--test", "test.npz"]
+    test = np.load("test.npz")
+    table = fmn.compare_probabilities(np.load("probs.npy"), np.load("labels.npy"), test["probs"], test["labels"])
+    assert run(capsys, *args) == table.to_markdown()
+    assert run(capsys, *args, "--csv") == table.to_csv()
+    assert run(capsys, *args, "--json") == table.to_json() + "\n"
+
+
+def test_final_model_alone(files, capsys):
+    p = np.load("probs.npy")
+    np.savez("easy.npz", probs=p, labels=p[-1].argmax(1))
+    assert "the final model alone is best" in run(capsys, "fuse", "easy.npz")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["metric", "none.npy"], "none.npy"),
+        (["metric", "truncated.npy"], "truncated.npy"),
+        (["metric", "pickle.npy"], "pickle.npy"),
+        (["metric", "objects.npy"], "objects.npy"),
+        (["metric", "truncated.npz"], "truncated.npz"),
+        (["metric", "truncated.fmnh"], "truncated.fmnh"),
+        (["metric", "test.npz", "--labels", "labels3.npy"], "labels"),
+        (["metric", "probs.npy"], "--labels"),
+        (["metric", "labels.npy"], "n_epochs, n_samples"),
+        (["metric", "correct.npy", "--reference", "99"], "reference"),
+        (["metric", "correct.npy", "--per-sample", "s.csv", "--ids", "short.txt"], "short.txt"),
+        (["metric", "correct.npy", "--per-sample", "no/such/folder.csv"], "folder.csv"),
+        (["metric", "other.npz"], "named 'correct'"),
+        (["fuse", "correct.npy", "--labels", "labels.npy"], "n_classes"),
+        (["fuse", "probs.npy"], "--labels"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "-o", "no/such/plan.json"], "plan.json"),
+        (["apply", "correct.npy", "probs.npy"], "correct.npy"),
+        (["apply", "none.json", "probs.npy"], "none.json"),
+        (["compare", "--select", "test.npz", "--test", "test.npz"], "40 of 40 test samples"),
+        (["compare", "--select", "test.npz", "--test", "probs.npy"], "--test-labels"),
+        (["compare", "--select", "test.npz", "--test", "probs.npy", "--test-labels", "labels3.npy"], "test_labels"),
+        (["apply", "plan3.json", "probs.npy", "-o", "plan3.json"], "one of the files"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "-o", "probs.npy"], "probs.npy: is one of the files"),
+        (["apply", "plan3.json", "probs.npy", "--labels", "labels.npy", "-o", "labels.npy"], "is one of the files"),
+        (["metric", "correct.npy", "--per-sample", "correct.npy"], "is one of the files"),
+        (["metric", ".."], "..: a folder, and no run there (history.fmnh is missing)"),
+        (["fuse", "history.fmnh", "--labels", "labels.npy"], "history.fmnh: holds correctness, not probs"),
+        (["compare", "--select", "test.npz", "--test", "run"], "run: holds correctness"),
+        (["fuse", "header.npy", "--labels", "labels.npy"], "header.npy"),
+        (["metric", "disguised"], "disguised: an .npz file"),
+        (["metric", "history.fmnh", "--labels", "labels3.npy"], "labels3.npy: not the labels"),
+        (["demo", "--seeds", "0"], "seeds"),
+        (["metric", "text.npy"], "text.npy: not an .npy file"),
+        (["import", "cartography", "dynamics"], "dynamics_epoch_0.jsonl:2"),
+        (["import", "cartography", "run"], "run: no dynamics_epoch_*.jsonl"),
+        (["import", "cartography", "dynamics", "-o", "dynamics/dynamics_epoch_0.jsonl"], "one of the files"),
+        (["import", "toneva", "evil.pkl"], "evil.pkl: not example statistics"),
+        (["import", "toneva", "labels.npy"], "labels.npy: not example statistics"),
+        (["import", "toneva", "none.pkl"], "none.pkl"),
+        (["import", "toneva", "good.pkl", "-o", "good.pkl"], "good.pkl: is one of the files"),
+        (["import", "toneva", "good.pkl", "-o", "no/such/history.npz"], "history.npz"),
+        (["fuse", "epochs", "--labels", "labels.npy", "-o", "epochs/epoch_3.npy"], "one of the files"),
+        (["apply", "plan3.json", "epochs", "-o", "epochs/fused.npy"], "one of the files"),
+        (["fuse", "epochs"], "--labels"),
+        (["fuse", "mixed", "--labels", "labels.npy"], "probs[1]"),
+        (["fuse", "broken", "--labels", "labels.npy"], "epoch_2.npy"),
+        (["fuse", "dynamics", "--labels", "labels.npy"], "dynamics: no *.npy"),
+        (["fuse", "run", "--labels", "labels.npy"], "run: holds correctness"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "--logits", "--folds", "1"], "folds"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "--folds", "41"], "folds"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "--method", "auto", "--folds", "0"], "folds"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "--max-members", "0"], "max_members"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "--max-forward-passes", "0"], "max_forward_passes"),
+        (["fuse", "correct.npy", "--labels", "labels.npy", "--logits"], "logits["),
+        (["fuse", "nan.npy", "--labels", "labels.npy", "--logits"], "logits[7], row 3"),
+        (["fuse", "logits.npz"], "named 'probs'"),
+        (["apply", "plan3.json", "nan.npy", "--logits"], "logits[7]"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr(files, capsys, args, words):
+    np.save("labels3.npy", np.zeros(3, int))
+    np.savez("other.npz", something=np.zeros(3))
+    np.save("objects.npy", np.array([{}, None]), allow_pickle=True)
+    (files / "pickle.npy").write_bytes(b"\x80\x04K\x01.")
+    (files / "short.txt").write_text("a\nb\n")
+    for name, source in (("npy", "correct.npy"), ("npz", "test.npz"), ("fmnh", "history.fmnh")):
+        (files / f"truncated.{name}").write_bytes((files / source).read_bytes()[:50])
+    (files / "text.npy").write_text("epoch,accuracy\n")
+    (files / "disguised").write_bytes((files / "test.npz").read_bytes())
+    fmn.FusionPlan((), 8, 1, (0.5,)).save("plan3.json")
+    (files / "runs" / "demo").mkdir(parents=True)
+    nan = np.load("probs.npy")
+    nan[7, 3] = np.nan
+    np.save("nan.npy", nan)
+    np.savez("logits.npz", logits=nan, labels=np.load("labels.npy"))
+    (files / "dynamics").mkdir()
+    line = json.dumps({"guid": "a", "logits_epoch_0": [0.0, 1.0], "gold": 0})
+    (files / "dynamics" / "dynamics_epoch_0.jsonl").write_text(f"{line}\n{line[:-7]}")
+    (files / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    (files / "good.pkl").write_bytes(pickle.dumps({0: [[0.5], [1], [0.5]]}))
+    epochs_in("epochs", np.load("probs.npy"))
+    epochs_in("mixed", [nan[0], nan[1, :3], nan[2]])
+    epochs_in("broken", np.load("probs.npy")[:2])
+    (files / "broken" / "epoch_2.npy").write_bytes(b"epoch")
+    (files / "run").mkdir()
+    (files / "run" / "history.fmnh").write_bytes((files / "history.fmnh").read_bytes())
+    header = (files / "probs.npy").read_bytes()
+    (files / "header.npy").write_bytes(header.replace(b"'descr'", b"'descr\"", 1))
+    before = sorted(files.rglob("*"))
+    assert main(args) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("fmn-ref: error: ")
+    assert shown.err.count("\n") == 1
+    assert words in shown.err
+    assert sorted(files.rglob("*")) == before
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs a folder that nobody can write to")
+def test_unwritable_folder(files, capsys):
+    """/proc takes no files from anybody, root included."""
+    assert main(["fuse", "probs.npy", "--labels", "labels.npy", "-o", "/proc/self/plan.json"]) == 1
+    assert "plan.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "info", "metric", "fuse", "import", "apply", "compare"])
+def test_help_and_usage(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert "--json" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--no-such-option"])
+
+
+def test_the_installed_command_and_the_module():
+    for command in ([os.path.join(os.path.dirname(sys.executable), "fmn-ref")], [sys.executable, "-m", "fmn_ref"]):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == fmn.__version__
+
+
+def test_interrupt(monkeypatch):
+    def interrupted(correct):
+        raise KeyboardInterrupt
+
+    assert main(["metric", "x.fmnh"]) == 1  # no such file comes first
+    monkeypatch.setattr("fmn_ref.cli.load_correct", lambda *a, **k: interrupted(None))
+    assert main(["metric", "x.fmnh"]) == 130
+
+
+def test_demo_small(files, capsys):
+    """Two seeds of few epochs: all files are there, a second run reuses them, other settings are refused."""
+    args = ["demo", "-o", "demo", "--seeds", "2", "--epochs", "3", "--json"]
+    results = json.loads(run(capsys, *args))
+    assert json.loads((files / "demo/results.json").read_text()) == results
+    report = (files / "demo/report.md").read_text()
+    for figure in ("curves", "matrix", "weights", "last_correct", "per_class"):
+        assert f"({(path := f'noise_40/seed_0/report/{figure}.png')})" in report
+        assert (files / "demo" / path).exists()
+    run_dir = fmn.Run.open(files / "demo/noise_20/seed_1")
+    assert len(run_dir.history) == 3
+    assert fmn.FusionPlan.load(run_dir.run_dir / "plan.json").n_epochs == 3
+    before = {p: p.stat().st_mtime_ns for p in files.rglob("demo/noise_*/**/*") if p.is_file()}
+    assert json.loads(run(capsys, *args)) == results
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert main([*args[:-2], "4"]) == 1
+    assert "choose another folder" in capsys.readouterr().err

@@ -1,0 +1,185 @@
+"""The controls and the tables: every row recomputed by hand, figures drawn."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_probs
+from networks import RECIPE, make_data, make_model
+
+import fmn_ref as fmn
+from fmn_ref.fusion import baselines
+from fmn_ref.fusion.plan import mixture
+from fmn_ref.reporting import plot
+
+TRAIN, VAL, TEST = make_data()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(2)
+    return fmn.train(make_model(), TRAIN, VAL, epochs=12, run_dir=tmp_path_factory.mktemp("run"), **RECIPE)
+
+
+@pytest.fixture(scope="module")
+def table(run):
+    options = {"epochs": 3, **RECIPE}
+    return fmn.compare(run, VAL, TEST, train_data=TRAIN, make_student=make_model, distill_options=options)
+
+
+def test_weights_of_the_controls():
+    correct = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]])
+    assert baselines.last(5) == {4: 1.0}
+    assert baselines.last(5, 9) == baselines.equal(range(5))
+    assert baselines.last(5, 2) == {3: 0.5, 4: 0.5}
+    assert baselines.equally_spaced(9, 3) == baselines.equal([2, 5, 8])
+    assert baselines.equally_spaced(9, 1) == {8: 1.0}
+    assert len(baselines.equally_spaced(40, 7)) == 7
+    assert baselines.best_epoch(correct) == {1: 1.0}
+    assert baselines.top(correct, 2) == {1: 0.5, 2: 0.5}
+    assert baselines.swa(8) == {6: 0.5, 7: 0.5}
+    assert baselines.swa(1) == {0: 1.0}
+    assert baselines.ema(3, 0.5) == {0: 0.25, 1: 0.25, 2: 0.5}
+    assert sum(baselines.ema(200, 0.9).values()) == pytest.approx(1, abs=2e-3)
+
+
+def test_best_window(rng):
+    p, labels = random_probs(rng)
+    scores = [(p[max(0, e - 1) : e + 2].mean(0).argmax(1) == labels).mean() for e in range(len(p))]
+    best = int(np.argmax(scores))
+    assert set(baselines.best_window(p, labels, 1)) == set(range(max(0, best - 1), min(len(p), best + 2)))
+
+
+def test_rows_are_what_they_say(run, table):
+    select, test = run.probabilities(VAL), run.probabilities(TEST)
+    k = len(table.plan.weights)
+    for method, weights in (
+        ("last", {11: 1.0}),
+        ("last-k", baselines.last(12, k)),
+        ("equally spaced", baselines.equally_spaced(12, k)),
+        ("best epoch", baselines.best_epoch(run.history)),
+        ("top-k", baselines.top(run.history, k)),
+        ("KF", table.plan.weights),
+    ):
+        row = table[method]
+        assert row.forward_passes == len(weights)
+        assert row.selection_accuracy == (mixture(select, weights).argmax(1) == VAL[1].numpy()).mean()
+        assert row.test_accuracy == (mixture(test, weights).argmax(1) == TEST[1].numpy()).mean()
+    swa = fmn.averaged_model(run, baselines.swa(12), TRAIN)
+    assert table["SWA"].test_accuracy == (swa(TEST[0]).argmax(1) == TEST[1]).double().mean().item()
+    names = [r.method for r in table.rows]
+    singles = ["EMA", "SWA", "averaged KF", "distilled last", "distilled KF", "distilled auto"]
+    assert names[-6:] == singles
+    assert all(r.forward_passes == 1 for r in table.rows[-6:])
+    with pytest.raises(KeyError, match="there are last"):
+        table["bagging"]
+
+
+def test_formats(table):
+    assert len(list(csv.DictReader(io.StringIO(table.to_csv())))) == len(table.rows)
+    content = json.loads(table.to_json())
+    assert [r["method"] for r in content["rows"]] == [r.method for r in table.rows]
+    assert f"| KF | {table['KF'].forward_passes} |" in table.to_markdown()
+    assert "scored on 240." in str(table)
+
+
+def test_scoring_on_the_selection_set_is_refused(run, rng):
+    with pytest.raises(ValueError, match="240 of 240"):
+        fmn.compare(run, VAL, VAL)
+    half = tuple(torch.cat([a[:120], b[:120]]) for a, b in zip(VAL, TEST, strict=True))
+    with pytest.raises(ValueError, match="120 of 240"):
+        fmn.compare(run, VAL, half)
+    assert fmn.compare(run, VAL, VAL, allow_overlap=True)["KF"].test_accuracy > 0
+    with pytest.raises(ValueError, match="10 of 240"):
+        fmn.compare(run, tuple(a[:10] for a in TEST), TEST)
+    p, labels = random_probs(rng)
+    for part in (slice(None), slice(None, None, -1), slice(20, 40)):
+        with pytest.raises(ValueError, match="are in the selection set"):
+            fmn.compare_probabilities(p, labels, p[:, part], labels[part])
+    table = fmn.compare_probabilities(p, labels, p, labels, allow_overlap=True)
+    assert "selected on" in str(table)
+    for bad in ([1], labels[31:], labels[30:] + 5):
+        with pytest.raises(ValueError, match="test_labels"):
+            fmn.compare_probabilities(p[:, :30], labels[:30], p[:, 30:], bad)
+    assert "selected on" not in str(fmn.compare_probabilities(p[:, :30], labels[:30], p[:, 30:], labels[30:]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"select_probs": None}, "select_probs"),
+        ({"test_probs": None}, "test_probs"),
+        ({"test_probs": np.full((2, 4, 3), 1 / 3)}, "test_probs"),
+        ({"test_probs": np.full((3, 4, 2), 1 / 2)}, "test_probs"),
+        ({"test_probs": np.full((4, 3), 1 / 3)}, "test_probs"),
+        ({"test_probs": np.zeros((0, 4, 3))}, "test_probs"),
+        ({"test_probs": np.full((3, 4, 3), np.nan)}, "test_probs"),
+        ({"test_labels": [0, 1, 2, 3]}, "test_labels"),
+        ({"select_labels": [0, 1]}, "labels"),
+    ],
+)
+def test_bad_probabilities(change, words):
+    rng = np.random.default_rng(0)
+    given = {"select_probs": rng.dirichlet(np.ones(3), (3, 4)), "test_probs": rng.dirichlet(np.ones(3), (3, 4))}
+    given |= {"select_labels": [0, 1, 2, 0], "test_labels": [0, 1, 2, 0]}
+    assert len(fmn.compare_probabilities(**given).rows) == 13
+    as_tensors = {k: torch.tensor(v) for k, v in given.items()}
+    assert fmn.compare_probabilities(**as_tensors).rows == fmn.compare_probabilities(**given).rows
+    with pytest.raises((ValueError, TypeError), match=f"^{words}"):
+        fmn.compare_probabilities(**given | change)
+
+
+def test_students_need_train_data_and_epochs(run):
+    with pytest.raises(ValueError, match="make_student"):
+        fmn.compare(run, VAL, TEST, make_student=make_model)
+    bare = fmn.Run(run.run_dir, run.history, run.model)
+    bare.config = {}
+    with pytest.raises(ValueError, match="make_student"):
+        fmn.compare(bare, VAL, TEST, train_data=TRAIN, make_student=make_model)
+
+
+def test_final_model_alone_is_said(rng):
+    p, _ = random_probs(rng)
+    y = p[-1].argmax(1)
+    table = fmn.compare_probabilities(p[:, :30], y[:30], p[:, 30:], y[30:])
+    assert "final model alone is best" in table.to_markdown()
+    assert table["KF"].forward_passes == 1
+
+
+def test_figures(run, table, tmp_path):
+    figures = {
+        "curves": plot.curves(run.history),
+        "matrix": plot.matrix(run.history),
+        "weights": plot.plan_weights(table.plan),
+        "last": plot.last_correct(run.history),
+        "class": plot.per_class(run.history, VAL[1]),
+    }
+    predictions = {"KF": table.plan.apply(run.probabilities(VAL)), "epoch 0": run.probabilities(VAL)[0]}
+    recovered = fmn.recovery(run.history, predictions, VAL[1])
+    figures["recovery"] = plot.recovery(recovered)
+    for name, figure in figures.items():
+        figure.savefig(tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    axes = figures["curves"].axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+    np.testing.assert_array_equal(drawn["forget fraction $F_e$"], fmn.forget_fraction(run.history))
+    bars = [bar.get_height() for bar in figures["weights"].axes[0].patches]
+    np.testing.assert_allclose(bars, list(table.plan.weights.values()))
+    forgotten = fmn.sample_statistics(run.history).forgotten
+    assert sum(bar.get_height() for bar in figures["last"].axes[0].patches) == forgotten.sum()
+    shares = [bar.get_height() for bar in figures["class"].axes[0].patches]
+    np.testing.assert_allclose(shares, [forgotten[VAL[1].numpy() == c].mean() for c in range(4)])
+    axes = figures["recovery"].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["KF", "epoch 0"]
+    for bars, key in zip(axes.containers, ("recovered", "new", "lost"), strict=True):
+        assert key in bars.get_label()
+        assert [bar.get_height() for bar in bars] == [n[key] for n in recovered.counts().values()]
+
+
+def test_figures_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"fmn_ref\[plot\]"):
+        plot.curves([[True]])

@@ -1,0 +1,416 @@
+"""FusedModel, averaged weights, BatchNorm, distillation: against torch's own averaging, and against hand-made sums."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import RECIPE, make_data, make_model
+from torch import nn
+from torch.optim import swa_utils
+from torch.utils.data import DataLoader, TensorDataset
+
+import fmn_ref as fmn
+from fmn_ref.fusion import baselines
+from fmn_ref.runs import checkpoints
+from fmn_ref.training import ensemble, predictions
+from fmn_ref.training.data import predict
+from fmn_ref.training.distill import distillation_loss
+
+TRAIN, VAL, TEST = make_data()
+PLAN_OF_ONE = fmn.FusionPlan.from_weights({0: 1.0}, 1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("run")
+    return fmn.train(make_model(), TRAIN, VAL, epochs=12, run_dir=folder, **RECIPE)
+
+
+@pytest.fixture(scope="module")
+def plan(run):
+    plan = fmn.fuse(run.probabilities(VAL), VAL[1], correct=run.history)
+    assert plan.members  # the tests below would show little otherwise
+    return plan
+
+
+def test_probabilities_are_lazy_and_right(run):
+    p = run.probabilities(VAL)
+    assert (len(p), p.evaluated) == (12, ())
+    model = checkpoints.load_into(make_model(), run.checkpoints[3]).eval()
+    np.testing.assert_allclose(p[3], model(VAL[0]).softmax(1).detach(), atol=1e-6)
+    assert p[-9] is p[3]
+    assert p.evaluated == (3,)
+    np.testing.assert_array_equal(np.stack([q.argmax(1) for q in p]) == VAL[1].numpy(), run.history.correct())
+    with pytest.raises(IndexError, match="epoch"):
+        p[12]
+
+
+def test_only_the_chosen_windows_are_evaluated(run, plan):
+    p = run.probabilities(TEST)
+    plan.apply(p)
+    assert set(p.evaluated) == {*plan.weights, 11}
+
+
+def test_fused_model_predicts_what_the_plan_says(run, plan):
+    model = fmn.FusedModel(plan, run)
+    log_probs = model(TEST[0])
+    np.testing.assert_allclose(log_probs.exp(), plan.apply(run.probabilities(TEST)), atol=1e-6)
+    assert not log_probs.requires_grad
+    assert not any(m.training for m in model.train().modules())
+    np.testing.assert_array_equal(model(TEST[0]), log_probs)  # and BatchNorm has not moved
+
+
+def test_a_fused_model_where_values_cannot_be_looked_at(run, plan):
+    expected = fmn.FusedModel(plan, run)(TEST[0])
+    new = fmn.FusedModel(plan, run)
+    assert new(TEST[0][:0]).shape == (0, 4)
+    torch.testing.assert_close(torch.func.vmap(fmn.FusedModel(plan, run))(TEST[0][:, None])[:, 0], expected)
+    exported = torch.export.export(fmn.FusedModel(plan, run), (TEST[0],)).module()
+    torch.testing.assert_close(exported(TEST[0]), expected)
+    assert fmn.FusedModel(plan, run).to("meta")(TEST[0].to("meta")).shape == expected.shape
+
+
+def test_members_together_say_the_same(run, plan):
+    one_by_one, together = fmn.FusedModel(plan, run), fmn.FusedModel(plan, run, together=True)
+    torch.testing.assert_close(together(TEST[0]), one_by_one(TEST[0]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(predict(together, TEST)[0], predict(one_by_one, TEST)[0], atol=1e-5, rtol=1e-5)
+    other = fmn.FusedModel(plan, run, together=True)
+    state = {k: v * 0 for k, v in other.state_dict().items()} | {"weights": other.weights}
+    other(TEST[0])
+    other.load_state_dict(state)
+    torch.testing.assert_close(other(TEST[0]).exp(), torch.full((len(TEST[0]), 4), 0.25))
+    assert other.double()(TEST[0].double()).dtype == torch.float32
+
+
+def test_in_bfloat16(run):
+    exact, rough = run.probabilities(TEST)[-1], run.probabilities(TEST, amp=True)[-1]
+    assert rough.dtype == np.float32
+    np.testing.assert_allclose(rough, exact, atol=0.03)
+    assert (rough != exact).any()
+
+
+def test_fused_model_opens_from_disk_in_a_fresh_process(run, plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    model = fmn.FusedModel(plan, run)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    script = (
+        "import sys, torch, numpy as np, fmn_ref as fmn; from networks import *\n"
+        "run = fmn.Run.open(sys.argv[1], make_model())\n"
+        "model = fmn.FusedModel(fmn.FusionPlan.load(sys.argv[2] + '/plan.json'), run)\n"
+        "first = model(make_data()[2][0])\n"
+        "model.load_state_dict(torch.load(sys.argv[2] + '/state.pt'))\n"
+        "assert torch.equal(first, model(make_data()[2][0]))\n"
+        "np.save(sys.argv[2] + '/out.npy', first)\n"
+    )
+    here = Path(__file__).parents[1] / "helpers"
+    subprocess.run([sys.executable, "-c", script, run.run_dir, tmp_path], check=True, cwd=here)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), model(TEST[0]), atol=1e-6)
+
+
+def averaged_by_torch(run, epochs, **options):
+    averaged = swa_utils.AveragedModel(make_model(), **options)
+    for e in epochs:
+        averaged.update_parameters(checkpoints.load_into(make_model(), run.checkpoints[e]))
+    swa_utils.update_bn(DataLoader(TensorDataset(*TRAIN), 60), averaged)  # 240 samples: equal batches, as torch assumes
+    return averaged.eval()
+
+
+def test_swa_equals_torch(run):
+    ours = fmn.averaged_model(run, baselines.swa(12), TRAIN, batch_size=60)
+    theirs = averaged_by_torch(run, [9, 10, 11])
+    # torch runs update_bn with dropout switched on; ours, as the network is used: compare where both agree
+    for name, value in theirs.module.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), value)
+
+
+def test_ema_equals_torch(run):
+    ours = fmn.averaged_model(run, baselines.ema(12, 0.7), TRAIN)
+    theirs = averaged_by_torch(run, range(12), multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.7))
+    for name, value in theirs.module.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), value)
+
+
+def test_recomputed_batchnorm_equals_torch_on_equal_batches_and_weighs_a_short_one():
+    x = torch.randn(100, 6) * 3 + 1
+    ours, theirs = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+    ensemble.recompute_batchnorm(ours, (x, torch.zeros(100, dtype=int)), batch_size=25)
+    swa_utils.update_bn(DataLoader(TensorDataset(x), 25), theirs)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    ensemble.recompute_batchnorm(ours, (x, torch.zeros(100, dtype=int)), batch_size=30)
+    torch.testing.assert_close(ours.running_mean, x.mean(0))  # torch's would weigh the last 10 rows like 30
+    assert ours.momentum == 0.1
+
+
+def test_averaged_kf_keeps_weights_and_integer_buffers(run, plan):
+    model = fmn.averaged_model(run, plan.weights, TRAIN)
+    states = {e: checkpoints.load(run.checkpoints[e]) for e in plan.weights}
+    expected = sum(w * states[e]["0.weight"] for e, w in plan.weights.items())
+    torch.testing.assert_close(model.get_parameter("0.weight"), expected)
+    assert not model.training
+    alone = fmn.averaged_model(run, {5: 2.0}, TRAIN)
+    torch.testing.assert_close(alone.get_parameter("0.weight"), checkpoints.load(run.checkpoints[5])["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda r: fmn.averaged_model(r, {}, TRAIN), "weights"),
+        (lambda r: fmn.averaged_model(r, {0: -1.0, 1: 2.0}, TRAIN), "weights"),
+        (lambda r: fmn.averaged_model(r, {12: 1.0}, TRAIN), "epoch"),
+        (lambda r: fmn.FusedModel(fmn.FusionPlan((), 3, 1, (1.0,)), r), "3 epochs"),
+        (lambda r: fmn.FusedModel(fmn.FusionPlan((), 12, 1, (1.0,)), fmn.Run.open(r.run_dir)), "no model"),
+        (
+            lambda r: fmn.FusedModel(fmn.FusionPlan((), 12, 1, (1.0,)), fmn.Run.open(r.run_dir, nn.ReLU())),
+            "does not fit",
+        ),
+    ],
+)
+def test_bad_input(run, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(run)
+
+
+def test_a_shuffled_data_set_is_noticed(run):
+    loader = DataLoader(TensorDataset(*VAL), 32, shuffle=True)
+    p = run.probabilities(loader)
+    with pytest.raises(ValueError, match="must not shuffle"):
+        fmn.fuse(p, p.labels)
+    with pytest.raises(ValueError, match=r"must not shuffle|disagrees"):
+        fmn.compare(run, loader, TEST)
+
+
+def test_little_memory_evaluates_again(run, monkeypatch):
+    monkeypatch.setattr(predictions, "CACHE_BYTES", 1)
+    p = run.probabilities(VAL)
+    first = [q.copy() for q in p]
+    assert p.evaluated == (10, 11)
+    np.testing.assert_array_equal(p[0], first[0])
+
+
+class Tuples(nn.Module):
+    """Logits and something else: only a forward_fn knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = make_model()
+        self.register_buffer("steps", torch.tensor(7))
+
+    def forward(self, x):
+        return self.net(x), x
+
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 3}
+
+
+def test_forward_fn_is_asked_for_each_member(tmp_path):
+    def forward(model, batch):
+        return model(batch[0])[0], batch[1]
+
+    run = fmn.train(Tuples(), TRAIN, VAL, epochs=6, run_dir=tmp_path, forward_fn=forward, **RECIPE)
+    options = {"epochs": 2, "progress": False}
+    table = fmn.compare(run, VAL, TEST, train_data=TRAIN, make_student=Tuples, distill_options=options)
+    assert len(table.rows) == 19
+    fused = fmn.FusedModel(table.plan, run)
+    log_probs, labels = fused._fmn_forward_batch(TEST, forward)
+    np.testing.assert_allclose(log_probs.exp(), table.plan.apply(run.probabilities(TEST)), atol=1e-6)
+    assert labels is TEST[1]
+    with pytest.raises(ValueError, match=r"model: expected logits \(n, n_classes\), got tuple; plan\.apply"):
+        fmn.FusedModel(table.plan, run)(TEST[0])
+    assert fmn.averaged_model(run, {4: 0.5, 5: 0.5}, TRAIN).steps == 7
+
+
+def test_a_last_batch_of_one_sample(tmp_path):
+    one = tuple(a[:129] for a in TRAIN)
+    run = fmn.train(make_model(), one, VAL, epochs=1, run_dir=tmp_path, **RECIPE | {"batch_size": 128})
+    fmn.averaged_model(run, {0: 1.0}, one, batch_size=64)
+    fmn.averaged_model(run, {0: 1.0}, DataLoader(TensorDataset(*one), 64))
+
+
+def test_average_refuses_a_checkpoint_that_does_not_fit(tmp_path):
+    run = fmn.train(make_model(), TRAIN, VAL, epochs=3, run_dir=tmp_path, **RECIPE)
+    state = checkpoints.load(run.checkpoints[0])
+    for content in ({f"module.{k}": v for k, v in state.items()}, [1], {"0.weight": torch.zeros(2, 2)}):
+        checkpoints.save(content, run.checkpoints[0])
+        with pytest.raises(ValueError, match=r"epoch_00000\.pt: does not fit"):
+            fmn.averaged_model(run, {0: 0.5, 2: 0.5}, TRAIN)
+
+
+def test_batchnorm_needs_a_batch_of_two(run):
+    for bad in (DataLoader(TensorDataset(*TRAIN), 1), tuple(a[:1] for a in TRAIN), []):
+        with pytest.raises(ValueError, match="train_data"):
+            fmn.averaged_model(run, {0: 1.0}, bad)
+
+
+def test_average_counts_rows_from_both_ends(run):
+    ours, theirs = fmn.averaged_model(run, {-1: 0.5, 0: 0.5}, TRAIN), fmn.averaged_model(run, {11: 1, 0: 1}, TRAIN)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda run: fmn.FusedModel(None, run), "plan"),
+        (lambda run: fmn.FusedModel(fmn.FusionPlan((), 12, 1, (1.0,)), None), "run"),
+        (lambda run: fmn.Probabilities(None, VAL), "run"),
+        (lambda run: fmn.averaged_model(None, {0: 1.0}, TRAIN), "run"),
+        (lambda run: fmn.averaged_model(run, {0: "a"}, TRAIN), "weights"),
+        (lambda run: fmn.averaged_model(run, None, TRAIN), "weights"),
+        (lambda run: fmn.compare(None, VAL, TEST), "run"),
+        (lambda run: fmn.distill(make_model, make_model(), TRAIN, epochs=1), "student"),
+        (lambda run: fmn.distill(make_model(), None, TRAIN, epochs=1), "teacher"),
+    ],
+)
+def test_what_is_not_of_the_kind_is_named(run, call, words):
+    with pytest.raises(TypeError, match=f"^{words}: expected"):
+        call(run)
+
+
+def test_probabilities_can_be_sliced(run):
+    p = run.probabilities(VAL)
+    np.testing.assert_array_equal(np.stack(p[2:5]), np.stack([p[2], p[3], p[4]]))
+
+
+def test_a_missing_checkpoint_is_named(run, tmp_path):
+    recorder = fmn.Recorder(tmp_path, make_model(), keep="none")
+    recorder.record(0, VAL[1], VAL[1])
+    for use in (lambda run: run.probabilities(VAL)[0], lambda run: fmn.FusedModel(PLAN_OF_ONE, run)):
+        with pytest.raises(FileNotFoundError, match=r"epoch_00000\.pt: no such checkpoint; run\.kept"):
+            use(recorder.run)
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        (nn.Softmax(1), r"got probabilities; plan\.apply\(run"),
+        (nn.Flatten(0), r"expected logits \(n, n_classes\), got shape \(960,\)"),
+    ],
+)
+def test_a_fused_model_of_networks_without_logits_is_refused(tmp_path, last, words):
+    """It calls the network itself: what a run's forward_fn would make of its output is another matter."""
+    model = nn.Sequential(make_model(), last)
+    recorder = fmn.Recorder(tmp_path, model, forward_fn=lambda model, batch: (model[0](batch[0]), batch[1]))
+    recorder.record(0, VAL[1], VAL[1])
+    assert recorder.run.probabilities(VAL)[0].shape == (240, 4)
+    for together in (False, True):
+        with pytest.raises(ValueError, match=words):
+            fmn.FusedModel(PLAN_OF_ONE, recorder.run, together=together)(VAL[0])
+
+
+class TestDistill:
+    def test_the_loss_against_a_sum_by_hand(self):
+        logits, teacher = torch.randn(5, 3), torch.randn(5, 3).softmax(1)
+        labels = torch.tensor([0, 1, 2, 0, 1])
+        t, w = 3.0, 0.7
+        total = 0.0
+        for z, p, y in zip(logits, teacher, labels, strict=True):
+            soft = (p.log() / t).softmax(0)
+            student = (z / t).softmax(0)
+            kl = sum(s * (s.log() - q.log()) for s, q in zip(soft, student, strict=True))
+            total += w * t**2 * kl - (1 - w) * z.log_softmax(0)[y]
+        loss = distillation_loss(logits, (labels, teacher.log()), temperature=t, kd_weight=w)
+        torch.testing.assert_close(loss, total / 5)
+
+    @pytest.mark.parametrize("temperature", [0.01, 100.0])
+    def test_extreme_temperatures_do_not_overflow(self, temperature):
+        log_probs = torch.tensor([[0.0, -120.0, -300.0]])
+        soft = (log_probs.double() / temperature).softmax(1)
+        z = torch.zeros(1, 3)
+        loss = distillation_loss(z, (torch.tensor([0]), log_probs), temperature=temperature, kd_weight=1.0)
+        expected = temperature**2 * (torch.special.xlogy(soft, soft).sum() + np.log(3))
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+
+    def test_a_teacher_of_probabilities_is_refused(self):
+        teacher = nn.Sequential(nn.Linear(6, 4), nn.Softmax(1))
+        for options in ({}, {"augment": lambda x: x}):
+            with pytest.raises(ValueError, match="model: expected logits or log-probabilities, got probabilities"):
+                fmn.distill(make_model(), teacher, TRAIN, epochs=1, **RECIPE | options)
+
+    def test_the_teacher_is_left_as_it_was(self):
+        teacher = make_model().train()
+        teacher[1].eval()
+        fmn.distill(make_model(), teacher, TRAIN, epochs=1, **RECIPE)
+        assert [m.training for m in teacher] == [True, False, True, True, True]
+
+    def test_another_teacher_is_refused_in_the_same_folder(self, tmp_path):
+        for ok in (True, False):
+            options = {"epochs": 1, "run_dir": tmp_path, **RECIPE}
+            if ok:
+                fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)
+                assert sorted(p.name for p in tmp_path.iterdir()) == ["resume.pt", "run.json", "targets"]
+            else:
+                with pytest.raises(ValueError, match="teacher"):
+                    fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)
+
+    def test_a_student_becomes_its_teacher(self, run, plan):
+        teacher = fmn.FusedModel(plan, run)
+        torch.manual_seed(0)
+        student = fmn.distill(make_model(), teacher, TRAIN, epochs=60, **RECIPE)
+        agreement = (student(TEST[0]).argmax(1) == teacher(TEST[0]).argmax(1)).float().mean()
+        assert agreement > 0.85
+        assert not student.training
+
+    def test_without_soft_targets_it_is_training(self, run, tmp_path):
+        torch.manual_seed(2)
+        student = fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, epochs=12, kd_weight=0.0, **RECIPE)
+        for ours, theirs in zip(student.parameters(), run.model.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_online_teacher_sees_what_the_student_sees(self):
+        class Spy(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.seen, self.net = [], nn.Linear(6, 4)
+
+            def forward(self, x):
+                self.seen.append(x)
+                return self.net(x)
+
+        teacher, student = Spy().train(), Spy()
+        marked = {"augment": lambda x: x + 100}
+        fmn.distill(student, teacher, TRAIN, epochs=1, **RECIPE | {"lr": 1e-6}, **marked)
+        _, *seen = teacher.seen  # once before: does it give logits at all?
+        assert all(torch.equal(a, b) and a.min() > 50 for a, b in zip(seen, student.seen, strict=True))
+        assert teacher.training  # put back
+        assert teacher.net.weight.grad is None
+
+    def test_cached_and_online_agree_without_augmentation(self, run, plan):
+        students = []
+        for data in (TRAIN, TensorDataset(*TRAIN)):
+            torch.manual_seed(4)
+            net = nn.Linear(6, 4)
+            loader = data if data is TRAIN else DataLoader(data, 240)
+            options = RECIPE | {"batch_size": 240, "lr": 0.5}
+            students.append(fmn.distill(net, fmn.FusedModel(plan, run), loader, epochs=5, temperature=2.0, **options))
+        torch.testing.assert_close(students[0].weight, students[1].weight)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "words"),
+        [
+            ({"temperature": 0}, ValueError, "temperature"),
+            ({"temperature": "hot"}, TypeError, "temperature"),
+            ({"kd_weight": 1.5}, ValueError, "kd_weight"),
+            ({"epochs": 0}, ValueError, "epochs"),
+            ({"teacher": nn.Linear(6, 5)}, ValueError, "teacher"),
+        ],
+    )
+    def test_bad_input(self, options, error, words):
+        options = {"teacher": nn.Linear(6, 4), "epochs": 1} | RECIPE | options
+        with pytest.raises(error, match=words):
+            fmn.distill(make_model(), options.pop("teacher"), TRAIN, **options)
+
+    def test_another_configuration_is_refused(self, tmp_path):
+        for weight in (1.0, 0.5):
+            options = {"epochs": 1, "run_dir": tmp_path, "kd_weight": weight, **RECIPE}
+            if weight == 1:
+                fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)
+            else:
+                with pytest.raises(ValueError, match="kd_weight"):
+                    fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)
