@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fmn_ref.benchmarks.experiments import datasets, double_descent, networks, suite, tables
+from fmn_ref.benchmarks.experiments import datasets, double_descent, measurement, networks, suite, tables
 from fmn_ref.benchmarks.speed import fusion
 
 import fmn_ref as fmn

@@ -1,0 +1,41 @@
+"""Tables as text: Markdown for people, CSV for programs. NumPy only."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], n_text: int = 1) -> str:
+    """Write a Markdown table that ends with a line break.
+
+    Parameters
+    ----------
+    columns : sequence of str
+        Headings.
+    rows : iterable of sequences of str
+        Cells, one per heading.
+    n_text : int, default 1
+        How many columns hold text and are aligned left. The others hold numbers and are aligned right.
+
+    Examples
+    --------
+    >>> print(markdown_table(["method", "accuracy"], [["KF", "92.5"]]), end="")
+    | method | accuracy |
+    |---|--:|
+    | KF | 92.5 |
+    """
+    rule = "|" + "---|" * n_text + "--:|" * (len(columns) - n_text)
+    lines = (" | ".join(cells).join(("| ", " |")) for cells in (columns, *rows))
+    return "\n".join([next(lines), rule, *lines]) + "\n"
+
+
+def csv_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Write a table as CSV, with a header line and line breaks as on Unix."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return out.getvalue()
