@@ -27,7 +27,8 @@ from .metrics.curves import (
 from .metrics.history import CorrectnessHistory
 from .reporting.recovery import Recovery, recovery
 from .runs.importers import epoch_files, from_cartography, from_logits, from_toneva
-from .runs.recorder import Recorder, Run
+from .runs.recorder import Recorder
+from .runs.run import Run
 from .training.noise import asymmetric_noise, symmetric_noise, transition_noise
 
 if TYPE_CHECKING:
@@ -95,6 +96,15 @@ __all__ = [
     "transition_noise",
     "tune_distillation",
 ]
+
+
+def _probabilities(run: Run, data: Any, **options: Any) -> Any:
+    from .training.ensemble import Probabilities
+
+    return Probabilities(run, data, **options)
+
+
+Run.evaluate = staticmethod(_probabilities)  # the room of runs lies below the one that evaluates networks
 
 
 def __dir__() -> list[str]:

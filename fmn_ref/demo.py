@@ -24,7 +24,7 @@ from . import _check, _files
 from .metrics.curves import forgetting_curves
 from .reporting import plot
 from .reporting.comparison import Comparison, compare
-from .runs.recorder import Run
+from .runs.run import Run
 from .training.noise import symmetric_noise
 from .training.train import train
 

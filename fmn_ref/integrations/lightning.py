@@ -168,7 +168,7 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
         """The recorder, with nothing recorded that the trainer has yet to do."""
         if trainer.current_epoch == trainer.global_step == 0:
             self._next_epoch, self._n_batches = 0, -1
-        self._recorder = Recorder(self.run_dir, None, self._keep, save=self._save)
+        self._recorder = Recorder(self.run_dir, keep=self._keep, half=self._half)
         start, found = max(trainer.current_epoch, self._next_epoch), self._recorder.next_epoch
         n_epochs = len(self._recorder.run.history) if found else 0
         if start == 0 and n_epochs == 1:  # killed before the first checkpoint
@@ -183,9 +183,6 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
         if dropped and start:
             logger.warning("%s: dropped epochs %s, recorded after the checkpoint to go on from", self.run_dir, dropped)
         return self.run_dir
-
-    def _save(self, path: Path) -> None:
-        checkpoints.save_weights(self._weights, path, half=self._half)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._parts = []
@@ -234,7 +231,8 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
     def _record(self, epoch: int, n_batches: int, right: Any, labels: Any) -> tuple[float, int]:
         assert self._recorder is not None
         if n_batches != self._n_batches:  # Lightning before 2.6 validates again, on one batch, when it resumes
-            self._recorder.record_correct(max(epoch, self._recorder.next_epoch), right, labels)
+            number = max(epoch, self._recorder.next_epoch)
+            self._recorder.record_correct(number, right, labels, weights=self._weights or None)
         return self._recorder.peak_forget_fraction, self._recorder.next_epoch
 
     def _numbers(self, trainer: Any, n: int) -> NDArray[np.int64]:

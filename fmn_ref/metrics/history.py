@@ -218,7 +218,7 @@ class CorrectnessHistory:
         _RECORD.pack_into(record, 0, _RECORD_MAGIC, crc, epoch)
         end = _PAD + len(self) * self._record_size
         with open(self.path, "r+b", buffering=0) as file:
-            self._check_only_writer(os.fstat(file.fileno()).st_size)
+            self._check_size(os.fstat(file.fileno()).st_size)
             file.truncate(end)  # drops a torn record
             file.seek(end)
             try:
@@ -236,14 +236,19 @@ class CorrectnessHistory:
         """Keep the first n_epochs rows and drop the rest, in the file too."""
         n: int = _check.number(n_epochs, 0, len(self), "n_epochs", int)
         if self.path is not None:
-            self._check_only_writer(self.path.stat().st_size)
+            self.check_unchanged()
             kept = self.path.read_bytes()[: _PAD + n * self._record_size]
             _files.write_atomic(self.path, lambda file: file.write(kept))  # a new file: views of the old one stay valid
             self._size = len(kept)
         self._rows = self._rows.copy()  # views of the old ones stay as they are
         del self._epochs[n:]
 
-    def _check_only_writer(self, size: int) -> None:
+    def check_unchanged(self) -> None:
+        """Raise ValueError if another writer changed the file since it was opened here."""
+        if self.path is not None:
+            self._check_size(self.path.stat().st_size)
+
+    def _check_size(self, size: int) -> None:
         if size != self._size:
             raise ValueError(f"{self.path}: changed since it was opened here; a history has one writer")
 

@@ -26,7 +26,7 @@ from ..fusion.plan import FusionPlan
 from ..metrics.curves import ForgettingCurves, SampleStatistics, forgetting_curves, forgetting_matrix, sample_statistics
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from ..runs import load
-from ..runs.recorder import Run
+from ..runs.run import Run
 from . import html
 from .comparison import Comparison
 

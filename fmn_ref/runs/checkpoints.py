@@ -1,4 +1,7 @@
-"""Checkpoints on disk: tensors only, written atomically, loaded without running code from the file."""
+"""Checkpoints on disk: tensors only, written atomically, loaded without running code from the file.
+
+torch is imported inside the functions, so that runs without torch checkpoints do not need it.
+"""
 
 from __future__ import annotations
 
@@ -9,77 +12,91 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, cast
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from .. import _files
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-def save_state(model: nn.Module, path: str | os.PathLike[str], *, half: bool = False) -> None:
-    """Store `model.state_dict()`, moved to the CPU, under the names of the plain model, compiled parts or not.
+AnyPath = str | os.PathLike[str]
 
-    half: float32 and float64 as float16, but for tensors that hold a number too large for it. `load_into` widens them.
+
+def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
+    """Store `model.state_dict()` under the names that the model has without torch.compile.
+
+    Parameters
+    ----------
+    model : nn.Module
+    path : path
+    half : bool, default False
+        Store float32 and float64 as float16, except tensors that hold a number too large for it. `load_into` converts
+        them back.
     """
     save_weights(unwrap(model).state_dict(), path, half=half)
 
 
-def save_weights(state: dict[str, Any], path: str | os.PathLike[str], *, half: bool = False) -> None:
-    """Store a state_dict, as `save_state`."""
+def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool = False) -> None:
+    """Store a state_dict; see `save_state`."""
     state = _renamed(to_cpu(state), {})
     if half:
         state.update({name: _halved(value) for name, value in state.items()})
     save(state, path)
 
 
-def _plain(name: Any) -> Any:
-    """Without what torch.compile puts into the names of a part."""
+def _uncompiled(name: Any) -> Any:
+    """Remove the prefix that torch.compile puts into the names of a part."""
     return re.sub(r"\b_orig_mod\.|\._orig_mod$", "", name) if isinstance(name, str) else name
 
 
 def _renamed(state: Any, own: Any) -> Any:
-    """A state_dict under the names that `own` has, of the same model with other parts compiled; else plain names."""
-    if not isinstance(state, dict) or all(name == _plain(name) for name in (*state, *own)):
+    """Give a state_dict the names of `own`, from the same model with other parts compiled; else uncompiled names."""
+    if not isinstance(state, dict) or all(name == _uncompiled(name) for name in (*state, *own)):
         return state
-    names = {_plain(name): name for name in own}
-    renamed: Any = OrderedDict((names.get(_plain(name), _plain(name)), value) for name, value in state.items())
-    versions = {_plain(name): value for name, value in getattr(state, "_metadata", {}).items()}
+    names = {_uncompiled(name): name for name in own}
+    renamed: Any = OrderedDict((names.get(_uncompiled(n), _uncompiled(n)), value) for n, value in state.items())
+    versions = {_uncompiled(name): value for name, value in getattr(state, "_metadata", {}).items()}
     modules = getattr(own, "_metadata", None) or versions
-    renamed._metadata = {name: versions[_plain(name)] for name in modules if _plain(name) in versions}
+    renamed._metadata = {name: versions[_uncompiled(name)] for name in modules if _uncompiled(name) in versions}
     return renamed
 
 
 def _halved(value: Any) -> Any:
+    import torch
+
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
         return value
     small = value.half()
     return small if torch.equal(small.isfinite(), value.isfinite()) else value
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DataParallel and DistributedDataParallel."""
+def unwrap(model: Any) -> nn.Module:
+    """Return the model inside torch.compile, DataParallel and DistributedDataParallel."""
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):
-            model = cast(nn.Module, model._orig_mod)
+            model = model._orig_mod
         else:
-            return model
+            return model  # type: ignore[no-any-return]
 
 
-def save(content: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save that never leaves half a file.
+def save(content: Any, path: AnyPath) -> None:
+    """Write `content` as torch.save does, but whole or not at all.
 
-    By way of memory: an interruption or a full disk inside torch.save would surface as an error of its zip writer.
+    The file is built in memory: torch.save reports an interruption or a full disk as an error of its zip writer.
     """
+    import torch
+
     buffer = io.BytesIO()
     torch.save(content, buffer)
     _files.write_atomic(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def check(path: str | os.PathLike[str]) -> None:
-    """ValueError that names the file if it is no zip archive, cut short, or a checksum does not match."""
+def check(path: AnyPath) -> None:
+    """Raise ValueError, which names the file, if it is no zip archive, truncated, or a checksum does not match."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not look at the checksums it wrote
@@ -89,21 +106,23 @@ def check(path: str | os.PathLike[str]) -> None:
         raise _unreadable(path, f"checksum of {damaged} does not match")
 
 
-def _unreadable(path: str | os.PathLike[str], error: Exception | str) -> ValueError:
+def _unreadable(path: AnyPath, error: Exception | str) -> ValueError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return ValueError(f"{path}: not a readable checkpoint of tensors: {lines[0]}")
 
 
-def load(path: str | os.PathLike[str]) -> Any:
-    """What `save` stored, on the CPU.
+def load(path: AnyPath) -> Any:
+    """Load a file that `save` wrote, to the CPU.
 
     Raises
     ------
     FileNotFoundError
     ValueError
-        Truncated, damaged (a checksum does not match), not a checkpoint, or a pickle that holds more than tensors and
-        plain containers.
+        The file is truncated or damaged (a checksum does not match), is no checkpoint, or is a pickle that holds more
+        than tensors and plain containers.
     """
+    import torch
+
     check(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -111,27 +130,29 @@ def load(path: str | os.PathLike[str]) -> Any:
         raise _unreadable(path, error) from None
 
 
-def load_into(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load a checkpoint into `model`; ValueError naming the file where names or shapes do not fit."""
-    plain, state = unwrap(model), load(path)
+def load_into(model: nn.Module, path: AnyPath) -> nn.Module:
+    """Load a checkpoint into `model`; ValueError, which names the file, if names or shapes do not fit."""
+    inner, state = unwrap(model), load(path)
     try:
-        plain.load_state_dict(_renamed(state, plain.state_dict()))
+        inner.load_state_dict(_renamed(state, inner.state_dict()))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit the model: {error}") from None
     return model
 
 
 def to_cpu(content: Any, *, copy: bool = False) -> Any:
-    """The same nested dicts and lists with every tensor on the CPU; copy: those that are there already, too."""
+    """Copy nested dicts and lists with every tensor moved to the CPU; `copy` copies those that are there already."""
     return _each_tensor(content, lambda t: t.detach().to("cpu", copy=copy))
 
 
 def snapshot(content: Any) -> Any:
-    """The same nested dicts and lists with a copy of every tensor, on its device."""
+    """Copy nested dicts and lists with a copy of every tensor, on its device."""
     return _each_tensor(content, lambda t: t.detach().clone())
 
 
-def _each_tensor(content: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _each_tensor(content: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    import torch
+
     if isinstance(content, torch.Tensor):
         return function(content)
     if isinstance(content, dict):

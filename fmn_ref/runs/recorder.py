@@ -1,165 +1,63 @@
-"""Recorder: the correctness history and the checkpoints of one run, written as it goes; Run: the same, read back.
+"""Recorder: store the correctness history and the checkpoints of a run while it goes on.
 
-NumPy only: torch is loaded when a torch model is saved or evaluated, never otherwise. A run directory holds run.json,
-history.fmnh and checkpoints/epoch_00000.pt, one for each row of the history (docs/formats.md); another framework's
-checkpoints end as its files do (`suffix`).
+NumPy only: torch is loaded when the state of a torch model is saved. docs/reference/formats.md describes the files.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import platform
-import re
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .. import _check, _files
-from ..metrics.history import CorrectnessHistory, labels_digest
-from .retention import Keep
+from .. import _check
 from ..metrics.curves import correctness, forget_fraction
-
-if TYPE_CHECKING:
-    from ..training.ensemble import Probabilities
+from ..metrics.history import CorrectnessHistory, labels_digest
+from .folder import RunFolder, RunLock, checked_suffix, remove_checkpoint
+from .retention import Keep
+from .run import Run
 
 Save = Callable[[Path], object]
 
 
-class Run:
-    """A finished or unfinished run: what was right at each epoch, and the weights.
-
-    Attributes
-    ----------
-    run_dir : Path
-    config : dict
-        What run.json says about how the run was made.
-    suffix : str
-        How the names of checkpoints end: ".pt", or what another framework asks for.
-    history : CorrectnessHistory
-    model : torch.nn.Module or None
-        The network that the checkpoints fit; needed to evaluate them, not to read the history.
-    forward_fn : callable or None
-        See `train`.
-    """
-
-    def __init__(self, run_dir: Path, history: CorrectnessHistory, model: Any = None, forward_fn: Any = None) -> None:
-        self.run_dir, self.history, self.model, self.forward_fn = run_dir, history, model, forward_fn
-        content = _read(run_dir)
-        self.config, self.suffix = content["config"], content["checkpoint_suffix"]
-
-    @classmethod
-    def open(cls, run_dir: str | os.PathLike[str], model: Any = None, forward_fn: Any = None) -> Run:
-        """Open a run directory.
-
-        Raises
-        ------
-        FileNotFoundError
-            No run there.
-        ValueError
-            A file of the run is damaged; the message names it.
-        """
-        folder = Path(run_dir)
-        if not (folder / "run.json").is_file():
-            below = [p.parent for pattern in ("*/run.json", "*/*/run.json") for p in sorted(folder.glob(pattern))]
-            hint = f"; there is one in {below[0]}" if below else ""
-            raise FileNotFoundError(f"{folder}: no run there (run.json is missing){hint}")
-        if not (folder / "history.fmnh").is_file():
-            raise FileNotFoundError(f"{folder}: nothing recorded yet (history.fmnh is missing)")
-        return cls(folder, CorrectnessHistory.open(folder / "history.fmnh"), model, forward_fn)
-
-    @property
-    def checkpoints(self) -> list[Path]:
-        """The file of each row's checkpoint, in order; those that `keep` dropped are not on disk (see `kept`)."""
-        return [checkpoint_path(self.run_dir, e, self.suffix) for e in self.history.epochs]
-
-    def checkpoint(self, row: int) -> Path:
-        """The file of one row's checkpoint.
-
-        Raises
-        ------
-        FileNotFoundError
-            It is not on disk: `keep` dropped it, or somebody did.
-        """
-        path = self.checkpoints[row]
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such checkpoint; run.kept is the run with only those that are there")
-        return path
-
-    @property
-    def kept(self) -> Run:
-        """The same run with only the epochs whose checkpoints are on disk: what to fuse after keep="budget:n".
-
-        Its rows, and so the epochs of plans made with it, count the kept epochs: `run.kept.history.epochs` says which
-        they are. Windows reach to the neighbours among them.
-
-        Raises
-        ------
-        FileNotFoundError
-            There is none.
-        """
-        rows = [i for i, path in enumerate(self.checkpoints) if path.exists()]
-        if not rows:
-            raise FileNotFoundError(f"{self.run_dir / 'checkpoints'}: no checkpoint of the run is there")
-        if len(rows) == len(self.history):
-            return self
-        return Run(self.run_dir, self.history.select(rows), self.model, self.forward_fn)
-
-    def probabilities(
-        self, data: Any, *, batch_size: int = 256, amp: bool = False, split: bool = False
-    ) -> Probabilities:
-        """What each epoch predicts on `data`: a sequence of (n_samples, n_classes) arrays, computed when read.
-
-        amp: networks in bfloat16. split: each of several processes evaluates its part. See `Probabilities`.
-
-        Raises
-        ------
-        ValueError
-            The run has no model attached.
-        """
-        from ..training.ensemble import Probabilities
-
-        return Probabilities(self, data, batch_size=batch_size, amp=amp, split=split)
-
-    def __repr__(self) -> str:
-        return f"Run({str(self.run_dir)!r}, n_epochs={len(self.history)}, n_samples={self.history.n_samples})"
-
-
 class Recorder:
-    """Three lines for one's own training loop.
+    """Record a training loop of your own in three lines.
 
     Parameters
     ----------
     run_dir : path
-        Created if missing; a run that is already there is continued after its last epoch.
+        Created if missing. A run that is already there is continued after its last epoch.
     model : torch.nn.Module, optional
         Its state is stored at each `record`.
-    keep : str
-        Which checkpoints to keep: "all"; "none", the history alone; "every:n", each n-th epoch; or "budget:n", the n
-        epochs that are worth most by the history so far (a sample that an epoch gets right counts one, shared with the
-        other kept epochs that get it right). The latest is always kept, beyond the n. Then fuse `run.kept`.
-    half : bool
-        Store floating-point weights in 16 bits (those that would overflow in 32): half the disk, and a rounding of
-        2^-11 that `docs/results.md` measures.
+    keep : str, default "all"
+        Which checkpoints stay on disk: "all"; "none", the history alone; "every:n", each n-th epoch; or "budget:n",
+        the n most valuable epochs by the history so far. For the value of an epoch, each sample is one point, split
+        among the kept epochs that classify it correctly. The latest checkpoint always stays, beside the n. Fuse
+        `run.kept` afterwards.
+    half : bool, default False
+        Store floating-point weights in 16 bits, except tensors that would overflow. This halves the disk space and
+        rounds weights by 2^-11; docs/results.md measures the effect.
     save : callable(path), optional
-        Stores the weights of another framework at `path`, as a file or a folder, instead of `model`'s; all of it is
-        there when it returns.
-    suffix : str
-        How the names of checkpoints end, with `save`: what the other framework asks for. run.json keeps it.
+        Stores the weights of another framework at `path`, as a file or a folder, instead of `model`'s. Everything must
+        be on disk when it returns.
+    suffix : str, default ".pt"
+        How the names of checkpoints end; another suffix needs `save`. run.json keeps it.
     config : dict, optional
         Written to run.json; anything that JSON can hold. A run that was made with another one is not continued.
     forward_fn : callable, optional
-        Handed to `run`; see `train`.
+        Passed on to `run`; see `train`.
 
     Raises
     ------
-    ValueError
-        Unknown `keep`; a run made with another `config`, or damaged.
+    TypeError, ValueError
+        Unknown `keep`; another process writes in `run_dir`; the run was made with another `config`, or is damaged.
     OSError
         The folder cannot be written.
+
+    Notes
+    -----
+    The process that records holds the folder's lock until `close`, the end of the process, or until the Recorder is
+    garbage. It is a context manager that closes itself.
 
     Examples
     --------
@@ -183,38 +81,37 @@ class Recorder:
         config: dict[str, Any] | None = None,
         forward_fn: Any = None,
     ) -> None:
-        self.run_dir = Path(run_dir)
-        self.model, self.forward_fn = model, forward_fn
         if model is not None and not hasattr(model, "state_dict"):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if save is not None and not callable(save):
             raise TypeError(f"save: expected a function of a path, got {type(save).__name__}")
-        self._keep = Keep.of(keep)
-        self._save = None if self._keep.rule == "none" else _saver(model, save, half)
-        self._history: CorrectnessHistory | None = None
-        self._suffix = _checked_suffix(suffix)
+        self.folder = RunFolder(run_dir)
+        self.run_dir, self.model, self.forward_fn = self.folder.path, model, forward_fn
+        self._keep, self._save, self._half, self._suffix = Keep.of(keep), save, half, checked_suffix(suffix)
         if suffix != ".pt" and save is None:
             raise ValueError(f"suffix: {suffix!r} needs `save`, which writes such files")
-        claim(self.run_dir, config, suffix=suffix)
-        (self.run_dir / "checkpoints").mkdir(exist_ok=True)
-        if (self.run_dir / "history.fmnh").exists():
-            self._history = CorrectnessHistory.open(self.run_dir / "history.fmnh")
-            self.rewind(self.next_epoch)  # one without epochs, after a crash, makes room for a new one
+        self._history: CorrectnessHistory | None = None
+        self._lock: RunLock | None = self.folder.claim(config, suffix=suffix)
+        self.folder.checkpoints.mkdir(exist_ok=True)
+        if self.folder.history.exists():
+            self._history = CorrectnessHistory.open(self.folder.history)
+            self.rewind(self.next_epoch)  # deletes a history without epochs, which a crash may leave
 
     def record(self, epoch: int, scores_or_predictions: Any, labels: Any) -> None:
-        """Store one epoch: the checkpoint first, then the correctness; a crash in between loses neither file.
+        """Store one epoch: its checkpoint first, then its row of the history.
 
         Parameters
         ----------
         epoch : int
-            Above the last recorded one.
+            Greater than the last recorded epoch.
         scores_or_predictions, labels
-            As `correctness`; the same samples in the same order at every epoch.
+            As for `correctness`; the same samples in the same order at every epoch.
 
         Raises
         ------
         TypeError, ValueError
-            As `correctness`; other labels than before; an epoch that is already there (`rewind` drops it).
+            As `correctness`; other labels than before; an epoch that is recorded already (`rewind` discards it);
+            another Recorder has recorded here since this one was made. Nothing is written then.
         OSError
             A file cannot be written; everything recorded before is intact.
         """
@@ -223,176 +120,115 @@ class Recorder:
             raise ValueError(f"scores_or_predictions: expected one epoch, got correctness of shape {right.shape}")
         self.record_correct(epoch, right, labels)
 
-    def record_correct(self, epoch: int, correct: Any, labels: Any) -> None:
-        """`record` for a loop that knows already which samples are right: correct (n_samples,) bool."""
+    def record_correct(self, epoch: int, correct: Any, labels: Any, *, weights: dict[str, Any] | None = None) -> None:
+        """Store one epoch whose correctness is known already.
+
+        Parameters
+        ----------
+        epoch, labels
+            As for `record`.
+        correct : (n_samples,) bool or 0 and 1
+        weights : dict, optional
+            The state_dict to store; default: the current one of `model`.
+        """
         correct = _check.correctness(_check.array(correct, "correct")[None])[0]
         _check.labels(labels, len(correct))
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
-        if self._history is not None and self._history.digest != labels_digest(labels):
-            was, now = self._history.n_samples, len(correct)
-            counts = "" if was == now else f": {now} samples, not {was}"
-            raise ValueError(f"labels: not the labels (or not in the order) that this run has recorded so far{counts}")
+        self._check_new(epoch, correct, labels)
+        stores = self._keep.rule != "none" and not (self._save is None and weights is None and self.model is None)
+        if stores:
+            if self._keep.limited:
+                self.folder.remove_unrecorded(self._epochs, self._suffix)
+            self.folder.write_checkpoint(epoch, self._suffix, lambda path: self._write(path, weights))
+        if self._history is None:
+            self._history = CorrectnessHistory(len(correct), self.folder.history, labels=labels)
+        self._history.append(correct, epoch)
+        if stores and self._keep.limited:
+            kept = self.run.kept.history
+            for dropped in self._keep.dropped(kept.epochs, kept.correct()):
+                remove_checkpoint(self.folder.checkpoint(dropped, self._suffix))
+
+    def _check_new(self, epoch: int, correct: Any, labels: Any) -> None:
+        """Refuse, before anything is written, an epoch that cannot follow what is on disk."""
+        if self._lock is None:
+            self._lock = RunLock(self.run_dir)
+        if self._history is None and self.folder.history.exists():
+            raise ValueError(f"{self.folder.history}: made since this Recorder was; a run has one writer")
+        if self._history is not None:
+            self._history.check_unchanged()
+            if self._history.digest != labels_digest(labels):
+                was, now = self._history.n_samples, len(correct)
+                counts = "" if was == now else f": {now} samples, not {was}"
+                raise ValueError(f"labels: not the labels (or not in the order) that this run has recorded so far{counts}")
         if epoch < self.next_epoch:
             hint = f"go on with {self.next_epoch} (recorder.next_epoch), or drop it with recorder.rewind({epoch})"
             raise ValueError(f"epoch: {self.run_dir} is already recorded past {epoch}; {hint}")
-        limited = self._save is not None and self._keep.rule in ("every", "budget")
-        if limited:
-            self._remove_leftovers()
+
+    def _write(self, path: Path, weights: dict[str, Any] | None) -> None:
         if self._save is not None:
-            path = self._path(epoch)
-            _remove(path)  # what a crash left, which not everybody writes over
             self._save(path)
-            if not path.exists():
-                raise FileNotFoundError(
-                    f"{path}: nothing there after `save`; wait for one that goes on in the background"
-                )
-        if self._history is None:
-            self._history = CorrectnessHistory(len(correct), self.run_dir / "history.fmnh", labels=labels)
-        self._history.append(correct, epoch)
-        if limited:
-            kept = self.run.kept
-            for dropped in self._keep.dropped(kept.history.epochs, kept.history.correct()):
-                _remove(self._path(dropped))
-
-    def _path(self, epoch: int) -> Path:
-        return checkpoint_path(self.run_dir, epoch, self._suffix)
-
-    def _remove_leftovers(self) -> None:
-        """Checkpoints of epochs that are not in the history: what a crash left."""
-        if self._history is None:
             return
-        recorded = {self._path(e) for e in self._history.epochs}
-        for path in list((self.run_dir / "checkpoints").iterdir()):
-            if path not in recorded and re.fullmatch(r"epoch_\d{5,}" + re.escape(self._suffix), path.name):
-                _remove(path)
+        from . import checkpoints
+
+        state = checkpoints.unwrap(self.model).state_dict() if weights is None else weights
+        checkpoints.save_weights(state, path, half=self._half)
 
     def rewind(self, epoch: int) -> list[int]:
-        """Drop `epoch` and all later ones, with their checkpoints: what a loop needs that resumes from an earlier state
-        than was recorded. Where none is left, the folder's plan.json and comparison.json go too.
+        """Discard `epoch` and all later ones, with their checkpoints.
+
+        Call it when your loop resumes from an earlier state than the last recorded epoch. If no epoch remains, the
+        folder's plan.json and comparison.json are deleted too.
 
         Returns
         -------
         list of int
-            The epochs that were dropped.
+            The epochs that were discarded.
         """
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         if self._history is None:
             return []
-        dropped = [e for e in self._history.epochs if e >= epoch]
+        dropped = [e for e in self._epochs if e >= epoch]
         if dropped:
             self._history.truncate(len(self._history) - len(dropped))
-        for e in dropped:  # or their checkpoints would stand for the epochs that are recorded next
-            _remove(self._path(e))
-        if not len(self._history):  # nothing left: other samples may be recorded, and what was fused is gone
-            for name in ("plan.json", "comparison.json"):
-                (self.run_dir / name).unlink(missing_ok=True)
-            (self.run_dir / "history.fmnh").unlink()
+        for e in dropped:  # a checkpoint that stayed would be taken for that of the epoch recorded next
+            remove_checkpoint(self.folder.checkpoint(e, self._suffix))
+        if not len(self._history):  # other samples may be recorded now
+            self.folder.clear()
             self._history = None
         return dropped
+
+    def close(self) -> None:
+        """Release the folder's lock; a later `record` takes it again."""
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def _epochs(self) -> tuple[int, ...]:
+        return () if self._history is None else self._history.epochs
 
     @property
     def next_epoch(self) -> int:
         """One past the last recorded epoch; 0 for a new run."""
-        return self._history.epochs[-1] + 1 if self._history is not None and len(self._history) else 0
+        return self._epochs[-1] + 1 if self._epochs else 0
 
     @property
     def peak_forget_fraction(self) -> float:
-        """max_e F_e so far, against the latest epoch."""
+        """Peak forget fraction max_e F_e so far, against the latest epoch."""
         return float(forget_fraction(self._history).max()) if self.next_epoch else 0.0
 
     @property
     def run(self) -> Run:
+        """The run so far; ValueError before the first epoch."""
         if self._history is None or not len(self._history):
             raise ValueError(f"{self.run_dir}: nothing recorded yet")
         return Run(self.run_dir, self._history, self.model, self.forward_fn)
 
     def __repr__(self) -> str:
         return f"Recorder({str(self.run_dir)!r}, next_epoch={self.next_epoch})"
-
-
-def claim(run_dir: Path, config: dict[str, Any] | None, resume: bool = True, suffix: str = ".pt") -> Path:
-    """Make the folder and its run.json, or check that what is there was made with this configuration (None: any) and
-    that its checkpoints end in `suffix`."""
-    if config is not None and not isinstance(config, dict):
-        raise TypeError(f"config: expected a dict, got {type(config).__name__}")
-    try:
-        plain = None if config is None else json.loads(json.dumps(config))
-    except TypeError as error:
-        raise TypeError(f"config: {error}") from None
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / "run.json"
-    begun = any((run_dir / name).exists() for name in ("history.fmnh", "resume.pt"))
-    if begun and not path.exists():
-        raise FileNotFoundError(f"{path}: missing, but the folder holds a run; restore it or choose another folder")
-    if begun and not resume:
-        raise FileExistsError(f"{run_dir} holds a run; resume=True continues it, or choose another run_dir")
-    if not begun:
-        if plain is not None or not path.exists() or _read(run_dir)["checkpoint_suffix"] != suffix:
-            # also where an attempt failed before its first epoch
-            content = {"format": "fmn_ref.run", "version": 1, "config": plain or {}, "made_with": _versions()}
-            _files.write_json(path, content if suffix == ".pt" else {**content, "checkpoint_suffix": suffix})
-        return run_dir
-    content = _read(run_dir)
-    found = content["config"]
-    if content["checkpoint_suffix"] != suffix:
-        was = content["checkpoint_suffix"]
-        raise ValueError(f"suffix: the checkpoints in {run_dir} end in {was!r}, not {suffix!r}; choose another folder")
-    if plain is None:
-        return run_dir
-    for key in sorted(plain.keys() | found.keys()):
-        if plain.get(key) != found.get(key):
-            was, now = found.get(key), plain.get(key)
-            raise ValueError(f"{key}: the run in {run_dir} was made with {was!r}, not {now!r}; choose another folder")
-    return run_dir
-
-
-def _read(run_dir: Path) -> dict[str, Any]:
-    """What run.json says, with a "config" and a "checkpoint_suffix"."""
-    content = {"checkpoint_suffix": ".pt", **_files.read_json(run_dir / "run.json", "fmn_ref.run")}
-    if not isinstance(content.get("config"), dict):
-        raise ValueError(f"{run_dir / 'run.json'}: has no configuration")
-    try:
-        _checked_suffix(content["checkpoint_suffix"])
-    except ValueError as error:
-        raise ValueError(f"{run_dir / 'run.json'}: checkpoint_{error}") from None
-    return content
-
-
-def _checked_suffix(suffix: Any) -> str:
-    """The end of a file's name; run.json may come from a stranger, and must not lead elsewhere."""
-    if not isinstance(suffix, str) or not re.fullmatch(r"(\.\w+)+", suffix, re.ASCII):
-        raise ValueError(f"suffix: expected the end of a file's name, like '.pt', got {suffix!r}")
-    return suffix
-
-
-def checkpoint_path(run_dir: Path, epoch: int, suffix: str = ".pt") -> Path:
-    return run_dir / "checkpoints" / f"epoch_{epoch:05d}{suffix}"
-
-
-def _remove(checkpoint: Path) -> None:
-    if checkpoint.is_dir() and not checkpoint.is_symlink():
-        going = checkpoint.with_name(f"{checkpoint.name}.tmp")  # never half a checkpoint under its name
-        shutil.rmtree(going, ignore_errors=True)
-        shutil.rmtree(checkpoint.rename(going))
-    else:
-        checkpoint.unlink(missing_ok=True)
-
-
-def _saver(model: Any, save: Save | None, half: bool) -> Save | None:
-    if save is not None or model is None:
-        return save
-    from .checkpoints import save_state
-
-    return lambda path: save_state(model, path, half=half)
-
-
-def _versions() -> dict[str, str]:
-    """Of what computes; read from the metadata, so that torch is not loaded for it."""
-    from importlib import metadata  # slow to import, and needed once a run
-
-    versions = {"python": platform.python_version()}
-    frameworks = [name for name in ("lightning", "transformers", "keras", "jax") if name in sys.modules]
-    for name in ("fmn_ref", "numpy", "torch", *frameworks):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions

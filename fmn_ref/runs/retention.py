@@ -1,4 +1,4 @@
-"""Which checkpoints to keep while a run goes on, decided from the bits of its history. NumPy only."""
+"""Which checkpoints a run keeps while it goes on, decided from the bits of its history. NumPy only."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 
 class Keep(NamedTuple):
-    """A rule: "all", "none", "every" or "budget"; the last two with a number."""
+    """Retention rule: "all", "none", "every" or "budget"; the last two with a number."""
 
     rule: str
     n: int = 0
 
     @classmethod
     def of(cls, text: str) -> Keep:
-        """ "all", "none", "every:n" (each n-th epoch) or "budget:n" (the n worth most); ValueError otherwise."""
+        """Parse "all", "none", "every:n" (each n-th epoch) or "budget:n" (the n most valuable); else ValueError."""
         rule, _, number = text.partition(":") if isinstance(text, str) else (text, "", "")
         if text in ("all", "none"):
             return cls(text)
@@ -25,10 +25,20 @@ class Keep(NamedTuple):
             return cls(rule, int(number))
         raise ValueError(f"keep: expected 'all', 'none', 'every:n' or 'budget:n' with n >= 1, got {text!r}")
 
-    def dropped(self, epochs: Iterable[int], correct: NDArray[np.bool_]) -> list[int]:
-        """Of the stored epochs, ascending, those to drop now. The latest is always kept, beyond the budget.
+    @property
+    def limited(self) -> bool:
+        """Whether checkpoints are deleted while the run goes on."""
+        return self.rule in ("every", "budget")
 
-        correct : (n_stored, n_samples) bool, a row for each stored epoch
+    def dropped(self, epochs: Iterable[int], correct: NDArray[np.bool_]) -> list[int]:
+        """List the stored epochs to delete now. The latest always stays, beside a budget.
+
+        Parameters
+        ----------
+        epochs : iterable of int
+            Stored epochs, ascending.
+        correct : (n_stored, n_samples) bool
+            A row for each stored epoch.
         """
         stored = list(epochs)
         if self.rule == "every":
@@ -42,10 +52,10 @@ class Keep(NamedTuple):
 
 
 def values(correct: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """What each stored epoch but the latest is worth: (n_stored - 1,).
+    """Value of each stored epoch but the latest: (n_stored - 1,).
 
-    A sample that an epoch gets right counts one, shared with the other stored epochs that get it right: what the latest
-    model has forgotten and what nobody else covers count most. Of equal ones the earliest is dropped first.
+    Each sample is one point, split among the stored epochs that classify it correctly. So samples that the latest model
+    has forgotten, and that no other epoch covers, count most. Of equal epochs, callers drop the earliest first.
     """
     share = correct / np.maximum(correct.sum(0), 1)
     return np.asarray(share[:-1].sum(1))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
-from ..runs.recorder import Run
+from ..runs.run import Run
 from . import data, soft_targets
 from .engine import Average, EarlyStopping, fit, hidden
 from .recipe import Recipe
-from .train import data_digest, load_final, open_store, tensors_digest
+from .store import Store
+from .train import data_digest, tensors_digest
 
 
 def distill(
@@ -147,12 +148,13 @@ def distill(
             config["val_data"] = data_digest(val_data)
         recorded = None if val_data is None else keep
         options: dict[str, Any] = {"half": half, "forward_fn": forward_fn, "disk_wait": disk_wait}
-        store = open_store(run_dir, config, resume, student, recorded, **options)
-        if load_final(student, store, epochs):
+        store = Store(run_dir, config, student, recorded, resume=resume, **options)
+        if store.load_final(student, epochs):
+            store.__exit__(None, None, None)
             return student.eval()
     device = data.device_of(student)
     evaluate, notes = None, {}
-    with _borrowed(teacher, device):
+    with _borrowed(teacher, device), store or nullcontext():
         if val_data is not None:
             val = data.Batches(val_data, 256, device, split=True)
             evaluate = partial(data.predict, data=val, forward_fn=forward_fn)

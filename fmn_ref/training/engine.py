@@ -1,14 +1,13 @@
-"""fit: the loop that `train` and `distill` share, on one device or on one for each process.
+"""fit: the training loop that `train` and `distill` share, on one device or on one per process.
 
-Nothing in an epoch waits for the device: the loss is looked at once, at its end, and correctness leaves the device as
-one vector. What is kept on disk is written by a thread while the next epoch runs (`Store`).
+Nothing in an epoch waits for the device: the loss is read once, at the end, and correctness leaves the device as one
+vector. `Store` writes files while the next epoch trains.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,16 +21,16 @@ from ..runs import checkpoints
 from . import data, distributed
 from .recipe import Recipe
 from .store import Store
-from .writer import Writer
 
 logger = logging.getLogger(__name__)
 Loss = Callable[[Tensor, Any], Tensor]
 Step = Callable[[nn.Module, Any], tuple[Tensor, Any]]  # (model, batch) -> outputs, targets
 Evaluate = Callable[[nn.Module], tuple[Tensor, Tensor]]  # probabilities (n, n_classes) and labels (n,)
+Augment = Callable[[Tensor], Tensor]
 
 
 class Average:
-    """Exponential moving average of a network's weights and running statistics, taken after every step."""
+    """Exponential moving average (EMA) of a network's weights and running statistics, updated after every step."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
@@ -53,7 +52,7 @@ class Average:
 
 
 class EarlyStopping:
-    """The epoch with the best validation accuracy so far, and its weights; the first of equals."""
+    """Epoch with the best validation accuracy so far, the first of equal ones, and its weights."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -65,7 +64,7 @@ class EarlyStopping:
             self.weights = checkpoints.snapshot(model.state_dict())
 
     def exhausted(self, epoch: int) -> bool:
-        """Whether there is no use in going on after this epoch."""
+        """Return whether training should stop after this epoch."""
         return self.epoch >= 0 and epoch - self.epoch >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,6 +72,45 @@ class EarlyStopping:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.accuracy, self.weights = state["epoch"], state["accuracy"], state["weights"]
+
+
+class _Loop:
+    """A network with everything that changes while it trains; `parts` is what a resume state holds."""
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, epochs: int, average: Average | None, stopping: EarlyStopping | None
+    ) -> None:
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model, self.average, self.stopping = checkpoints.unwrap(model), average, stopping
+        self.optimizer = recipe.make_optimizer(model)
+        self.scheduler = recipe.make_scheduler(self.optimizer, epochs)
+        self.parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.parts |= {k: v for k, v in {"average": average, "stopping": stopping}.items() if v is not None}
+
+    @property
+    def result(self) -> nn.Module:
+        """The network to evaluate: the averaged one, where there is one."""
+        return self.model if self.average is None else self.average.model
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        return {"epoch": epoch, **{name: part.state_dict() for name, part in self.parts.items()}}
+
+    def evaluate(self, evaluate: Evaluate, epoch: int) -> tuple[Any, Any]:
+        """Correctness and labels of the validation set, both (n,)."""
+        distributed.same_buffers(self.result)
+        probs, labels = evaluate(self.result)
+        right = correctness(probs, labels)
+        if self.stopping is not None:
+            self.stopping.update(epoch, float(right.mean()), self.result)
+        return right, labels
+
+    def finish(self) -> None:
+        """Leave the result in the model: the best epoch's weights, or the average."""
+        if self.stopping is not None and self.stopping.weights:
+            self.model.load_state_dict(self.stopping.weights)
+        elif self.average is not None:
+            self.model.load_state_dict(self.average.model.state_dict())
 
 
 def fit(
@@ -83,7 +121,7 @@ def fit(
     *,
     step: Step = data.default_forward,
     loss_fn: Loss = F.cross_entropy,
-    augment: Callable[[Tensor], Tensor] | None = None,
+    augment: Augment | None = None,
     evaluate: Evaluate | None = None,
     store: Store | None = None,
     average: Average | None = None,
@@ -92,71 +130,60 @@ def fit(
     names: tuple[str, str] = ("train", "val"),
     notes: dict[str, str] | None = None,
 ) -> None:
-    """Train `model` in place; with `average` or `stopping`, what they hold is the result.
+    """Train `model` in place. With `average` or `stopping`, it ends with their weights.
 
-    batches : or a function of the epoch that gives them
-    evaluate : what the model says about the validation set; recorded by `store`
-    names : of the progress bar, and of the validation accuracy there
-    notes : shown at the end of the bar
+    Parameters
+    ----------
+    batches : Batches, or callable(epoch) -> Batches
+    evaluate : callable(model) -> (probabilities, labels), optional
+        Predicts the validation set after each epoch; `store` records the correctness.
+    names : (str, str)
+        Names of the progress bar and of its validation accuracy.
+    notes : dict, optional
+        Shown at the end of the bar.
     """
-    device = data.device_of(model)
-    if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = recipe.make_optimizer(model)
-    parts: dict[str, Any] = {"model": checkpoints.unwrap(model), "optimizer": optimizer}
-    parts["scheduler"] = scheduler = recipe.make_scheduler(optimizer, epochs)
-    parts |= {k: v for k, v in {"average": average, "stopping": stopping}.items() if v is not None}
-    start = _resume(parts, store)
-    stepped = distributed.parallel(model)
-    if recipe.compile != "none":
-        stepped = torch.compile(stepped, mode=recipe.compile)  # type: ignore[assignment]
-    result = checkpoints.unwrap(model) if average is None else average.model
+    loop, device = _Loop(model, recipe, epochs, average, stopping), data.device_of(model)
+    start, stepped = _resume(loop.parts, store), _prepared(model, recipe)
     bar = tqdm(range(start, epochs), names[0], epochs, initial=start, disable=hidden(progress), unit="epoch")
-    writer = Writer(store.disk_wait) if store is not None else nullcontext()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), bar, writer:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
         for epoch in bar:
             if stopping is not None and stopping.exhausted(epoch - 1):
                 break
             todo = batches(epoch) if callable(batches) else batches
             data.reseed(todo.source, recipe.seed, epoch)
-            loss = _pass(stepped, todo, optimizer, recipe, step, loss_fn, augment, average)
+            loss = train_one_epoch(stepped, todo, loop.optimizer, recipe, step, loss_fn, augment, average)
             if not torch.isfinite(loss):  # of the last batch
                 raise FloatingPointError(f"epoch {epoch}: the loss is {loss.item()}; lower lr?")
-            scheduler.step()
-            outcome = None
-            if evaluate is not None:
-                distributed.same_buffers(result)
-                probs, labels = evaluate(result)
-                outcome = correctness(probs, labels), labels
-                accuracy = float(outcome[0].mean())
-                if stopping is not None:
-                    stopping.update(epoch, accuracy, result)
-            if isinstance(writer, Writer) and store is not None and distributed.rank() == 0:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                store.write(writer, {"epoch": epoch, **state}, outcome)
+            loop.scheduler.step()
+            outcome = None if evaluate is None else loop.evaluate(evaluate, epoch)
+            if store is not None:
+                store.write(loop.state(epoch), outcome)
                 if epoch == epochs - 1:
-                    writer.wait()
+                    store.wait()
             if outcome is not None:
                 peak = {} if store is None else {"peak F_e": f"{store.peak:.2%}"}
-                bar.set_postfix({names[1]: f"{accuracy:.2%}", **peak, **(notes or {})})
+                bar.set_postfix({names[1]: f"{outcome[0].mean():.2%}", **peak, **(notes or {})})
     distributed.barrier()
-    if stopping is not None and stopping.weights:
-        checkpoints.unwrap(model).load_state_dict(stopping.weights)
-    elif average is not None:
-        checkpoints.unwrap(model).load_state_dict(average.model.state_dict())
+    loop.finish()
 
 
-def _pass(
+def _prepared(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Wrap the model for several processes, and compile it."""
+    wrapped = distributed.parallel(model)
+    return wrapped if recipe.compile == "none" else torch.compile(wrapped, mode=recipe.compile)  # type: ignore[return-value]
+
+
+def train_one_epoch(
     model: nn.Module,
     batches: data.Batches,
     optimizer: torch.optim.Optimizer,
     recipe: Recipe,
     step: Step,
     loss_fn: Loss,
-    augment: Callable[[Tensor], Tensor] | None,
+    augment: Augment | None,
     average: Average | None,
 ) -> Tensor:
-    """One epoch; the last batch's loss."""
+    """Take one pass over the batches; return the loss of the last one."""
     model.train()
     loss = None
     for batch in batches:
@@ -182,7 +209,7 @@ def _loss(loss_fn: Loss, outputs: Tensor, targets: Any) -> Tensor:
 
 
 def _resume(parts: dict[str, Any], store: Store | None) -> int:
-    """Load the state after the last finished epoch, in every process; the number of the next."""
+    """Load the state after the last finished epoch, in every process; return the number of the next."""
     if store is None:
         return 0
     state = distributed.shared(store.load(set(parts)) if distributed.rank() == 0 else None)
@@ -192,13 +219,13 @@ def _resume(parts: dict[str, Any], store: Store | None) -> int:
         for name, part in parts.items():
             part.load_state_dict(state[name])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{store.path}: does not fit this model and optimizer: {error}") from None
-    logger.info("resuming %s after epoch %d", store.path.parent, state["epoch"])
+        raise ValueError(f"{store.folder.resume}: does not fit this model and optimizer: {error}") from None
+    logger.info("resuming %s after epoch %d", store.folder.path, state["epoch"])
     return int(state["epoch"]) + 1
 
 
 def hidden(progress: bool | None) -> bool | None:
-    """tqdm's own meaning of None: off unless stderr is a terminal. One bar for all processes."""
+    """Value of tqdm's `disable`: None shows a bar if stderr is a terminal. Rank zero alone shows one."""
     if distributed.rank() != 0:
         return True
     return None if progress is None else not progress

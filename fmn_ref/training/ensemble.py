@@ -18,7 +18,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from .. import _check
 from ..fusion.plan import FusionPlan
 from ..runs import checkpoints
-from ..runs.recorder import Run
+from ..runs.run import Run
 from . import data
 from .predictions import Epochs
 

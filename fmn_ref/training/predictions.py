@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runs.recorder import Run
+from ..runs.run import Run
 
 CACHE_BYTES = 4 << 30
 

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
-from ..runs import checkpoints
-from ..runs.recorder import Run, claim
-from . import data, distributed
+from ..runs.run import Run
+from . import data
 from .engine import Loss, fit
 from .recipe import Recipe
 from .store import Store
@@ -113,48 +111,25 @@ def train(
     epochs = _check.number(epochs, 1, 2**31, "epochs", int)
     data.check_module(model, "model")
     config = {"epochs": epochs, **asdict(settings), "data": data_digest(train_data), "val_data": data_digest(val_data)}
-    store = open_store(run_dir, config, resume, model, keep, half=half, forward_fn=forward_fn, disk_wait=disk_wait)
-    device = data.device_of(model)
-    val = data.Batches(val_data, 256, device, split=True)
-    if not load_final(model, store, epochs):
-        fit(
-            model,
-            data.Batches(train_data, settings.batch_size, device, shuffle=True, split=True),
-            epochs,
-            settings,
-            step=forward_fn or data.default_forward,
-            loss_fn=loss_fn,
-            augment=augment,
-            evaluate=partial(data.predict, data=val, forward_fn=forward_fn),
-            store=store,
-            progress=progress,
-        )
+    options: dict[str, Any] = {"half": half, "forward_fn": forward_fn, "disk_wait": disk_wait}
+    with Store(run_dir, config, model, keep, resume=resume, **options) as store:
+        device = data.device_of(model)
+        val = data.Batches(val_data, 256, device, split=True)
+        if not store.load_final(model, epochs):
+            fit(
+                model,
+                data.Batches(train_data, settings.batch_size, device, shuffle=True, split=True),
+                epochs,
+                settings,
+                step=forward_fn or data.default_forward,
+                loss_fn=loss_fn,
+                augment=augment,
+                evaluate=partial(data.predict, data=val, forward_fn=forward_fn),
+                store=store,
+                progress=progress,
+            )
     model.eval()
     return Run.open(run_dir, model, forward_fn) if store.recorder is None else store.recorder.run
-
-
-def open_store(
-    run_dir: str | os.PathLike[str],
-    config: dict[str, Any],
-    resume: bool,
-    model: nn.Module,
-    keep: str | None,
-    **options: Any,
-) -> Store:
-    """The run directory, made or checked by the first process."""
-    if distributed.rank() == 0:
-        claim(Path(run_dir), config, resume)
-    store = Store(Path(run_dir), model, keep, **options)
-    distributed.barrier()
-    return store
-
-
-def load_final(model: nn.Module, store: Store, epochs: int) -> bool:
-    """Load the last checkpoint of a complete run that has nothing to resume from; whether it is one."""
-    path = distributed.shared(store.final_checkpoint(epochs))
-    if path is not None:
-        checkpoints.load_into(model, path)
-    return path is not None
 
 
 def data_digest(samples: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Writer: a thread that writes one state while the next epoch runs, and waits where the disk is full."""
+"""Writer: a thread that writes the state of one epoch while the next one trains, and waits on a full disk."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 logger = logging.getLogger(__name__)
-FULL = (errno.ENOSPC, errno.EDQUOT)
-PAUSE = 1.0  # seconds between two looks at a full disk
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+PAUSE = 1.0  # seconds between two attempts on a full disk
 Job = Callable[[], object]
 
 
 class Writer:
-    """Jobs are done in order, one state at a time: `put` waits for the one before, so that memory stays bounded.
+    """Run jobs in order, in a thread. `put` waits for the state before, so that memory stays bounded.
 
-    patience : seconds to wait for room on a full disk before its error is raised
+    Parameters
+    ----------
+    patience : float
+        Seconds to wait for free space on a full disk before its error is raised.
     """
 
     def __init__(self, patience: float) -> None:
@@ -29,12 +32,12 @@ class Writer:
         self._hurry = threading.Event()
 
     def put(self, *jobs: Job) -> None:
-        """Have the jobs done, one after the other; each may be tried again. Raises what an earlier one raised."""
+        """Queue jobs that run one after the other and may be tried again. Raises the error of an earlier one."""
         self.wait()
         self._last = self._pool.submit(self._run, jobs)
 
     def wait(self) -> None:
-        """Until everything is written; raises what went wrong."""
+        """Wait until every job is done; raise its error."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
@@ -43,31 +46,31 @@ class Writer:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """What was put is finished in any case; after an error without waiting for room."""
+        """Finish the queued jobs; after an error, without waiting for free space."""
         if kind is not None:
             self._hurry.set()
         try:
             self.wait()
         except BaseException:
-            if kind is None:  # or it would hide the first error
+            if kind is None:  # otherwise it would hide the first error
                 raise
         finally:
             self._pool.shutdown()
 
     def _run(self, jobs: tuple[Job, ...]) -> None:
         for job in jobs:
-            self._patiently(job)
+            self._retry_while_full(job)
 
-    def _patiently(self, job: Job) -> None:
-        end, told = time.monotonic() + self._patience, False
+    def _retry_while_full(self, job: Job) -> None:
+        end, logged = time.monotonic() + self._patience, False
         while True:
             try:
                 job()
                 return
             except OSError as error:
-                if error.errno not in FULL or self._hurry.is_set() or time.monotonic() >= end:
+                if error.errno not in DISK_FULL or self._hurry.is_set() or time.monotonic() >= end:
                     raise
-                if not told:
-                    logger.error("%s: %s; the run waits for room", error.filename, error.strerror)
-                    told = True
+                if not logged:
+                    logger.error("%s: %s; the run waits for free space", error.filename, error.strerror)
+                    logged = True
                 self._hurry.wait(PAUSE)

@@ -310,7 +310,7 @@ class TestRecorder:
 
     def test_a_save_that_does_not_is_noticed(self, tmp_path):
         recorder = fmn.Recorder(tmp_path, save=str)
-        with pytest.raises(FileNotFoundError, match=r"epoch_00000\.pt: nothing there after `save`"):
+        with pytest.raises(FileNotFoundError, match=r"epoch_00000\.pt: `save` returned, but there is no such file"):
             recorder.record(0, [0], [0])
         assert recorder.next_epoch == 0
 
@@ -497,7 +497,7 @@ def test_a_run_waits_for_room(run, tmp_path, monkeypatch, caplog, first):
     """Whichever file it is that finds no room, twice."""
     full_at(monkeypatch, {first, first + 1})
     again = trained(tmp_path, epochs=6)
-    assert "No space left on device; the run waits for room" in caplog.text
+    assert "No space left on device; the run waits for free space" in caplog.text
     assert str(tmp_path) in caplog.text
     assert same_weights(again.model, run.model)
     assert again.history.packed.tobytes() == run.history.packed.tobytes()
