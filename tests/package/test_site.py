@@ -15,7 +15,7 @@ def test_the_site_builds(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", DOCS, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "forget_fraction" in (tmp_path / "api.html").read_text()
+    assert "forget_fraction" in (tmp_path / "reference" / "api.html").read_text()
     assert "data:image/png" in (tmp_path / "tutorial.html").read_text() or list(tmp_path.glob("_images/*.png"))
 
 
