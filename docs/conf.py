@@ -21,17 +21,23 @@ extensions = [
 ]
 exclude_patterns = ["examples"]
 autodoc_typehints = "none"  # the docstrings give shapes and dtypes
+autodoc_mock_imports = [
+    "accelerate",
+    "keras",
+    "lightning",
+    "safetensors",
+    "torchmetrics",
+    "transformers",
+]
 napoleon_google_docstring = False
 napoleon_use_ivar = True
+myst_enable_extensions = ["alert", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-myst_enable_extensions = ["deflist", "dollarmath"]
-autodoc_mock_imports = ["keras", "lightning", "torchmetrics", "transformers", "accelerate", "safetensors"]
 nb_execution_mode = "off"  # the tests run the notebook
-suppress_warnings = ["myst.xref_missing"]  # links to files of the repository
 
 
 def link_to_files(app, docname, source):
-    """Make links to Markdown files outside docs/ downloads: MyST would look for a page of the site."""
+    """Turn links to Markdown files outside docs/ into downloads: MyST would look for a page of the site."""
     source[0] = re.sub(r"\]\(((?:\.\./)+(?:benchmarks|csrc)/[^)]*\.md)\)", r"](path:\1)", source[0])
 
 
