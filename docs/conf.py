@@ -1,7 +1,10 @@
 """sphinx-build -W docs build/docs"""
 
+import inspect
 import os
 import re
+
+from sphinx.util.inspect import stringify_signature
 
 import fmn_ref
 
@@ -41,5 +44,15 @@ def link_to_files(app, docname, source):
     source[0] = re.sub(r"\]\(((?:\.\./)+(?:benchmarks|csrc)/[^)]*\.md)\)", r"](path:\1)", source[0])
 
 
+def signature_of_init(app, what, name, obj, options, signature, return_annotation):
+    """Show the arguments of a class whose base class is mocked: the mock hides them."""
+    if what == "class" and signature == "(*args, **kwargs)":
+        own = inspect.signature(obj.__init__)
+        own = own.replace(parameters=list(own.parameters.values())[1:])
+        return stringify_signature(own, show_annotation=False, show_return_annotation=False), None
+    return None
+
+
 def setup(app):
     app.connect("source-read", link_to_files)
+    app.connect("autodoc-process-signature", signature_of_init)
