@@ -24,7 +24,7 @@ from .retention import Keep
 from ..metrics.curves import correctness, forget_fraction
 
 if TYPE_CHECKING:
-    from ..training.ensemble import Probabilities
+    from ..training.predictions import Probabilities
 
 Save = Callable[[Path], object]
 
@@ -120,7 +120,7 @@ class Run:
         ValueError
             The run has no model attached.
         """
-        from ..training.ensemble import Probabilities
+        from ..training.predictions import Probabilities
 
         return Probabilities(self, data, batch_size=batch_size, amp=amp, split=split)
 

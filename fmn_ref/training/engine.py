@@ -107,7 +107,7 @@ def fit(
     parts["scheduler"] = scheduler = recipe.make_scheduler(optimizer, epochs)
     parts |= {k: v for k, v in {"average": average, "stopping": stopping}.items() if v is not None}
     start = _resume(parts, store)
-    stepped = distributed.parallel(model)
+    stepped = distributed.wrap_ddp(model)
     if recipe.compile != "none":
         stepped = torch.compile(stepped, mode=recipe.compile)  # type: ignore[assignment]
     result = checkpoints.unwrap(model) if average is None else average.model
@@ -125,7 +125,7 @@ def fit(
             scheduler.step()
             outcome = None
             if evaluate is not None:
-                distributed.same_buffers(result)
+                distributed.broadcast_buffers(result)
                 probs, labels = evaluate(result)
                 outcome = correctness(probs, labels), labels
                 accuracy = float(outcome[0].mean())
@@ -185,7 +185,7 @@ def _resume(parts: dict[str, Any], store: Store | None) -> int:
     """Load the state after the last finished epoch, in every process; the number of the next."""
     if store is None:
         return 0
-    state = distributed.shared(store.load(set(parts)) if distributed.rank() == 0 else None)
+    state = distributed.broadcast(store.load(set(parts)) if distributed.rank() == 0 else None)
     if state is None:
         return 0
     try:

@@ -16,7 +16,6 @@ import fmn_ref as fmn
 from fmn_ref.fusion import baselines
 from fmn_ref.runs import checkpoints
 from fmn_ref.training import ensemble, predictions
-from fmn_ref.training.data import predict
 from fmn_ref.training.distill import distillation_loss
 
 TRAIN, VAL, TEST = make_data()
@@ -72,18 +71,6 @@ def test_a_fused_model_where_values_cannot_be_looked_at(run, plan):
     exported = torch.export.export(fmn.FusedModel(plan, run), (TEST[0],)).module()
     torch.testing.assert_close(exported(TEST[0]), expected)
     assert fmn.FusedModel(plan, run).to("meta")(TEST[0].to("meta")).shape == expected.shape
-
-
-def test_members_together_say_the_same(run, plan):
-    one_by_one, together = fmn.FusedModel(plan, run), fmn.FusedModel(plan, run, together=True)
-    torch.testing.assert_close(together(TEST[0]), one_by_one(TEST[0]), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(predict(together, TEST)[0], predict(one_by_one, TEST)[0], atol=1e-5, rtol=1e-5)
-    other = fmn.FusedModel(plan, run, together=True)
-    state = {k: v * 0 for k, v in other.state_dict().items()} | {"weights": other.weights}
-    other(TEST[0])
-    other.load_state_dict(state)
-    torch.testing.assert_close(other(TEST[0]).exp(), torch.full((len(TEST[0]), 4), 0.25))
-    assert other.double()(TEST[0].double()).dtype == torch.float32
 
 
 def test_in_bfloat16(run):
@@ -299,9 +286,8 @@ def test_a_fused_model_of_networks_without_logits_is_refused(tmp_path, last, wor
     recorder = fmn.Recorder(tmp_path, model, forward_fn=lambda model, batch: (model[0](batch[0]), batch[1]))
     recorder.record(0, VAL[1], VAL[1])
     assert recorder.run.probabilities(VAL)[0].shape == (240, 4)
-    for together in (False, True):
-        with pytest.raises(ValueError, match=words):
-            fmn.FusedModel(PLAN_OF_ONE, recorder.run, together=together)(VAL[0])
+    with pytest.raises(ValueError, match=words):
+        fmn.FusedModel(PLAN_OF_ONE, recorder.run)(VAL[0])
 
 
 class TestDistill:
