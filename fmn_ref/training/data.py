@@ -153,7 +153,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         if self._arrays is not None:
-            for rows in self._rows(len(self._arrays[0])):
+            for rows in self._rows():
                 yield tuple(_take(t, rows, self._shuffle or self._world > 1, self.device) for t in self._arrays)
         else:
             for batch in self._loader():
@@ -162,17 +162,18 @@ class Batches:
     def _loader(self) -> Iterable[Any]:
         if not isinstance(self.source, Dataset):
             return cast(Iterable[Any], self.source)
-        sampler = [rows.tolist() for rows in self._rows(len(self.source))]  # type: ignore[arg-type]
+        sampler = [rows.tolist() for rows in self._rows()]
         own = torch.Generator()  # the loader would draw from the global one, and change what the model draws
         return DataLoader(self.source, batch_sampler=sampler, generator=own, pin_memory=self.device.type == "cuda")
 
-    def _rows(self, n: int) -> list[Tensor]:
+    def _rows(self) -> list[Tensor]:
         """Draw the row numbers of this process's part of each batch.
 
         A last batch with less than two samples for each process joins the batch before: BatchNorm cannot train on one
         sample. When shuffled, all processes get equally many samples, so that the mean over processes is the mean over
         the batch; at most world_size - 1 samples are left out of the pass.
         """
+        n = len(self.source if self._arrays is None else self._arrays[0])
         order = torch.randperm(n) if self._shuffle else torch.arange(n)
         if self._shuffle and self._world > 1:
             order = order[: n - n % self._world]
@@ -186,10 +187,8 @@ class Batches:
 
     def ids(self) -> Tensor:
         """Numbers of the samples that this process gets, in order: (n,) int64, on the device."""
-        if self._arrays is not None:
-            rows = torch.cat(self._rows(len(self._arrays[0])))
-        elif isinstance(self.source, Dataset):
-            rows = torch.cat(self._rows(len(self.source)))  # type: ignore[arg-type]
+        if self._arrays is not None or isinstance(self.source, Dataset):
+            rows = torch.cat(self._rows())
         else:
             batches = getattr(self.source, "batch_sampler", None)
             if batches is None:

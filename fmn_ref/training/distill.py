@@ -191,6 +191,7 @@ class _Training:
 
 
 def _targets_folder(targets_dir: AnyPath | None, run_dir: AnyPath | None) -> Path | None:
+    """Choose where soft targets are cached; None: in memory."""
     if targets_dir is None:
         return None if run_dir is None else Path(run_dir) / "targets"
     return Path(targets_dir)

@@ -145,11 +145,11 @@ class Cached:
     def _load_or_predict(self, view: int) -> tuple[Any, ...]:
         """Return (log-probabilities (n, K),), or with top_k (log-probabilities, classes), both (n, top_k)."""
         folder, names = self._source.folder, ["log_probs"] if self._source.top_k is None else ["log_probs", "classes"]
-        paths = [folder / f"view_{view:05d}.{name}.npy" for name in names] if folder is not None else []
-        if not distributed.broadcast(bool(paths) and all(p.exists() for p in paths)):
+        if folder is None:
+            return self._predict(view)
+        paths = [folder / f"view_{view:05d}.{name}.npy" for name in names]
+        if not distributed.broadcast(all(p.exists() for p in paths)):
             found = self._predict(view)
-            if folder is None:
-                return found
             if distributed.rank() == 0:
                 for path, array in zip(paths, found, strict=True):
                     _files.write_atomic(path, partial(np.save, arr=array.cpu().numpy()))

@@ -11,6 +11,7 @@ from networks import RECIPE, make_data, make_model
 from torch import nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, TensorDataset
+from training_runs import fresh, trained
 
 import fmn_ref as fmn
 from fmn_ref.fusion import baselines
@@ -24,9 +25,7 @@ PLAN_OF_ONE = fmn.FusionPlan.from_weights({0: 1.0}, 1)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    torch.manual_seed(2)
-    folder = tmp_path_factory.mktemp("run")
-    return fmn.train(make_model(), TRAIN, VAL, epochs=12, run_dir=folder, **RECIPE)
+    return trained(tmp_path_factory.mktemp("run"), epochs=12, init_seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -337,15 +336,13 @@ class TestDistill:
 
     def test_a_student_becomes_its_teacher(self, run, plan):
         teacher = fmn.FusedModel(plan, run)
-        torch.manual_seed(0)
-        student = fmn.distill(make_model(), teacher, TRAIN, epochs=60, **RECIPE)
+        student = fmn.distill(fresh(0), teacher, TRAIN, epochs=60, **RECIPE)
         agreement = (student(TEST[0]).argmax(1) == teacher(TEST[0]).argmax(1)).float().mean()
         assert agreement > 0.85
         assert not student.training
 
     def test_without_soft_targets_it_is_training(self, run, tmp_path):
-        torch.manual_seed(2)
-        student = fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, epochs=12, kd_weight=0.0, **RECIPE)
+        student = fmn.distill(fresh(2), nn.Linear(6, 4), TRAIN, epochs=12, kd_weight=0.0, **RECIPE)
         for ours, theirs in zip(student.parameters(), run.model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs)
 

@@ -14,6 +14,7 @@ import torch
 from networks import RECIPE, make_data, make_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from training_runs import fresh, same_weights, trained
 
 import fmn_ref as fmn
 from fmn_ref import _files
@@ -21,23 +22,9 @@ from fmn_ref.runs import checkpoints
 from fmn_ref.training import data, writer
 
 
-def fresh():
-    torch.manual_seed(1)
-    return make_model()
-
-
-def trained(folder, epochs=4, **options):
-    train_set, val, _ = make_data()
-    return fmn.train(fresh(), train_set, val, epochs=epochs, run_dir=folder, **RECIPE | options)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("run"), epochs=6)
-
-
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def test_a_run_holds_every_epoch(run):
