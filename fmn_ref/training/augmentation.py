@@ -42,10 +42,10 @@ def crop_flip(padding: int, flip: bool = True) -> Callable[[Tensor], Tensor]:
     ----------
     He et al. 2016, "Deep Residual Learning for Image Recognition", Section 4.2.
     """
-    return partial(_crop_flip, padding=_check.number(padding, 0, 2**31, "padding", int), flip=flip)
+    return partial(_augment, padding=_check.number(padding, 0, 2**31, "padding", int), flip=flip)
 
 
-def _crop_flip(images: Tensor, padding: int, flip: bool) -> Tensor:
+def _augment(images: Tensor, padding: int, flip: bool) -> Tensor:
     if images.ndim != 4:
         raise ValueError(f"augment: expected images (B, C, H, W), got shape {tuple(images.shape)}")
     channels_last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)

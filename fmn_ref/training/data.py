@@ -104,6 +104,15 @@ class Batches:
     split : bool, default False
         Each process takes its part of every batch. A DataLoader must have a DistributedSampler.
 
+    Attributes
+    ----------
+    source
+        What `reseed` takes: the data, or the DataLoader of a stream.
+    arrays : tuple of tensors
+        On the device if they fit; empty for other data.
+    is_split : bool
+        This process gets only its part of the data.
+
     Raises
     ------
     TypeError
@@ -126,14 +135,13 @@ class Batches:
         self._rank, self._world = (distributed.rank(), distributed.world_size()) if split else (0, 1)
         if shuffle and batch_size % self._world:
             raise ValueError(f"batch_size: expected a multiple of the {self._world} processes, got {batch_size}")
-        self.source = data
-        self._arrays: tuple[Tensor, ...] | None = None
+        self.source, self.is_split, self.arrays = data, self._world > 1, tuple[Tensor, ...]()
         if is_arrays(data):
-            self._arrays = as_tensors(data)
-            if device.type != "cpu" and _fits(self._arrays, device):
-                self._arrays = tuple(_resident(t, device) for t in self._arrays)
+            self.arrays = as_tensors(data)
+            if device.type != "cpu" and _fits(self.arrays, device):
+                self.arrays = tuple(_resident(t, device) for t in self.arrays)
         elif isinstance(data, IterableDataset):
-            if self._world > 1:
+            if self.is_split:
                 raise ValueError("data: a stream cannot be split over processes; pass a DataLoader that does it")
             self.source = DataLoader(data, batch_size)
         elif not isinstance(data, Dataset) and (
@@ -141,20 +149,10 @@ class Batches:
         ):
             raise TypeError(f"data: expected (inputs, labels), a Dataset or a DataLoader, got {type(data).__name__}")
 
-    @property
-    def arrays(self) -> tuple[Tensor, ...]:
-        """The arrays, on the device if they fit; empty for other data."""
-        return self._arrays or ()
-
-    @property
-    def is_split(self) -> bool:
-        """Whether this process sees only its part of the data."""
-        return self._world > 1
-
     def __iter__(self) -> Iterator[Any]:
-        if self._arrays is not None:
+        if self.arrays:
             for rows in self._rows():
-                yield tuple(_take(t, rows, self._shuffle or self._world > 1, self.device) for t in self._arrays)
+                yield tuple(_take(t, rows, self._shuffle or self.is_split, self.device) for t in self.arrays)
         else:
             for batch in self._loader():
                 yield to_device(batch, self.device)
@@ -173,13 +171,13 @@ class Batches:
         sample. When shuffled, all processes get equally many samples, so that the mean over processes is the mean over
         the batch; at most world_size - 1 samples are left out of the pass.
         """
-        n = len(self.source if self._arrays is None else self._arrays[0])
+        n = len(self.arrays[0] if self.arrays else self.source)
         order = torch.randperm(n) if self._shuffle else torch.arange(n)
-        if self._shuffle and self._world > 1:
+        if self._shuffle and self.is_split:
             order = order[: n - n % self._world]
             torch.manual_seed(torch.initial_seed() + self._rank)  # later draws differ between processes
-        if self._shuffle and self._arrays is not None:
-            order = order.to(self._arrays[0].device)
+        if self._shuffle and self.arrays:
+            order = order.to(self.arrays[0].device)
         rows = list(torch.split(order, self._batch_size))
         if len(rows) > 1 and len(rows[-1]) < 2 * self._world:
             rows[-2:] = [torch.cat(rows[-2:])]
@@ -187,7 +185,7 @@ class Batches:
 
     def ids(self) -> Tensor:
         """Numbers of the samples that this process gets, in order: (n,) int64, on the device."""
-        if self._arrays is not None or isinstance(self.source, Dataset):
+        if self.arrays or isinstance(self.source, Dataset):
             rows = torch.cat(self._rows())
         else:
             batches = getattr(self.source, "batch_sampler", None)

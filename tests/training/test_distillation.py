@@ -1,4 +1,4 @@
-"""A distillation that is recorded like a run: its history and checkpoints, fused and distilled in their turn."""
+"""Tests of recorded distillations: history, checkpoints, and a second fusion and distillation from them."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_a_student_is_fused_and_distilled_in_its_turn(teacher, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"augment": lambda x: x + torch.randn_like(x) / 9}, {"keep": "budget:1"}])
 @pytest.mark.parametrize("where", ["resume.pt", "epoch_00002.pt"])
 def test_an_interruption_leaves_no_trace(teacher, tmp_path, monkeypatch, options, where):
-    """Before the third epoch's checkpoint is written, and between it and resume.pt."""
+    """Interrupt before the third checkpoint is written, and between it and resume.pt."""
     whole, real, calls = distilled(tmp_path / "whole", teacher, **options), checkpoints.save, []
 
     def interrupted(content, path):

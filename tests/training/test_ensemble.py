@@ -1,4 +1,4 @@
-"""FusedModel, averaged weights, BatchNorm, distillation: against torch's own averaging, and against hand-made sums."""
+"""Tests of FusedModel, averaged_model and distill; the oracles are torch's swa_utils and sums by hand."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plan(run):
     plan = fmn.fuse(run.probabilities(VAL), VAL[1], correct=run.history)
-    assert plan.members  # the tests below would show little otherwise
+    assert plan.members  # without members the tests below would show little
     return plan
 
 
@@ -59,7 +59,7 @@ def test_fused_model_predicts_what_the_plan_says(run, plan):
     np.testing.assert_allclose(log_probs.exp(), plan.apply(run.probabilities(TEST)), atol=1e-6)
     assert not log_probs.requires_grad
     assert not any(m.training for m in model.train().modules())
-    np.testing.assert_array_equal(model(TEST[0]), log_probs)  # and BatchNorm has not moved
+    np.testing.assert_array_equal(model(TEST[0]), log_probs)  # BatchNorm statistics did not change
 
 
 def test_a_fused_model_where_values_cannot_be_looked_at(run, plan):
@@ -101,14 +101,14 @@ def averaged_by_torch(run, epochs, **options):
     averaged = swa_utils.AveragedModel(make_model(), **options)
     for e in epochs:
         averaged.update_parameters(checkpoints.load_into(make_model(), run.checkpoints[e]))
-    swa_utils.update_bn(DataLoader(TensorDataset(*TRAIN), 60), averaged)  # 240 samples: equal batches, as torch assumes
+    swa_utils.update_bn(DataLoader(TensorDataset(*TRAIN), 60), averaged)  # 240 samples: batches of equal size, which torch assumes
     return averaged.eval()
 
 
 def test_swa_equals_torch(run):
     ours = fmn.averaged_model(run, baselines.swa(12), TRAIN, batch_size=60)
     theirs = averaged_by_torch(run, [9, 10, 11])
-    # torch runs update_bn with dropout switched on; ours, as the network is used: compare where both agree
+    # update_bn runs with dropout, averaged_model without: statistics differ, parameters must not
     for name, value in theirs.module.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), value)
 
@@ -128,7 +128,7 @@ def test_recomputed_batchnorm_equals_torch_on_equal_batches_and_weighs_a_short_o
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
     ensemble.recompute_batchnorm(ours, (x, torch.zeros(100, dtype=int)), batch_size=30)
-    torch.testing.assert_close(ours.running_mean, x.mean(0))  # torch's would weigh the last 10 rows like 30
+    torch.testing.assert_close(ours.running_mean, x.mean(0))  # update_bn would weigh the last 10 rows like 30
     assert ours.momentum == 0.1
 
 
@@ -179,7 +179,7 @@ def test_little_memory_evaluates_again(run, monkeypatch):
 
 
 class Tuples(nn.Module):
-    """Logits and something else: only a forward_fn knows."""
+    """Model that returns a tuple, so that it needs a forward_fn."""
 
     def __init__(self):
         super().__init__()
@@ -280,7 +280,7 @@ def test_a_missing_checkpoint_is_named(run, tmp_path):
     ],
 )
 def test_a_fused_model_of_networks_without_logits_is_refused(tmp_path, last, words):
-    """It calls the network itself: what a run's forward_fn would make of its output is another matter."""
+    """FusedModel calls the network without the run's forward_fn, which would give logits."""
     model = nn.Sequential(make_model(), last)
     recorder = fmn.Recorder(tmp_path, model, forward_fn=lambda model, batch: (model[0](batch[0]), batch[1]))
     recorder.record(0, VAL[1], VAL[1])
@@ -359,9 +359,9 @@ class TestDistill:
         teacher, student = Spy().train(), Spy()
         marked = {"augment": lambda x: x + 100}
         fmn.distill(student, teacher, TRAIN, epochs=1, **RECIPE | {"lr": 1e-6}, **marked)
-        _, *seen = teacher.seen  # once before: does it give logits at all?
+        _, *seen = teacher.seen  # the first call checks for logits
         assert all(torch.equal(a, b) and a.min() > 50 for a, b in zip(seen, student.seen, strict=True))
-        assert teacher.training  # put back
+        assert teacher.training  # restored
         assert teacher.net.weight.grad is None
 
     def test_cached_and_online_agree_without_augmentation(self, run, plan):
