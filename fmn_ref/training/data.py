@@ -30,7 +30,7 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """
     if isinstance(batch, Mapping):
         if "labels" not in batch:
-            hint = "rename it (a Trainer's own loader does), or pass a forward_fn (Run.open takes it)"
+            hint = "rename the labels' key (a Trainer's loader does so), or pass a forward_fn (Run.open takes it)"
             raise ValueError(f"batch: expected a key 'labels', got {sorted(batch)}; {hint}")
         output = model(**{k: v for k, v in batch.items() if k != "labels"})
         labels = batch["labels"]
@@ -54,7 +54,7 @@ def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[T
 
 
 def is_arrays(data: Any) -> bool:
-    """Tell a tuple of tensors or arrays from a Dataset or a DataLoader."""
+    """Tell whether data is a tuple of tensors or arrays, rather than a Dataset or a DataLoader."""
     return isinstance(data, (tuple, list)) and bool(data) and all(hasattr(a, "shape") for a in data)
 
 

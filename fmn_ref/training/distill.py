@@ -160,7 +160,7 @@ def distill(
 
 @dataclass
 class _Training:
-    """How the student is trained and evaluated: arguments of `distill`, checked."""
+    """Options for training and evaluating the student, checked."""
 
     recipe: Recipe
     epochs: int
@@ -263,8 +263,8 @@ def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, k
     """
     labels, teacher_log_probs = targets
     if logits.shape != teacher_log_probs.shape:
-        shapes = tuple(teacher_log_probs.shape), tuple(logits.shape)
-        raise ValueError(f"teacher: gives outputs of shape {shapes[0]}, student {shapes[1]}")
+        expected, got = tuple(logits.shape), tuple(teacher_log_probs.shape)
+        raise ValueError(f"teacher: expected outputs of the student's shape {expected}, got shape {got}")
     soft = (teacher_log_probs / temperature).softmax(1)
     kd = F.kl_div(F.log_softmax(logits / temperature, 1), soft, reduction="batchmean") * temperature**2
     if kd_weight == 1:

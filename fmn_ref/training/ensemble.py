@@ -81,7 +81,7 @@ class FusedModel(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> FusedModel:
-        """Do nothing: members stay in evaluation mode."""
+        """Keep the members in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -133,7 +133,7 @@ class Probabilities(StoredPredictions):
         y = labels.cpu().numpy().astype(np.int64)
         if self._labels is not None and not np.array_equal(y, self._labels):
             raise ValueError(
-                "data: labels changed, or came in another order, since the last pass; evaluation data must not shuffle"
+                "data: labels or their order changed since the last pass; evaluation data must not shuffle"
             )
         self._labels = y
         return probs.cpu().numpy()

@@ -27,7 +27,7 @@ CHUNK = 512  # images that are augmented in one call; fixed, because it decides 
 
 @dataclass
 class SoftTargets:
-    """How the soft targets are made; checks options that depend on each other.
+    """Options for making soft targets, checked against each other.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ class Cached:
         return (log_probs,) if source.top_k is None else compressed(log_probs, source.top_k)
 
     def _view(self, view: int) -> tuple[Any, ...]:
-        """The arrays of one view: inputs, augmented if there is an augmentation, and the rest as it is."""
+        """Arrays of one view: the inputs, augmented if there is an augmentation, and the others unchanged."""
         augment = self._source.augment
         if augment is None:
             return self._arrays

@@ -101,7 +101,7 @@ def averaged_by_torch(run, epochs, **options):
     averaged = swa_utils.AveragedModel(make_model(), **options)
     for e in epochs:
         averaged.update_parameters(checkpoints.load_into(make_model(), run.checkpoints[e]))
-    swa_utils.update_bn(DataLoader(TensorDataset(*TRAIN), 60), averaged)  # 240 samples: batches of equal size, which torch assumes
+    swa_utils.update_bn(DataLoader(TensorDataset(*TRAIN), 60), averaged)  # torch assumes equal batches: 240 / 60
     return averaged.eval()
 
 
