@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from .reporting.comparison import Comparison, compare, compare_probabilities
     from .training.augmentation import crop_flip
     from .training.distill import Sweep, distill, tune_distillation
-    from .training.ensemble import FusedModel, Probabilities, averaged_model
+    from .training.ensemble import FusedModel, averaged_model
+    from .training.predictions import Probabilities
     from .training.recipe import Recipe
     from .training.train import train
 
@@ -44,7 +45,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Comparison": "reporting.comparison",
     "FusedModel": "training.ensemble",
-    "Probabilities": "training.ensemble",
+    "Probabilities": "training.predictions",
     "Recipe": "training.recipe",
     "Sweep": "training.distill",
     "averaged_model": "training.ensemble",
@@ -99,7 +100,7 @@ __all__ = [
 
 
 def _probabilities(run: Run, data: Any, **options: Any) -> Any:
-    from .training.ensemble import Probabilities
+    from .training.predictions import Probabilities
 
     return Probabilities(run, data, **options)
 

@@ -188,14 +188,10 @@ def evaluation(s: Setting, root: str | None, repetitions: int) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         run, plan = nine_checkpoints(s, split, folder)
 
-        def fused(together: bool) -> Any:
-            return predict(fmn.FusedModel(plan, run, together=together), split.test)[0].cpu().numpy()
-
         ways: dict[str, Callable[[], Any]] = {
             "plain loop": partial(plain_loop.evaluate, s, run, split.test),
             "run.probabilities": lambda: np.stack(run.probabilities(split.test)[:]),
-            "FusedModel": partial(fused, False),
-            "FusedModel, together": partial(fused, True),
+            "FusedModel": lambda: predict(fmn.FusedModel(plan, run), split.test)[0].cpu().numpy(),
         }
         expected = ways["plain loop"]()
         tolerance = 1e-4 if s.device == "cpu" else 1e-2  # a GPU's convolutions are in TF32

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from .. import _check, _files
 from ..runs.importers import softmax
 from ..runs.recorder import Recorder, Run
-from ..training.predictions import Epochs
+from ..training.predictions import StoredPredictions
 
 try:
     import keras
@@ -187,7 +187,7 @@ class RecorderCallback(keras.callbacks.Callback):
             self.model.save_weights(temporary)
 
 
-class probabilities(Epochs):
+class probabilities(StoredPredictions):
     """What each recorded epoch predicts on `x`: computed when read; the latest 4 GiB stay in memory.
 
     ``probabilities(run, model, x)[i]`` is (n_samples, n_classes) float32 for row i of the history; a single output

@@ -162,7 +162,7 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
             raise ValueError("keep: no process has all weights to store them; use keep='none'")
         self._rehearses = bool(trainer.fast_dev_run)
         if not self._rehearses:
-            self.run_dir = distributed.by_the_first(lambda: self._open(trainer))
+            self.run_dir = distributed.on_rank_zero(lambda: self._open(trainer))
 
     def _open(self, trainer: Any) -> Path:
         """The recorder, with nothing recorded that the trainer has yet to do."""
@@ -222,9 +222,9 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
             pl_module.log(name, 0.0, add_dataloader_idx=False)  # somebody may monitor it
         if _rehearsal(trainer):
             return
-        right, labels = _joined(numbers, right, labels, pl_module.device)
+        right, labels = _sorted_rows(numbers, right, labels, pl_module.device)
         where = trainer.current_epoch, trainer.fit_loop.total_batch_idx
-        peak, self._next_epoch = distributed.by_the_first(lambda: self._record(*where, right, labels))
+        peak, self._next_epoch = distributed.on_rank_zero(lambda: self._record(*where, right, labels))
         self._n_batches, self._weights = where[1], {}
         pl_module.log(name, peak, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
@@ -285,7 +285,7 @@ def _rehearsal(trainer: Any) -> bool:
     return bool(trainer.sanity_checking or trainer.fast_dev_run)
 
 
-def _joined(numbers: NDArray[np.int64], right: Any, labels: Any, device: torch.device) -> tuple[Any, Any]:
+def _sorted_rows(numbers: NDArray[np.int64], right: Any, labels: Any, device: torch.device) -> tuple[Any, Any]:
     """Rows of all processes in the order of their numbers, each once."""
     if distributed.world_size() == 1:
         _, where, back = np.unique(numbers, return_index=True, return_inverse=True)
@@ -293,5 +293,5 @@ def _joined(numbers: NDArray[np.int64], right: Any, labels: Any, device: torch.d
             raise ValueError("index: expected each sample's own number, got one with several labels")
         return right[where], labels[where]
     ids, *parts = (torch.from_numpy(a).to(device) for a in (numbers, right.view(np.uint8), labels))
-    right, labels = (part.cpu().numpy() for part in distributed.joined(ids, *parts))
+    right, labels = (part.cpu().numpy() for part in distributed.gather_rows(ids, *parts))
     return right.view(bool), labels

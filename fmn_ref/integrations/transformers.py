@@ -35,7 +35,7 @@ from ..runs import checkpoints
 from ..runs.recorder import Recorder, Run
 from ..runs.retention import Keep
 from ..training import data, distributed
-from ..training.ensemble import FusedModel, members_of
+from ..training.ensemble import FusedModel, plan_checkpoints
 
 try:
     from accelerate.state import AcceleratorState
@@ -155,7 +155,7 @@ class RecorderCallback(TrainerCallback):
         self._latest = right, labels = self._correctness(prediction.predictions, prediction.label_ids)
         found = {"accuracy": float(right.mean())}
         if self._training:
-            peak = distributed.shared(self._peak(right, labels))  # any process may choose the best model by it
+            peak = distributed.broadcast(self._peak(right, labels))  # any process may choose the best model by it
             found |= {} if peak is None else {"peak_forget_fraction": peak}
         return found
 
@@ -196,7 +196,7 @@ class RecorderCallback(TrainerCallback):
             raise ValueError(f"keep: no process has all weights to store them; {hint}")
         self._model, self._attached, self._training, self._latest = model, True, True, None
         self._found, self._began, self._due = set(), state.global_step, False
-        distributed.by_the_first(partial(self._open, state))
+        distributed.on_rank_zero(partial(self._open, state))
 
     def _open(self, state: Any) -> None:
         self._recorder = self._make_recorder(self.run_dir, self._model)
@@ -248,7 +248,7 @@ class RecorderCallback(TrainerCallback):
         if latest is None:
             hint = "pass compute_metrics=recorder.compute_metrics to the Trainer, and labels in the eval_dataset"
             raise ValueError(f"compute_metrics: the recorder's was not called; {hint}")
-        distributed.by_the_first(partial(self._record, state.global_step, *latest))
+        distributed.on_rank_zero(partial(self._record, state.global_step, *latest))
 
     def _record(self, step: int, right: NDArray[np.bool_], labels: Any) -> None:
         assert self._recorder is not None
@@ -402,7 +402,7 @@ def save_fused(folder: AnyPath, plan: FusionPlan, run: Run, processing_class: An
     ValueError, FileNotFoundError
         As `FusedModel`.
     """
-    original, paths = members_of(plan, run)
+    original, paths = plan_checkpoints(plan, run)
     if not isinstance(original, PreTrainedModel):
         raise TypeError(f"run: expected a model with save_pretrained, got {type(original).__name__}")
     model, target = copy.deepcopy(original), Path(folder)

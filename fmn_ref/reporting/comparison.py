@@ -207,9 +207,9 @@ def compare(
         As `fuse` and `distill`; more than 1 % of the samples stand in both sets.
     """
     from ..training import data
-    from ..training.ensemble import model_of
+    from ..training.ensemble import attached_model
 
-    model_of(run)
+    attached_model(run)
     options = _distill_options(run, distill_options)
     if make_student is not None and (train_data is None or "epochs" not in options):
         raise ValueError("make_student: needs train_data, and distill_options with at least epochs")

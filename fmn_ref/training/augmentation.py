@@ -1,4 +1,4 @@
-"""Random crops and flips of batches of images, where they are: a few tensor operations, no loop over images."""
+"""Random crops and flips of image batches, on their device, without a loop over images."""
 
 from __future__ import annotations
 
@@ -13,39 +13,43 @@ from .. import _check
 
 
 def crop_flip(padding: int, flip: bool = True) -> Callable[[Tensor], Tensor]:
-    """Augmentation of small images: crop after zero padding, and flip horizontally (He et al. 2016, section 4.2).
+    """Make an augmentation for small images: random crop after zero padding, and random horizontal flip.
 
     Parameters
     ----------
     padding : int >= 0
-        Zeros on each side; the crop, of the image's own size, is drawn uniformly. CIFAR: 4.
-    flip : bool
-        Whether to mirror each image with probability 1/2.
+        Zeros that are added on each side. The crop has the image's size, at a uniformly drawn position. CIFAR: 4.
+    flip : bool, default True
+        Mirror each image with probability 1/2.
 
     Returns
     -------
     callable
-        (B, C, H, W) images of any dtype -> new images, on the same device and in the same memory format; for `augment`
-        of `train` and `distill`. Each image has its own draw from torch's global generator of that device.
+        Maps images (B, C, H, W) of any dtype to new images of the same shape, dtype, device and memory format; for
+        `augment` of `train` and `distill`. Each image is drawn separately, from the device's global torch generator.
 
     Raises
     ------
     TypeError, ValueError
-        A padding out of range; when called, a batch of another shape.
+        `padding` is not an integer >= 0. When the result is called: the batch does not have four dimensions.
 
     Examples
     --------
     >>> crop_flip(4)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 3, 32, 32])
+
+    References
+    ----------
+    He et al. 2016, "Deep Residual Learning for Image Recognition", Section 4.2.
     """
-    return partial(_crop_flip, padding=_check.number(padding, 0, 2**31, "padding", int), flip=flip)
+    return partial(_augment, padding=_check.number(padding, 0, 2**31, "padding", int), flip=flip)
 
 
-def _crop_flip(images: Tensor, padding: int, flip: bool) -> Tensor:
+def _augment(images: Tensor, padding: int, flip: bool) -> Tensor:
     if images.ndim != 4:
         raise ValueError(f"augment: expected images (B, C, H, W), got shape {tuple(images.shape)}")
     channels_last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
-    # As they lie in memory, a row of `depth` values per pixel: C planes of depth 1, or one plane of depth C.
+    # In memory, each pixel is a row of `depth` values: C planes of depth 1, or (channels last) one plane of depth C.
     planes = images.permute(0, 2, 3, 1)[:, None] if channels_last else images[..., None]
     n, n_planes, height, width, depth = planes.shape
     padded_height, padded_length = height + 2 * padding, (width + 2 * padding) * depth
@@ -57,7 +61,7 @@ def _crop_flip(images: Tensor, padding: int, flip: bool) -> Tensor:
     if flip:
         mirrored = torch.rand(n, 1, device=images.device) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
-    # Whole rows are copied, then values within each: faster than one index per pixel, and the indices are few.
+    # Copy whole image rows, then values within each row: faster than one index per pixel, with fewer indices.
     rows = (arange(n * n_planes) * padded_height).view(n, n_planes, 1) + (top + arange(height))[:, None]
     values = (columns[:, :, None] * depth + arange(depth)).view(n, 1, 1, width * depth)
     chosen = padded.index_select(0, rows.flatten()).view(n, n_planes, height, padded_length)

@@ -1,7 +1,7 @@
-"""Batches for training and evaluation, and what a model says about them.
+"""Batches for training and evaluation, and a model's predictions on them.
 
-Data is either a tuple of tensors or arrays with one row per sample (inputs, labels), which is sliced where it lies, or
-a torch DataLoader, or a Dataset. Batches are what those give: tuples, or dicts with a key "labels".
+Data is a tuple (inputs, labels) of tensors or arrays with one row per sample, a torch Dataset, or a DataLoader. A batch
+is a tuple, or a dict with a key "labels".
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,10 +23,14 @@ Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """(logits, labels) of a batch (inputs, labels), or of a dict with "labels" beside the model's keyword arguments."""
+    """Return (logits, labels) of a batch.
+
+    The batch is (inputs, labels), or a dict of "labels" and the model's keyword arguments. The model returns logits, or
+    an object with `.logits`.
+    """
     if isinstance(batch, Mapping):
         if "labels" not in batch:
-            hint = "rename it (a Trainer's own loader does), or pass a forward_fn (Run.open takes it)"
+            hint = "rename the labels' key (a Trainer's loader does so), or pass a forward_fn (Run.open takes it)"
             raise ValueError(f"batch: expected a key 'labels', got {sorted(batch)}; {hint}")
         output = model(**{k: v for k, v in batch.items() if k != "labels"})
         labels = batch["labels"]
@@ -43,53 +47,85 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[Tensor, Tensor]:
-    """(logits, labels); an ensemble runs the function on each of its members (FusedModel)."""
+    """Return (logits, labels) of a batch; a `FusedModel` calls the function for each member."""
     function = forward_fn or default_forward
     ensemble = getattr(model, "_fmn_forward_batch", None)
     return function(model, batch) if ensemble is None else ensemble(batch, function)
 
 
 def is_arrays(data: Any) -> bool:
-    """Whether data is a tuple of tensors or arrays rather than a Dataset or a DataLoader."""
+    """Tell whether data is a tuple of tensors or arrays, rather than a Dataset or a DataLoader."""
     return isinstance(data, (tuple, list)) and bool(data) and all(hasattr(a, "shape") for a in data)
 
 
 def as_tensors(data: Any) -> tuple[Tensor, ...]:
-    """The arrays of a tuple as tensors, where they are, checked to be of one length."""
+    """Convert a tuple of arrays to tensors, on the device where they are; check their lengths and labels."""
     tensors = tuple(_as_tensor(a) for a in data)
     if len(tensors) < 2 or any(t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors) or len(tensors[0]) == 0:
         shapes = [tuple(t.shape) for t in tensors]
         raise ValueError(f"data: expected (inputs, labels) with one row per sample, not empty, got shapes {shapes}")
     if len(tensors) == 2 and not tensors[1].is_floating_point() and (tensors[1] < 0).any():
-        raise ValueError(f"labels: expected classes from 0, got {int(tensors[1].min())}")  # torch ignores -100
+        raise ValueError(f"labels: expected classes from 0, got {int(tensors[1].min())}")  # torch would ignore -100
     return tensors
 
 
 def _as_tensor(a: Any) -> Tensor:
-    """NumPy's default float64 becomes torch's default float32, which is what networks have."""
+    """Convert one array; NumPy's float64 becomes torch's default type, which networks have."""
     if isinstance(a, Tensor):
         return a
     a = np.asarray(a)
     if any(stride < 0 for stride in a.strides):
         a = np.ascontiguousarray(a)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a read-only array (a memory-mapped file): nothing here writes to it
+        warnings.simplefilter("ignore")  # of read-only arrays (memory-mapped files); nothing here writes to them
         return torch.as_tensor(a, dtype=torch.get_default_dtype() if a.dtype == np.float64 else None)
 
 
 def check_module(model: Any, name: str) -> None:
+    """Raise a TypeError where `model` is not a torch module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 class Batches:
-    """A data set as batches on a device, pass after pass.
+    """Iterable over the batches of a data set, on a device; each iteration is one pass.
 
-    Arrays that fit are moved there once, and shuffled and sliced there; larger ones stay where they are and follow
-    batch by batch, as a Dataset's samples do. A DataLoader is taken as it is.
+    Arrays move to the device once if they take at most half of its free memory, and are shuffled and sliced there.
+    Larger arrays, and the samples of a Dataset, move batch by batch. The batches of a DataLoader are used as they are.
 
-    shuffle : by torch's global generator, at each pass
-    split : each process takes its part of every batch; a DataLoader is expected to have a DistributedSampler
+    Parameters
+    ----------
+    data : (inputs, labels), torch Dataset or DataLoader
+    batch_size : int
+        Over all processes; ignored for a DataLoader.
+    device : torch.device
+    shuffle : bool, default False
+        Draw a new order from torch's global generator in each pass; ignored for a DataLoader.
+    split : bool, default False
+        Each process takes its part of every batch. A DataLoader must have a DistributedSampler.
+
+    Attributes
+    ----------
+    source
+        What `reseed` takes: the data, or the DataLoader of a stream.
+    arrays : tuple of tensors
+        On the device if they fit; empty for other data.
+    is_split : bool
+        This process gets only its part of the data.
+
+    Raises
+    ------
+    TypeError
+        Data of another kind.
+    ValueError
+        Arrays of different lengths, empty or with negative labels; a `batch_size` that the processes cannot share
+        equally; a stream with `split` in several processes.
+
+    Examples
+    --------
+    >>> data = torch.zeros(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    >>> [len(labels) for inputs, labels in Batches(data, 2, torch.device("cpu"))]
+    [2, 3]
     """
 
     def __init__(
@@ -99,14 +135,13 @@ class Batches:
         self._rank, self._world = (distributed.rank(), distributed.world_size()) if split else (0, 1)
         if shuffle and batch_size % self._world:
             raise ValueError(f"batch_size: expected a multiple of the {self._world} processes, got {batch_size}")
-        self.source = data
-        self._arrays: tuple[Tensor, ...] | None = None
+        self.source, self.is_split, self.arrays = data, self._world > 1, tuple[Tensor, ...]()
         if is_arrays(data):
-            self._arrays = as_tensors(data)
-            if device.type != "cpu" and _fits(self._arrays, device):
-                self._arrays = tuple(_resident(t, device) for t in self._arrays)
+            self.arrays = as_tensors(data)
+            if device.type != "cpu" and _fits(self.arrays, device):
+                self.arrays = tuple(_resident(t, device) for t in self.arrays)
         elif isinstance(data, IterableDataset):
-            if self._world > 1:
+            if self.is_split:
                 raise ValueError("data: a stream cannot be split over processes; pass a DataLoader that does it")
             self.source = DataLoader(data, batch_size)
         elif not isinstance(data, Dataset) and (
@@ -114,54 +149,44 @@ class Batches:
         ):
             raise TypeError(f"data: expected (inputs, labels), a Dataset or a DataLoader, got {type(data).__name__}")
 
-    @property
-    def arrays(self) -> tuple[Tensor, ...]:
-        """On the device if they fit; none for other data."""
-        return self._arrays or ()
-
-    @property
-    def is_split(self) -> bool:
-        return self._world > 1
-
     def __iter__(self) -> Iterator[Any]:
-        if self._arrays is not None:
-            for rows in self._rows(len(self._arrays[0])):
-                yield tuple(_take(t, rows, self._shuffle or self._world > 1, self.device) for t in self._arrays)
-            return
-        loader: Iterable[Any] = self.source
-        if isinstance(self.source, Dataset):
-            sampler = [rows.tolist() for rows in self._rows(len(self.source))]  # type: ignore[arg-type]
-            own = torch.Generator()  # or the loader would draw from the global one, and change what the model draws
-            loader = DataLoader(
-                self.source, batch_sampler=sampler, generator=own, pin_memory=self.device.type == "cuda"
-            )
-        for batch in loader:
-            yield to_device(batch, self.device)
+        if self.arrays:
+            for rows in self._rows():
+                yield tuple(_take(t, rows, self._shuffle or self.is_split, self.device) for t in self.arrays)
+        else:
+            for batch in self._loader():
+                yield to_device(batch, self.device)
 
-    def _rows(self, n: int) -> list[Tensor]:
-        """Row numbers of this process's part of each batch.
+    def _loader(self) -> Iterable[Any]:
+        if not isinstance(self.source, Dataset):
+            return cast(Iterable[Any], self.source)
+        sampler = [rows.tolist() for rows in self._rows()]
+        own = torch.Generator()  # the loader would draw from the global one, and change what the model draws
+        return DataLoader(self.source, batch_sampler=sampler, generator=own, pin_memory=self.device.type == "cuda")
 
-        What is left over joins the last batch where it is a single sample for each process: BatchNorm cannot train on
-        one. Shuffled, parts are of equal size, so that the mean over processes is the mean over the batch; fewer
-        samples than there are processes sit out.
+    def _rows(self) -> list[Tensor]:
+        """Draw the row numbers of this process's part of each batch.
+
+        A last batch with less than two samples for each process joins the batch before: BatchNorm cannot train on one
+        sample. When shuffled, all processes get equally many samples, so that the mean over processes is the mean over
+        the batch; at most world_size - 1 samples are left out of the pass.
         """
+        n = len(self.arrays[0] if self.arrays else self.source)
         order = torch.randperm(n) if self._shuffle else torch.arange(n)
-        if self._shuffle and self._world > 1:
+        if self._shuffle and self.is_split:
             order = order[: n - n % self._world]
-            torch.manual_seed(torch.initial_seed() + self._rank)  # what is drawn from here on differs between them
-        if self._shuffle and self._arrays is not None:
-            order = order.to(self._arrays[0].device)
+            torch.manual_seed(torch.initial_seed() + self._rank)  # later draws differ between processes
+        if self._shuffle and self.arrays:
+            order = order.to(self.arrays[0].device)
         rows = list(torch.split(order, self._batch_size))
         if len(rows) > 1 and len(rows[-1]) < 2 * self._world:
             rows[-2:] = [torch.cat(rows[-2:])]
         return [r[self._rank :: self._world] for r in rows]
 
     def ids(self) -> Tensor:
-        """The numbers of the samples that this process is given, in order (n,) int64, on the device."""
-        if self._arrays is not None:
-            rows = torch.cat(self._rows(len(self._arrays[0])))
-        elif isinstance(self.source, Dataset):
-            rows = torch.cat(self._rows(len(self.source)))  # type: ignore[arg-type]
+        """Numbers of the samples that this process gets, in order: (n,) int64, on the device."""
+        if self.arrays or isinstance(self.source, Dataset):
+            rows = torch.cat(self._rows())
         else:
             batches = getattr(self.source, "batch_sampler", None)
             if batches is None:
@@ -171,7 +196,7 @@ class Batches:
 
 
 def _fits(arrays: tuple[Tensor, ...], device: torch.device) -> bool:
-    """Whether they take at most half of the memory that is free; other accelerators than CUDA do not say."""
+    """Tell whether arrays take at most half of the free memory; accelerators other than CUDA do not report it."""
     if device.type != "cuda":
         return False
     return 2 * sum(t.nbytes for t in arrays) <= torch.cuda.mem_get_info(device)[0]
@@ -183,7 +208,7 @@ def _resident(t: Tensor, device: torch.device) -> Tensor:
 
 
 def _take(t: Tensor, rows: Tensor, scattered: bool, device: torch.device) -> Tensor:
-    """Rows of an array on the device; consecutive ones without a copy."""
+    """Copy rows of an array to the device; rows that are not `scattered` are sliced."""
     if not scattered:
         return t[int(rows[0]) : int(rows[-1]) + 1].to(device, non_blocking=True)
     if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last):
@@ -196,6 +221,7 @@ def _take(t: Tensor, rows: Tensor, scattered: bool, device: torch.device) -> Ten
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors in nested dicts, lists and tuples to the device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
@@ -207,7 +233,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def reseed(data: Any, seed: int, epoch: int) -> None:
-    """Make everything random about one epoch a function of (seed, epoch): what resuming needs."""
+    """Seed torch's global generator and the data's samplers from (seed, epoch): resuming needs the same draws."""
     torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
     batch_sampler = getattr(data, "batch_sampler", None)
     holders: list[Any] = [data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
@@ -219,14 +245,14 @@ def reseed(data: Any, seed: int, epoch: int) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
+    """Device of the first parameter; the CPU for a model without parameters."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every module is in the mode that it was in."""
+    """Put the model into evaluation mode; afterwards restore the mode of every module."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -247,10 +273,31 @@ def predict(
     amp: bool = False,
     split: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities (log: their logarithms) (n_samples, n_classes) float32 and labels (n_samples,), where the model is.
+    """Predict a data set; nothing leaves the model's device.
 
-    Nothing leaves the device in between. amp: the network in bfloat16. split: every process calls this, evaluates its
-    part, and gets the whole.
+    Parameters
+    ----------
+    model : nn.Module
+        Runs in evaluation mode; afterwards its mode is restored.
+    data : (inputs, labels), torch Dataset, DataLoader or Batches
+    batch_size : int, default 256
+    forward_fn : callable(model, batch) -> (logits, labels), optional
+    log : bool, default False
+        Return log-probabilities.
+    amp : bool, default False
+        Run the network in bfloat16.
+    split : bool, default False
+        In several processes: each calls this function, evaluates its part, and gets the whole result.
+
+    Returns
+    -------
+    probabilities : (n_samples, n_classes) float32 tensor
+    labels : (n_samples,) int64 tensor
+
+    Raises
+    ------
+    TypeError, ValueError
+        No batch; a batch or a model's output of another kind; probabilities where logits are expected.
     """
     if not isinstance(data, Batches):
         data = Batches(data, batch_size, device_of(model), split=split)
@@ -267,11 +314,12 @@ def predict(
         raise ValueError("data: expected at least one batch")
     probs, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     if data.is_split:
-        probs, labels = distributed.joined(data.ids(), probs, labels)
+        probs, labels = distributed.gather_rows(data.ids(), probs, labels)
     return probs, labels
 
 
 def check_logits(logits: Any, hint: str) -> None:
+    """Raise a ValueError, which ends with the hint, where logits have a wrong shape or are probabilities."""
     if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model: expected logits (n, n_classes), got {got}; {hint}")
@@ -284,7 +332,7 @@ def check_logits(logits: Any, hint: str) -> None:
 
 
 def inputs_of(batch: Any) -> list[Tensor]:
-    """The tensors of a batch that are not its labels: the first of a tuple, all of a dict but "labels"."""
+    """Input tensors of a batch: the first item of a tuple, or everything but "labels" of a dict, sorted by key."""
     if isinstance(batch, Mapping):
         return [v for k, v in sorted(batch.items()) if k != "labels" and isinstance(v, Tensor)]
     if not isinstance(batch, (tuple, list)) or not batch:
@@ -293,10 +341,27 @@ def inputs_of(batch: Any) -> list[Tensor]:
 
 
 def fingerprints(data: Any) -> set[bytes]:
-    """A hash of each sample's inputs, to notice samples that stand in two sets."""
+    """Hash each sample's inputs, to detect samples that two sets share."""
     seen = set()
     for batch in Batches(data, 512, torch.device("cpu")):
         arrays = [v.detach().contiguous().reshape(len(v), -1).view(torch.uint8).numpy() for v in inputs_of(batch)]
         for row in zip(*arrays, strict=True):
             seen.add(hashlib.blake2b(b"".join(r.tobytes() for r in row), digest_size=16).digest())
     return seen
+
+
+def arrays_digest(data: Any) -> str | None:
+    """Hash the labels and about 100 inputs of arrays, to detect a run resumed on other data; None for other kinds."""
+    if not is_arrays(data):
+        return None
+    inputs, *rest = as_tensors(data)
+    return tensors_digest([inputs[:: max(1, len(inputs) // 100)], *rest])
+
+
+def tensors_digest(tensors: Iterable[Any]) -> str:
+    """Hash the bytes of tensors; other objects are skipped."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        if isinstance(t, Tensor):
+            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""distill: one model of the original size that learns what an ensemble says.
+"""distill: train one model of the original size on the soft targets of an ensemble.
 
 student = fmn.distill(make_model(), fmn.FusedModel(plan, run), (x_train, y_train), epochs=40)
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
+from ..runs.folder import RunFolder
 from ..runs.run import Run
-from . import data, soft_targets
+from . import data
 from .engine import Average, EarlyStopping, fit, hidden
 from .recipe import Recipe
+from .soft_targets import SoftTargets, Targets
 from .store import Store
-from .train import data_digest, tensors_digest
+
+AnyPath = str | os.PathLike[str]
 
 
 def distill(
@@ -53,61 +56,78 @@ def distill(
 ) -> nn.Module:
     """Train `student` on the soft targets of `teacher`.
 
-    loss = kd_weight * temperature^2 * KL(teacher || student) + (1 - kd_weight) * cross-entropy(labels), both
-    distributions softened by the temperature, the sum over classes, the mean over samples. The papers give neither
-    number; the defaults are the plain soft targets without the given labels, which is what one wants where those are
-    noisy.
+    loss = kd_weight * temperature^2 * KL(teacher || student) + (1 - kd_weight) * cross-entropy(labels)
+
+    The temperature softens both distributions; KL is summed over classes and averaged over samples. The papers give
+    neither number. The defaults use the soft targets alone, which suits noisy labels.
 
     Parameters
     ----------
     student : nn.Module
         Trained in place, on the device where its parameters are.
     teacher : nn.Module
-        Any module that gives logits or log-probabilities (FusedModel does), not probabilities; used in evaluation mode,
-        without gradients, on the student's device, and left as it was.
-    train_data
+        Returns logits or log-probabilities (as `FusedModel` does), not probabilities. It runs in evaluation mode,
+        without gradients, on the student's device; afterwards its mode and its device are restored.
+    train_data : (inputs, labels), torch Dataset or DataLoader
         As in `train`.
     epochs : int
-    temperature : float > 0
-    kd_weight : float in [0, 1]
+        Number of passes over `train_data`, at least 1.
+    temperature : float, default 1.0
+        Above 0; larger values flatten both distributions.
+    kd_weight : float, default 1.0
+        Weight of the soft targets, in [0, 1]; the labels have the rest.
     augment : callable, optional
         As in `train`.
-    targets : str
-        How the teacher is asked. "cached": once per sample, for arrays without `augment`. "cached-views": once for each
-        of `views` augmented versions of the samples, which are drawn again from their stored seeds, one version an
-        epoch in turn. "online": on every batch that the student sees. "auto": "cached" where it is possible, else
-        "online".
-    views : int
-        For "cached-views"; more are more varied, and each costs the teacher one pass over the data.
-    top_k : int, optional
-        What is cached is the k likeliest classes in 16 bits; the rest is spread evenly over the others.
-    targets_dir : path, optional
-        Where to cache; default: targets/ in `run_dir`, and memory without one. Distillations of the same teacher on the
-        same data may share it.
-    ema_decay : float in [0, 1], optional
-        The student is an exponential moving average over the steps (0.99 to 0.999 are usual), and is recorded as such.
-    patience : int, optional
-        Stop when the accuracy on `val_data` has not risen for so many epochs; the student is the best epoch's.
-    forward_fn
-        As in `train`; used for both models.
+    forward_fn : callable(model, batch) -> (logits, labels), optional
+        As in `train`; called for the student and for the teacher (for a `FusedModel`: for each member).
     run_dir : path, optional
-        Keeps the state after each epoch there, so that a killed distillation continues, and in targets/ what the
-        teacher said (memory-mapped).
-    val_data, keep, half : optional
-        With `run_dir`: record the student on these samples as `train` does, so that `Run.open(run_dir, student)` can be
-        fused and distilled in its turn.
-    resume, disk_wait, progress, **recipe
+        Folder for the state after each epoch, from which a killed distillation resumes, and for the soft targets.
+    val_data : (inputs, labels), torch Dataset or DataLoader, optional
+        Record the student on these samples, as `train` does; needs `run_dir`. ``Run.open(run_dir, student)`` can then
+        be fused and distilled again.
+    keep : str, default "all"
+        Which checkpoints to keep, as in `Recorder`; only with `val_data`.
+    half : bool, default False
+        Store checkpoints in 16 bits, as in `Recorder`; only with `val_data`.
+    targets : {"auto", "cached", "cached-views", "online"}, default "auto"
+        When the teacher predicts. "cached": once for each sample; arrays without `augment` only. "cached-views": once
+        for each of `views` augmented versions of the samples; epoch e trains on version e mod `views`, drawn again from
+        its seed. "online": for every batch of the student. "auto": "cached" where it is possible, else "online".
+    views : int, default 8
+        Number of versions for "cached-views". The teacher makes one pass over the data for each.
+    top_k : int, optional
+        Cache only the k most likely classes of each sample, in 16 bits; the other classes share the rest equally.
+        Default: cache all classes in 32 bits.
+    targets_dir : path, optional
+        Folder for cached soft targets; default: targets/ in `run_dir`, or memory without `run_dir`. Distillations of
+        one teacher on the same data may share it.
+    ema_decay : float, optional
+        In [0, 1]. The student becomes the exponential moving average of its weights over the steps, and is recorded as
+        such. Usual values: 0.99 to 0.999.
+    patience : int, optional
+        Stop when the accuracy on `val_data` has not risen for this many epochs; the student gets the weights of the
+        best epoch.
+    resume : bool, default True
         As in `train`.
+    disk_wait : float, default 3600.0
+        As in `train`.
+    progress : bool, optional
+        As in `train`.
+    **recipe
+        Fields of `Recipe`.
 
     Returns
     -------
     nn.Module
-        The student, in evaluation mode.
+        `student`, in evaluation mode.
 
     Raises
     ------
-    ValueError, TypeError
-        A value out of range; teacher and student that differ in their classes; a `run_dir` of something else.
+    TypeError, ValueError
+        An argument out of range, or one that does not fit the others; teacher and student with different numbers of
+        classes; a `run_dir` or `targets_dir` that was made with another configuration.
+    FileExistsError
+        `run_dir` holds a run and `resume` is False.
     FloatingPointError
         The loss became NaN or infinite.
 
@@ -119,109 +139,98 @@ def distill(
 
     References
     ----------
-    arXiv 2507.08686, Section V ("distilled KF"); Hinton et al. 2015 (temperature and its square).
+    arXiv 2507.08686, Section V ("distilled KF"); Hinton et al. 2015, arXiv 1503.02531 (temperature and its square).
     """
-    settings = Recipe.of(recipe)
-    epochs = _check.number(epochs, 1, 2**31, "epochs", int)
-    temperature = _check.number(temperature, 1e-3, 1e3, "temperature")
-    kd_weight = _check.number(kd_weight, 0, 1, "kd_weight")
     data.check_module(student, "student")
     data.check_module(teacher, "teacher")
     if val_data is not None and run_dir is None:
         raise ValueError("val_data: needs run_dir, where the history and the checkpoints go")
-    way = _way(targets, views, top_k, train_data, augment)
-    asked: dict[str, Any] = {"targets": way, "top_k": top_k, "data": data_digest(train_data)}
-    asked["teacher"] = tensors_digest(teacher.state_dict().values())
-    if way == "cached-views":
-        asked["view_seeds"] = [soft_targets.view_seed(settings.seed, view) for view in range(min(views, epochs))]
-    if targets_dir is None and run_dir is not None:
-        targets_dir = Path(run_dir) / "targets"
-    stopping = None if patience is None else EarlyStopping(_check.number(patience, 1, 2**31, "patience", int))
-    if stopping is not None and val_data is None:
-        raise ValueError("patience: needs val_data, whose accuracy it looks at")
-    average = None if ema_decay is None else Average(student, _check.number(ema_decay, 0, 1, "ema_decay"))
-    store = None
-    if run_dir is not None:
-        config = {"epochs": epochs, "temperature": temperature, "kd_weight": kd_weight, **asdict(settings)}
-        config |= {"ema_decay": ema_decay, "patience": patience, **asked}
-        if val_data is not None:
-            config["val_data"] = data_digest(val_data)
-        recorded = None if val_data is None else keep
-        options: dict[str, Any] = {"half": half, "forward_fn": forward_fn, "disk_wait": disk_wait}
-        store = Store(run_dir, config, student, recorded, resume=resume, **options)
-        if store.load_final(student, epochs):
-            store.__exit__(None, None, None)
-            return student.eval()
-    device = data.device_of(student)
-    evaluate, notes = None, {}
-    with _borrowed(teacher, device), store or nullcontext():
-        if val_data is not None:
-            val = data.Batches(val_data, 256, device, split=True)
-            evaluate = partial(data.predict, data=val, forward_fn=forward_fn)
+    settings, folder = Recipe.of(recipe), _targets_folder(targets_dir, run_dir)
+    training = _Training(settings, epochs, temperature, kd_weight, ema_decay, patience, val_data, forward_fn)
+    views = min(_check.number(views, 1, 2**20, "views", int), training.epochs)
+    source = SoftTargets(teacher, train_data, settings, targets, views, top_k, augment, forward_fn, folder)
+    recorded = None if val_data is None else keep
+    options: dict[str, Any] = {"resume": resume, "half": half, "forward_fn": forward_fn, "disk_wait": disk_wait}
+    files = nullcontext() if run_dir is None else Store(run_dir, training.config(source), student, recorded, **options)
+    with files as store:
+        if store is None or not store.load_final(student, training.epochs):
+            _fit_student(student, source, training, store, progress)
+    return student.eval()
+
+
+@dataclass
+class _Training:
+    """Options for training and evaluating the student, checked."""
+
+    recipe: Recipe
+    epochs: int
+    temperature: float
+    kd_weight: float
+    ema_decay: float | None
+    patience: int | None
+    val_data: Any
+    forward_fn: data.Forward | None
+
+    def __post_init__(self) -> None:
+        self.epochs = _check.number(self.epochs, 1, 2**31, "epochs", int)
+        self.temperature = _check.number(self.temperature, 1e-3, 1e3, "temperature")
+        self.kd_weight = _check.number(self.kd_weight, 0, 1, "kd_weight")
+        if self.ema_decay is not None:
+            self.ema_decay = _check.number(self.ema_decay, 0, 1, "ema_decay")
+        if self.patience is not None:
+            self.patience = _check.number(self.patience, 1, 2**31, "patience", int)
+            if self.val_data is None:
+                raise ValueError("patience: needs val_data, whose accuracy decides")
+
+    def config(self, source: SoftTargets) -> dict[str, Any]:
+        """Describe the distillation for run.json."""
+        loss = {"epochs": self.epochs, "temperature": self.temperature, "kd_weight": self.kd_weight}
+        result = {"ema_decay": self.ema_decay, "patience": self.patience}
+        val = {} if self.val_data is None else {"val_data": data.arrays_digest(self.val_data)}
+        return {**loss, **asdict(self.recipe), **result, **source.identity, **val}
+
+
+def _targets_folder(targets_dir: AnyPath | None, run_dir: AnyPath | None) -> Path | None:
+    """Choose where soft targets are cached; None: in memory."""
+    if targets_dir is None:
+        return None if run_dir is None else RunFolder(run_dir).targets
+    return Path(targets_dir)
+
+
+def _fit_student(
+    student: nn.Module, source: SoftTargets, training: _Training, store: Store | None, progress: bool | None
+) -> None:
+    """Train the student in place, with the teacher on its device."""
+    device, evaluate, notes = data.device_of(student), None, {}
+    with _teacher_on(device, source.teacher):
+        if training.val_data is not None:
+            val = data.Batches(training.val_data, 256, device, split=True)
+            evaluate = partial(data.predict, data=val, forward_fn=training.forward_fn)
             if not hidden(progress):
-                probs, labels = evaluate(teacher)
+                probs, labels = evaluate(source.teacher)
                 notes = {"teacher": f"{(probs.argmax(1) == labels).double().mean():.2%}"}
-        if way == "online":
-            batches = data.Batches(train_data, settings.batch_size, device, shuffle=True, split=True)
-            first = next(iter(data.Batches(train_data, settings.batch_size, device)), None)
-            if first is not None:  # refused at once where it gives no logits
-                data.predict(teacher, [first], forward_fn=forward_fn)
-            source: Any = batches, partial(soft_targets.online, teacher, forward_fn), augment
-        else:
-            cached = soft_targets.Cached(
-                teacher,
-                train_data,
-                settings.batch_size,
-                device,
-                augment=augment,
-                view_seeds=asked.get("view_seeds", [0]),
-                forward_fn=forward_fn,
-                folder=None if targets_dir is None else Path(targets_dir),
-                identity=asked,
-                top_k=top_k,
-            )
-            source = cached.batches, cached.step, None
+        targets = source.open(device)
         fit(
             student,
-            source[0],
-            epochs,
-            settings,
-            step=source[1],
-            loss_fn=partial(distillation_loss, temperature=temperature, kd_weight=kd_weight),
-            augment=source[2],
+            targets.batches,
+            training.epochs,
+            training.recipe,
+            step=targets.step,
+            loss_fn=partial(distillation_loss, temperature=training.temperature, kd_weight=training.kd_weight),
+            augment=targets.augment,
             evaluate=evaluate,
             store=store,
-            average=average,
-            stopping=stopping,
+            average=None if training.ema_decay is None else Average(student, training.ema_decay),
+            stopping=None if training.patience is None else EarlyStopping(training.patience),
             progress=progress,
             names=("distill", "student"),
             notes=notes,
         )
-    return student.eval()
-
-
-def _way(targets: str, views: int, top_k: int | None, train_data: Any, augment: Any) -> str:
-    """The way to ask the teacher, checked against what is given."""
-    _check.choice(targets, ("auto", "cached", "cached-views", "online"), "targets")
-    if targets == "auto":
-        targets = "cached" if augment is None and data.is_arrays(train_data) else "online"
-    if targets != "online" and not data.is_arrays(train_data):
-        raise ValueError(f"targets: {targets!r} needs train_data as arrays, in an order that does not change")
-    if targets == "cached" and augment is not None:
-        raise ValueError("targets: 'cached' knows nothing of augmented samples; use 'cached-views' or 'online'")
-    if targets == "cached-views" and augment is None:
-        raise ValueError("targets: 'cached-views' needs augment; without it, 'cached' is the same")
-    _check.number(views, 1, 2**20, "views", int)
-    if top_k is not None:
-        _check.number(top_k, 1, 2**31, "top_k", int)
-        if targets == "online":
-            raise ValueError("top_k: compresses what is kept, and 'online' keeps nothing")
-    return targets
 
 
 @contextmanager
-def _borrowed(teacher: nn.Module, device: torch.device) -> Iterator[None]:
-    """The teacher on the device and in evaluation mode; afterwards as it was."""
+def _teacher_on(device: torch.device, teacher: nn.Module) -> Iterator[None]:
+    """Move the teacher to the device, in evaluation mode; afterwards restore its device and its modes."""
     home = data.device_of(teacher)
     teacher.to(device)
     try:
@@ -231,12 +240,31 @@ def _borrowed(teacher: nn.Module, device: torch.device) -> Iterator[None]:
         teacher.to(home)
 
 
-def distillation_loss(logits: Tensor, targets: soft_targets.Targets, *, temperature: float, kd_weight: float) -> Tensor:
-    """The loss of `distill`, from logits (B, K) and labels (B,) with the teacher's log-probabilities (B, K)."""
+def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:
+    """Compute the loss of `distill`.
+
+    Parameters
+    ----------
+    logits : (B, K) float tensor
+        The student's.
+    targets : tuple of (labels (B,), log-probabilities (B, K))
+        The log-probabilities are the teacher's.
+    temperature : float
+    kd_weight : float
+
+    Returns
+    -------
+    scalar tensor
+
+    Raises
+    ------
+    ValueError
+        Teacher and student have different numbers of classes.
+    """
     labels, teacher_log_probs = targets
     if logits.shape != teacher_log_probs.shape:
-        shapes = tuple(teacher_log_probs.shape), tuple(logits.shape)
-        raise ValueError(f"teacher: gives outputs of shape {shapes[0]}, student {shapes[1]}")
+        expected, got = tuple(logits.shape), tuple(teacher_log_probs.shape)
+        raise ValueError(f"teacher: expected outputs of the student's shape {expected}, got shape {got}")
     soft = (teacher_log_probs / temperature).softmax(1)
     kd = F.kl_div(F.log_softmax(logits / temperature, 1), soft, reduction="batchmean") * temperature**2
     if kd_weight == 1:
@@ -245,12 +273,22 @@ def distillation_loss(logits: Tensor, targets: soft_targets.Targets, *, temperat
 
 
 class Sweep(NamedTuple):
-    """What `tune_distillation` found: the best setting and its run, and all that were tried."""
+    """Result of `tune_distillation`.
+
+    Attributes
+    ----------
+    temperature, kd_weight : float
+        The setting with the best accuracy on the selection set.
+    run : Run
+        Its run; ``run.model`` is the student.
+    rows : list of dict
+        Temperature, kd_weight and accuracy of every trial, in the order of trial.
+    """
 
     temperature: float
     kd_weight: float
     run: Run
-    rows: list[dict[str, float]]  # temperature, kd_weight, accuracy on the selection set; in the order of trial
+    rows: list[dict[str, float]]
 
 
 def tune_distillation(
@@ -265,23 +303,28 @@ def tune_distillation(
     kd_weights: Sequence[float] = (1.0, 0.7),
     **options: Any,
 ) -> Sweep:
-    """Distil with every temperature and kd_weight; take what is best on the selection set.
+    """Distil with every pair of temperature and kd_weight; choose the pair with the best selection accuracy.
 
-    The accuracy of a trial is that of its last epoch (with `patience`, of its best), ties go to the earlier trial. The
-    default is six trials; the teacher is asked once for all of them where its answers are cached. A killed sweep
-    continues where it was.
+    The accuracy of a trial is that of its last epoch (with `patience`: of its best epoch). Of equal trials, the first
+    wins. The defaults make six trials. Cached soft targets are computed once for all trials. A killed sweep resumes.
 
     Parameters
     ----------
     make_student : callable() -> nn.Module
-        A fresh network; torch's generator is seeded with `seed` before each call, so that all start alike.
-    teacher, train_data, epochs
-        As `distill`.
-    val_data
-        The selection set: its accuracy decides, so it flatters the result. Score on other samples.
+        Returns a new network. torch's generator is seeded with `seed` before each call, so that all trials start from
+        the same weights.
+    teacher : nn.Module
+        As in `distill`.
+    train_data : (inputs, labels), torch Dataset or DataLoader
+        As in `distill`.
+    val_data : (inputs, labels), torch Dataset or DataLoader
+        The selection set. Its accuracy decides, so the winner's is biased upwards: score on other samples.
+    epochs : int
+        Of each trial.
     run_dir : path
-        Each trial leaves a run in a folder of its own here.
-    temperatures, kd_weights : sequences of float
+        Each trial is a run in a subfolder.
+    temperatures : sequence of float, default (1.0, 2.0, 4.0)
+    kd_weights : sequence of float, default (1.0, 0.7)
     **options
         Further keywords of `distill`.
 
@@ -292,8 +335,8 @@ def tune_distillation(
 
     Raises
     ------
-    ValueError, TypeError
-        As `distill`; nothing to try.
+    TypeError, ValueError
+        As `distill`; no temperature or no kd_weight.
 
     Examples
     --------
@@ -307,20 +350,25 @@ def tune_distillation(
     trials = [(float(t), float(w)) for t in temperatures for w in kd_weights]
     if not trials:
         raise ValueError("temperatures, kd_weights: expected at least one of each")
-    folder = Path(run_dir)
+    options = {"targets_dir": Path(run_dir) / "targets", **options, "epochs": epochs, "val_data": val_data}
     rows, best = list[dict[str, float]](), None
     for temperature, kd_weight in trials:
-        with torch.random.fork_rng():
-            torch.manual_seed(options.get("seed", 0))
-            student = make_student()
-        own = folder / f"temperature_{temperature:g}_kd_weight_{kd_weight:g}"
-        settings = {"targets_dir": folder / "targets", **options, "temperature": temperature, "kd_weight": kd_weight}
-        distill(student, teacher, train_data, epochs=epochs, val_data=val_data, run_dir=own, **settings)
-        run = Run.open(own, student, options.get("forward_fn"))
-        accuracy = run.history.correct().mean(1)
-        score = float(accuracy.max() if options.get("patience") else accuracy[-1])
-        rows.append({"temperature": temperature, "kd_weight": kd_weight, "accuracy": score})
-        if best is None or score > best.rows[0]["accuracy"]:
-            best = Sweep(temperature, kd_weight, run, rows[-1:])
+        folder = Path(run_dir) / f"temperature_{temperature:g}_kd_weight_{kd_weight:g}"
+        options |= {"temperature": temperature, "kd_weight": kd_weight, "run_dir": folder}
+        run = _trial(make_student, teacher, train_data, options)
+        accuracies = run.history.correct().mean(1)
+        accuracy = float(accuracies.max() if options.get("patience") else accuracies[-1])
+        if best is None or accuracy > max(row["accuracy"] for row in rows):
+            best = Sweep(temperature, kd_weight, run, rows)
+        rows.append({"temperature": temperature, "kd_weight": kd_weight, "accuracy": accuracy})
     assert best is not None
-    return best._replace(rows=rows)
+    return best
+
+
+def _trial(make_student: Callable[[], nn.Module], teacher: nn.Module, train_data: Any, options: dict[str, Any]) -> Run:
+    """Distil once, with the keywords of `distill`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(options.get("seed", 0))
+        student = make_student()
+    distill(student, teacher, train_data, **options)
+    return Run.open(options["run_dir"], student, options.get("forward_fn"))

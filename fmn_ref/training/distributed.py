@@ -1,6 +1,6 @@
-"""Several processes, started by torchrun: who this one is, what it takes of a set of samples, and how parts are joined.
+"""Helpers for training in several processes (torchrun), built on torch.distributed.
 
-Everything is torch.distributed's; without an initialised process group all of this is the identity.
+Without an initialised process group there is one process, of rank 0, and every function returns its input.
 """
 
 from __future__ import annotations
@@ -15,15 +15,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def world_size() -> int:
+    """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def shared(value: Any) -> Any:
-    """What the first process has, in all of them."""
+def barrier() -> None:
+    """Wait until every process has reached this call."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast(value: Any) -> Any:
+    """Return rank 0's value on every rank; the value must pickle."""
     if world_size() == 1:
         return value
     box = [value]
@@ -31,27 +39,25 @@ def shared(value: Any) -> Any:
     return box[0]
 
 
-def by_the_first(function: Callable[[], Any]) -> Any:
-    """What the function gives in the first process, in all; its error too, or the others would wait for ever."""
+def on_rank_zero(function: Callable[[], Any]) -> Any:
+    """Call the function on rank 0 only, and return its result on every rank.
+
+    An exception is raised on every rank as well: otherwise the other ranks would wait for ever.
+    """
     outcome: tuple[Any, Exception | None] = None, None
     if rank() == 0:
         try:
             outcome = function(), None
         except Exception as error:
             outcome = None, error
-    result, fault = shared(outcome)
+    result, fault = broadcast(outcome)
     if fault is not None:
         raise fault
     return result
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
-def parallel(model: nn.Module) -> nn.Module:
-    """The model with its gradients averaged over the processes."""
+def wrap_ddp(model: nn.Module) -> nn.Module:
+    """Wrap the model in DistributedDataParallel, which averages gradients over the ranks; unchanged on a single one."""
     if world_size() == 1 or isinstance(model, DistributedDataParallel):
         return model
     parameter = next(model.parameters(), None)
@@ -59,27 +65,37 @@ def parallel(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, device_ids=[parameter.device] if on_gpu and parameter is not None else None)
 
 
-def same_buffers(model: nn.Module) -> None:
-    """Running statistics as the first process has them, which are the ones that are stored."""
+def broadcast_buffers(model: nn.Module) -> None:
+    """Overwrite every rank's buffers (BatchNorm's running statistics) with those of rank 0, which are stored."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
-def joined(ids: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-    """Rows of all processes in the order of their sample numbers, each sample once, in every process.
+def gather_rows(ids: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Collect the rows of all ranks, sorted by sample number, each sample once; every rank gets the result.
 
-    ids : (n,) int64, of this process's rows; DistributedSampler gives some samples twice to make the parts equal
-    parts : (n, ...) tensors
+    Parameters
+    ----------
+    ids : (n,) int64
+        Sample numbers of this rank's rows. DistributedSampler repeats some samples to make the parts equal; the first
+        of equal numbers is kept.
+    *parts : (n, ...) tensors
+        On the same device as `ids`.
+
+    Returns
+    -------
+    tuple of (n_samples, ...) tensors
+        One for each of `parts`.
     """
-    numbers, where = torch.sort(_gathered(ids), stable=True)
-    new = torch.ones_like(numbers, dtype=torch.bool)
-    new[1:] = numbers[1:] != numbers[:-1]
-    return tuple(_gathered(part)[where[new]] for part in parts)
+    numbers, order = torch.sort(_gather(ids), stable=True)
+    first = torch.ones_like(numbers, dtype=torch.bool)
+    first[1:] = numbers[1:] != numbers[:-1]
+    return tuple(_gather(part)[order[first]] for part in parts)
 
 
-def _gathered(part: Tensor) -> Tensor:
-    """The rows of all processes, one process after the other; they may have different numbers of rows."""
+def _gather(part: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks, whose numbers of rows may differ."""
     counts = [torch.zeros(1, dtype=torch.int64, device=part.device) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([len(part)], device=part.device))
     longest = int(max(counts))

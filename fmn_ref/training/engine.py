@@ -98,7 +98,7 @@ class _Loop:
 
     def evaluate(self, evaluate: Evaluate, epoch: int) -> tuple[Any, Any]:
         """Correctness and labels of the validation set, both (n,)."""
-        distributed.same_buffers(self.result)
+        distributed.broadcast_buffers(self.result)
         probs, labels = evaluate(self.result)
         right = correctness(probs, labels)
         if self.stopping is not None:
@@ -169,7 +169,7 @@ def fit(
 
 def _prepared(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Wrap the model for several processes, and compile it."""
-    wrapped = distributed.parallel(model)
+    wrapped = distributed.wrap_ddp(model)
     return wrapped if recipe.compile == "none" else torch.compile(wrapped, mode=recipe.compile)  # type: ignore[return-value]
 
 
@@ -212,7 +212,7 @@ def _resume(parts: dict[str, Any], store: Store | None) -> int:
     """Load the state after the last finished epoch, in every process; return the number of the next."""
     if store is None:
         return 0
-    state = distributed.shared(store.load(set(parts)) if distributed.rank() == 0 else None)
+    state = distributed.broadcast(store.load(set(parts)) if distributed.rank() == 0 else None)
     if state is None:
         return 0
     try:

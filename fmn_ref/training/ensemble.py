@@ -1,4 +1,4 @@
-"""What stored epochs predict, and models made of them: FusedModel mixes predictions, averaged_model mixes weights."""
+"""Models made from several checkpoints: `FusedModel` mixes predictions, `averaged_model` averages weights."""
 
 from __future__ import annotations
 
@@ -9,126 +9,83 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
 
 from .. import _check
 from ..fusion.plan import FusionPlan
 from ..runs import checkpoints
 from ..runs.run import Run
 from . import data
-from .predictions import Epochs
-
-
-class Probabilities(Epochs):
-    """Predictions of every checkpoint of a run on one data set, computed when read; up to 4 GiB stay in memory.
-
-    One network is on the device at a time, whatever the number of epochs. `amp`: in bfloat16, which changes
-    probabilities in the third digit. `split`: in several processes, all of which read the same rows in the same order,
-    each evaluates its part.
-
-    ``probabilities[i]`` is (n_samples, n_classes) float32 for row i of the run's history; ``labels`` is (n_samples,)
-    int64. `fuse(probabilities, labels, correct=history)` reads the last epoch and the chosen windows only.
-    """
-
-    def __init__(
-        self, run: Run, samples: Any, *, batch_size: int = 256, amp: bool = False, split: bool = False
-    ) -> None:
-        self._model = copy.deepcopy(model_of(run)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        super().__init__(run)
-        self._amp = amp
-        size = _check.number(batch_size, 1, 2**31, "batch_size", int)
-        self._batches = data.Batches(samples, size, data.device_of(self._model), split=split)
-        self._labels: NDArray[np.int64] | None = None
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """In the order of evaluation, as the run's forward_fn gives them; evaluates the last epoch if none was yet."""
-        if self._labels is None:
-            self[-1]
-        assert self._labels is not None
-        return self._labels
-
-    def _evaluate(self, row: int) -> NDArray[np.float32]:
-        checkpoints.load_into(self._model, self._run.checkpoint(row))
-        probs, labels = data.predict(self._model, self._batches, forward_fn=self._run.forward_fn, amp=self._amp)
-        y = labels.cpu().numpy().astype(np.int64)
-        if self._labels is not None and not np.array_equal(y, self._labels):
-            raise ValueError("data: gave other labels, or another order, than before; evaluation data must not shuffle")
-        self._labels = y
-        return probs.cpu().numpy()
 
 
 class FusedModel(nn.Module):
-    """The fused predictor as a module: as many forward passes as the plan has checkpoints.
+    """Ensemble of a plan's checkpoints as a module; one forward pass for each checkpoint.
+
+    Calling it returns log-probabilities, shape (batch, n_classes), dtype float32: softmax, arg-max and cross-entropy
+    work on them. The run's network must return logits or an object with `.logits`: it is called directly, without the
+    run's `forward_fn`. (Pass that to `distill`, which calls it for each member.) Members are frozen and always in
+    evaluation mode. To store the ensemble, keep the plan and the run directory; its own `state_dict` loads back too.
 
     Parameters
     ----------
     plan : FusionPlan
+        Made from this run.
     run : Run
         With its model attached (``Run.open(run_dir, model)``).
-    together : bool
-        Run the members as one network with stacked weights (torch.func), rather than one after the other, where batches
-        are tensors or tuples without `forward_fn`. It needs the weights twice. On two CPU cores it took more
-        than twice as long (`docs/training.md`); on a GPU, which small batches leave idle, it was not measured.
-
-    Returns log-probabilities (batch, n_classes) float32, so that softmax, arg-max and cross-entropy just work. It calls
-    the network as it is, which must return logits: a run's forward_fn is not used. Members are frozen and stay in
-    evaluation mode. `plan.json` and the run directory are its permanent form; its own state_dict loads back too.
 
     Raises
     ------
+    TypeError
+        `plan` or `run` is of another type.
     ValueError
-        The run has no model, another number of epochs than the plan, or a checkpoint is damaged or does not fit.
+        The run has no model, or another number of epochs than the plan; a checkpoint is damaged or does not fit.
     FileNotFoundError
         A checkpoint is missing.
+
+    Examples
+    --------
+    >>> import tempfile, torch, fmn_ref as fmn
+    >>> x = torch.randn(64, 8); y = (x[:, 0] > 0).long()
+    >>> run = fmn.train(torch.nn.Linear(8, 2), (x, y), (x, y), epochs=3, run_dir=tempfile.mkdtemp())
+    >>> plan = fmn.fuse(run.probabilities((x, y)), y, correct=run.history)
+    >>> FusedModel(plan, run)(x).shape
+    torch.Size([64, 2])
+
+    References
+    ----------
+    arXiv 2412.12968, Algorithm 1 (the fused predictor).
     """
 
     weights: Tensor
     _checked = False
 
-    def __init__(self, plan: FusionPlan, run: Run, *, together: bool = False) -> None:
-        model, paths = members_of(plan, run)
+    def __init__(self, plan: FusionPlan, run: Run) -> None:
+        super().__init__()
+        model, paths = plan_checkpoints(plan, run)
         members = (checkpoints.load_into(copy.deepcopy(model), path) for path in paths.values())
-        self._hold(members, plan.weights.values(), together)
+        self._set_members(members, plan.weights.values())
 
     @classmethod
-    def of_members(
-        cls, members: Iterable[nn.Module], weights: Iterable[float], *, together: bool = False
-    ) -> FusedModel:
-        """A mixture of models that are loaded already, with positive weights of sum 1."""
+    def of_members(cls, members: Iterable[nn.Module], weights: Iterable[float]) -> FusedModel:
+        """Make an ensemble of loaded models, with positive weights of sum 1."""
         self = cls.__new__(cls)
-        self._hold(members, weights, together)
+        nn.Module.__init__(self)
+        self._set_members(members, weights)
         return self
 
-    def _hold(self, members: Iterable[nn.Module], weights: Iterable[float], together: bool) -> None:
-        super().__init__()
+    def _set_members(self, members: Iterable[nn.Module], weights: Iterable[float]) -> None:
         self.members = nn.ModuleList(members)
         self.members.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._together = together
-        self._stacked: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         self.register_buffer("weights", torch.tensor(list(weights)))
         self.eval()
 
     def train(self, mode: bool = True) -> FusedModel:
-        """Members always stay in evaluation mode."""
+        """Keep the members in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> FusedModel:
-        self._stacked = None  # the members move to another device or type
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._stacked = None
-        return super().load_state_dict(*args, **kwargs)
-
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self._together:
-            return self._forward_together(args, kwargs)
+        """Compute log-probabilities (batch, n_classes) from what a single network takes."""
 
         def logits(member: nn.Module) -> Tensor:
             output = member(*args, **kwargs)
@@ -136,22 +93,8 @@ class FusedModel(nn.Module):
 
         return self._mix(logits)
 
-    def _forward_together(self, args: Any, kwargs: Any) -> Tensor:
-        if self._stacked is None:
-            self._stacked = stack_module_state(list(self.members))
-        skeleton = self.members[0]
-
-        def logits(weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-            output = functional_call(skeleton, (weights, buffers), args, kwargs)
-            return cast(Tensor, getattr(output, "logits", output))
-
-        each = iter(vmap(logits)(*self._stacked))  # (members, B, K)
-        return self._mix(lambda member: next(each))
-
     def _fmn_forward_batch(self, batch: Any, forward_fn: data.Forward) -> tuple[Tensor, Tensor]:
-        """(log-probabilities, labels) of a batch, by a function that gives (logits, labels) for a single member."""
-        if self._together and forward_fn is data.default_forward:
-            return forward_fn(self, batch)
+        """Compute (log-probabilities, labels) of a batch; `forward_fn` gives (logits, labels) for a single member."""
         labels: list[Tensor] = []
 
         def logits(member: nn.Module) -> Tensor:
@@ -162,34 +105,35 @@ class FusedModel(nn.Module):
         return self._mix(logits), labels[0]
 
     def _mix(self, logits: Callable[[nn.Module], Tensor]) -> Tensor:
-        """log sum_e weight_e softmax(logits of member e), one member after the other."""
-
-        def probabilities(member: nn.Module) -> Tensor:
-            found = logits(member)
-            tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
-            if not (self._checked or tracing):
-                with contextlib.suppress(RuntimeError):  # vmap, meta: no values to look at
-                    data.check_logits(found, "plan.apply(run.probabilities(data)) goes by the run's forward_fn")
-                    self._checked = True
-            return found.float().softmax(-1)
-
-        parts = (w * probabilities(m) for w, m in zip(self.weights, self.members, strict=True))
+        """Compute log sum_e weight_e softmax(logits of member e), one member after the other."""
+        parts = (w * self._checked_softmax(logits(m)) for w, m in zip(self.weights, self.members, strict=True))
         mixed: Tensor = reduce(torch.add, parts)
         return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
 
+    def _checked_softmax(self, logits: Tensor) -> Tensor:
+        """Softmax in float32; the first logits with values are checked."""
+        tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
+        if not (self._checked or tracing):
+            with contextlib.suppress(RuntimeError):  # under vmap and on meta tensors values cannot be read
+                data.check_logits(logits, "plan.apply(run.probabilities(data)) goes by the run's forward_fn")
+                self._checked = True
+        return logits.float().softmax(-1)
+
 
 def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batch_size: int = 512) -> nn.Module:
-    """One model whose weights are the weighted mean of checkpoints: averaged KF, SWA, EMA over epochs.
+    """Average the weights of checkpoints into one model: averaged KF, SWA, or EMA over epochs.
 
     Parameters
     ----------
     run : Run
         With its model attached.
-    weights : {epoch: weight}
-        Rows of the history; positive, scaled to sum 1. For averaged KF, ``plan.weights``.
-    train_data
-        For the BatchNorm statistics, which an average of weights invalidates: recomputed in one pass, each batch
-        weighed by its samples.
+    weights : dict of {int: float}
+        Weight of each row of the history, at least 0; scaled to sum 1. For averaged KF: ``plan.weights``.
+    train_data : (inputs, labels), torch Dataset or DataLoader
+        Data of one pass that recomputes the BatchNorm statistics, which averaging invalidates. Each batch is weighed by
+        its number of samples. Not read where the model has no BatchNorm.
+    batch_size : int, default 512
+        Of that pass.
 
     Returns
     -------
@@ -198,48 +142,93 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
 
     Raises
     ------
+    TypeError
+        `run` is not a Run, or `weights` is not a dict of numbers.
     ValueError
-        No weights, or not positive; no model; a checkpoint missing or unfit.
+        No weight above 0; an epoch out of range; no model attached; a checkpoint that does not fit.
+    FileNotFoundError
+        A checkpoint is missing.
+
+    Examples
+    --------
+    >>> import tempfile, torch, fmn_ref as fmn
+    >>> x = torch.randn(64, 8); y = (x[:, 0] > 0).long()
+    >>> run = fmn.train(torch.nn.Linear(8, 2), (x, y), (x, y), epochs=4, run_dir=tempfile.mkdtemp())
+    >>> averaged_model(run, {2: 0.5, 3: 0.5}, (x, y))
+    Linear(in_features=8, out_features=2, bias=True)
 
     References
     ----------
-    arXiv 2507.08686 ("averaged KF"); Izmailov et al. 2018 (SWA).
+    arXiv 2507.08686 ("averaged KF"); Izmailov et al. 2018, arXiv 1803.05407 (SWA).
     """
-    n_epochs, model = len(run_of(run).history), copy.deepcopy(model_of(run))
-    if not isinstance(weights, dict):
-        raise TypeError(f"weights: expected {{epoch: weight}}, got {type(weights).__name__}")
-    rows = [(_check.index(e, n_epochs, "epoch"), _check.number(w, 0, 1e300, "weights")) for e, w in weights.items()]
-    total = sum(w for _, w in rows)
-    if total == 0:
-        raise ValueError("weights: expected at least one above 0")
+    shares = _shares(weights, len(check_run(run).history))
+    model = copy.deepcopy(attached_model(run))
     mean: dict[str, Tensor] = {}
-    for epoch, weight in sorted(rows):
+    for epoch, share in shares:
         state = checkpoints.load_into(model, run.checkpoint(epoch)).state_dict()
         for name, value in state.items():
             if isinstance(value, Tensor) and value.is_floating_point():
-                mean[name] = mean.get(name, 0) + weight / total * value.double()
-    with torch.no_grad():  # what is not a floating-point number stays as in the latest epoch
+                mean[name] = mean.get(name, 0) + share * value.double()
+    with torch.no_grad():  # tensors of integers keep the values of the latest epoch
         for name, average in mean.items():
             state[name].copy_(average)
     recompute_batchnorm(model, train_data, batch_size=batch_size, forward_fn=run.forward_fn)
     return model.eval()
 
 
+def _shares(weights: Any, n_epochs: int) -> list[tuple[int, float]]:
+    """Check the weights; return (row, weight) in order of rows, with weights of sum 1."""
+    if not isinstance(weights, dict):
+        raise TypeError(f"weights: expected {{epoch: weight}}, got {type(weights).__name__}")
+    rows = [(_check.index(e, n_epochs, "epoch"), _check.number(w, 0, 1e300, "weights")) for e, w in weights.items()]
+    total = sum(w for _, w in rows)
+    if total == 0:
+        raise ValueError("weights: expected at least one above 0")
+    return [(row, weight / total) for row, weight in sorted(rows)]
+
+
 @torch.no_grad()
 def recompute_batchnorm(
     model: nn.Module, train_data: Any, *, batch_size: int = 512, forward_fn: data.Forward | None = None
 ) -> None:
-    """Set running means and variances to the average over the data, each batch weighed by its number of samples."""
+    """Set BatchNorm's running statistics to their mean over the data, each batch weighed by its number of samples.
+
+    The model is left in evaluation mode. `torch.optim.swa_utils.update_bn` weighs a short last batch like a full one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    train_data : (inputs, labels), torch Dataset or DataLoader
+    batch_size : int, default 512
+    forward_fn : callable(model, batch) -> (logits, labels), optional
+
+    Raises
+    ------
+    ValueError
+        The model has BatchNorm layers, and no batch has two samples.
+    """
+    model.eval()
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return
     momenta = [m.momentum for m in norms]
-    model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
+    if not _update_running_stats(model, norms, data.Batches(train_data, batch_size, data.device_of(model)), forward_fn):
+        raise ValueError("train_data: expected at least one batch of two or more samples, for BatchNorm")
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+def _update_running_stats(
+    model: nn.Module, norms: list[Any], batches: data.Batches, forward_fn: data.Forward | None
+) -> int:
+    """Make one pass over the batches; return the number of samples that were used."""
     seen = 0
-    for batch in data.Batches(train_data, batch_size, data.device_of(model)):
+    for batch in batches:
         n = len(data.inputs_of(batch)[0])
         for norm in norms:
             norm.momentum = n / (seen + n)
@@ -248,35 +237,33 @@ def recompute_batchnorm(
         except ValueError:
             if n > 1:
                 raise
-            continue  # torch: a single value per channel has no variance
+            continue  # torch refuses a single value per channel: it has no variance
         seen += n
-    if not seen:
-        raise ValueError("train_data: expected at least one batch of two or more samples, for BatchNorm")
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
+    return seen
 
 
-def members_of(plan: Any, run: Any) -> tuple[nn.Module, dict[int, Path]]:
-    """The model of a run, and the checkpoint of each row that a plan uses."""
+def plan_checkpoints(plan: Any, run: Any) -> tuple[nn.Module, dict[int, Path]]:
+    """Check that a plan fits a run; return the run's model and the checkpoint file of each row that the plan uses."""
     if not isinstance(plan, FusionPlan):
         raise TypeError(f"plan: expected a FusionPlan, got {type(plan).__name__}")
-    if plan.n_epochs != len(run_of(run).history):
+    if plan.n_epochs != len(check_run(run).history):
         raise ValueError(f"plan: made for {plan.n_epochs} epochs, the run has {len(run.history)}")
-    return model_of(run), {row: run.checkpoint(row) for row in plan.weights}
+    return attached_model(run), {row: run.checkpoint(row) for row in plan.weights}
 
 
-def run_of(run: Any) -> Run:
+def check_run(run: Any) -> Run:
+    """Return `run` if it is a Run, or raise a TypeError."""
     if not isinstance(run, Run):
         raise TypeError(f"run: expected a Run, got {type(run).__name__}")
     return run
 
 
-def model_of(run: Any) -> nn.Module:
-    run = run_of(run)
-    if not isinstance(run.model, nn.Module):
+def attached_model(run: Any) -> nn.Module:
+    """Return the torch model of a Run, without wrappers, or raise an error that says how to attach one."""
+    model = check_run(run).model
+    if not isinstance(model, nn.Module):
         hint = f"use Run.open({str(run.run_dir)!r}, model=...)"
         if run.suffix != ".pt":
             hint = f"this is for networks of torch, and its checkpoints are {run.suffix} files"
         raise ValueError(f"run: no model attached; {hint}")
-    return checkpoints.unwrap(run.model)
+    return checkpoints.unwrap(model)

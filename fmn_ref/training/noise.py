@@ -1,4 +1,4 @@
-"""Label noise for experiments: symmetric, asymmetric, or from any transition matrix. NumPy only."""
+"""Label noise for experiments: symmetric, asymmetric, or from a transition matrix. NumPy only."""
 
 from __future__ import annotations
 
@@ -14,26 +14,31 @@ Int = NDArray[np.int64]
 
 
 def symmetric_noise(labels: Any, rate: float, n_classes: int, seed: int) -> Int:
-    """Replace a share of the labels by a uniformly drawn OTHER class.
+    """Replace a share of the labels by another class, drawn uniformly.
 
-    Exactly round(rate * n) labels become wrong (the papers do not say whether the true class may be drawn again: ours
-    may not).
+    Exactly round(rate * n_samples) labels become wrong. The papers do not say whether the true class may be drawn; here
+    it may not.
 
     Parameters
     ----------
-    labels : (n_samples,) integers in [0, n_classes)
-    rate : float in [0, 1]
-    n_classes : int >= 2
-    seed : int >= 0
+    labels : (n_samples,) integers
+        Classes in [0, n_classes).
+    rate : float
+        Share of wrong labels, in [0, 1].
+    n_classes : int
+        At least 2.
+    seed : int
+        At least 0.
 
     Returns
     -------
-    (n_samples,) int64, a new array
+    (n_samples,) int64 array
+        A new array.
 
     Raises
     ------
     TypeError, ValueError
-        Labels, rate, n_classes or seed out of range.
+        `labels`, `rate`, `n_classes` or `seed` of the wrong type or out of range.
 
     Examples
     --------
@@ -44,9 +49,24 @@ def symmetric_noise(labels: Any, rate: float, n_classes: int, seed: int) -> Int:
 
 
 def asymmetric_noise(labels: Any, rate: float, n_classes: int, seed: int) -> Int:
-    """Replace a share of the labels by the next class, the last one by class 0 (pair flips).
+    """Replace a share of the labels by the next class, and the last class by class 0 (pair flips).
 
-    Parameters, result and errors are those of `symmetric_noise`. For another pattern see `transition_noise`.
+    For another pattern use `transition_noise`.
+
+    Parameters
+    ----------
+    labels, rate, n_classes, seed
+        As in `symmetric_noise`.
+
+    Returns
+    -------
+    (n_samples,) int64 array
+        A new array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `symmetric_noise`.
 
     Examples
     --------
@@ -57,23 +77,26 @@ def asymmetric_noise(labels: Any, rate: float, n_classes: int, seed: int) -> Int
 
 
 def transition_noise(labels: Any, transition: Any, seed: int) -> Int:
-    """Draw each label anew from the row of its class in a transition matrix.
+    """Draw each label from the row of its class in a transition matrix.
 
     Parameters
     ----------
-    labels : (n_samples,) integers in [0, n_classes)
+    labels : (n_samples,) integers
+        Classes in [0, n_classes).
     transition : (n_classes, n_classes) floats
-        transition[i, j] is the probability that a sample of class i is labelled j; rows sum to 1.
-    seed : int >= 0
+        transition[i, j] is the probability that a sample of class i gets label j; rows sum to 1.
+    seed : int
+        At least 0.
 
     Returns
     -------
-    (n_samples,) int64, a new array
+    (n_samples,) int64 array
+        A new array.
 
     Raises
     ------
     TypeError, ValueError
-        A matrix that is not square or not stochastic, labels out of range.
+        `transition` is not square or its rows are no probabilities; `labels` or `seed` out of range.
 
     Examples
     --------
@@ -87,7 +110,7 @@ def transition_noise(labels: Any, transition: Any, seed: int) -> Int:
     u = _generator(seed).random(len(y))
     cumulative = np.cumsum(matrix, axis=1)
     noisy = np.empty_like(y)
-    for c in np.unique(y):  # by the inverse of the cumulative distribution
+    for c in np.unique(y):  # inverse transform sampling
         noisy[y == c] = np.searchsorted(cumulative[c], u[y == c] * cumulative[c, -1], "right")
     return noisy
 
@@ -97,7 +120,7 @@ def _generator(seed: int) -> np.random.Generator:
 
 
 def _shift(labels: Any, rate: float, n_classes: int, seed: int, draw: Callable[[np.random.Generator, int], Int]) -> Int:
-    """Move round(rate * n) labels, chosen at random, up by what is drawn, around the end."""
+    """Add drawn numbers, modulo n_classes, to round(rate * n_samples) labels chosen at random."""
     n_classes = _check.number(n_classes, 2, 2**31, "n_classes", int)
     noisy = _check.labels(labels, n_classes=n_classes)
     n_wrong = round(_check.number(rate, 0, 1, "rate") * len(noisy))

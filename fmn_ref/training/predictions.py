@@ -1,7 +1,12 @@
-"""What every recorded epoch predicts, computed when read: the part that frameworks have in common. NumPy only."""
+"""Predictions of a run's stored epochs, computed when they are read.
+
+This module imports NumPy only, so that `fmn_ref.integrations.keras` works without torch; `Probabilities` imports torch
+when it is created.
+"""
 
 from __future__ import annotations
 
+import copy
 import operator
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -10,28 +15,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _check
 from ..runs.run import Run
 
 CACHE_BYTES = 4 << 30
 
 
-class Epochs(Sequence[NDArray[np.float32]]):
-    """``epochs[i]`` is (n_samples, n_classes) float32 for row i of the run's history; the latest 4 GiB stay in memory.
+class StoredPredictions(Sequence[NDArray[np.float32]]):
+    """Sequence of predicted probabilities, one array for each row of a run's history.
 
-    Subclasses set `_run` and `_known` by `super().__init__(run)` and say how an epoch is evaluated.
+    Item i has shape (n_samples, n_classes), dtype float32. It is computed at the first read; the latest 4 GiB stay in
+    memory. A subclass implements `_evaluate`.
+
+    Parameters
+    ----------
+    run : Run
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._known: dict[int, NDArray[np.float32]] = {}
+        self._cache: dict[int, NDArray[np.float32]] = {}
 
     @abstractmethod
-    def _evaluate(self, row: int) -> NDArray[np.float32]: ...
+    def _evaluate(self, row: int) -> NDArray[np.float32]:
+        """Predict the data set with the checkpoint of one row."""
 
     @property
     def evaluated(self) -> tuple[int, ...]:
-        """Rows that are in memory."""
-        return tuple(sorted(self._known))
+        """Rows that are in memory, in ascending order."""
+        return tuple(sorted(self._cache))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._run}, evaluated={self.evaluated})"
@@ -44,9 +56,84 @@ class Epochs(Sequence[NDArray[np.float32]]):
             return [self[i] for i in range(*epoch.indices(len(self)))]
         if not -len(self) <= operator.index(epoch) < len(self):
             raise IndexError(f"epoch: expected a row in [-{len(self)}, {len(self)}), got {epoch}")
-        i = operator.index(epoch) % len(self)
-        if i not in self._known:
-            self._known[i] = self._evaluate(i)
-            while len(self._known) > 2 and sum(p.nbytes for p in self._known.values()) > CACHE_BYTES:
-                del self._known[next(iter(self._known))]
-        return self._known[i]
+        row = operator.index(epoch) % len(self)
+        if row not in self._cache:
+            self._cache[row] = self._evaluate(row)
+            while len(self._cache) > 2 and sum(p.nbytes for p in self._cache.values()) > CACHE_BYTES:
+                del self._cache[next(iter(self._cache))]
+        return self._cache[row]
+
+
+class Probabilities(StoredPredictions):
+    """Probabilities that each checkpoint of a torch run predicts on one data set, computed when they are read.
+
+    ``probabilities[i]`` is the (n_samples, n_classes) float32 array of row i of the run's history. The latest 4 GiB
+    stay in memory. One network is on the device at a time, whatever the number of epochs.
+    ``fuse(probabilities, labels, correct=run.history)`` reads only the last epoch and the chosen windows.
+
+    Parameters
+    ----------
+    run : Run
+        With its model attached (``Run.open(run_dir, model)``). The model is copied and does not change.
+    samples : (inputs, labels), torch Dataset or DataLoader
+        Must keep its order from one pass to the next.
+    batch_size : int, default 256
+        Ignored where `samples` is a DataLoader.
+    amp : bool, default False
+        Run the network in bfloat16, which changes probabilities in the third digit.
+    split : bool, default False
+        Divide each evaluation among the processes of torch.distributed. Every process must read the same rows in the
+        same order, and gets the whole array.
+
+    Raises
+    ------
+    TypeError
+        `run` is not a Run, or the data is of no known kind.
+    ValueError
+        The run has no model attached. When an item is read: a damaged checkpoint, or one that does not fit the model;
+        labels that differ from those of an earlier pass.
+    FileNotFoundError
+        When an item is read: its checkpoint is missing.
+
+    Examples
+    --------
+    >>> probs = run.probabilities((x, y))  # doctest: +SKIP
+    >>> plan = fuse(probs, probs.labels, correct=run.history)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, run: Run, samples: Any, *, batch_size: int = 256, amp: bool = False, split: bool = False
+    ) -> None:
+        import torch
+
+        from . import data
+        from .ensemble import attached_model
+
+        self._model = copy.deepcopy(attached_model(run)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        super().__init__(run)
+        self._amp = amp
+        size = _check.number(batch_size, 1, 2**31, "batch_size", int)
+        self._batches = data.Batches(samples, size, data.device_of(self._model), split=split)
+        self._labels: NDArray[np.int64] | None = None
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Labels (n_samples,) in the order of evaluation; evaluates the last epoch if none has been read yet."""
+        if self._labels is None:
+            self[-1]
+        assert self._labels is not None
+        return self._labels
+
+    def _evaluate(self, row: int) -> NDArray[np.float32]:
+        from ..runs import checkpoints
+        from .data import predict
+
+        checkpoints.load_into(self._model, self._run.checkpoint(row))
+        probs, labels = predict(self._model, self._batches, forward_fn=self._run.forward_fn, amp=self._amp)
+        y = labels.cpu().numpy().astype(np.int64)
+        if self._labels is not None and not np.array_equal(y, self._labels):
+            raise ValueError(
+                "data: labels or their order changed since the last pass; evaluation data must not shuffle"
+            )
+        self._labels = y
+        return probs.cpu().numpy()

@@ -1,13 +1,14 @@
-"""What the teacher says about the training samples: asked once and kept (cached), once for each of a few augmented
-views (cached-views), or on each of the student's batches (online).
+"""Soft targets of a teacher: its log-probabilities for the samples that the student trains on.
 
-Each way gives `fit` the batches of an epoch and a step: (model, batch) -> (logits, (labels, log-probabilities)).
+"cached" predicts each sample once and keeps the result. "cached-views" does so for each of a few augmented versions
+(views) of the samples. "online" predicts every batch of the student.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,103 +16,177 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import _files
+from .. import _check, _files
 from . import data, distributed
+from .recipe import Recipe
 
 Targets = tuple[Tensor, Tensor]  # labels (B,), the teacher's log-probabilities (B, K)
 Augment = Callable[[Tensor], Tensor]
-CHUNK = 512  # images of a view that are augmented together, always the same ones
+CHUNK = 512  # images that are augmented in one call; fixed, because it decides what the generator draws
 
 
-def online(
-    teacher: nn.Module, forward_fn: data.Forward | None, student: nn.Module, batch: Any
-) -> tuple[Tensor, Targets]:
-    """A step that asks the teacher about the student's own batch."""
-    logits, labels = data.forward(student, batch, forward_fn)
-    with torch.no_grad():
-        return logits, (labels, data.forward(teacher, batch, forward_fn)[0].float().log_softmax(1))
-
-
-class Cached:
-    """The teacher's answers on R views of the training samples; epoch e uses view e mod R.
+@dataclass
+class SoftTargets:
+    """Options for making soft targets, checked against each other.
 
     Parameters
     ----------
     teacher : nn.Module
-        On the student's device, in evaluation mode.
-    train_data : arrays
-    augment : callable, optional
-        With it, a view is what it makes of the samples in their order after `torch.manual_seed(seed of the view)`:
-        computed anew in each epoch, and the same each time. Without, there is one view, the samples themselves.
-    folder : Path, optional
-        Where the answers are kept, a NumPy file for each view, read as memory maps, and targets.json, which says what
-        they are answers to; default: in memory.
-    identity : dict
-        What the answers depend on: a folder that was made with another is refused.
+    train_data : (inputs, labels), torch Dataset or DataLoader
+        Arrays, unless `targets` is "online".
+    recipe : Recipe
+        Its `batch_size` and `seed` are used.
+    targets : {"auto", "cached", "cached-views", "online"}, default "auto"
+        "auto" becomes "cached" for arrays without `augment`, else "online".
+    views : int, default 1
+        For "cached-views": number of augmented versions.
     top_k : int, optional
-        Keep the k likeliest classes of each sample in 16 bits; what is left is spread evenly over the others.
+        Keep the k largest log-probabilities of each sample in 16 bits (`compressed`).
+    augment : callable, optional
+    forward_fn : callable(model, batch) -> (logits, labels), optional
+    folder : Path, optional
+        Where cached targets are stored; default: in memory.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An option out of range, or one that does not fit the others.
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        train_data: Any,
-        batch_size: int,
-        device: torch.device,
-        *,
-        augment: Augment | None,
-        view_seeds: list[int],
-        forward_fn: data.Forward | None,
-        folder: Path | None,
-        identity: dict[str, Any],
-        top_k: int | None,
-    ) -> None:
-        if folder is not None and distributed.rank() == 0:
-            _claim(folder, identity)
-        distributed.barrier()
-        self._arrays = data.Batches(train_data, batch_size, device).arrays
-        self._batch_size, self._device, self._augment = batch_size, device, augment
-        self._seeds, self._forward_fn = view_seeds, forward_fn
-        self._targets = [self._of_view(teacher, view, folder, top_k) for view in range(len(view_seeds))]
+    teacher: nn.Module
+    train_data: Any
+    recipe: Recipe
+    targets: str = "auto"
+    views: int = 1
+    top_k: int | None = None
+    augment: Augment | None = None
+    forward_fn: data.Forward | None = None
+    folder: Path | None = None
 
-    def _of_view(self, teacher: nn.Module, view: int, folder: Path | None, top_k: int | None) -> tuple[Any, ...]:
-        """(log-probabilities (n, K),), or (log-probabilities, classes), both (n, top_k)."""
-        names = ["log_probs"] if top_k is None else ["log_probs", "classes"]
-        paths = [folder / f"view_{view:05d}.{name}.npy" for name in names] if folder is not None else []
-        if not distributed.shared(bool(paths) and all(p.exists() for p in paths)):
-            log_probs, _ = data.predict(teacher, self._view(view), forward_fn=self._forward_fn, log=True, split=True)
-            found = (log_probs,) if top_k is None else compressed(log_probs, top_k)
-            if folder is None:
-                return found
+    def __post_init__(self) -> None:
+        _check.choice(self.targets, ("auto", "cached", "cached-views", "online"), "targets")
+        has_arrays, augmented = data.is_arrays(self.train_data), self.augment is not None
+        if self.targets == "auto":
+            self.targets = "cached" if has_arrays and not augmented else "online"
+        if self.targets != "online" and not has_arrays:
+            raise ValueError(f"targets: {self.targets!r} needs train_data as arrays, in an order that does not change")
+        if self.targets == "cached" and augmented:
+            raise ValueError("targets: 'cached' ignores augmentation; use 'cached-views' or 'online'")
+        if self.targets == "cached-views" and not augmented:
+            raise ValueError("targets: 'cached-views' needs augment; without it, 'cached' is the same")
+        if self.top_k is not None:
+            _check.number(self.top_k, 1, 2**31, "top_k", int)
+            if self.targets == "online":
+                raise ValueError("top_k: compresses cached targets, and 'online' caches none")
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Describe everything that the targets depend on, for run.json and targets.json."""
+        digests = {"data": data.arrays_digest(self.train_data)}
+        digests["teacher"] = data.tensors_digest(self.teacher.state_dict().values())
+        seeds = {"view_seeds": self.view_seeds} if self.targets == "cached-views" else {}
+        return {"targets": self.targets, "top_k": self.top_k, **digests, **seeds}
+
+    @property
+    def view_seeds(self) -> list[int]:
+        """Seeds of torch's generator from which the views are drawn."""
+        n = self.views if self.targets == "cached-views" else 1
+        return [(self.recipe.seed * 1_000_003 + view) * 2 + 1 for view in range(n)]
+
+    def open(self, device: torch.device) -> Cached | Online:
+        """Make the targets, or read stored ones; the teacher must be on the device and in evaluation mode."""
+        return Online(self, device) if self.targets == "online" else Cached(self, device)
+
+
+class Online:
+    """Soft targets that the teacher predicts for each of the student's batches.
+
+    Like `Cached`, it gives `fit` the batches of an epoch, an augmentation, and a step: (model, batch) ->
+    (logits, (labels, log-probabilities)).
+    """
+
+    def __init__(self, source: SoftTargets, device: torch.device) -> None:
+        self._source, self.augment = source, source.augment
+        self._batches = data.Batches(source.train_data, source.recipe.batch_size, device, shuffle=True, split=True)
+        first = next(iter(data.Batches(source.train_data, source.recipe.batch_size, device)), None)
+        if first is not None:  # a teacher without logits is refused before the first epoch
+            data.predict(source.teacher, [first], forward_fn=source.forward_fn)
+
+    def batches(self, epoch: int) -> data.Batches:
+        return self._batches
+
+    def step(self, student: nn.Module, batch: Any) -> tuple[Tensor, Targets]:
+        logits, labels = data.forward(student, batch, self._source.forward_fn)
+        with torch.no_grad():
+            teacher_logits, _ = data.forward(self._source.teacher, batch, self._source.forward_fn)
+            return logits, (labels, teacher_logits.float().log_softmax(1))
+
+
+class Cached:
+    """Soft targets on R views of the training samples; epoch e trains on view e mod R.
+
+    With `augment`, a view is what it makes of the samples in their order after `torch.manual_seed(seed of the view)`:
+    computed anew in each epoch, with the same result. Without `augment` there is one view, the samples themselves.
+
+    A folder holds a NumPy file for each view, read as a memory map, and targets.json with `SoftTargets.identity`.
+    A folder of another identity is refused.
+    """
+
+    augment = None  # batches are augmented already
+
+    def __init__(self, source: SoftTargets, device: torch.device) -> None:
+        self._source, self._device = source, device
+        if source.folder is not None and distributed.rank() == 0:
+            _open_folder(source.folder, source.identity)
+        distributed.barrier()
+        self._arrays = data.Batches(source.train_data, source.recipe.batch_size, device).arrays
+        self._targets = [self._load_or_predict(view) for view in range(len(source.view_seeds))]
+
+    def _load_or_predict(self, view: int) -> tuple[Any, ...]:
+        """Return (log-probabilities (n, K),), or with top_k (log-probabilities, classes), both (n, top_k)."""
+        folder, names = self._source.folder, ["log_probs"] if self._source.top_k is None else ["log_probs", "classes"]
+        if folder is None:
+            return self._predict(view)
+        paths = [folder / f"view_{view:05d}.{name}.npy" for name in names]
+        if not distributed.broadcast(all(p.exists() for p in paths)):
+            found = self._predict(view)
             if distributed.rank() == 0:
                 for path, array in zip(paths, found, strict=True):
                     _files.write_atomic(path, partial(np.save, arr=array.cpu().numpy()))
             distributed.barrier()
         return tuple(np.load(path, mmap_mode="r") for path in paths)
 
+    def _predict(self, view: int) -> tuple[Tensor, ...]:
+        source = self._source
+        log_probs, _ = data.predict(
+            source.teacher, self._view(view), forward_fn=source.forward_fn, log=True, split=True
+        )
+        return (log_probs,) if source.top_k is None else compressed(log_probs, source.top_k)
+
     def _view(self, view: int) -> tuple[Any, ...]:
-        if self._augment is None:
+        """Arrays of one view: the inputs, augmented if there is an augmentation, and the others unchanged."""
+        augment = self._source.augment
+        if augment is None:
             return self._arrays
-        inputs = self._arrays[0]
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-            torch.manual_seed(self._seeds[view])
-            augmented = [self._augment(part.to(self._device)) for part in torch.split(inputs, CHUNK)]
+            torch.manual_seed(self._source.view_seeds[view])
+            augmented = [augment(part.to(self._device)) for part in torch.split(self._arrays[0], CHUNK)]
         return torch.cat(augmented), *self._arrays[1:]
 
     def batches(self, epoch: int) -> data.Batches:
         view = epoch % len(self._targets)
         arrays = (*self._view(view), *self._targets[view])
-        return data.Batches(arrays, self._batch_size, self._device, shuffle=True, split=True)
+        return data.Batches(arrays, self._source.recipe.batch_size, self._device, shuffle=True, split=True)
 
     def step(self, student: nn.Module, batch: Any) -> tuple[Tensor, Targets]:
         n = len(self._targets[0])
-        logits, labels = data.forward(student, batch[:-n], self._forward_fn)
+        logits, labels = data.forward(student, batch[:-n], self._source.forward_fn)
         log_probs = batch[-1] if n == 1 else expanded(batch[-2], batch[-1], logits.shape[1])
         return logits, (labels, log_probs)
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Make the folder with its targets.json, or refuse it."""
+def _open_folder(folder: Path, identity: dict[str, Any]) -> None:
+    """Create the folder with its targets.json, or refuse one that was made for another identity."""
     path = folder / "targets.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,20 +197,15 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
             raise ValueError(f"{key}: the targets in {folder} were made with {found.get(key)!r}, not {value!r}")
 
 
-def view_seed(seed: int, view: int) -> int:
-    """The seed of torch's generator from which a view is drawn."""
-    return (seed * 1_000_003 + view) * 2 + 1
-
-
 def compressed(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row (n, k) float16, and where they stand (n, k) int32."""
+    """Return the k largest values of each row (n, k) as float16, and their classes (n, k) as int32."""
     top = log_probs.topk(min(k, log_probs.shape[1]))
     return top.values.half(), top.indices.int()
 
 
 def expanded(values: Tensor, classes: Tensor, n_classes: int) -> Tensor:
-    """Log-probabilities (n, n_classes) float32 from `compressed` ones; the rest evenly over the other classes."""
+    """Restore log-probabilities (n, n_classes) float32 from `compressed`; the other classes share the rest equally."""
     known = values.float()
-    left = (1 - known.exp().sum(1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    rest = (1 - known.exp().sum(1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
     others = max(1, n_classes - values.shape[1])
-    return (left / others).log().expand(-1, n_classes).scatter(1, classes.long(), known)
+    return (rest / others).log().expand(-1, n_classes).scatter(1, classes.long(), known)

@@ -90,7 +90,7 @@ class Store:
         resumable = self.folder.resume.exists() or self.folder.previous_resume.exists()
         if self.recorder is not None and not resumable and self.recorder.next_epoch == epochs:
             path = self.recorder.run.checkpoints[-1]
-        path = distributed.shared(path)
+        path = distributed.broadcast(path)
         if path is not None:
             checkpoints.load_into(model, path)
         return path is not None

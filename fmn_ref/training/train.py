@@ -1,21 +1,19 @@
-"""train: one clear loop for classifiers, recorded epoch by epoch and resumable at any moment.
+"""train: train a classifier, record every epoch, and resume after an interruption.
 
     run = fmn.train(model, (x_train, y_train), (x_val, y_val), epochs=40, run_dir="runs/a")
 
-Everything random about an epoch is a function of (seed, epoch), so a run that was killed continues from its last
-finished epoch and ends with the same bits as one that was not.
+All random numbers of an epoch depend on (seed, epoch) only. A killed run therefore resumes from its last finished epoch
+and ends with the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,31 +42,37 @@ def train(
     progress: bool | None = None,
     **recipe: Any,
 ) -> Run:
-    """Train a classifier; store every epoch's checkpoint and which validation samples it gets right.
+    """Train a classifier; record each epoch's checkpoint and which validation samples it classifies correctly.
 
     Parameters
     ----------
     model : nn.Module
-        Trained in place, on the device where its parameters are.
-    train_data, val_data
-        (inputs, labels) tensors or arrays, a torch Dataset, or a DataLoader (then `batch_size` is the loader's).
-        Validation data must keep its order.
+        Trained in place, on the device where its parameters are. It returns logits, or an object with `.logits`.
+    train_data : (inputs, labels), torch Dataset or DataLoader
+        Inputs and labels are tensors or arrays with one row per sample. A DataLoader's own batch size replaces
+        `batch_size`.
+    val_data : (inputs, labels), torch Dataset or DataLoader
+        Must keep its order from one pass to the next.
     epochs : int
+        Number of passes over `train_data`, at least 1.
     run_dir : path
-    resume : bool
-        Continue (or just return) the run that is in `run_dir`. False: refuse a folder with a run in it.
-    keep, half
-        Which checkpoints to keep, and in how many bits: as `Recorder`.
+        Folder of the run; created if missing.
+    resume : bool, default True
+        Continue the run in `run_dir`, or return it if it is finished. False: refuse a folder that holds a run.
+    keep : str, default "all"
+        Which checkpoints to keep: "all", "none", "every:n" or "budget:n", as in `Recorder`.
+    half : bool, default False
+        Store checkpoints in 16 bits, as in `Recorder`.
     augment : callable, optional
-        inputs -> inputs, on training batches; draws from torch's generator.
+        Maps the inputs of a training batch to new inputs, with draws from torch's generator; for example `crop_flip`.
+        Batches must be tuples.
     forward_fn : callable(model, batch) -> (logits, labels), optional
-        For batches that are neither (inputs, labels) nor dicts with "labels". With `augment`, batches must be tuples.
-    loss_fn : callable(logits, labels) -> scalar
-        Default: cross-entropy.
-    disk_wait : float
-        Seconds to wait for room when the disk is full, before its error ends the run (which can be resumed).
+        Evaluates batches of another form than (inputs, labels) or a dict with "labels".
+    loss_fn : callable(logits, labels) -> scalar tensor, default cross-entropy
+    disk_wait : float, default 3600.0
+        Seconds to wait for free space on a full disk. After that the run ends with the error; it can be resumed.
     progress : bool, optional
-        A bar on stderr with validation accuracy and peak forget fraction; default: when stderr is a terminal.
+        Show a bar on stderr with validation accuracy and peak forget fraction. Default: if stderr is a terminal.
     **recipe
         Fields of `Recipe`: batch_size, optimizer, lr, momentum, weight_decay, schedule, milestones, gamma, amp,
         channels_last, compile, seed.
@@ -76,28 +80,32 @@ def train(
     Returns
     -------
     Run
-        With history, checkpoints, and probabilities(data). Epochs count from 0: the state after the first pass.
+        With `history`, `checkpoints` and `probabilities(data)`. Epoch 0 is the state after the first pass. The model is
+        left in evaluation mode.
 
     Raises
     ------
     FileExistsError
-        A run is there and `resume` is False.
-    ValueError, TypeError
-        A recipe value out of range, data that does not fit, or a run in `run_dir` made with another configuration.
+        `run_dir` holds a run and `resume` is False.
+    TypeError, ValueError
+        A recipe value out of range; data of the wrong kind or shape; a run in `run_dir` that was made with another
+        configuration.
     FloatingPointError
-        The loss became NaN or infinite; what was recorded before is intact.
+        The loss became NaN or infinite. Earlier epochs remain recorded.
 
     Notes
     -----
-    Files are written by a thread while the next epoch runs; a run that is killed goes on from the last epoch whose
-    state is whole on disk. In several processes (`torchrun`, after `torch.distributed.init_process_group`) every one
-    calls `train` with the same arguments: each takes its part of every batch and of the validation set, the first
-    one writes; `run_dir` must be on a disk that all of them see.
+    A thread writes the files while the next epoch runs. A killed run resumes from the last epoch whose state is
+    complete on disk.
 
-    Bit-identical resuming holds on the same machine with the same thread count (on a GPU: with
-    ``torch.use_deterministic_algorithms(True)``), and for randomness from torch's generators
-    (NumPy's and Python's are the caller's affair, as are a DataLoader's persistent workers). The global generator is
-    put back afterwards; the model is left in evaluation mode.
+    In several processes (`torchrun`, after `torch.distributed.init_process_group`), every process calls `train` with
+    the same arguments. Each takes its part of every batch and of the validation set; rank 0 writes. All processes must
+    see `run_dir`.
+
+    A resumed run ends with the same bits as an uninterrupted one on the same machine with the same number of threads
+    (on a GPU: with ``torch.use_deterministic_algorithms(True)``). That covers draws from torch's generators. It does
+    not cover NumPy's and Python's generators, nor a DataLoader's persistent workers. torch's global generator is
+    restored at the end.
 
     Examples
     --------
@@ -106,15 +114,20 @@ def train(
     >>> run = train(torch.nn.Linear(8, 2), (x, y), (x, y), epochs=3, run_dir=tempfile.mkdtemp())
     >>> len(run.history), len(run.checkpoints), run.history.n_samples
     (3, 3, 64)
+
+    References
+    ----------
+    arXiv 2507.08686, Section III (what is recorded).
     """
     settings = Recipe.of(recipe)
     epochs = _check.number(epochs, 1, 2**31, "epochs", int)
     data.check_module(model, "model")
-    config = {"epochs": epochs, **asdict(settings), "data": data_digest(train_data), "val_data": data_digest(val_data)}
-    options: dict[str, Any] = {"half": half, "forward_fn": forward_fn, "disk_wait": disk_wait}
-    with Store(run_dir, config, model, keep, resume=resume, **options) as store:
-        device = data.device_of(model)
-        val = data.Batches(val_data, 256, device, split=True)
+    digests = {"data": data.arrays_digest(train_data), "val_data": data.arrays_digest(val_data)}
+    config = {"epochs": epochs, **asdict(settings), **digests}
+    options: dict[str, Any] = {"resume": resume, "half": half, "forward_fn": forward_fn, "disk_wait": disk_wait}
+    device = data.device_of(model)
+    val = data.Batches(val_data, 256, device, split=True)
+    with Store(run_dir, config, model, keep, **options) as store:
         if not store.load_final(model, epochs):
             fit(
                 model,
@@ -130,19 +143,3 @@ def train(
             )
     model.eval()
     return Run.open(run_dir, model, forward_fn) if store.recorder is None else store.recorder.run
-
-
-def data_digest(samples: Any) -> str | None:
-    """Notices that a run is continued on other data: of the labels and a few inputs of arrays; None for other data."""
-    if not data.is_arrays(samples):
-        return None
-    inputs, *rest = data.as_tensors(samples)
-    return tensors_digest([inputs[:: max(1, len(inputs) // 100)], *rest])
-
-
-def tensors_digest(tensors: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for t in tensors:
-        if isinstance(t, Tensor):
-            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -5,9 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from torch.nn import functional as F
-
 from fmn_ref.benchmarks.experiments import networks
+from torch.nn import functional as F
 
 NETWORKS = {
     "mlp": networks.mlp,

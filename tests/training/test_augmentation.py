@@ -1,4 +1,4 @@
-"""Crops and flips beside the same made image by image."""
+"""Tests of crop_flip against a loop over images."""
 
 import pickle
 
@@ -12,7 +12,7 @@ SHAPES = [(7, 3, 8, 8), (5, 1, 9, 6), (1, 4, 5, 7), (3, 2, 1, 1), (0, 3, 8, 8)]
 
 
 def images(shape, dtype=torch.float32, memory_format=torch.contiguous_format):
-    """No two values alike, none 0."""
+    """Images whose values are all different and not 0."""
     x = torch.arange(torch.Size(shape).numel()).reshape(shape) + 1
     return x.to(dtype).contiguous(memory_format=memory_format)
 
@@ -23,7 +23,7 @@ def augmented(x, padding, flip=True, seed=0):
 
 
 def one_by_one(x, padding, flip=True, seed=0):
-    """The slow twin: the same draws, then one image at a time."""
+    """Slow twin of crop_flip: the same draws, then one image at a time."""
     torch.manual_seed(seed)
     n, _, height, width = x.shape
     top, left = torch.randint(0, 2 * padding + 1, (2, n)).tolist()
@@ -48,7 +48,7 @@ def test_equals_the_slow_twin(shape, dtype, memory_format, padding, flip):
         out = augmented(x, padding, flip, seed)
         drawn = torch.rand(1)
         assert torch.equal(out, one_by_one(x, padding, flip, seed))
-        assert drawn == torch.rand(1)  # neither draws more
+        assert drawn == torch.rand(1)  # both use equally many random numbers
         assert out.dtype == dtype
     assert torch.equal(x, before)
 
@@ -65,7 +65,7 @@ def test_strided_input():
 
 
 def test_every_image_has_its_own_draw():
-    """Copies of one image give every shift, mirrored and not, about equally often."""
+    """Copies of one image get every shift, mirrored and not, about equally often."""
     x = images((1, 1, 5, 5)).expand(4000, 1, 5, 5)
     out = augmented(x, 1)
     kinds, counts = out.flatten(1).unique(dim=0, return_counts=True)
@@ -90,7 +90,7 @@ def test_without_padding_and_flip_nothing_changes():
 
 
 def test_never_waits_for_the_device():
-    """Nothing reads a value back: meta tensors have none."""
+    """Works on meta tensors, which have no values to read back."""
     assert fmn.crop_flip(4)(torch.empty(8, 3, 32, 32, device="meta")).shape == (8, 3, 32, 32)
 
 

@@ -1,4 +1,4 @@
-"""A distillation that is recorded like a run: its history and checkpoints, fused and distilled in their turn."""
+"""Tests of recorded distillations: history, checkpoints, and a second fusion and distillation from them."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from networks import RECIPE, make_data, make_model
 from torch.utils.data import DataLoader, TensorDataset
+from training_runs import fresh, same_weights, trained
 
 import fmn_ref as fmn
 from fmn_ref.runs import checkpoints
@@ -16,19 +17,13 @@ TRAIN, VAL, TEST = make_data()
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    torch.manual_seed(2)
-    run = fmn.train(make_model(), TRAIN, VAL, epochs=8, run_dir=tmp_path_factory.mktemp("run"), **RECIPE)
+    run = trained(tmp_path_factory.mktemp("run"), epochs=8, init_seed=2)
     return fmn.FusedModel(fmn.fuse(run.probabilities(VAL), VAL[1], correct=run.history, method="equal"), run)
 
 
 def distilled(folder, teacher, train_set=TRAIN, **options):
-    torch.manual_seed(3)
     options = {"epochs": 5, "val_data": VAL, "run_dir": folder, **RECIPE, **options}
-    return fmn.distill(make_model(), teacher, train_set, **options)
-
-
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return fmn.distill(fresh(3), teacher, train_set, **options)
 
 
 def test_history_and_checkpoints_are_the_students(teacher, tmp_path):
@@ -61,7 +56,7 @@ def test_a_student_is_fused_and_distilled_in_its_turn(teacher, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"augment": lambda x: x + torch.randn_like(x) / 9}, {"keep": "budget:1"}])
 @pytest.mark.parametrize("where", ["resume.pt", "epoch_00002.pt"])
 def test_an_interruption_leaves_no_trace(teacher, tmp_path, monkeypatch, options, where):
-    """Before the third epoch's checkpoint is written, and between it and resume.pt."""
+    """Interrupt before the third checkpoint is written, and between it and resume.pt."""
     whole, real, calls = distilled(tmp_path / "whole", teacher, **options), checkpoints.save, []
 
     def interrupted(content, path):

@@ -1,4 +1,4 @@
-"""Two gloo processes: the same history and plan as one process makes of the same checkpoints; a killed one."""
+"""Tests with two gloo processes: history and plan equal those of one process; a killed process."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def test_the_history_is_what_one_process_makes_of_the_checkpoints(folder):
         model = checkpoints.load_into(make_model(), path)
         probs, labels = data.predict(model, VAL)
         np.testing.assert_array_equal(run.history.correct()[e], fmn.correctness(probs, labels))
-    assert run.history.correct()[-1].mean() > 0.4  # a quarter by chance
+    assert run.history.correct()[-1].mean() > 0.4  # chance: 0.25
 
 
 def test_the_plan_is_that_of_one_process(folder):
@@ -73,7 +73,7 @@ def test_a_killed_process_ends_the_job_and_the_run_resumes_with_the_same_bits(fo
 
 @pytest.mark.parametrize("n", [97, 96, 5, 64, 65])
 def test_parts_of_batches_are_equal_and_disjoint(monkeypatch, n):
-    """What training takes: nothing twice, at most one sample less than there are processes left out."""
+    """Training uses no sample twice, and leaves out at most world_size - 1 samples."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     seen = []
     for rank in (0, 1):

@@ -246,8 +246,9 @@ class TestDistill:
         assert views[0].isdisjoint(views[1])
 
     def test_the_target_belongs_to_the_view(self, teacher, tmp_path):
-        options = {"augment": self.noisy, "view_seeds": [7, 8, 9], "forward_fn": None, "top_k": None}
-        cached = soft_targets.Cached(teacher, TRAIN, 32, torch.device("cpu"), folder=tmp_path, identity={}, **options)
+        options = {"targets": "cached-views", "views": 3, "augment": self.noisy, "folder": tmp_path}
+        source = soft_targets.SoftTargets(teacher, TRAIN, fmn.Recipe(batch_size=32), **options)
+        cached = source.open(torch.device("cpu"))
         for epoch in range(4):
             for batch in cached.batches(epoch):
                 _, (_, log_probs) = cached.step(nn.Linear(6, 4), batch)
@@ -331,7 +332,7 @@ class TestDistill:
         ("options", "words"),
         [
             ({"targets": "stored"}, "targets"),
-            ({"targets": "cached", "augment": noisy}, "targets: 'cached' knows nothing of augmented samples"),
+            ({"targets": "cached", "augment": noisy}, "targets: 'cached' ignores augmentation"),
             ({"targets": "cached-views"}, "targets: 'cached-views' needs augment"),
             ({"targets": "online", "top_k": 3}, "top_k"),
             ({"top_k": 0}, "top_k"),

@@ -1,4 +1,4 @@
-"""FusedModel, averaged weights, BatchNorm, distillation: against torch's own averaging, and against hand-made sums."""
+"""Tests of FusedModel, averaged_model and distill; the oracles are torch's swa_utils and sums by hand."""
 
 import subprocess
 import sys
@@ -11,12 +11,12 @@ from networks import RECIPE, make_data, make_model
 from torch import nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, TensorDataset
+from training_runs import fresh, trained
 
 import fmn_ref as fmn
 from fmn_ref.fusion import baselines
 from fmn_ref.runs import checkpoints
 from fmn_ref.training import ensemble, predictions
-from fmn_ref.training.data import predict
 from fmn_ref.training.distill import distillation_loss
 
 TRAIN, VAL, TEST = make_data()
@@ -25,15 +25,13 @@ PLAN_OF_ONE = fmn.FusionPlan.from_weights({0: 1.0}, 1)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    torch.manual_seed(2)
-    folder = tmp_path_factory.mktemp("run")
-    return fmn.train(make_model(), TRAIN, VAL, epochs=12, run_dir=folder, **RECIPE)
+    return trained(tmp_path_factory.mktemp("run"), epochs=12, init_seed=2)
 
 
 @pytest.fixture(scope="module")
 def plan(run):
     plan = fmn.fuse(run.probabilities(VAL), VAL[1], correct=run.history)
-    assert plan.members  # the tests below would show little otherwise
+    assert plan.members  # without members the tests below would show little
     return plan
 
 
@@ -61,7 +59,7 @@ def test_fused_model_predicts_what_the_plan_says(run, plan):
     np.testing.assert_allclose(log_probs.exp(), plan.apply(run.probabilities(TEST)), atol=1e-6)
     assert not log_probs.requires_grad
     assert not any(m.training for m in model.train().modules())
-    np.testing.assert_array_equal(model(TEST[0]), log_probs)  # and BatchNorm has not moved
+    np.testing.assert_array_equal(model(TEST[0]), log_probs)  # BatchNorm statistics did not change
 
 
 def test_a_fused_model_where_values_cannot_be_looked_at(run, plan):
@@ -72,18 +70,6 @@ def test_a_fused_model_where_values_cannot_be_looked_at(run, plan):
     exported = torch.export.export(fmn.FusedModel(plan, run), (TEST[0],)).module()
     torch.testing.assert_close(exported(TEST[0]), expected)
     assert fmn.FusedModel(plan, run).to("meta")(TEST[0].to("meta")).shape == expected.shape
-
-
-def test_members_together_say_the_same(run, plan):
-    one_by_one, together = fmn.FusedModel(plan, run), fmn.FusedModel(plan, run, together=True)
-    torch.testing.assert_close(together(TEST[0]), one_by_one(TEST[0]), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(predict(together, TEST)[0], predict(one_by_one, TEST)[0], atol=1e-5, rtol=1e-5)
-    other = fmn.FusedModel(plan, run, together=True)
-    state = {k: v * 0 for k, v in other.state_dict().items()} | {"weights": other.weights}
-    other(TEST[0])
-    other.load_state_dict(state)
-    torch.testing.assert_close(other(TEST[0]).exp(), torch.full((len(TEST[0]), 4), 0.25))
-    assert other.double()(TEST[0].double()).dtype == torch.float32
 
 
 def test_in_bfloat16(run):
@@ -115,14 +101,14 @@ def averaged_by_torch(run, epochs, **options):
     averaged = swa_utils.AveragedModel(make_model(), **options)
     for e in epochs:
         averaged.update_parameters(checkpoints.load_into(make_model(), run.checkpoints[e]))
-    swa_utils.update_bn(DataLoader(TensorDataset(*TRAIN), 60), averaged)  # 240 samples: equal batches, as torch assumes
+    swa_utils.update_bn(DataLoader(TensorDataset(*TRAIN), 60), averaged)  # torch assumes equal batches: 240 / 60
     return averaged.eval()
 
 
 def test_swa_equals_torch(run):
     ours = fmn.averaged_model(run, baselines.swa(12), TRAIN, batch_size=60)
     theirs = averaged_by_torch(run, [9, 10, 11])
-    # torch runs update_bn with dropout switched on; ours, as the network is used: compare where both agree
+    # update_bn runs with dropout, averaged_model without: statistics differ, parameters must not
     for name, value in theirs.module.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), value)
 
@@ -142,7 +128,7 @@ def test_recomputed_batchnorm_equals_torch_on_equal_batches_and_weighs_a_short_o
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
     ensemble.recompute_batchnorm(ours, (x, torch.zeros(100, dtype=int)), batch_size=30)
-    torch.testing.assert_close(ours.running_mean, x.mean(0))  # torch's would weigh the last 10 rows like 30
+    torch.testing.assert_close(ours.running_mean, x.mean(0))  # update_bn would weigh the last 10 rows like 30
     assert ours.momentum == 0.1
 
 
@@ -193,7 +179,7 @@ def test_little_memory_evaluates_again(run, monkeypatch):
 
 
 class Tuples(nn.Module):
-    """Logits and something else: only a forward_fn knows."""
+    """Model that returns a tuple, so that it needs a forward_fn."""
 
     def __init__(self):
         super().__init__()
@@ -294,14 +280,13 @@ def test_a_missing_checkpoint_is_named(run, tmp_path):
     ],
 )
 def test_a_fused_model_of_networks_without_logits_is_refused(tmp_path, last, words):
-    """It calls the network itself: what a run's forward_fn would make of its output is another matter."""
+    """FusedModel calls the network without the run's forward_fn, which would give logits."""
     model = nn.Sequential(make_model(), last)
     recorder = fmn.Recorder(tmp_path, model, forward_fn=lambda model, batch: (model[0](batch[0]), batch[1]))
     recorder.record(0, VAL[1], VAL[1])
     assert recorder.run.probabilities(VAL)[0].shape == (240, 4)
-    for together in (False, True):
-        with pytest.raises(ValueError, match=words):
-            fmn.FusedModel(PLAN_OF_ONE, recorder.run, together=together)(VAL[0])
+    with pytest.raises(ValueError, match=words):
+        fmn.FusedModel(PLAN_OF_ONE, recorder.run)(VAL[0])
 
 
 class TestDistill:
@@ -351,15 +336,13 @@ class TestDistill:
 
     def test_a_student_becomes_its_teacher(self, run, plan):
         teacher = fmn.FusedModel(plan, run)
-        torch.manual_seed(0)
-        student = fmn.distill(make_model(), teacher, TRAIN, epochs=60, **RECIPE)
+        student = fmn.distill(fresh(0), teacher, TRAIN, epochs=60, **RECIPE)
         agreement = (student(TEST[0]).argmax(1) == teacher(TEST[0]).argmax(1)).float().mean()
         assert agreement > 0.85
         assert not student.training
 
     def test_without_soft_targets_it_is_training(self, run, tmp_path):
-        torch.manual_seed(2)
-        student = fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, epochs=12, kd_weight=0.0, **RECIPE)
+        student = fmn.distill(fresh(2), nn.Linear(6, 4), TRAIN, epochs=12, kd_weight=0.0, **RECIPE)
         for ours, theirs in zip(student.parameters(), run.model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs)
 
@@ -376,9 +359,9 @@ class TestDistill:
         teacher, student = Spy().train(), Spy()
         marked = {"augment": lambda x: x + 100}
         fmn.distill(student, teacher, TRAIN, epochs=1, **RECIPE | {"lr": 1e-6}, **marked)
-        _, *seen = teacher.seen  # once before: does it give logits at all?
+        _, *seen = teacher.seen  # the first call checks for logits
         assert all(torch.equal(a, b) and a.min() > 50 for a, b in zip(seen, student.seen, strict=True))
-        assert teacher.training  # put back
+        assert teacher.training  # restored
         assert teacher.net.weight.grad is None
 
     def test_cached_and_online_agree_without_augmentation(self, run, plan):

@@ -1,4 +1,4 @@
-"""Recorder, checkpoints and the training loop."""
+"""Tests of the Recorder, of checkpoints and of `train`."""
 
 import errno
 import json
@@ -14,6 +14,7 @@ import torch
 from networks import RECIPE, make_data, make_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from training_runs import fresh, same_weights, trained
 
 import fmn_ref as fmn
 from fmn_ref import _files
@@ -21,23 +22,9 @@ from fmn_ref.runs import checkpoints
 from fmn_ref.training import data, writer
 
 
-def fresh():
-    torch.manual_seed(1)
-    return make_model()
-
-
-def trained(folder, epochs=4, **options):
-    train_set, val, _ = make_data()
-    return fmn.train(fresh(), train_set, val, epochs=epochs, run_dir=folder, **RECIPE | options)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("run"), epochs=6)
-
-
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def test_a_run_holds_every_epoch(run):
@@ -47,7 +34,7 @@ def test_a_run_holds_every_epoch(run):
     assert run.config["epochs"] == 6
     assert run.config["lr"] == 0.1
     made_with = json.loads((run.run_dir / "run.json").read_text())["made_with"]
-    imported = {"lightning", "transformers", "keras", "jax"} & sys.modules.keys()  # by other tests
+    imported = {"lightning", "transformers", "keras", "jax"} & sys.modules.keys()  # other tests import them
     assert made_with.keys() == {"python", "fmn_ref", "numpy", "torch"} | imported
     assert "n_epochs=6" in repr(run)
 
@@ -60,7 +47,7 @@ def test_history_is_what_the_checkpoints_predict(run):
 
 
 def test_it_learns(run):
-    assert run.history.correct()[-1].mean() > 0.45  # a quarter by chance
+    assert run.history.correct()[-1].mean() > 0.45  # chance: 0.25
 
 
 def test_same_seed_same_bits(run, tmp_path):
@@ -81,7 +68,7 @@ def test_the_global_generator_is_put_back(tmp_path):
 
 
 def test_continuing_after_an_interruption(run, tmp_path, monkeypatch):
-    """Interrupted between the history's append and the resume file, the worst moment; then resumed."""
+    """Interrupt between the history's append and the write of resume.pt, then resume."""
     real, calls = checkpoints.save, []
 
     def interrupted(content, path):
@@ -99,7 +86,7 @@ def test_continuing_after_an_interruption(run, tmp_path, monkeypatch):
     again = trained(tmp_path, epochs=6)
     np.testing.assert_array_equal(again.history.packed, run.history.packed)
     assert same_weights(again.model, run.model)
-    finished = trained(tmp_path, epochs=6)  # once more: nothing to do, the final weights are loaded
+    finished = trained(tmp_path, epochs=6)  # a finished run: the final weights are loaded
     assert same_weights(finished.model, run.model)
 
 
@@ -140,7 +127,7 @@ class Dicts(Pairs):
 
 
 def test_kinds_of_data_give_the_same_history(tmp_path):
-    """Array slices, a Dataset and an unshuffled-validation DataLoader see the same samples in validation."""
+    """Arrays, a Dataset and a DataLoader give the same samples in validation."""
     train_set, val, _ = make_data()
     histories = []
     for i, wrap in enumerate((lambda d: d, Pairs, lambda d: DataLoader(TensorDataset(*d), 512))):
@@ -152,7 +139,7 @@ def test_kinds_of_data_give_the_same_history(tmp_path):
 
 
 def test_a_shuffling_loader_resumes_with_the_same_bits(tmp_path):
-    """Its own generator is reseeded too."""
+    """The loader's own generator is reseeded as well."""
     train_set, val, _ = make_data()
 
     def go(folder, stop=None):
@@ -173,7 +160,7 @@ def test_a_shuffling_loader_resumes_with_the_same_bits(tmp_path):
 
 
 class KeywordModel(nn.Module):
-    """Called like a Hugging Face model: keywords in, an object with logits out."""
+    """Model called like Hugging Face's: it takes keywords and returns an object with logits."""
 
     def __init__(self):
         super().__init__()
@@ -290,11 +277,11 @@ class TestRecorder:
     @pytest.mark.parametrize("keep", ["all", "every:2"])
     def test_checkpoints_may_be_folders(self, tmp_path, keep):
         def save(path):
-            path.mkdir()  # refuses one that is there, as Orbax does
+            path.mkdir()  # fails if the folder exists, as Orbax does
             (path / "weights").write_text(path.name)
 
         recorder = fmn.Recorder(tmp_path, save=save, suffix=".orbax", keep=keep)
-        save(tmp_path / "checkpoints" / "epoch_00000.orbax")  # what a crash left before the history's first row
+        save(tmp_path / "checkpoints" / "epoch_00000.orbax")  # left by a crash before the first row of the history
         for epoch in range(5):
             recorder.record(epoch, [0, 1, 1], [0, 1, 1])
         kept = [0, 1, 2, 3, 4] if keep == "all" else [1, 3, 4]
@@ -378,7 +365,7 @@ class TestRecorder:
 
 
 class Versioned(nn.Module):
-    """Changes its weights when it loads a state of an older version, as some torch modules do."""
+    """Module that changes its weights when it loads a state of an older version, as some torch modules do."""
 
     _version = 2
 
@@ -483,7 +470,7 @@ def test_an_unwritable_folder_is_named(call):
 
 
 def test_a_full_disk_during_training_is_survived(run, tmp_path, monkeypatch):
-    """Not waited for, it fails with the system's error, and goes on from where it was when there is room again."""
+    """With disk_wait=0 the run fails with the system's error; it resumes when there is space again."""
     full_at(monkeypatch, {17})
     with pytest.raises(OSError, match="No space"):
         trained(tmp_path, epochs=6, disk_wait=0)
@@ -494,7 +481,7 @@ def test_a_full_disk_during_training_is_survived(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("first", range(8, 20))
 def test_a_run_waits_for_room(run, tmp_path, monkeypatch, caplog, first):
-    """Whichever file it is that finds no room, twice."""
+    """Two failures in a row, for each file that is written."""
     full_at(monkeypatch, {first, first + 1})
     again = trained(tmp_path, epochs=6)
     assert "No space left on device; the run waits for free space" in caplog.text
@@ -505,7 +492,7 @@ def test_a_run_waits_for_room(run, tmp_path, monkeypatch, caplog, first):
 
 
 def full_at(monkeypatch, when):
-    """A disk without room at some calls of fsync."""
+    """Make some calls of fsync fail as on a full disk."""
     real, calls = os.fsync, []
 
     def sometimes_full(descriptor):
@@ -593,7 +580,7 @@ def test_a_missing_run_json_is_not_made_up(tmp_path):
 
 @pytest.mark.parametrize("content", [torch.ones(3), {"model": {}}, {"epoch": "1", "model": {}}, [1]], ids=str)
 def test_a_resume_file_of_something_else(tmp_path, caplog, content):
-    """The state before it is taken, unless that is no better."""
+    """The run resumes from the previous state, or fails if that is unreadable too."""
     done = trained(tmp_path, epochs=3)
     history = done.history.packed.tobytes()
     checkpoints.save(content, tmp_path / "resume.pt")
@@ -621,7 +608,7 @@ class Named(Pairs):
 
 
 def test_datasets_give_the_bits_that_arrays_give(tmp_path):
-    """A last batch of one sample and named tuples included."""
+    """Also with a last batch of one sample, and with named tuples."""
     (x, y), val, _ = make_data()
     some = x[:97], y[:97]
     runs = [fmn.train(fresh(), some, val, epochs=2, run_dir=tmp_path / "a", **RECIPE)]
@@ -659,7 +646,7 @@ def test_without_resume_file_nothing_is_lost(tmp_path):
 
 
 def test_numpy_arrays_of_any_kind(tmp_path):
-    """Double precision, reversed, memory-mapped, numbers of NumPy's in the recipe."""
+    """Double precision, negative strides, memory maps, and NumPy numbers in the recipe."""
     (x, y), val, _ = make_data()
     np.save(tmp_path / "x.npy", x.numpy().astype(np.float64))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
