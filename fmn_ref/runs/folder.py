@@ -1,0 +1,265 @@
+"""RunFolder: the one owner of a run's folder, its layout, its run.json and its lock. NumPy only.
+
+No other file joins paths inside a run folder. docs/reference/formats.md describes the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import _check, _files
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+AnyPath = str | os.PathLike[str]
+RUN_FORMAT = "fmn_ref.run"
+_FRAMEWORKS = ("lightning", "transformers", "keras", "jax")  # run.json keeps their versions where they are loaded
+
+
+class RunInfo(NamedTuple):
+    """Content of run.json."""
+
+    config: dict[str, Any]
+    suffix: str  # how the names of checkpoints end
+    made_with: dict[str, Any]
+
+
+class RunFolder:
+    """Paths inside one run folder, and what may be done to them.
+
+    Parameters
+    ----------
+    path : path
+        The folder. It need not exist yet.
+
+    Attributes
+    ----------
+    path, run_json, history, checkpoints, resume, previous_resume, plan, targets : Path
+    comparisons : tuple of Path
+        Files in which a comparison may be stored; the first one that exists counts.
+    """
+
+    def __init__(self, path: AnyPath) -> None:
+        self.path = Path(path)
+        self.run_json = self.path / "run.json"
+        self.history = self.path / "history.fmnh"
+        self.checkpoints = self.path / "checkpoints"
+        self.resume = self.path / "resume.pt"
+        self.previous_resume = self.path / "resume.previous.pt"
+        self.plan = self.path / "plan.json"
+        self.comparisons = self.path / "comparison.json", self.path / "cell.json"
+        self.targets = self.path / "targets"
+
+    @property
+    def begun(self) -> bool:
+        """Whether at least one epoch was stored here."""
+        return self.history.exists() or self.resume.exists()
+
+    def check_recorded(self) -> None:
+        """Raise FileNotFoundError, with a hint, unless the folder holds a run with a history."""
+        if not self.run_json.is_file():
+            below = [p.parent for pattern in ("*/run.json", "*/*/run.json") for p in sorted(self.path.glob(pattern))]
+            hint = f"; there is one in {below[0]}" if below else ""
+            raise FileNotFoundError(f"{self.path}: no run there (run.json is missing){hint}")
+        if not self.history.is_file():
+            raise FileNotFoundError(f"{self.path}: nothing recorded yet (history.fmnh is missing)")
+
+    # --- run.json ---
+
+    def read(self) -> RunInfo:
+        """Read run.json; ValueError that names the file where it is damaged."""
+        content = _files.read_json(self.run_json, RUN_FORMAT)
+        config, suffix, made_with = content.get("config"), content.get("checkpoint_suffix", ".pt"), {}
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.run_json}: has no configuration")
+        if isinstance(content.get("made_with"), dict):
+            made_with = content["made_with"]
+        try:
+            return RunInfo(config, checked_suffix(suffix), made_with)
+        except ValueError as error:
+            raise ValueError(f"{self.run_json}: checkpoint_{error}") from None
+
+    def claim(self, config: dict[str, Any] | None, *, resume: bool = True, suffix: str = ".pt") -> RunLock:
+        """Lock the folder for this process and write its run.json, or check the one that is there.
+
+        Parameters
+        ----------
+        config : dict or None
+            Configuration of the run; None accepts any.
+        resume : bool, default True
+            Whether a run that was begun here may go on.
+        suffix : str, default ".pt"
+            How the names of checkpoints end.
+
+        Raises
+        ------
+        FileExistsError, FileNotFoundError
+            A run is here and `resume` is False; its run.json is missing.
+        TypeError, ValueError
+            The configuration is no dict that JSON can hold, or differs from the run's; another process writes here.
+        """
+        if config is not None and not isinstance(config, dict):
+            raise TypeError(f"config: expected a dict, got {type(config).__name__}")
+        try:
+            plain = None if config is None else json.loads(json.dumps(config))
+        except TypeError as error:
+            raise TypeError(f"config: {error}") from None
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(self.path)
+        try:
+            self._settle(plain, resume, suffix)
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+
+    def _settle(self, config: dict[str, Any] | None, resume: bool, suffix: str) -> None:
+        """Write run.json of a run without epochs; compare the one of a run that was begun."""
+        if not self.begun:
+            if config is not None or not self.run_json.exists() or self.read().suffix != suffix:
+                # An attempt that failed before its first epoch may have left another run.json.
+                content = {"format": RUN_FORMAT, "version": 1, "config": config or {}, "made_with": versions()}
+                extra = {} if suffix == ".pt" else {"checkpoint_suffix": suffix}
+                _files.write_json(self.run_json, content | extra)
+            return
+        if not self.run_json.exists():
+            hint = "restore it or choose another folder"
+            raise FileNotFoundError(f"{self.run_json}: missing, but the folder holds a run; {hint}")
+        if not resume:
+            raise FileExistsError(f"{self.path} holds a run; resume=True continues it, or choose another run_dir")
+        found = self.read()
+        if found.suffix != suffix:
+            ends = f"the checkpoints in {self.path} end in {found.suffix!r}, not {suffix!r}"
+            raise ValueError(f"suffix: {ends}; choose another folder")
+        given = found.config if config is None else config
+        for key in sorted(given.keys() | found.config.keys()):
+            was, now = found.config.get(key), given.get(key)
+            if was != now:
+                where = f"the run in {self.path} was made with {was!r}, not {now!r}"
+                raise ValueError(f"{key}: {where}; choose another folder")
+
+    # --- checkpoints ---
+
+    def checkpoint(self, epoch: int, suffix: str = ".pt") -> Path:
+        """Path of one epoch's checkpoint, whether it exists or not."""
+        return self.checkpoints / f"epoch_{epoch:05d}{suffix}"
+
+    def write_checkpoint(self, epoch: int, suffix: str, write: Callable[[Path], object]) -> None:
+        """Have `write(path)` store one epoch's checkpoint, in place of what a crash left under its name."""
+        path = self.checkpoint(epoch, suffix)
+        remove_checkpoint(path)
+        write(path)
+        if not path.exists():
+            hint = "`save` must not return before the file is written"
+            raise FileNotFoundError(f"{path}: `save` returned, but there is no such file; {hint}")
+
+    def remove_unrecorded(self, epochs: tuple[int, ...], suffix: str) -> None:
+        """Delete checkpoints of epochs that are not among `epochs`: a crash left them."""
+        recorded = {self.checkpoint(e, suffix) for e in epochs}
+        for path in list(self.checkpoints.iterdir()):
+            if path not in recorded and re.fullmatch(r"epoch_\d{5,}" + re.escape(suffix), path.name):
+                remove_checkpoint(path)
+
+    def clear(self) -> None:
+        """Delete the history, and the plan and the comparison that were made from it."""
+        for path in (self.plan, self.comparisons[0], self.history):
+            path.unlink(missing_ok=True)
+
+
+def checked_suffix(suffix: Any) -> str:
+    """Check the end of a file's name. run.json may come from a stranger, and must not lead to another folder."""
+    if not isinstance(suffix, str) or not re.fullmatch(r"(\.\w+)+", suffix, re.ASCII):
+        raise ValueError(f"suffix: expected the end of a file's name, like '.pt', got {suffix!r}")
+    return suffix
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, a file or a folder, such that no half of it keeps its name."""
+    if path.is_dir() and not path.is_symlink():
+        going = path.with_name(f"{path.name}.tmp")
+        shutil.rmtree(going, ignore_errors=True)
+        shutil.rmtree(path.rename(going))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, read from the packages' metadata: importing torch for it would take a second."""
+    from importlib import metadata  # slow to import, and needed once a run
+
+    found = {"python": platform.python_version()}
+    for name in ("fmn_ref", "numpy", "torch", *(name for name in _FRAMEWORKS if name in sys.modules)):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+class RunLock:
+    """A process's right to write in a run folder; ValueError where another process has it.
+
+    Several locks of one process share it: a second Recorder in a notebook is fine, and `CorrectnessHistory` notices when
+    both write. The lock is released with its last holder, by `release`, garbage collection, or the end of the process,
+    a kill included. Readers need none. Windows, and file systems without locks, have no protection but the history's.
+    """
+
+    _held: dict[Path, tuple[int, int]] = {}  # noqa: RUF012  # folder: (file descriptor, holders), of this process
+
+    def __init__(self, folder: Path) -> None:
+        key = folder.resolve()
+        descriptor, holders = self._held.get(key, (-1, 0))
+        if not holders:
+            descriptor = _locked(key / ".lock")
+        self._held[key] = descriptor, holders + 1
+        self.release = weakref.finalize(self, RunLock._release, key, os.getpid())
+
+    @classmethod
+    def _release(cls, key: Path, owner: int) -> None:
+        if owner != os.getpid():  # a forked child has no lock of its own
+            return
+        descriptor, holders = cls._held.pop(key)
+        if holders > 1:
+            cls._held[key] = descriptor, holders - 1
+        elif descriptor >= 0:
+            with contextlib.suppress(OSError):  # the folder may be gone
+                (key / ".lock").unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    """Descriptor of the lock file, locked; -1 where there are no locks."""
+    if fcntl is None:
+        return -1
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forked workers, unlike flock
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+                return descriptor
+        except FileNotFoundError:
+            pass  # its holder deleted it while we opened it: try again
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                owner = os.read(descriptor, 200).decode(errors="replace") or "another process"
+                os.close(descriptor)
+                raise ValueError(f"run_dir: {owner} writes in {path.parent}; a run has one writer") from None
+            logger.warning("%s: %s; nothing keeps a second process from writing here", path, error.strerror)
+            return descriptor
+        os.close(descriptor)

@@ -1,0 +1,174 @@
+"""One owner of a run folder: layout, run.json, and the lock that keeps a second writer out."""
+
+import contextlib
+import errno
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fmn_ref as fmn
+from fmn_ref.runs import folder as module
+from fmn_ref.runs.folder import RunFolder, RunLock
+
+LABELS = [0, 1, 1]
+RECORD = """
+import sys, time, fmn_ref as fmn
+recorder = fmn.Recorder(sys.argv[1])
+recorder.record(recorder.next_epoch, [0, 1, 1], [0, 1, 1])
+print("recorded", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@contextlib.contextmanager
+def another_process(folder):
+    """A process that has recorded one epoch and goes on holding the folder until it is killed."""
+    command = [sys.executable, "-c", RECORD, str(folder), "60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "recorded\n"
+        yield process
+        process.kill()
+
+
+def record_in_another_process(folder):
+    subprocess.run([sys.executable, "-c", RECORD, str(folder), "0"], check=True, stdout=subprocess.DEVNULL)
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def network(value):
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+class TestTwoProcesses:
+    def test_the_second_writer_is_refused_before_anything_is_written(self, tmp_path):
+        with another_process(tmp_path) as process:
+            before = contents(tmp_path)
+            for make in (fmn.Recorder, lambda folder: fmn.Recorder(folder, config={"lr": 1})):
+                with pytest.raises(ValueError, match=rf"run_dir: process {process.pid} on .* writes in .*; a run has one"):
+                    make(tmp_path)
+            x = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
+            with pytest.raises(ValueError, match="a run has one writer"):
+                fmn.train(network(0.0), x, x, epochs=1, run_dir=tmp_path, progress=False)
+            assert contents(tmp_path) == before
+            assert len(fmn.Run.open(tmp_path).history) == 1  # a reader needs no lock
+
+    def test_a_killed_process_holds_no_lock(self, tmp_path):
+        with another_process(tmp_path):
+            pass
+        assert (tmp_path / ".lock").exists()
+        recorder = fmn.Recorder(tmp_path)
+        recorder.record(1, LABELS, LABELS)
+        assert fmn.Run.open(tmp_path).history.epochs == (0, 1)
+
+    def test_the_end_of_a_process_leaves_no_lock_file(self, tmp_path):
+        record_in_another_process(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "history.fmnh", "run.json"]
+
+    def test_a_forked_worker_does_not_hold_it(self, tmp_path):
+        recorder = fmn.Recorder(tmp_path)
+        recorder.record(0, LABELS, LABELS)
+        done = multiprocessing.get_context("fork").Event()
+        worker = multiprocessing.get_context("fork").Process(target=done.wait, args=(60,))
+        worker.start()
+        recorder.close()
+        record_in_another_process(tmp_path)
+        done.set()
+        worker.join()
+        assert worker.exitcode == 0
+        assert len(fmn.Run.open(tmp_path).history) == 2
+
+
+class TestOneProcess:
+    @pytest.mark.parametrize("recorded", [0, 3])
+    def test_of_two_recorders_the_stale_one_writes_nothing(self, tmp_path, recorded):
+        first = fmn.Recorder(tmp_path, network(1.0))
+        for epoch in range(recorded):
+            first.record(epoch, LABELS, LABELS)
+        second = fmn.Recorder(tmp_path, network(2.0))
+        first.record(recorded, LABELS, LABELS)
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match="one writer"):
+            second.record(recorded, LABELS, LABELS)
+        assert contents(tmp_path) == before
+
+    def test_a_notebook_may_make_its_recorder_again(self, tmp_path):
+        recorder = fmn.Recorder(tmp_path)
+        recorder.record(0, LABELS, LABELS)
+        recorder = fmn.Recorder(tmp_path)
+        recorder.record(1, LABELS, LABELS)
+        assert (tmp_path / ".lock").exists()
+        recorder.close()
+        gc.collect()
+        assert not (tmp_path / ".lock").exists()
+        recorder.record(2, LABELS, LABELS)  # takes the lock again
+        assert (tmp_path / ".lock").exists()
+
+    @pytest.mark.parametrize("factor", [1.0, float("nan")])
+    def test_a_training_releases_the_folder(self, tmp_path, factor):
+        """Whether it ends or fails."""
+        x, failed = (torch.randn(3, 2), torch.tensor(LABELS)), None
+        try:
+            loss_fn = lambda logits, labels: factor * nn.functional.cross_entropy(logits, labels)  # noqa: E731
+            fmn.train(nn.Linear(2, 2), x, x, epochs=2, run_dir=tmp_path, progress=False, loss_fn=loss_fn)
+        except FloatingPointError as error:
+            failed = error  # its traceback holds the frames of `train`
+        assert (failed is None) == (factor == 1)
+        assert not (tmp_path / ".lock").exists()
+        record_in_another_process(tmp_path)
+
+    def test_it_is_a_context_manager(self, tmp_path):
+        with fmn.Recorder(tmp_path) as recorder:
+            recorder.record(0, LABELS, LABELS)
+        record_in_another_process(tmp_path)
+
+    def test_a_refused_claim_leaves_no_lock(self, tmp_path):
+        fmn.Recorder(tmp_path, config={"lr": 1}).record(0, LABELS, LABELS)
+        with pytest.raises(ValueError, match="lr: the run in"):
+            fmn.Recorder(tmp_path, config={"lr": 2})
+        assert not (tmp_path / ".lock").exists()
+
+
+class TestLock:
+    def test_a_link_in_its_place_is_not_followed(self, tmp_path):
+        target = tmp_path / "precious"
+        target.write_text("mine")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / ".lock").symlink_to(target)
+        with pytest.raises(OSError, match=r"\.lock"):
+            fmn.Recorder(tmp_path / "run")
+        assert target.read_text() == "mine"
+
+    def test_a_file_system_without_locks_is_named(self, tmp_path, monkeypatch, caplog):
+        def no_locks(*args):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(module.fcntl, "lockf", no_locks)
+        fmn.Recorder(tmp_path).record(0, LABELS, LABELS)
+        assert f"{tmp_path}/.lock: No locks available" in caplog.text
+        assert "nothing keeps a second process from writing here" in caplog.text
+
+    def test_a_folder_that_is_deleted_meanwhile(self, tmp_path):
+        lock = RunLock(tmp_path)
+        (tmp_path / ".lock").unlink()
+        lock.release()
+        assert not (tmp_path / ".lock").exists()
+
+
+def test_paths_are_those_of_the_documentation(tmp_path):
+    """docs/reference/formats.md and the folder agree on every file of a run."""
+    folder = RunFolder(tmp_path)
+    named = [folder.run_json, folder.history, folder.resume, folder.previous_resume, folder.targets]
+    assert [p.name for p in named] == ["run.json", "history.fmnh", "resume.pt", "resume.previous.pt", "targets"]
+    assert folder.checkpoint(7).relative_to(tmp_path).as_posix() == "checkpoints/epoch_00007.pt"
+    assert folder.checkpoint(123456, ".weights.h5").name == "epoch_123456.weights.h5"
