@@ -1,4 +1,4 @@
-// Python bindings: check the arrays, release the GIL, call the C API. The contract is fmn_ref/_kernels.pyi.
+// Python bindings: check the arrays, release the GIL, call the C API. fmn_ref/kernels/protocol.py documents each function.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -208,7 +208,7 @@ py::tuple best_epsilons(const py::array& current, const std::vector<py::array>& 
 
 PYBIND11_MODULE(_kernels, m) {
     using namespace py::literals;
-    m.doc() = "Compiled kernels of fmn_ref; see _kernels.pyi.";
+    m.doc() = "Compiled kernels of fmn_ref; see protocol.py.";
     m.def("curve_counts", curve_counts, "rows"_a, "n_samples"_a, "reference"_a, "counts"_a.noconvert());
     m.def("group_counts", group_counts, "rows"_a, "n_samples"_a, "reference"_a, "groups"_a, "n_groups"_a,
           "counts"_a.noconvert());
@@ -224,6 +224,7 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("mixture_right", mixture_right, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "epsilon"_a, "bfloat16"_a = false);
     m.def("best_epsilons", best_epsilons, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "windows"_a, "grid"_a,
           "bfloat16"_a = false);
+    m.attr("reads_bits") = true;
     m.def("instruction_set", fmn_instruction_set);
     m.def("threads", fmn_threads);
 #ifdef __VERSION__

@@ -91,7 +91,7 @@ def load_correct(path: str, labels: str | None, verify: bool = True) -> Any:
         return a
     without_labels = labels is None and not path.endswith(".npz") and a.dtype.kind != "f"
     if name == "correct" or without_labels:
-        return _check.matrix(a, path)
+        return _check.correct_matrix(a, path)
     return correctness_of(a, load_labels(labels, path))
 
 

@@ -225,7 +225,7 @@ class Recorder:
 
     def record_correct(self, epoch: int, correct: Any, labels: Any) -> None:
         """`record` for a loop that knows already which samples are right: correct (n_samples,) bool."""
-        correct = _check.correctness(_check.array(correct, "correct")[None])[0]
+        correct = _check.bool_matrix(_check.array(correct, "correct")[None])[0]
         _check.labels(labels, len(correct))
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         if self._history is not None and self._history.digest != labels_digest(labels):

@@ -132,11 +132,11 @@ def test_threads_can_be_limited():
 @pytest.mark.parametrize("variable", ["FMN_BACKEND", "FMN_ISA"])
 def test_an_unknown_backend_or_instruction_set_is_named(monkeypatch, variable):
     monkeypatch.setenv(variable, "fortran")
-    backend.load.cache_clear()
+    backend.choose_again()
     with pytest.raises(ValueError, match=rf"{variable}.*fortran"):
         fmn.backend()
     monkeypatch.undo()
-    backend.load.cache_clear()
+    backend.choose_again()
 
 
 @pytest.mark.parametrize(("blocked", "left"), [(("_kernels",), "numba"), (("_kernels", "numba"), "numpy")])
