@@ -29,12 +29,7 @@ from .runs.recorder import Recorder, Run
 from .training.noise import asymmetric_noise, symmetric_noise, transition_noise
 
 if TYPE_CHECKING:
-    from .fusion import baselines as baselines
-    from .fusion import expectation as expectation
-    from .reporting import plot as plot
-    from .reporting import report as report
     from .reporting.comparison import Comparison, compare, compare_probabilities
-    from .runs import checkpoints as checkpoints
     from .training.augmentation import crop_flip
     from .training.distill import Sweep, distill, tune_distillation
     from .training.ensemble import FusedModel, Probabilities, averaged_model

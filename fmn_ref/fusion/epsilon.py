@@ -62,19 +62,17 @@ class Target:
         """Weight of the samples whose arg-max is the label."""
         return self.score(probs.argmax(1) == self.labels)
 
+    def mixture_right(self, current: NDArray[Any], epochs: list[Scores], epsilon: Float) -> Int:
+        """Weight that is right for each epsilon, with the mean of `epochs` mixed into `current`."""
+        arrays, bfloat16 = [e.values for e in epochs], epochs[0].bfloat16
+        return kernels().mixture_right(current, arrays, self.labels, self.weights, epsilon, bfloat16)
 
-def mixture_right(current: NDArray[Any], epochs: list[Scores], target: Target, epsilon: Float) -> Int:
-    """Weight that is right for each epsilon, with the mean of `epochs` mixed into `current`."""
-    arrays = [e.values for e in epochs]
-    return kernels().mixture_right(current, arrays, target.labels, target.weights, epsilon, epochs[0].bfloat16)
-
-
-def best_epsilons(
-    current: NDArray[Any], epochs: list[Scores], target: Target, windows: Int, grid: Float
-) -> tuple[Float, Int, Int]:
-    """`Kernels.best_epsilons` of epochs of one type."""
-    arrays = [e.values for e in epochs]
-    return kernels().best_epsilons(current, arrays, target.labels, target.weights, windows, grid, epochs[0].bfloat16)
+    def best_epsilons(
+        self, current: NDArray[Any], epochs: list[Scores], windows: Int, grid: Float
+    ) -> tuple[Float, Int, Int]:
+        """For windows of `epochs`, which have one type: the results of `Kernels.best_epsilons`."""
+        arrays, bfloat16 = [e.values for e in epochs], epochs[0].bfloat16
+        return kernels().best_epsilons(current, arrays, self.labels, self.weights, windows, grid, bfloat16)
 
 
 def grid_of(step: float) -> Float:
@@ -87,7 +85,7 @@ def grid_of(step: float) -> Float:
 
 def best_on_grid(current: NDArray[Any], epochs: list[Scores], target: Target, grid: Float) -> tuple[float, int]:
     """The first best point of the grid for the mean of `epochs`, and the weight that is right there."""
-    right = mixture_right(current, epochs, target, grid)
+    right = target.mixture_right(current, epochs, grid)
     best = int(np.argmax(right))
     return float(grid[best]), int(right[best])
 
@@ -95,8 +93,8 @@ def best_on_grid(current: NDArray[Any], epochs: list[Scores], target: Target, gr
 def best_exactly(current: NDArray[Any], epochs: list[Scores], target: Target, grid: Float) -> tuple[float, int]:
     """The same over [0, 1], never below the grid; epsilon is 0 if nothing is better than `current`."""
     all_epochs = np.array([[0, len(epochs) - 1]])
-    found, bound, on_grid = best_epsilons(current, epochs, target, all_epochs, grid)
-    right = int(mixture_right(current, epochs, target, found)[0])
+    found, bound, on_grid = target.best_epsilons(current, epochs, all_epochs, grid)
+    right = int(target.mixture_right(current, epochs, found)[0])
     at_zero = target.score(correctness(current, target.labels))
     eps, best = (float(found[0]), right) if right > at_zero else (0.0, at_zero)
     if max(int(bound[0]), int(on_grid[0])) > best:  # equal scores, which rounding may decide: look closer
@@ -122,7 +120,7 @@ def _closer(
     for i in np.lexsort((tried, np.arange(len(bound)) >= len(middles), -bound)):
         if bound[i] <= right:
             break
-        now = mixture_right(current, [Scores(candidate)], target, tried[i : i + 1])
+        now = target.mixture_right(current, [Scores(candidate)], tried[i : i + 1])
         if now[0] > right:
             eps, right = float(tried[i]), int(now[0])
     return eps, right

@@ -9,8 +9,8 @@ import numpy as np
 from .. import _check
 from ..metrics.curves import forgetting_curves
 
-# Least squares over the settings of the benchmark suite (`fit_rule` in benchmarks/experiments/tables.py); docs/results.md.
-# ERROR is the root mean square on settings that were left out.
+# Least squares over the settings of the benchmark suite (docs/results.md): `fit_rule` in
+# benchmarks/experiments/tables.py. ERROR is the root mean square on settings that were left out.
 RULE = {"constant": -0.0119, "peak": 0.7221, "churn": -0.274, "drop": 0.4351}
 ERROR = 0.0232
 

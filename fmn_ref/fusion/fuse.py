@@ -18,7 +18,6 @@ from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from .epsilon import SEARCHES, Target, grid_of
 from .methods import AUTO, METHODS, Problem, auto_methods, method_names, problem_for, replay
-from .mixtures import Members
 from .plan import FusionPlan
 from .probabilities import ProbabilityReader
 
@@ -53,7 +52,7 @@ def fuse(
     correct : (n_epochs, n_samples) bool or 0 and 1, optional
         Correctness history on the same samples. Default: computed from `probs`.
     method : str
-        Default: "forget". Each name's sentence is in `fmn_ref.fusion.methods`; `fmn-ref fuse --help` prints them.
+        Default: "forget". `fmn_ref.fusion.methods` holds one function and one table entry for each.
 
         - "forget", the papers' method: each round takes the epoch that is right most often where the fused predictor is
           wrong (ties: the earliest). It mixes the mean of the epoch's window in with the epsilon of the best selection
@@ -118,12 +117,10 @@ def fuse(
     y = _check.labels(labels, *final.shape)
     target = Target(y, sample_weight)
     n_folds = _number_of_folds(folds, method, reader, len(y))
-    right = _computed(reader, y) if correct is None else _recorded(correct, len(reader), y, final)
+    right = _from_probs(reader, y) if correct is None else _checked(correct, len(reader), y, final)
     problem = Problem(reader, right, final, window, search, grid, *bounds)
-    if not n_folds:
-        return _plan(problem, target, method, None)
-    found = _cross_validate(problem, target, method, n_folds)
-    return _plan(problem, target, found.method, found)
+    found = _cross_validate(problem, target, method, n_folds) if n_folds else _Estimate(method)
+    return _planned(problem, target, found)
 
 
 def _bound(value: Any, name: str) -> int:
@@ -141,13 +138,13 @@ def _number_of_folds(folds: Any, method: str, reader: ProbabilityReader, n_sampl
     return 0
 
 
-def _computed(reader: ProbabilityReader, y: Int) -> Bool:
+def _from_probs(reader: ProbabilityReader, y: Int) -> Bool:
     """Correctness of every epoch, from its probabilities."""
     stored = (reader.stored(e) for e in range(len(reader)))
     return np.stack([correctness(p.widened() if p.bfloat16 else p.values, y) for p in stored])
 
 
-def _recorded(correct: Any, n_epochs: int, y: Int, final: Float) -> Bool:
+def _checked(correct: Any, n_epochs: int, y: Int, final: Float) -> Bool:
     """The given correctness history, after checks that it was recorded on these samples."""
     if isinstance(correct, CorrectnessHistory) and correct.digest not in (NO_LABELS, labels_digest(y)):
         counts = f" ({correct.n_samples} samples, not {len(y)})" if correct.n_samples != len(y) else ""
@@ -164,14 +161,14 @@ def _recorded(correct: Any, n_epochs: int, y: Int, final: Float) -> Bool:
     return right
 
 
-class _CrossValidation(NamedTuple):
+class _Estimate(NamedTuple):
     method: str
-    final_is_best: bool  # no method that "auto" tried is better than the final model
-    accuracy: float
-    gain_interval: tuple[float, float]
+    final_is_best: bool = False  # no method that "auto" tried is better than the final model
+    accuracy: float | None = None
+    gain_interval: tuple[float, float] | None = None
 
 
-def _cross_validate(problem: Problem, target: Target, method: str, folds: int) -> _CrossValidation:
+def _cross_validate(problem: Problem, target: Target, method: str, folds: int) -> _Estimate:
     """Estimate the accuracy of a method on unseen samples; for "auto", choose the method by it."""
     tried = auto_methods() if method == AUTO else (method,)
     unseen = {m: _right_unseen(problem, target, m, folds) for m in tried}
@@ -180,20 +177,18 @@ def _cross_validate(problem: Problem, target: Target, method: str, folds: int) -
         method = _best_method(unseen, target)
         final_is_best = target.score(unseen[method]) <= target.score(of_final)
     right = of_final if final_is_best else unseen[method]
-    return _CrossValidation(
-        method, final_is_best, target.score(right) / target.total, _gain_interval(of_final, right, target)
-    )
+    accuracy = target.score(right) / target.total
+    return _Estimate(method, final_is_best, accuracy, _gain_interval(of_final, right, target))
 
 
-def _plan(problem: Problem, target: Target, method: str, found: _CrossValidation | None) -> FusionPlan:
+def _planned(problem: Problem, target: Target, found: _Estimate) -> FusionPlan:
     """The plan of a method on the whole selection set."""
-    seen = problem_for(problem, method)
-    members: Members = () if found and found.final_is_best else METHODS[method].choose(seen, target)
+    method, seen = METHODS[found.method], problem_for(problem, found.method)
+    members = () if found.final_is_best else method.choose(seen, target)
     accuracy = tuple(target.score_of(p) / target.total for p in replay(seen, members))
-    search = "exact" if METHODS[method].exact else problem.search
-    digest = labels_digest(target.labels).hex()
-    estimate = (found.accuracy, found.gain_interval) if found else (None, None)
-    return FusionPlan(members, problem.n_epochs, seen.window, accuracy, method, search, digest, *estimate)
+    search, digest = "exact" if method.exact else problem.search, labels_digest(target.labels).hex()
+    estimate = found.accuracy, found.gain_interval
+    return FusionPlan(members, problem.n_epochs, seen.window, accuracy, method.name, search, digest, *estimate)
 
 
 def _right_unseen(problem: Problem, target: Target, method: str, folds: int) -> Bool:

@@ -1,7 +1,7 @@
 """The methods of `fuse`: each looks at a selection set and chooses members, (epoch, eps) in order. NumPy only.
 
-To add a method: write a function (Problem, Target) -> Members, and give it one entry in `METHODS`. `fuse`, the plan's
-checks, the command line, comparisons, benchmarks, docs and tests read that table.
+To add a method: write a function (Problem, Target) -> Members, and give it one entry in `_ENTRIES`, below. `fuse`, the
+plan's checks, the command line, comparisons, benchmarks, docs and tests read `METHODS`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from ..kernels.mixing import Scores
 from ..kernels.protocol import Bool, Float, Int
 from . import baselines
-from .epsilon import SEARCHES, Target, best_epsilons, mixture_right
+from .epsilon import SEARCHES, Target
 from .mixtures import Members, members_from_weights, mix, mixture, window_epochs
 from .probabilities import ProbabilityReader
 
@@ -66,9 +66,10 @@ class Problem:
 
 
 def forget(problem: Problem, target: Target) -> Members:
-    """Knowledge Fusion (arXiv 2412.12968, Algorithm 1).
+    """The papers' Knowledge Fusion: each round mixes in the epoch that is right most often where the fused predictor is
+    wrong.
 
-    Each round takes the epoch that is right most often where the fused predictor is wrong (ties: the earliest).
+    arXiv 2412.12968, Algorithm 1; ties: the earliest epoch.
     """
     current, members = problem.final, list[tuple[int, float]]()
     best = target.score_of(current)
@@ -92,7 +93,7 @@ def forget(problem: Problem, target: Target) -> Members:
 
 
 def greedy(problem: Problem, target: Target) -> Members:
-    """In each round the window whose exact epsilon makes the most right (ties: the earliest)."""
+    """Each round tries every window with its exact epsilon and mixes in the best (ties: the earliest)."""
     epochs = problem.probs.alike(range(problem.n_epochs))
     current, members = problem.final, list[tuple[int, float]]()
     best = target.score_of(current)
@@ -112,22 +113,22 @@ def _best_candidate(
 ) -> tuple[int, float, int] | None:
     """Epoch, epsilon and weight right of the best window; None if no window is better than `best`."""
     windows = np.array([[r[0], r[-1]] for r in map(problem.window_of, candidates)], np.int64).reshape(-1, 2)
-    eps, bound, _ = best_epsilons(current, epochs, target, windows, np.empty(0))
+    eps, bound, _ = target.best_epsilons(current, epochs, windows, np.empty(0))
     found = None
     for c in np.argsort(-bound, kind="stable"):
         if bound[c] <= best:
             break
         first, last = windows[c]
-        right = int(mixture_right(current, epochs[first : last + 1], target, np.array([eps[c]]))[0])
+        right = int(target.mixture_right(current, epochs[first : last + 1], np.array([eps[c]]))[0])
         if right > best:  # rounding may make it less than the bound
             found, best = (candidates[c], float(eps[c]), right), right
     return found
 
 
 def bagged(problem: Problem, target: Target) -> Members:
-    """The mean of the plans of `greedy` on bootstrap samples of the selection set, without members of little weight.
+    """The mean of the plans that greedy finds on five bootstrap samples of the selection set.
 
-    The mean fits the selection set less closely than one plan does.
+    It fits the selection set less closely than one plan does. Members below MIN_WEIGHT are dropped.
     """
     n, samples, generator = problem.n_epochs, len(target.labels), np.random.default_rng(0)
     total, final = np.zeros(n), 0.0
@@ -145,9 +146,10 @@ def bagged(problem: Problem, target: Target) -> Members:
 
 
 def likelihood(problem: Problem, target: Target) -> Members:
-    """Convex weights of all windows and the final model that maximise the log-likelihood of the labels, by EM.
+    """The convex weights of all windows and the final model with the best log-likelihood of the labels.
 
-    Small weights are dropped and the others fitted again, until the plan is within its bounds.
+    Found by expectation-maximisation. Small weights are dropped and the others fitted again, until the plan is within
+    its bounds.
     """
     n = problem.n_epochs
     p = np.stack([_of_label(scores, target.labels) for scores in problem.probs.alike(range(n))])
@@ -184,8 +186,10 @@ def _em(components: Float, w: Float) -> Float:
 
 
 def coverage(problem: Problem, target: Target) -> Members:
-    """Marginal coverage (VISTA, arXiv 2604.12044), from the most accurate checkpoint on: a checkpoint's weight is the
-    share of samples that it gets right and no earlier one does."""
+    """Marginal coverage: a checkpoint weighs the share of samples that it gets right and no more accurate one does.
+
+    VISTA, arXiv 2604.12044.
+    """
     w = target.each
     order = np.argsort(-(problem.right @ w), kind="stable")
     covered = np.zeros(len(w), bool)
@@ -233,99 +237,62 @@ def _sizes(problem: Problem) -> list[int]:
 
 
 def best_spaced(problem: Problem, target: Target) -> Members:
-    """k equally spaced epochs ("fixed jumps")."""
+    """The plain mean of k equally spaced epochs ("fixed jumps"), with the best k."""
     return _best_mean(problem, target, (baselines.equally_spaced(problem.n_epochs, k) for k in _sizes(problem)))
 
 
 def best_last(problem: Problem, target: Target) -> Members:
-    """The last k epochs ("horizontal")."""
+    """The plain mean of the last k epochs ("horizontal"), with the best k."""
     return _best_prefix(problem, target, range(problem.n_epochs)[::-1])
 
 
 def best_top(problem: Problem, target: Target) -> Members:
-    """The k epochs with the best selection accuracy."""
+    """The plain mean of the k epochs with the best selection accuracy, with the best k."""
     order = np.argsort(-(problem.right @ target.each), kind="stable")
     return _best_prefix(problem, target, order)
 
 
 class Method(NamedTuple):
-    """One method of `fuse`."""
+    """One method of `fuse`.
+
+    Attributes
+    ----------
+    name : str
+        Value of `fuse(method=...)` and of `FusionPlan.method`.
+    choose : callable(Problem, Target) -> Members
+        Its docstring's first sentence is the method's summary in the command line's help and in the docs.
+    windowed : bool
+        Whether members are means of windows. Otherwise they are single epochs, and `window` has no effect.
+    control : bool
+        Whether it is a plain mean of k epochs, a control for the others.
+    exact : bool
+        Whether it always searches epsilon exactly, whatever `search` is.
+    auto_rank : int, optional
+        Rank among the methods that "auto" tries: of equally good ones the lowest wins. Default: not tried.
+    """
 
     name: str
-    """The value of `fuse(method=...)`, and of `FusionPlan.method`."""
     choose: Callable[[Problem, Target], Members]
-    summary: str
-    """One sentence, for the command line's help and the docs."""
     windowed: bool = False
-    """Whether members are means of windows. Otherwise they are single epochs, and `window` is not used."""
     control: bool = False
-    """Whether it is a plain mean of k epochs, a control for the others."""
     exact: bool = False
-    """Whether it always searches epsilon exactly, whatever `search` is."""
     auto_rank: int | None = None
-    """Its rank among the methods that "auto" tries: of equally good ones the lowest wins. None: not tried."""
 
 
-METHODS: dict[str, Method] = {
-    m.name: m
-    for m in (
-        Method(
-            "forget",
-            forget,
-            "The papers' Knowledge Fusion: each round takes the epoch that is right most often where the fused "
-            "predictor is wrong, and mixes its window in with the best epsilon.",
-            windowed=True,
-            auto_rank=3,
-        ),
-        Method(
-            "greedy",
-            greedy,
-            "Each round tries every window with its exact epsilon and takes the best.",
-            windowed=True,
-            exact=True,
-            auto_rank=4,
-        ),
-        Method(
-            "bagged",
-            bagged,
-            "The mean of the plans that greedy finds on five bootstrap samples of the selection set.",
-            windowed=True,
-            auto_rank=5,
-        ),
-        Method(
-            "likelihood",
-            likelihood,
-            "The convex weights of all windows and the final model with the best log-likelihood of the labels.",
-            windowed=True,
-            auto_rank=6,
-        ),
-        Method(
-            "coverage",
-            coverage,
-            "Marginal coverage: a checkpoint's weight is the share of samples that it gets right and no more accurate "
-            "one does.",
-            auto_rank=2,
-        ),
-        Method(
-            "equal",
-            best_spaced,
-            "The plain mean of k equally spaced epochs, with the best k.",
-            control=True,
-        ),
-        Method("last", best_last, "The plain mean of the last k epochs, with the best k.", control=True),
-        Method(
-            "top",
-            best_top,
-            "The plain mean of the k epochs with the best selection accuracy, with the best k.",
-            control=True,
-            auto_rank=1,
-        ),
-    )
-}
-AUTO = "auto"  # `fuse` chooses a method by cross-validation
-AUTO_SUMMARY = (
-    "Cross-validation chooses: bagged, or a method that is better by more than a standard error, "
-    "or the final model alone if nothing is better than it."
+_ENTRIES = (
+    Method("forget", forget, windowed=True, auto_rank=3),
+    Method("greedy", greedy, windowed=True, exact=True, auto_rank=4),
+    Method("bagged", bagged, windowed=True, auto_rank=5),
+    Method("likelihood", likelihood, windowed=True, auto_rank=6),
+    Method("coverage", coverage, auto_rank=2),
+    Method("equal", best_spaced, control=True),
+    Method("last", best_last, control=True),
+    Method("top", best_top, control=True, auto_rank=1),
+)
+METHODS = {method.name: method for method in _ENTRIES}
+AUTO = "auto"  # `fuse` chooses one of `auto_methods()` by cross-validation
+_AUTO_SUMMARY = (
+    "The method, or the final model alone, that cross-validation finds best; bagged where it finds no difference."
 )
 
 
@@ -336,7 +303,8 @@ def method_names() -> tuple[str, ...]:
 
 def summaries() -> dict[str, str]:
     """{name: one sentence} for everything that `fuse(method=...)` accepts."""
-    return {m.name: m.summary for m in METHODS.values()} | {AUTO: AUTO_SUMMARY}
+    texts = {m.name: (m.choose.__doc__ or "").split("\n\n")[0] for m in METHODS.values()}
+    return {name: " ".join(text.split()) for name, text in texts.items()} | {AUTO: _AUTO_SUMMARY}
 
 
 def auto_methods() -> tuple[str, ...]:

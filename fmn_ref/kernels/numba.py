@@ -10,34 +10,13 @@ from numpy.typing import NDArray
 
 from . import mixing
 from .protocol import Bool, Float, Int, Rows
-from .reference import check_probabilities, mixture_right, pack, pack_predictions, pack_scores, unpack
+from .reference import check_probabilities, mixture_right, pack, pack_predictions, pack_scores, threads, unpack  # noqa: F401
 
-__all__ = [
-    "best_epsilons",
-    "check_probabilities",
-    "curve_counts",
-    "group_counts",
-    "group_sums",
-    "instruction_set",
-    "mixture_right",
-    "overlap_counts",
-    "pack",
-    "pack_predictions",
-    "pack_scores",
-    "reads_bits",
-    "sample_counts",
-    "threads",
-    "unpack",
-]
 reads_bits = False
 
 
 def instruction_set() -> str:
     return "llvm"
-
-
-def threads() -> int:
-    return 1
 
 
 def _unpacked(rows: Rows, n_samples: int) -> Bool:

@@ -14,10 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .protocol import Bits, Bool, Float, Int
-from .reference import best_epsilons as best_epsilons  # mixtures are computed on the host
-from .reference import check_probabilities as check_probabilities
-from .reference import four_outcomes
-from .reference import mixture_right as mixture_right
+from .reference import best_epsilons, check_probabilities, four_outcomes, mixture_right  # noqa: F401
 
 reads_bits = False
 _STEP = 1 << 18  # samples per block of float32 correctness; below 2^24, so that sums of 0 and 1 are exact
@@ -31,7 +28,7 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def _on_device(rows: Any, n_samples: int) -> Tensor:
+def _tensor_of(rows: Any, n_samples: int) -> Tensor:
     """(n_epochs, n_samples) bool tensor, on the device of `rows`."""
     if not isinstance(rows, Tensor):
         rows = torch.from_numpy(np.array(rows))  # a copy: the array may be read-only or run backwards
@@ -44,18 +41,18 @@ def _on_device(rows: Any, n_samples: int) -> Tensor:
 
 
 def curve_counts(rows: Any, n_samples: int, reference: int, counts: Int) -> None:
-    counts += torch.stack([c.sum(1) for c in four_outcomes(_on_device(rows, n_samples), reference)]).cpu().numpy()
+    counts += torch.stack([c.sum(1) for c in four_outcomes(_tensor_of(rows, n_samples), reference)]).cpu().numpy()
 
 
 def group_counts(rows: Any, n_samples: int, reference: int, groups: Int, n_groups: int, counts: Int) -> None:
-    _add_by_group(_on_device(rows, n_samples), reference, groups, np.ones(n_samples, np.int64), counts)
+    _add_by_group(_tensor_of(rows, n_samples), reference, groups, np.ones(n_samples, np.int64), counts)
 
 
 def group_sums(
     rows: Any, n_samples: int, reference: int, groups: Int, n_groups: int, weights: Float, sums: Float
 ) -> None:
     """Add in double but in the device's order: integer weights are exact, others agree up to rounding."""
-    correct = _on_device(rows, n_samples)
+    correct = _tensor_of(rows, n_samples)
     if correct.device.type == "mps":  # MPS has no doubles
         correct = correct.cpu()
     _add_by_group(correct, reference, groups, weights, sums)
@@ -71,7 +68,7 @@ def _add_by_group(correct: Tensor, reference: int, groups: Int, weights: NDArray
 
 
 def sample_counts(rows: Any, n_samples: int) -> NDArray[np.int32]:
-    correct = _on_device(rows, n_samples)
+    correct = _tensor_of(rows, n_samples)
     n = len(correct)
     epoch = torch.arange(n, dtype=torch.int32, device=correct.device)[:, None]
     first = torch.where(correct, epoch, n).amin(0)
@@ -82,7 +79,7 @@ def sample_counts(rows: Any, n_samples: int) -> NDArray[np.int32]:
 
 
 def overlap_counts(rows: Any, n_samples: int, counts: Int) -> None:
-    correct = _on_device(rows, n_samples)
+    correct = _tensor_of(rows, n_samples)
     for start in range(0, n_samples, _STEP):
         c = correct[:, start : start + _STEP].float()
         with torch.autocast(c.device.type, enabled=False):  # its 16 bits would round the counts
@@ -95,7 +92,7 @@ def pack(rows: Any, n_samples: int) -> Any:
 
 
 def unpack(rows: Any, n_samples: int) -> Bool:
-    return _on_device(rows, n_samples).cpu().numpy()
+    return _tensor_of(rows, n_samples).cpu().numpy()
 
 
 def _bits_of(correct: Tensor) -> Bits:
