@@ -14,7 +14,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Rows of n_samples bytes (dtype bool) or of as many bits (uint8).
+// A matrix of n_samples bytes (dtype bool) or bits (dtype uint8) per row.
 fmn_matrix matrix(const py::array& a, int64_t n_samples) {
     const bool bytes = a.dtype().kind() == 'b';
     const int64_t width = bytes ? n_samples : (n_samples + 7) / 8;
@@ -113,7 +113,7 @@ fmn_type type_of(const py::dtype& dtype, bool bfloat16) {
     throw py::type_error("expected integers, or floats of 16 to 64 bits");
 }
 
-void check_rows(const py::array& a) {  // an empty array has no strides to speak of
+void check_rows(const py::array& a) {  // the strides of an empty array mean nothing
     if (a.ndim() != 2 || (a.size() > 0 && a.shape(1) > 1 && a.strides(1) != a.itemsize()))
         throw py::value_error("expected two axes, the last one contiguous");
 }
@@ -153,7 +153,7 @@ bool check_probabilities(const py::array& scores, double tolerance, bool bfloat1
     return sound != 0;
 }
 
-// The arrays of a mixture, kept alive while it is used: epochs is a list of (n_samples, n_classes) arrays of one type.
+// An fmn_mixture, and the arrays that it points to: epochs is a list of (n_samples, n_classes) arrays of one type.
 struct Mixture {
     Mixture(const py::array& current, const std::vector<py::array>& epochs, const Array<int64_t>& labels,
             const py::object& weights, bool bfloat16)

@@ -23,7 +23,7 @@ static const char* entry(const char* header, const char* key) {
 
 /* Reads the shape from the header (numpy.lib.format) and leaves the file at the first byte of data. */
 static void read_shape(FILE* file, const char* path, int64_t* n_epochs, int64_t* n_samples) {
-    static char header[1 << 16]; /* holds any of version 1.0; those of 2.0 are longer for structured types only */
+    static char header[1 << 16]; /* any header of version 1.0; only structured types need a longer one */
     uint8_t start[12] = {0};     /* magic, version, length of the header: 2 bytes in version 1.0, 4 in 2.0 */
     if (fread(start, 1, 10, file) != 10 || memcmp(start, "\x93NUMPY", 6) || start[6] < 1 || start[6] > 2 || start[7] ||
         (start[6] == 2 && fread(start + 10, 1, 2, file) != 2))
@@ -31,7 +31,7 @@ static void read_shape(FILE* file, const char* path, int64_t* n_epochs, int64_t*
     const uint32_t length = start[8] | (uint32_t)start[9] << 8 | (uint32_t)start[10] << 16 | (uint32_t)start[11] << 24;
     if (length >= sizeof header || fread(header, 1, length, file) != length) fail(path, "a whole header below 64 KiB");
 
-    int is_bool = 0, is_c_order = 0, is_matrix = 0; /* set by %n, which is reached only if all before it matched */
+    int is_bool = 0, is_c_order = 0, is_matrix = 0; /* set by %n if everything before it matched */
     sscanf(entry(header, "'descr'"), "'descr' : '|b1'%n", &is_bool);
     sscanf(entry(header, "'fortran_order'"), "'fortran_order' : False%n", &is_c_order);
     sscanf(entry(header, "'shape'"), "'shape' : ( %18" SCNd64 " , %18" SCNd64 " )%n", n_epochs, n_samples, &is_matrix);
@@ -52,7 +52,7 @@ int main(int argc, char** argv) {
 
     const size_t size = (size_t)n_epochs * (size_t)n_samples;
     uint8_t* correct = malloc(size);
-    int64_t* counts = calloc((size_t)n_epochs, 4 * sizeof *counts); /* zeros: fmn_curve_counts adds to them */
+    int64_t* counts = calloc((size_t)n_epochs, 4 * sizeof *counts); /* zeros: fmn_curve_counts adds to its output */
     if (!correct || !counts) fail(path, "less than memory holds");
     if (fread(correct, 1, size, file) != size) fail(path, "n_epochs * n_samples bytes after the header; it is too short");
     fclose(file);

@@ -1,5 +1,5 @@
-// Accuracy and forget fraction per epoch in C++17, from a correctness matrix that NumPy wrote: the file is mapped (POSIX),
-// packed to a bit per sample, and counted from the bits, as one would keep them for more questions to come.
+// Accuracy and forget fraction per epoch in C++17, from a correctness matrix that NumPy wrote. The program maps the file
+// (POSIX), packs it to one bit per sample, and counts the bits: further calls would read an eighth of the memory.
 //
 //     python -c 'import numpy as np; np.save("correct.npy", np.random.rand(5, 1001) < 0.6)'   # (n_epochs, n_samples) bool
 //     cmake -B build && cmake --build build
@@ -24,7 +24,7 @@ static void require(bool condition, const char* expected) {
     if (!condition) throw std::runtime_error(std::string("expected ") + expected);
 }
 
-// The bytes of a file, which stay mapped until the process ends.
+// Bytes of a file, mapped until the process ends.
 static std::string_view mapped(const char* path) {
     const int file = open(path, O_RDONLY);
     struct stat status;
@@ -36,7 +36,7 @@ static std::string_view mapped(const char* path) {
     return {static_cast<const char*>(at), static_cast<size_t>(status.st_size)};
 }
 
-// The matrix as it lies in the file, after its header (numpy.lib.format).
+// The matrix in the file, after its header (numpy.lib.format).
 static fmn_matrix matrix_in(std::string_view file) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(file.data());
     require(file.size() >= 12 && file.substr(0, 6) == "\x93NUMPY" && (bytes[6] == 1 || bytes[6] == 2) && bytes[7] == 0,
@@ -51,7 +51,7 @@ static fmn_matrix matrix_in(std::string_view file) {
     require(header.find("'fortran_order':False") != header.npos, "C order, 'fortran_order': False");
 
     long long n_epochs = 0, n_samples = 0;
-    int end = 0;  // set by %n, which is reached only if all before it matched; 18 digits cannot overflow
+    int end = 0;  // set by %n if everything before it matched; 18 digits cannot overflow
     if (const size_t shape = header.find("'shape':("); shape != header.npos)
         std::sscanf(&header[shape], "'shape':(%18lld,%18lld)%n", &n_epochs, &n_samples, &end);
     require(end > 0, "two dimensions, 'shape': (n_epochs, n_samples)");
@@ -70,7 +70,7 @@ int main(int argc, char** argv) try {
     require(fmn_pack(&bytes, 0, bits.data(), stride) == FMN_OK, "a matrix that fmn_pack accepts");
     const fmn_matrix packed = {bits.data(), n_epochs, n_samples, stride, FMN_BITS};
 
-    std::vector<int64_t> counts(static_cast<size_t>(4 * n_epochs));  // zeros: fmn_curve_counts adds to them
+    std::vector<int64_t> counts(static_cast<size_t>(4 * n_epochs));  // zeros: fmn_curve_counts adds to its output
     require(fmn_curve_counts(&packed, n_epochs - 1, 0, counts.data()) == FMN_OK, "a matrix that can be counted");
     const int64_t *right = counts.data(), *forgotten = right + n_epochs;
     const auto n = static_cast<double>(n_samples);

@@ -63,7 +63,7 @@ fn main() {
     let (n_epochs, n_samples, bytes) = parse(&file).unwrap_or_else(|expected| fail(expected));
     let stride = n_samples as i64;
     let matrix = Matrix { data: bytes.as_ptr(), n_epochs: n_epochs as i64, n_samples: stride, stride, format: 0 };
-    let mut counts = vec![0i64; 4 * n_epochs]; // zeros: fmn_curve_counts adds to them
+    let mut counts = vec![0i64; 4 * n_epochs]; // zeros: fmn_curve_counts adds to its output
     if unsafe { fmn_curve_counts(&matrix, n_epochs as i64 - 1, 0, counts.as_mut_ptr()) } != 0 {
         fail("a matrix that fmn_curve_counts accepts");
     }
