@@ -1,7 +1,6 @@
-"""fmn_ref: what a network forgot while it was trained, and how to get it back.
+"""fmn_ref: measure what a network forgot during training, and recover it from the run's own checkpoints.
 
-Metrics, history, fusion and noise need NumPy alone; the names below that train or evaluate networks load torch on first
-use.
+Metrics, history, fusion and noise need only NumPy. Names that train or evaluate networks load torch on first use.
 """
 
 from __future__ import annotations
@@ -9,22 +8,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .fusion import expectation as expectation
+from .fusion.epsilon import best_epsilon
 from .fusion.expectation import expected_gain
-from .fusion.fuse import best_epsilon, fuse
+from .fusion.fuse import fuse
 from .fusion.plan import FusionPlan
 from .kernels.backend import Backend, backend
 from .metrics.curves import (
     ForgettingCurves,
-    SampleStatistics,
     correctness,
     forget_fraction,
     forgetting_curves,
     forgetting_matrix,
     learned_fraction,
-    sample_statistics,
 )
 from .metrics.history import CorrectnessHistory
+from .metrics.samples import SampleStatistics, sample_statistics
 from .reporting.recovery import Recovery, recovery
 from .runs.importers import epoch_files, from_cartography, from_logits, from_toneva
 from .runs.recorder import Recorder
@@ -42,6 +40,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_LAZY_MODULES = {
+    "baselines": "fusion.baselines",
+    "checkpoints": "runs.checkpoints",
+    "expectation": "fusion.expectation",
+    "plot": "reporting.plot",
+    "report": "reporting.report",
+}
 _LAZY = {
     "Comparison": "reporting.comparison",
     "FusedModel": "training.ensemble",
@@ -109,12 +114,12 @@ Run.evaluate = staticmethod(_probabilities)  # the room of runs lies below the o
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__, "plot"]
+    return sorted({*globals(), *__all__, *_LAZY_MODULES})
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plot":
-        return importlib.import_module(".reporting.plot", __name__)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f".{_LAZY_MODULES[name]}", __name__)
     if name in _LAZY:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
         globals()[name] = value

@@ -1,4 +1,4 @@
-"""python -m fmn_ref: the same as the command fmn-ref."""
+"""`python -m fmn_ref` runs the command fmn-ref."""
 
 import sys
 

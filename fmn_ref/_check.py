@@ -1,4 +1,7 @@
-"""Checks at the public edge: each turns what a caller passed into one known kind of array, or says what is wrong."""
+"""Checks at the public edge: each turns an argument into one known kind of array, or raises an error that names it.
+
+Every room may use this file; it imports none of them.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels.backend import load
-
-TOLERANCE = 1e-2  # of a sum of probabilities: room for bfloat16
+TOLERANCE = 1e-2  # of the sum of a row of probabilities: bfloat16 rounds that much
 Bool = NDArray[np.bool_]
 Int = NDArray[np.int64]
 Float = NDArray[np.float64]
 
 
 def array(x: Any, name: str) -> NDArray[Any]:
-    """Anything that NumPy can view; a copy only for tensors that live on an accelerator or have no NumPy dtype."""
+    """View anything that NumPy can view; copy only tensors on an accelerator or of a type that NumPy lacks."""
     if is_tensor(x):
         x = x.detach().cpu()
-        if str(x.dtype) == "torch.bfloat16":
+        if is_bfloat16_tensor(x):
             x = x.float()
     elif hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
         x = np.from_dlpack(x)
@@ -27,7 +28,7 @@ def array(x: Any, name: str) -> NDArray[Any]:
         a = np.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected an array, got {type(x).__name__} ({error})") from None
-    if a.dtype.name == "bfloat16":  # of ml_dtypes, as JAX has them
+    if a.dtype.name == "bfloat16":  # from ml_dtypes, which JAX uses
         a = a.astype(np.float32)
     if a.dtype.kind not in "biuf":
         raise TypeError(f"{name}: expected booleans or numbers, got {type(x).__name__} of dtype {a.dtype}")
@@ -35,24 +36,29 @@ def array(x: Any, name: str) -> NDArray[Any]:
 
 
 def is_tensor(x: Any) -> bool:
-    """A torch tensor, told without importing torch."""
+    """Whether `x` is a torch tensor; does not import torch."""
     return not isinstance(x, np.ndarray) and hasattr(x, "detach") and hasattr(x, "cpu")
 
 
+def is_bfloat16_tensor(x: Any) -> bool:
+    """Whether `x` is a torch tensor of bfloat16, a type that NumPy lacks."""
+    return is_tensor(x) and str(x.dtype) == "torch.bfloat16"
+
+
 def on_device(x: Any) -> bool:
-    """A torch tensor that lives on an accelerator."""
+    """Whether `x` is a torch tensor on an accelerator."""
     return is_tensor(x) and x.device.type != "cpu"
 
 
 def kind(a: Any) -> str:
-    """ "b", "i" (signed or not) or "f", of an array or a tensor."""
+    """Kind of an array's or a tensor's dtype: "b", "i" (signed or not) or "f"."""
     if isinstance(a, np.ndarray):
         return "i" if a.dtype.kind == "u" else str(a.dtype.kind)
     return "f" if a.dtype.is_floating_point else "b" if str(a.dtype) == "torch.bool" else "i"
 
 
-def matrix(x: Any, name: str = "correct") -> Any:
-    """(n_epochs, n_samples) array, or tensor on its accelerator, of bool or integers; values are not checked yet."""
+def correct_matrix(x: Any, name: str = "correct") -> Any:
+    """(n_epochs, n_samples) array, or tensor on its accelerator, of bool or integers; values are not checked."""
     a = x.detach() if on_device(x) else array(x, name)
     if kind(a) == "f":
         raise TypeError(f"{name}: expected bool or integers 0 and 1, got dtype {a.dtype}; see fmn_ref.correctness")
@@ -61,40 +67,8 @@ def matrix(x: Any, name: str = "correct") -> Any:
     return a
 
 
-def predictions_or_scores(x: Any) -> tuple[Any, bool]:
-    """Array, or tensor on its accelerator, of integers or floats; and whether it is uint16 that hold bfloat16."""
-    name = "predictions_or_scores"
-    bfloat16 = is_tensor(x) and str(x.dtype) == "torch.bfloat16"
-    if on_device(x):
-        a = x.detach()
-    elif bfloat16:
-        import torch
-
-        a = x.detach().view(torch.int16).numpy().view(np.uint16)
-    else:
-        a = array(x, name)
-    if kind(a) == "b":
-        hint = "is it correctness already? Classes are integers"
-        raise TypeError(f"{name}: expected class numbers or scores, got bool; {hint}")
-    return a, bfloat16
-
-
-def first_nan(a: Any, bfloat16: bool) -> tuple[int, ...]:
-    """Where the first NaN is, in an array or tensor that has one."""
-    nan = (a & 0x7FFF) > 0x7F80 if bfloat16 and isinstance(a, np.ndarray) else a != a
-    return tuple(int(i) for i in np.unravel_index(int((nan * 1).reshape(-1).argmax()), tuple(a.shape)))
-
-
-def plain(a: Any) -> Any:
-    """The same with native bytes and adjacent values along the last axis; tensors as they are."""
-    if not isinstance(a, np.ndarray):
-        return a
-    a = a.astype(a.dtype.newbyteorder("="), copy=False)
-    return a if a.size < 2 or a.shape[-1] == 1 or a.strides[-1] == a.itemsize else np.ascontiguousarray(a)
-
-
 def zeros_and_ones(a: Any, name: str) -> Any:
-    """The same as bool, where it holds no other numbers than 0 and 1."""
+    """Turn an array or a tensor of 0 and 1 into bool; any other number is an error."""
     if kind(a) == "b":
         return a
     if a.min() < 0 or a.max() > 1:
@@ -102,9 +76,9 @@ def zeros_and_ones(a: Any, name: str) -> Any:
     return a != 0
 
 
-def correctness(x: Any, name: str = "correct") -> Bool:
-    """(n_epochs, n_samples) bool in memory."""
-    a = matrix(array(x, name), name)
+def bool_matrix(x: Any, name: str = "correct") -> Bool:
+    """(n_epochs, n_samples) bool array in memory, with at least one epoch and one sample."""
+    a = correct_matrix(array(x, name), name)
     if 0 in a.shape:
         raise ValueError(f"{name}: expected at least one epoch and one sample, got shape {a.shape}")
     return np.asarray(zeros_and_ones(a, name))
@@ -155,29 +129,6 @@ def probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "pro
     return a
 
 
-def native_probabilities(
-    x: Any, shape: tuple[int, int] | None = None, name: str = "probs"
-) -> tuple[NDArray[Any], bool]:
-    """The same checks, but the values as they are stored: contiguous, of 16 to 64 bits; and whether they are bfloat16
-    in uint16."""
-    bfloat16 = is_tensor(x) and str(x.dtype) == "torch.bfloat16"
-    if bfloat16:
-        import torch
-
-        a = x.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
-    else:
-        a = array(x, name)
-        if a.dtype.kind == "f" and a.dtype.itemsize > 8:
-            a = a.astype(np.float64)
-    sound = (a.dtype.kind == "f" or bfloat16) and a.ndim == 2 and 0 not in a.shape and shape in (None, a.shape)
-    if sound:
-        a = np.ascontiguousarray(a.astype(a.dtype.newbyteorder("="), copy=False))
-        sound = load()[0].check_probabilities(a, TOLERANCE, bfloat16)
-    if not sound:
-        probabilities(x, shape, name)  # says why
-    return a, bfloat16
-
-
 def weights(x: Any, n_samples: int, name: str = "sample_weight") -> Float:
     """(n_samples,) float64: finite, not negative, not all zero."""
     a = array(x, name).astype(np.float64)
@@ -191,7 +142,7 @@ def weights(x: Any, n_samples: int, name: str = "sample_weight") -> Float:
 
 
 def index(i: Any, n: int, name: str) -> int:
-    """An integer in [-n, n), counted from the start."""
+    """An epoch in [-n, n), as its row from the start."""
     if isinstance(i, bool) or not isinstance(i, (int, np.integer)):
         raise TypeError(f"{name}: expected an integer, got {type(i).__name__}")
     if not -n <= i < n:
@@ -200,6 +151,7 @@ def index(i: Any, n: int, name: str) -> int:
 
 
 def choice(value: Any, options: tuple[str, ...], name: str) -> str:
+    """One of the options."""
     if value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
     return str(value)
@@ -213,3 +165,6 @@ def number(value: Any, low: float, high: float, name: str, kind: type = float) -
     if not low <= value <= high:
         raise ValueError(f"{name}: expected a value in [{low}, {high}], got {value}")
     return kind(value)
+
+
+matrix, correctness = correct_matrix, bool_matrix  # old names, until the other rooms use the new ones

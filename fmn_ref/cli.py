@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 from . import __version__, _check, _files
 from .fusion.expectation import expected_gain
 from .fusion.fuse import fuse
-from .fusion.plan import METHODS, FusionPlan
+from .fusion.methods import method_names
+from .fusion.plan import FusionPlan
 from .kernels.backend import backend
 from .kernels.reference import correct_of
-from .metrics.curves import NEVER_LEARNED, ForgettingCurves, SampleStatistics, correctness, sample_statistics
+from .metrics.curves import ForgettingCurves, correctness
 from .metrics.history import CorrectnessHistory, labels_digest
 from .metrics.matrix import Matrix
+from .metrics.samples import NEVER_LEARNED, SampleStatistics, sample_statistics
 from .reporting.comparison import compare_probabilities
 from .reporting.report import write_report
 from .runs import importers
@@ -117,7 +119,7 @@ def command_fuse(args: argparse.Namespace) -> None:
     probs = load_epochs(args.probs, args.logits)
     labels = load_labels(args.labels, args.probs)
     correct = load_named(args.correct, "correct")[0] if args.correct else None
-    names = ("method", "window", "max_rounds", "search", "max_members", "max_forward_passes", "folds")
+    names = ("method", "window", "search", "max_members", "max_forward_passes", "folds")
     options = {name: vars(args)[name] for name in names}
     plan = fuse(probs, labels, correct=correct, sample_weight="balanced" if args.balanced else None, **options)
     plan.save(args.output)
@@ -312,10 +314,8 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--correct", help="correctness of the same samples (.fmnh or .npy): then only the chosen epochs are read"
     )
-    c.add_argument("--max-rounds", type=int, help="at most so many members (default: until nothing helps)")
-    methods = [m for m in METHODS if m != "weights"]
-    c.add_argument("--method", choices=methods, default="forget", help="how epochs are chosen (default forget)")
-    c.add_argument("--max-members", type=int, help="the same as --max-rounds, for every method")
+    c.add_argument("--method", choices=method_names(), default="forget", help="how epochs are chosen (default forget)")
+    c.add_argument("--max-members", type=int, help="most members (default: no bound)")
     c.add_argument("--max-forward-passes", type=int, help="at most so many checkpoints")
     c.add_argument(
         "--folds", type=int, help="of the cross-validation that says how sure the plan is (default 5; 0: none)"

@@ -18,12 +18,12 @@ def each_backend(request, monkeypatch):
     """Runs the test once per backend, through the public functions."""
     use_backend(monkeypatch, request.param)
     yield request.param
-    backend.load.cache_clear()
+    backend.choose_again()
 
 
 def use_backend(monkeypatch, name):
     monkeypatch.setenv("FMN_BACKEND", name)
-    backend.load.cache_clear()
+    backend.choose_again()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -122,7 +122,7 @@ def fusions(bench: Bench) -> None:
     n, y = len(bench.select), bench.y
     right = np.stack([p.argmax(1) == y for p in bench.select])
     single = {
-        "final": baselines.last(n),
+        "final": baselines.last_epochs(n),
         "best epoch": baselines.best_epoch(right),
         "best window": baselines.best_window(bench.select, y, 1),
         "Caruana": controls.caruana(bench.select, y),
@@ -138,9 +138,13 @@ def fusions(bench: Bench) -> None:
     bench.add_plan("KF(1)", FusionPlan(kf.members[:1], n, kf.window, kf.accuracy[: min(2, len(kf.accuracy))]))
     for name in ("auto", "KF"):
         k = bench.plans[name].forward_passes
-        for control in ("last", "equally_spaced", "top"):
-            weights = baselines.top(right, k) if control == "top" else getattr(baselines, control)(n, k)
-            bench.add_plan(f"{control.replace('_', ' ')} at {name}'s cost", FusionPlan.from_weights(weights, n))
+        controls_of_cost = {
+            "last": baselines.last_epochs(n, k),
+            "equally spaced": baselines.equally_spaced(n, k),
+            "top": baselines.top_epochs(right, k),
+        }
+        for control, weights in controls_of_cost.items():
+            bench.add_plan(f"{control} at {name}'s cost", FusionPlan.from_weights(weights, n))
     bench.plans["final"] = FusionPlan((), n, 0, kf.accuracy[:1])
 
 
@@ -154,10 +158,10 @@ def students(bench: Bench) -> None:
 def averages(bench: Bench) -> None:
     """One network by averaging checkpoints' weights."""
     n, train = len(bench.select), bench.data.train
-    candidates = [averaged_model(bench.run, baselines.ema(n, d), train) for d in comparison.EMA_DECAYS]
+    candidates = [averaged_model(bench.run, baselines.ema_weights(n, d), train) for d in comparison.EMA_DECAYS]
     best = max(candidates, key=lambda m: controls.score(m, bench.data.select))
     bench.add_model("EMA over epochs", best, 1)
-    bench.add_model("SWA over epochs", averaged_model(bench.run, baselines.swa(n), train), 1)
+    bench.add_model("SWA over epochs", averaged_model(bench.run, baselines.swa_weights(n), train), 1)
     for name in ("KF", "auto"):
         bench.add_model(f"averaged {name}", averaged_model(bench.run, bench.plans[name].weights, train), 1)
 

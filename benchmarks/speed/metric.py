@@ -83,7 +83,7 @@ def kernel_modules():
     found = {}
     for name in ("cpp", "numba", "numpy"):
         try:
-            found[name] = importlib.import_module(f"fmn_ref.kernels.{backend._MODULES[name]}")
+            found[name] = backend.import_kernels(name)
         except ImportError as error:
             print(f"{name}: not here ({error})", file=sys.stderr)
     return found

@@ -1,4 +1,4 @@
-// Python bindings: check the arrays, release the GIL, call the C API. The contract is fmn_ref/_kernels.pyi.
+// Python bindings: check the arrays, release the GIL, call the C API. fmn_ref/kernels/protocol.py documents each function.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -14,7 +14,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Rows of n_samples bytes (dtype bool) or of as many bits (uint8).
+// A matrix of n_samples bytes (dtype bool) or bits (dtype uint8) per row.
 fmn_matrix matrix(const py::array& a, int64_t n_samples) {
     const bool bytes = a.dtype().kind() == 'b';
     const int64_t width = bytes ? n_samples : (n_samples + 7) / 8;
@@ -113,7 +113,7 @@ fmn_type type_of(const py::dtype& dtype, bool bfloat16) {
     throw py::type_error("expected integers, or floats of 16 to 64 bits");
 }
 
-void check_rows(const py::array& a) {  // an empty array has no strides to speak of
+void check_rows(const py::array& a) {  // the strides of an empty array mean nothing
     if (a.ndim() != 2 || (a.size() > 0 && a.shape(1) > 1 && a.strides(1) != a.itemsize()))
         throw py::value_error("expected two axes, the last one contiguous");
 }
@@ -153,7 +153,7 @@ bool check_probabilities(const py::array& scores, double tolerance, bool bfloat1
     return sound != 0;
 }
 
-// The arrays of a mixture, kept alive while it is used: epochs is a list of (n_samples, n_classes) arrays of one type.
+// An fmn_mixture, and the arrays that it points to: epochs is a list of (n_samples, n_classes) arrays of one type.
 struct Mixture {
     Mixture(const py::array& current, const std::vector<py::array>& epochs, const Array<int64_t>& labels,
             const py::object& weights, bool bfloat16)
@@ -208,7 +208,7 @@ py::tuple best_epsilons(const py::array& current, const std::vector<py::array>& 
 
 PYBIND11_MODULE(_kernels, m) {
     using namespace py::literals;
-    m.doc() = "Compiled kernels of fmn_ref; see _kernels.pyi.";
+    m.doc() = "Compiled kernels of fmn_ref; see protocol.py.";
     m.def("curve_counts", curve_counts, "rows"_a, "n_samples"_a, "reference"_a, "counts"_a.noconvert());
     m.def("group_counts", group_counts, "rows"_a, "n_samples"_a, "reference"_a, "groups"_a, "n_groups"_a,
           "counts"_a.noconvert());
@@ -224,6 +224,7 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("mixture_right", mixture_right, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "epsilon"_a, "bfloat16"_a = false);
     m.def("best_epsilons", best_epsilons, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "windows"_a, "grid"_a,
           "bfloat16"_a = false);
+    m.attr("reads_bits") = true;
     m.def("instruction_set", fmn_instruction_set);
     m.def("threads", fmn_threads);
 #ifdef __VERSION__

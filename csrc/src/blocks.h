@@ -1,4 +1,4 @@
-// The counts of one block of a matrix, in either format: what a thread does between two takes of a lock.
+// Counts of one block of a matrix, in either format: the work of one thread between two locks.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -7,7 +7,7 @@
 
 namespace fmn {
 
-// Row e from sample i on; for bits, i is a multiple of 8.
+// First byte of row e from sample i on; for bits, i is a multiple of 8.
 inline const uint8_t* at(const fmn_matrix* m, int64_t e, int64_t i) {
     return m->data + e * m->stride + (m->format == FMN_BITS ? i / 8 : i);
 }
@@ -16,7 +16,7 @@ inline int64_t row_bytes(const fmn_matrix* m) { return m->format == FMN_BITS ? (
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The last bits of a row that fill no byte, as a mask; 0 if there are none.
+// Mask of the bits in a row's last, incomplete byte; 0 if all bytes are complete.
 inline uint8_t tail_mask(int64_t n_samples) { return static_cast<uint8_t>((1 << n_samples % 8) - 1); }
 
 inline int popcount8(unsigned v) {
@@ -27,7 +27,7 @@ inline int popcount8(unsigned v) {
 
 constexpr int64_t reference_piece = 1 << 19;  // samples: 64 KiB of bits
 
-// A piece of the reference row as bits: where they lie, or packed here.
+// A piece of the reference row as bits: a pointer into the matrix, or a packed copy.
 struct ReferencePiece {
     const uint8_t* bits;
     uint8_t packed[reference_piece / 8];
@@ -38,7 +38,7 @@ struct ReferencePiece {
     }
 };
 
-// Right and retained of n_rows epochs from e on, in a piece of the samples.
+// Counts right and retained of n_rows epochs from e on, in a piece of the samples.
 inline void count(const Kernels& k, const fmn_matrix* m, int64_t e, int n_rows, int64_t start, int64_t n, const uint8_t* ref,
            int64_t* counts) {
     const uint8_t* rows[count_rows];
@@ -52,7 +52,7 @@ inline void count(const Kernels& k, const fmn_matrix* m, int64_t e, int n_rows, 
     }
 }
 
-// Adds a block's epochs, which begin at `base`, to the counts of its samples (rows of n).
+// Adds the statistics of a block, whose epochs begin at `base`, to the counts of its samples (rows of n).
 inline void add_block(const SampleBlock& block, int64_t size, int32_t base, int32_t length, int64_t n, int32_t* counts) {
     int32_t *first = counts, *last = counts + n, *events = counts + 2 * n, *right = counts + 3 * n, *wrong = counts + 4 * n;
     for (int row = 0; base == 0 && row < 5; ++row) std::fill_n(counts + row * n, size, row == 2 || row == 3 ? 0 : -1);
@@ -67,12 +67,13 @@ inline void add_block(const SampleBlock& block, int64_t size, int32_t base, int3
     }
 }
 
-// Rows of a block of samples as bytes, sample_rows at a time with the row before: where they lie, or unpacked here.
+// Rows of a block of samples as bytes, sample_rows at a time after the row before them: pointers into the matrix, or
+// unpacked copies.
 class Rows {
 public:
     Rows(const Kernels& k, const fmn_matrix* m, int64_t start, int64_t n) : k_(k), m_(m), start_(start), n_(n) {}
 
-    const uint8_t* const* read(int64_t e, int n_rows) {  // in order of the epochs
+    const uint8_t* const* read(int64_t e, int n_rows) {  // call in the order of the epochs
         const bool bits = m_->format == FMN_BITS;
         rows_[0] = e > 0 ? previous_ : nullptr;
         if (bits && e > 0) rows_[0] = static_cast<uint8_t*>(std::memcpy(unpacked_[0], previous_, sizeof unpacked_[0]));
@@ -111,7 +112,7 @@ inline void count_samples(const Kernels& k, const fmn_matrix* m, int64_t start, 
     }
 }
 
-// A tile of the all-pairs matrix: 32 rows against 32, through their samples in pieces that stay in the level-2 cache.
+// A tile of the all-pairs matrix: 32 rows against 32, in pieces of the samples that stay in the level-2 cache.
 struct OverlapTile {
     static constexpr int rows = 32;
     static constexpr int64_t piece = 1024;  // bytes of bits
@@ -119,7 +120,7 @@ struct OverlapTile {
     uint8_t packed[2][rows][piece];
     const uint8_t *a[rows], *b[rows + 3];
 
-    // Rows i, i + 1, ... as bits, as many as there are; the places after them repeat the last, so that fours are full.
+    // Reads rows i, i + 1, ... as bits. Places past the last row repeat it: count_overlaps takes four rows at once.
     void read(const Kernels& k, const fmn_matrix* m, int64_t i, int64_t start, int64_t n, int side, int n_places) {
         const uint8_t** out = side ? b : a;
         for (int64_t row = 0; row < n_places; ++row) {

@@ -1,4 +1,4 @@
-// The C API: argument checks, the choice of the instruction set, and the cut into pieces for the threads.
+// The C API: argument checks, the choice of the instruction set, and the split into pieces for the threads.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -16,11 +16,11 @@ namespace {
 
 using namespace fmn;
 
-// The kernels this processor can run, the best first.
+// Finds the kernels that this processor can run, the best first.
 int available(const Kernels* found[3]) {
     int n = 0;
 #ifdef FMN_X86
-    __builtin_cpu_init();  // its answers include the operating system's support
+    __builtin_cpu_init();  // its answers include support by the operating system
 #ifdef FMN_SIMDE
     found[n++] = &avx512_kernels;  // emulated
 #else
@@ -50,7 +50,7 @@ bool valid(const fmn_matrix* m) {
 
 bool valid(const fmn_matrix* m, int64_t reference) { return valid(m) && 0 <= reference && reference < m->n_epochs; }
 
-// Forgotten and learned from right and retained; all four are sums over the same samples.
+// Computes forgotten and learned from right and retained; all four are sums over the same samples.
 void derive(int64_t* counts, int64_t plane, int64_t n_epochs, int64_t reference) {
     for (int64_t i = 0; i < plane; ++i) {
         const int64_t right_at_reference = counts[i / n_epochs * n_epochs + reference];
@@ -59,14 +59,14 @@ void derive(int64_t* counts, int64_t plane, int64_t n_epochs, int64_t reference)
     }
 }
 
-// A matrix of 8 x 8 bits, a byte per row, transposed by swaps of blocks of 1, 2 and 4 (Hacker's Delight, 7-3).
+// Transposes a matrix of 8 x 8 bits, a byte per row, by swapping blocks of 1, 2 and 4 (Hacker's Delight, 7-3).
 uint64_t transposed(uint64_t x) {
     x = (x & 0xAA55AA55AA55AA55u) | (x & 0x00AA00AA00AA00AAu) << 7 | (x >> 7 & 0x00AA00AA00AA00AAu);
     x = (x & 0xCCCC3333CCCC3333u) | (x & 0x0000CCCC0000CCCCu) << 14 | (x >> 14 & 0x0000CCCC0000CCCCu);
     return (x & 0xF0F0F0F00F0F0F0Fu) | (x & 0x00000000F0F0F0F0u) << 28 | (x >> 28 & 0x00000000F0F0F0F0u);
 }
 
-// Eight epochs at a time, the samples in order: so a sum in floating point does not depend on the thread count.
+// Takes eight epochs at a time and the samples in order, so that a floating-point sum does not depend on the thread count.
 template <class T, class Add>
 void add_groups(const fmn_matrix* m, int64_t reference, const int64_t* groups, const double* weights, int64_t n_groups,
                 int n_threads, T* sums, const Add& add) {
@@ -116,8 +116,8 @@ extern "C" {
 fmn_status fmn_curve_counts(const fmn_matrix* m, int64_t reference, int n_threads, int64_t* counts) {
     if (!valid(m, reference) || !counts) return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
-    // All epochs of a piece of the samples, then the next. The piece is long, so that memory is read in long runs, and its
-    // reference row stays in the level-2 cache, since it is kept as bits.
+    // All epochs of a piece of the samples, then the next piece. A piece is long, so that memory is read in long runs. Its
+    // reference row is kept as bits, so that it stays in the level-2 cache.
     const int64_t n = m->n_epochs, fours = ceil_div(n, count_rows), pieces = ceil_div(m->n_samples, reference_piece);
     std::mutex adding;
     split(fours * pieces, 1.0 * n * row_bytes(m), n_threads, [=, &k, &adding](int64_t begin, int64_t end) {
@@ -176,7 +176,7 @@ fmn_status fmn_overlap_counts(const fmn_matrix* m, int n_threads, int64_t* count
     const int64_t n = m->n_epochs, samples = m->n_samples, rows = OverlapTile::rows, piece = 8 * OverlapTile::piece;
     const int64_t tiles = ceil_div(n, rows), section = 1 << 22, sections = ceil_div(samples, section);
     const int64_t units = tiles * (tiles + 1) / 2 * sections;
-    std::atomic<int64_t> next{0};  // tiles on the diagonal are half the work: threads take units as they are done
+    std::atomic<int64_t> next{0};  // tiles on the diagonal are half the work: a thread takes the next unit when it is done
     std::mutex adding;
     split(units, 1.0 * n * n * row_bytes(m), n_threads, [=, &k, &next, &adding](int64_t, int64_t) {
         for (int64_t unit; (unit = next++) < units;) {
@@ -233,7 +233,7 @@ fmn_status fmn_pack_predictions(const void* predictions, fmn_type type, int64_t 
     const auto& k = kernels();
     const auto* data = static_cast<const uint8_t*>(predictions);
     split(n_epochs * pieces, 1.0 * n_epochs * n_samples * size, n_threads, [=, &k](int64_t begin, int64_t end) {
-        for (int64_t unit = begin; unit < end; ++unit) {  // all epochs of a piece, whose labels stay in the cache
+        for (int64_t unit = begin; unit < end; ++unit) {  // all epochs of a piece: its labels stay in the cache
             const int64_t e = unit % n_epochs, first = unit / n_epochs * label_piece;
             const int64_t last = std::min(first + label_piece, n_samples);
             for (int64_t i = first; i < last; i += compare_block)

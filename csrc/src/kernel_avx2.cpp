@@ -1,5 +1,5 @@
-// AVX2 kernels. Function attributes, not compiler flags, select the instruction set, so nothing else in the program is
-// compiled for AVX2; no <vector> or <algorithm> here for the same reason.
+// AVX2 kernels. Function attributes select the instruction set, not compiler flags: nothing else in the program is compiled
+// for AVX2. For the same reason this file includes neither <vector> nor <algorithm>.
 #include "loops.h"
 
 #ifdef FMN_X86
@@ -17,7 +17,7 @@ FMN_AVX2 inline int64_t sum(__m256i v) {  // of four 64-bit lanes
            _mm256_extract_epi64(v, 3);
 }
 
-// Bits set in each byte, from a table of nibbles.
+// Number of bits set in each byte, from a table of nibbles.
 FMN_AVX2 inline __m256i popcount_bytes(__m256i v) {
     const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2,
                                            3, 2, 3, 3, 4);
@@ -31,8 +31,8 @@ FMN_AVX2 inline uint32_t pack32(const uint8_t* bytes) {
     return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(load(bytes), _mm256_setzero_si256())));
 }
 
-// 64 bytes to a word of bits, counted in general registers. Bound by memory. Two rows at once: a second stream beside the
-// one of the row keeps the processor from prefetching well when it is re-read from cache for every row.
+// Turns 64 bytes into a word of bits and counts them in general registers. Bound by memory. Takes two rows at once: the
+// reference is a second stream, and reading it again for every row makes the processor prefetch badly.
 template <int n_rows>
 FMN_AVX2 inline void count_bytes_by(const uint8_t* const* rows, const uint8_t* ref, int64_t n, int64_t* counts) {
     int64_t sums[2 * n_rows] = {}, i = 0;
@@ -54,7 +54,7 @@ FMN_AVX2 void count_bytes(const uint8_t* const* rows, int n_rows, const uint8_t*
     if (r < n_rows) count_bytes_by<1>(rows + r, ref, n, counts + 2 * r);
 }
 
-// Byte counters grow by at most 8 a step: 31 steps before vpsadbw widens them. Four rows for one reading of the reference.
+// Byte counters grow by at most 8 a step: 31 steps before vpsadbw widens them. Four rows share one read of the reference.
 // Bound by memory, or in cache by the two shuffles per count.
 template <int n_rows>
 FMN_AVX2 inline void count_bits_by(const uint8_t* const* rows, const uint8_t* ref, int64_t n, int64_t* counts) {
@@ -85,7 +85,7 @@ FMN_AVX2 void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t* 
     for (int r = 0; r < n_rows; ++r) count_bits_by<1>(rows + r, ref, n, counts + 2 * r);
 }
 
-// One row against four, so that its load is shared; otherwise as count_bits.
+// One row against four, which share its load; otherwise as count_bits.
 FMN_AVX2 void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
     const __m256i zero = _mm256_setzero_si256();
     __m256i sum64[4] = {zero, zero, zero, zero};
@@ -114,7 +114,7 @@ FMN_AVX2 void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
     loops::pack(bytes + i, n - i, bits + i / 8);
 }
 
-// Each of 32 bytes gets the byte that holds its bit, and keeps that bit alone.
+// Copies to each of 32 bytes the byte that holds its bit, and keeps only that bit.
 FMN_AVX2 void unpack(const uint8_t* bits, int64_t n, uint8_t* bytes) {
     const __m256i which = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u)), one = _mm256_set1_epi8(1);
@@ -128,7 +128,7 @@ FMN_AVX2 void unpack(const uint8_t* bits, int64_t n, uint8_t* bytes) {
     loops::unpack(bits + i / 8, n - i, bytes + i);
 }
 
-// The common type without a detour over bytes: vmovmskpd takes one bit of each of four comparisons.
+// For int64, the most common type, without bytes in between: vmovmskpd takes one bit of each of four comparisons.
 FMN_AVX2 void compare(const void* predictions, fmn_type type, const int64_t* labels, int64_t n, uint8_t* bits) {
     const auto* p = static_cast<const uint8_t*>(predictions);
     int64_t i = 0;
@@ -147,8 +147,8 @@ FMN_AVX2 bool compare_scores(const uint8_t* scores, fmn_type type, int64_t n_cla
     return loops::compare_scores(scores, type, n_classes, stride, labels, n, bytes);
 }
 
-// 32 samples a step, through eight epochs in registers: one load and eight operations per epoch. Eight rows are more
-// streams than the processor prefetches by itself, so the next eight are asked for on the way.
+// Takes 32 samples per step through eight epochs in registers: one load and eight operations per epoch. Eight rows are more
+// streams than the processor prefetches itself, so the code prefetches the next eight.
 template <int n_rows>
 FMN_AVX2 inline int64_t update_samples_by(const uint8_t* const* rows, int64_t n, uint8_t e, SampleBlock* s) {
     const __m256i zero = _mm256_setzero_si256();
@@ -173,7 +173,7 @@ FMN_AVX2 inline int64_t update_samples_by(const uint8_t* const* rows, int64_t n,
     return i;
 }
 
-// All ones in the 64-bit lanes whose bit is set, for the lower and the upper four of eight epochs.
+// Masks of the 64-bit lanes whose bit is set, for the lower and the upper four of eight epochs.
 FMN_AVX2 inline void spread(int right, __m256i lanes[2]) {
     const __m256i bits = _mm256_set1_epi64x(right), low = _mm256_setr_epi64x(1, 2, 4, 8);
     const __m256i high = _mm256_setr_epi64x(16, 32, 64, 128);
@@ -181,7 +181,7 @@ FMN_AVX2 inline void spread(int right, __m256i lanes[2]) {
     lanes[1] = _mm256_cmpeq_epi64(_mm256_and_si256(bits, high), high);
 }
 
-// Four epochs a step. Bound by the loads and stores of the sums, which lie where the groups say.
+// Four epochs per step. Bound by the loads and stores of the sums, whose addresses depend on the groups.
 FMN_AVX2 void add_counts(const GroupTile<int64_t>& t) {
     if (t.n_lanes < 8) return loops::add_counts(t);
     for (int64_t i = 0; i < t.n_samples; ++i) {
@@ -217,7 +217,7 @@ FMN_AVX2 void add_weights(const GroupTile<double>& t) {
     }
 }
 
-// The mixtures' loops, for the compiler to vectorise.
+// Loops of the mixtures, vectorised by the compiler.
 FMN_AVX2 void widen(const void* scores, fmn_type type, int64_t n, double* out) { loops::widen(scores, type, n, out); }
 FMN_AVX2 bool sums_to_one(const double* row, int64_t n, double tolerance) {
     return loops::sums_to_one(row, n, tolerance);

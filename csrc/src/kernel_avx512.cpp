@@ -1,5 +1,5 @@
-// AVX-512 kernels (F, BW, VPOPCNTDQ: Ice Lake, Zen 4 and later). Function attributes as in kernel_avx2.cpp. Compiled with
-// -DFMN_SIMDE the same source runs anywhere, instruction by instruction emulated: that is how it is tested without AVX-512.
+// AVX-512 kernels (F, BW, VPOPCNTDQ: Ice Lake, Zen 4 and later). Function attributes as in kernel_avx2.cpp. With
+// -DFMN_SIMDE the same source runs on any x86-64, each instruction emulated: this tests it without AVX-512.
 #include "loops.h"
 
 #ifdef FMN_X86
@@ -75,7 +75,7 @@ FMN_AVX512 void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t
     for (int r = 0; r < n_rows; ++r) count_bits_by<1>(rows + r, ref, n, counts + 2 * r);
 }
 
-// One row against four, so that its load is shared.
+// One row against four, which share its load.
 FMN_AVX512 void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
     const __m512i zero = _mm512_setzero_si512();
     __m512i sum64[4] = {zero, zero, zero, zero};
@@ -106,7 +106,7 @@ FMN_AVX512 void unpack(const uint8_t* bits, int64_t n, uint8_t* bytes) {
     loops::unpack(bits + i / 8, n - i, bytes + i);
 }
 
-// The common type without a detour over bytes: a comparison gives eight bits.
+// For int64, the most common type, without bytes in between: a comparison gives eight bits.
 FMN_AVX512 void compare(const void* predictions, fmn_type type, const int64_t* labels, int64_t n, uint8_t* bits) {
     const auto* p = static_cast<const uint8_t*>(predictions);
     int64_t i = 0;
@@ -120,7 +120,7 @@ FMN_AVX512 bool compare_scores(const uint8_t* scores, fmn_type type, int64_t n_c
     return loops::compare_scores(scores, type, n_classes, stride, labels, n, bytes);
 }
 
-// Eight epochs a step: the byte of bits is the mask. Bound by the loads and stores of the sums.
+// Eight epochs per step: the byte of bits is the mask. Bound by the loads and stores of the sums.
 FMN_AVX512 void add_counts(const GroupTile<int64_t>& t) {
     if (t.n_lanes < 8) return loops::add_counts(t);
     const __m512i one = _mm512_set1_epi64(1);
@@ -149,7 +149,7 @@ FMN_AVX512 void add_weights(const GroupTile<double>& t) {
     }
 }
 
-// The mixtures' loops, for the compiler to vectorise.
+// Loops of the mixtures, vectorised by the compiler.
 FMN_AVX512 void widen(const void* scores, fmn_type type, int64_t n, double* out) { loops::widen(scores, type, n, out); }
 FMN_AVX512 bool sums_to_one(const double* row, int64_t n, double tolerance) {
     return loops::sums_to_one(row, n, tolerance);
@@ -164,7 +164,7 @@ FMN_AVX512 void right_at(const double* now, const double* then, int64_t n, int64
 
 }  // namespace
 
-// The samples' blocks take the AVX2 kernel: twice the width at half the rate was no faster (Zen 4), and memory bounds both.
+// The blocks of samples use the AVX2 kernel: 512-bit vectors were no faster on Zen 4, and memory bounds both.
 const Kernels avx512_kernels = {"avx512", count_bytes,    count_bits,          count_overlaps, pack,        unpack,
                                 compare,  compare_scores, update_samples_avx2, add_counts,     add_weights, widen,
                                 sums_to_one, interval, right_at};

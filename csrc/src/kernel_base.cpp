@@ -1,4 +1,4 @@
-// Portable kernels: plain C++, for any processor; the compiler vectorises what it can.
+// Portable kernels in plain C++ for any processor; the compiler vectorises them.
 #include "loops.h"
 
 namespace fmn {

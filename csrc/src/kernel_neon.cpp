@@ -1,5 +1,5 @@
-// NEON kernels for 64-bit Arm, where NEON is always there: what the compiler makes of the plain loops, but for the counts of
-// bits (vcntq_u8 has no scalar twin) and for packing.
+// NEON kernels for 64-bit Arm, where NEON is always available. The compiler vectorises the plain loops, except the counts of
+// bits (vcntq_u8 has no scalar equivalent) and packing.
 #include "loops.h"
 
 #ifdef FMN_NEON

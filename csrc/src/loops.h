@@ -1,5 +1,6 @@
-// Kernels as plain loops: the portable set, the tails of the others, and, inlined into functions of a wider instruction set,
-// what the compiler vectorises well by itself. Always inlined, so that no copy compiled for AVX is shared by accident.
+// Kernels as plain loops. They are the portable set and the tails of the other sets; inlined into functions of a wider
+// instruction set, they are also the loops that the compiler vectorises well itself. They are always inlined, so that no copy
+// compiled for AVX is shared by accident.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -22,7 +23,7 @@ FMN_INLINE T load(const void* p) {  // of any alignment
     return value;
 }
 
-// Population count by pairs, nibbles and one multiplication: no instruction beyond 64-bit integers.
+// Population count by pairs, nibbles and one multiplication, with 64-bit integers only.
 FMN_INLINE int64_t popcount(uint64_t v) {
     v -= (v >> 1) & 0x5555555555555555u;
     v = (v & 0x3333333333333333u) + ((v >> 2) & 0x3333333333333333u);
@@ -46,7 +47,7 @@ FMN_INLINE void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
     bits[i / 8] = pack8(last);
 }
 
-// And back: the byte eight times, each with one bit kept, then nonzero bytes to 1.
+// Eight bits to eight bytes: repeat the byte eight times, keep one bit of each, then turn nonzero bytes into 1.
 FMN_INLINE void unpack(const uint8_t* bits, int64_t n, uint8_t* bytes) {
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
@@ -57,7 +58,7 @@ FMN_INLINE void unpack(const uint8_t* bits, int64_t n, uint8_t* bytes) {
     for (; i < n; ++i) bytes[i] = bits[i / 8] >> i % 8 & 1;
 }
 
-// The counts of one row from `begin` on, added to what is there.
+// Adds the counts of one row from `begin` on.
 FMN_INLINE void count_bytes_from(int64_t begin, const uint8_t* row, const uint8_t* ref, int64_t n, int64_t* counts) {
     for (int64_t i = begin; i < n; i += 248) {  // 248 ones fit the byte accumulators the compiler may choose
         const int64_t size = n - i < 248 ? n - i : 248;
@@ -113,7 +114,7 @@ FMN_INLINE void compare_as(const uint8_t* predictions, const int64_t* labels, in
     FMN_NO_ALIAS
     for (int64_t i = 0; i < n; ++i) {
         const T p = load<T>(predictions + i * static_cast<int64_t>(sizeof(T)));
-        const int64_t y = labels[i];  // a huge uint64 turns negative, and equals no label
+        const int64_t y = labels[i];  // a uint64 of 2^63 or more turns negative and equals no label
         bytes[i] = (static_cast<int64_t>(p) == y) & (T(-1) < T(0) || y >= 0);
     }
 }
@@ -134,8 +135,8 @@ FMN_INLINE void compare(const void* predictions, fmn_type type, const int64_t* l
     pack(bytes, n, bits);
 }
 
-// A float's sign and magnitude bits as an integer of the same order, in which 0.0 and -0.0 are the same: scores of all four
-// types are compared as integers, with no conversion.
+// Turns a float's sign and magnitude bits into an integer of the same order, in which 0.0 equals -0.0: scores of all four
+// types are compared as integers, without conversion.
 template <class Int>
 FMN_INLINE Int magnitude(Int bits) {
     return static_cast<Int>(bits & static_cast<Int>(~(Int(1) << (8 * sizeof(Int) - 1))));
@@ -146,7 +147,7 @@ FMN_INLINE Int ordered(Int bits) {
     return static_cast<Int>((magnitude(bits) ^ sign) - sign);
 }
 
-// Right: no score before the label's reaches it, and none after it exceeds it.
+// A sample is right if no score before the label's reaches it and none after it exceeds it.
 template <class Int>
 FMN_INLINE bool compare_scores_as(const uint8_t* scores, Int infinity, int64_t n_classes, int64_t stride,
                                   const int64_t* labels, int64_t n, uint8_t* bytes) {
@@ -247,8 +248,8 @@ FMN_INLINE void widen_from(const uint8_t* p, int64_t n, double* out) {
 
 FMN_INLINE double as_double(int64_t bits) { return load<double>(&bits); }
 
-// Half and bfloat16 by their bits: exponent and fraction moved to where a double has them, the exponent's bias made up for.
-// Half's subnormals are counted from 2^-14 up, then 2^-14 is taken away.
+// Converts half by its bits: moves exponent and fraction to their places in a double and corrects the exponent's bias. A
+// subnormal is built as 2^-14 plus its value; then 2^-14 is subtracted.
 FMN_INLINE void widen_half(const uint8_t* p, int64_t n, double* out) {
     FMN_NO_ALIAS
     for (int64_t i = 0; i < n; ++i) {
@@ -295,8 +296,9 @@ FMN_INLINE bool sums_to_one(const double* row, int64_t n, double tolerance) {
     return !bad && sum >= 1 - tolerance && sum <= 1 + tolerance;
 }
 
-// A mixture is right where its lead over each other class k, now + epsilon * (then - now) of the leads below, is positive, or
-// for classes after the label's not negative. A lead that is lost at one end alone is lost on one side of its crossing.
+// The lead over another class k is the label's score minus that of k; in a mixture it is a + epsilon * (b - a) for leads a now
+// and b then. A mixture is right if its lead is positive over classes before the label and not negative over those after it.
+// A lead that is lost at one end only is lost on one side of its crossing.
 struct Leads {
     int64_t never, surely_never, crosses;  // 0 or -1
     double now, then;                      // scores of the label
@@ -321,8 +323,8 @@ struct Leads {
             surely_never |= -int64_t(now - p[k] + rounding < 0) & -int64_t(then - q[k] + rounding < 0);
     }
 
-    // Where a class before the label's crosses, the end is open: the next double stands for it. Doubles that are not negative
-    // are compared by their bits, as integers, so that the compiler vectorises the greatest and the least.
+    // At the crossing of a class before the label the end is open: the next double stands for it. Doubles >= 0 are compared by
+    // their bits, as integers, so that the compiler vectorises the maximum and the minimum.
     template <bool widest>
     FMN_INLINE Interval cross(const double* p, const double* q, int64_t n) const {
         const int64_t zero = 0, one = bits(1.0), least = 1;

@@ -1,4 +1,4 @@
-// Mixtures of a predictor with windows of epochs: where each is right, and the best epsilon.
+// Mixtures of a predictor with windows of epochs: the intervals in which a sample is right, and the best epsilon.
 #include <atomic>
 #include <mutex>
 #include <new>
@@ -26,15 +26,15 @@ bool valid_window(const fmn_mixture* m, int64_t first, int64_t last) {
 
 int64_t weight(const fmn_mixture* m, int64_t i) { return m->weights ? m->weights[i] : 1; }
 
-// Scores of some samples as double, of the current predictor and in a range of epochs; and window means. As many samples at a
-// time as stay in the level-2 cache.
+// Scores of the current predictor and of a range of epochs as double, and window means. Holds as many samples at a time as
+// stay in the level-2 cache.
 class Scores {
 public:
     Scores(const fmn_mixture* m, int64_t first, int64_t last)
         : m(m), k(kernels()), first(first), n(m->n_classes), block(block_samples(m, first, last)),
           rows(static_cast<size_t>((last - first + 2) * block * n)), sum(static_cast<size_t>(n)) {}
 
-    // Calls work(sample) for those of [begin, end) that have weight.
+    // Calls work(sample) for the samples of [begin, end) that have weight.
     template <class Work>
     void each(int64_t begin, int64_t end, const Work& work) {
         for (start = begin; start < end; start += block) {
@@ -81,7 +81,7 @@ private:
     std::vector<double> rows, sum;
 };
 
-// As split, for work that allocates: an exception must not leave a thread. Whether there was memory enough.
+// As split, for work that allocates: an exception must not leave a thread. Returns whether there was enough memory.
 template <class Work>
 bool split_allocating(int64_t n, double bytes, int n_threads, const Work& work) {
     std::atomic<bool> enough{true};
@@ -100,7 +100,7 @@ struct End {
     int64_t weight;
 };
 
-// Sorts ends in [0, 1]: into as many buckets as there are, then within them.
+// Sorts ends in [0, 1]: into as many buckets as there are ends, then within the buckets.
 void sort(std::vector<End>& ends) {
     const auto before = [](const End& a, const End& b) { return a.at < b.at; };
     const size_t n = ends.size();
@@ -118,14 +118,14 @@ void sort(std::vector<End>& ends) {
     ends.swap(sorted);
 }
 
-constexpr int64_t unit = 64;  // samples of a window whose intervals are gathered by one thread
+constexpr int64_t unit = 64;  // samples: one thread gathers the intervals of a unit
 
-// The intervals of one window: a unit's ends stand at the front of its part of `starts` and `stops`.
+// The intervals of one window. The ends of a unit stand at the front of its part of `starts` and `stops`.
 struct Ends {
-    std::vector<End> starts, stops;     // after 0, before 1
-    std::vector<int32_t> n_starts, n_stops;  // of each unit
-    std::vector<int64_t> from_zero;     // weight that is right at 0
-    std::vector<int32_t> grid_first, grid_end;  // of each sample: the points of the grid on which it may be right
+    std::vector<End> starts, stops;     // those above 0, those below 1
+    std::vector<int32_t> n_starts, n_stops;  // number in each unit
+    std::vector<int64_t> from_zero;     // of each unit: weight that is right at 0
+    std::vector<int32_t> grid_first, grid_end;  // of each sample: points of the grid at which it may be right
 
     Ends(int64_t n, bool grid) {
         const auto size = static_cast<size_t>(n), units = static_cast<size_t>(ceil_div(n, unit));
@@ -151,7 +151,7 @@ struct Ends {
         sort(ends);
     }
 
-    // The weight at the best stretch of [0, 1], and its middle.
+    // Returns the weight that is right in the best stretch of [0, 1], and writes its middle.
     int64_t best(double* epsilon) {
         compact(starts, n_starts), compact(stops, n_stops);
         int64_t now = 0;
@@ -184,7 +184,7 @@ struct Ends {
     }
 };
 
-// How many points of an ascending grid in [0, 1] are below x, or equal to it if those count: a guess, then steps.
+// Number of points of an ascending grid in [0, 1] below x, or up to x if `or_equal`: a guess, then steps.
 int64_t points_below(const double* grid, int64_t n, double x, bool or_equal) {
     int64_t i = x > 0 ? static_cast<int64_t>(x * static_cast<double>(n)) : 0;
     while (i < n && (or_equal ? grid[i] <= x : grid[i] < x)) ++i;
@@ -192,7 +192,7 @@ int64_t points_below(const double* grid, int64_t n, double x, bool or_equal) {
     return i;
 }
 
-// The best epsilon of some windows: intervals first, in parts of the samples, then a window after the other.
+// The best epsilon of some windows: first the intervals, split over the samples; then the windows one by one.
 bool best_of(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, const double* grid, int64_t n_grid,
              int n_threads, double* epsilon, int64_t* right, int64_t* on_grid) {
     const auto& k = kernels();

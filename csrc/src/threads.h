@@ -1,4 +1,4 @@
-// What the functions of the C API share: the kernels in use, the cut into pieces for threads, checks of arguments.
+// Shared by the functions of the C API: the kernels in use, the split over threads, checks of arguments.
 #pragma once
 #include <algorithm>
 #include <exception>
@@ -10,8 +10,8 @@ namespace fmn {
 
 const Kernels& kernels();  // dispatch.cpp
 
-// Calls work(begin, end) on disjoint parts of [0, n) that make it up, in as many threads as have the reading of four
-// megabytes each to do, or work that takes as long: with less, two threads were slower than one.
+// Calls work(begin, end) on disjoint parts that cover [0, n), one part per thread. `bytes` is the memory to read, or as much
+// as other work takes the time of. A thread gets at least 4 MB: with less, two threads were slower than one.
 template <class Work>
 void split(int64_t n, double bytes, int n_threads, const Work& work) {
     constexpr int64_t most = 256;
@@ -23,7 +23,7 @@ void split(int64_t n, double bytes, int n_threads, const Work& work) {
     int64_t part = 1;
     try {
         for (; part < parts; ++part) threads[part] = std::thread(work, bound(part), bound(part + 1));
-    } catch (const std::exception&) {  // no more threads to be had: do the rest here
+    } catch (const std::exception&) {  // the system gives no more threads: do the rest here
     }
     work(0, bound(1));
     if (part < parts) work(bound(part), n);

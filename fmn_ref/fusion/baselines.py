@@ -1,7 +1,7 @@
-"""The controls that a fusion has to beat, each as {epoch: weight} over the rows of the history. NumPy only.
+"""Simple choices of epochs that a fusion has to beat, each as {epoch: weight} over the rows of the history. NumPy only.
 
-`mixture(probs, weights)` turns such weights into predictions, `averaged_model(run, weights, ...)` into one averaged
-model.
+`FusionPlan.from_weights(weights, n_epochs)` turns them into a plan, `averaged_model(run, weights, ...)` into one model
+with averaged weights.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check
-from .plan import window_epochs
+from .mixtures import window_epochs
 
 Weights = dict[int, float]
 
 
-def equal(epochs: Any) -> Weights:
+def equal_weights(epochs: Any) -> Weights:
     """The same weight for each of the epochs."""
     chosen = sorted({int(e) for e in epochs})
     return {e: 1 / len(chosen) for e in chosen}
 
 
-def last(n_epochs: int, k: int = 1) -> Weights:
+def last_epochs(n_epochs: int, k: int = 1) -> Weights:
     """The last k epochs ("horizontal")."""
-    return equal(range(max(0, n_epochs - k), n_epochs))
+    return equal_weights(range(max(0, n_epochs - k), n_epochs))
 
 
 def equally_spaced(n_epochs: int, k: int) -> Weights:
     """k epochs at equal distances, the last one among them ("fixed jumps")."""
-    return equal(n_epochs - 1 - (np.arange(k) * n_epochs) // k)
+    return equal_weights(n_epochs - 1 - (np.arange(k) * n_epochs) // k)
 
 
 def best_epoch(correct: Any) -> Weights:
     """The epoch with the best selection accuracy; the earliest of equal ones."""
-    return top(correct, 1)
+    return top_epochs(correct, 1)
 
 
-def top(correct: Any, k: int) -> Weights:
+def top_epochs(correct: Any, k: int) -> Weights:
     """The k epochs with the best selection accuracy; earlier ones first among equals."""
-    n_right = _check.correctness(correct).sum(1)
-    return equal(np.argsort(-n_right, kind="stable")[:k])
+    n_right = _check.bool_matrix(correct).sum(1)
+    return equal_weights(np.argsort(-n_right, kind="stable")[:k])
 
 
 def best_window(probs: Any, labels: NDArray[np.int64], window: int) -> Weights:
@@ -49,19 +49,23 @@ def best_window(probs: Any, labels: NDArray[np.int64], window: int) -> Weights:
     windows = [window_epochs(e, window, len(probs)) for e in range(len(probs))]
     n_right: list[int] = []
     held: dict[int, NDArray[np.float64]] = {}
-    for w in windows:  # one window is held at a time
+    for w in windows:  # hold one window at a time
         held = {e: held[e] if e in held else np.asarray(probs[e], np.float64) for e in w}
         n_right.append(int((np.sum(list(held.values()), axis=0).argmax(1) == labels).sum()))
-    return equal(windows[int(np.argmax(n_right))])
+    return equal_weights(windows[int(np.argmax(n_right))])
 
 
-def ema(n_epochs: int, decay: float) -> Weights:
+def ema_weights(n_epochs: int, decay: float) -> Weights:
     """Exponential moving average over the epochs; the first update copies. Weights under 1e-4 are dropped."""
     w = (1 - decay) * decay ** np.arange(n_epochs)[::-1]
     w[0] = decay ** (n_epochs - 1)
     return {e: float(w[e]) for e in range(n_epochs) if w[e] >= 1e-4}
 
 
-def swa(n_epochs: int) -> Weights:
-    """The plain mean over the last quarter of the run."""
-    return last(n_epochs, max(1, n_epochs // 4))
+def swa_weights(n_epochs: int) -> Weights:
+    """The plain mean over the last quarter of the run (stochastic weight averaging)."""
+    return last_epochs(n_epochs, max(1, n_epochs // 4))
+
+
+# Old names, until the other rooms, the benchmarks and the tests use the new ones.
+equal, last, top, ema, swa = equal_weights, last_epochs, top_epochs, ema_weights, swa_weights

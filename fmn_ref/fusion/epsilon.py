@@ -1,4 +1,4 @@
-"""The best epsilon of a mixture: on a grid, or exactly over [0, 1]; of one candidate, or of every window at once."""
+"""The best epsilon of a mixture: on a grid, or exactly over [0, 1]. NumPy only."""
 
 from __future__ import annotations
 
@@ -8,17 +8,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check
-from ..kernels import reference
-from ..kernels.backend import load
+from ..kernels import mixing
+from ..kernels.backend import kernels
+from ..kernels.mixing import Scores
+from ..kernels.protocol import Float, Int
 from ..metrics.curves import correctness
+from .probabilities import stored_probabilities
 
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
-_TOTAL = 1 << 58  # what weights add up to, as whole numbers: sums are exact, in any order
+_TOTAL = 1 << 58  # sum of the weights as integers: their sums are exact in any order
 
 
 class Target:
-    """What is maximised: the labels, and the samples' weights as whole numbers (None: 1 each)."""
+    """What a fusion maximises: the weight of the samples that are right.
+
+    Weights are integers, so that sums are exact. Samples of weight zero do not count: so cross-validation hides a fold.
+
+    Attributes
+    ----------
+    labels : (n_samples,) int64
+    weights : (n_samples,) int64, or None for 1 each
+    total : int
+        Sum of the weights.
+    """
 
     def __init__(self, labels: Int, sample_weight: Any = None) -> None:
         self.labels = labels
@@ -29,76 +40,143 @@ class Target:
         if sample_weight is not None:
             w = _check.weights(sample_weight, len(labels))
             scale = np.frexp(_TOTAL / len(labels))[1] - 1 - np.frexp(w.max())[1]
-            self.weights = np.rint(np.ldexp(w, scale)).astype(np.int64)  # a power of two: what is even stays so
+            self.weights = np.rint(np.ldexp(w, scale)).astype(np.int64)  # a power of two keeps equal weights equal
         self.total = len(labels) if self.weights is None else int(self.weights.sum())
 
     def weighted(self, weights: Int) -> Target:
-        """The same with other weights; samples of weight 0 are as if they were not there."""
+        """The same labels with other weights."""
         other = Target(self.labels)
         other.weights, other.total = weights, int(weights.sum())
         return other
 
     @property
     def each(self) -> Int:
-        """The weight of every sample."""
+        """The weight of every sample, (n_samples,)."""
         return np.ones(len(self.labels), np.int64) if self.weights is None else self.weights
 
     def score(self, right: NDArray[np.bool_]) -> int:
         """Weight of the samples that are right."""
         return int(right.sum() if self.weights is None else self.weights[right].sum())
 
+    def score_of(self, probs: Float) -> int:
+        """Weight of the samples whose arg-max is the label."""
+        return self.score(probs.argmax(1) == self.labels)
+
+    def mixture_right(self, current: NDArray[Any], epochs: list[Scores], epsilon: Float) -> Int:
+        """Weight that is right for each epsilon, with the mean of `epochs` mixed into `current`."""
+        arrays, bfloat16 = [e.values for e in epochs], epochs[0].bfloat16
+        return kernels().mixture_right(current, arrays, self.labels, self.weights, epsilon, bfloat16)
+
+    def best_epsilons(
+        self, current: NDArray[Any], epochs: list[Scores], windows: Int, grid: Float
+    ) -> tuple[Float, Int, Int]:
+        """For windows of `epochs`, which have one type: the results of `Kernels.best_epsilons`."""
+        arrays, bfloat16 = [e.values for e in epochs], epochs[0].bfloat16
+        return kernels().best_epsilons(current, arrays, self.labels, self.weights, windows, grid, bfloat16)
+
 
 def grid_of(step: float) -> Float:
+    """0, step, ..., 1."""
     n_steps = round(1 / _check.number(step, 1e-6, 1, "step"))
     if abs(n_steps * step - 1) > 1e-9:
         raise ValueError(f"step: expected a value that divides 1, got {step}")
     return np.asarray(np.arange(n_steps + 1) / n_steps)
 
 
-def best_on_grid(
-    cur: NDArray[Any], epochs: list[Any], bfloat16: bool, target: Target, grid: Float
-) -> tuple[float, int]:
+def best_on_grid(current: NDArray[Any], epochs: list[Scores], target: Target, grid: Float) -> tuple[float, int]:
     """The first best point of the grid for the mean of `epochs`, and the weight that is right there."""
-    right = load()[0].mixture_right(cur, epochs, target.labels, target.weights, grid, bfloat16)
+    right = target.mixture_right(current, epochs, grid)
     best = int(np.argmax(right))
     return float(grid[best]), int(right[best])
 
 
-def best_exactly(
-    cur: NDArray[Any], epochs: list[Any], bfloat16: bool, target: Target, grid: Float
-) -> tuple[float, int]:
-    """The same over [0, 1], and nowhere below the grid; 0 when nothing is better than the current predictor."""
-    kernels = load()[0]
-    all_of_them = np.array([[0, len(epochs) - 1]])
-    args = cur, epochs, target.labels, target.weights
-    found, bound, on_grid = kernels.best_epsilons(*args, all_of_them, grid, bfloat16)
-    right = int(kernels.mixture_right(*args, found, bfloat16)[0])
-    at_zero = target.score(correctness(cur, target.labels))
+def best_exactly(current: NDArray[Any], epochs: list[Scores], target: Target, grid: Float) -> tuple[float, int]:
+    """The same over [0, 1], never below the grid; epsilon is 0 if nothing is better than `current`."""
+    all_epochs = np.array([[0, len(epochs) - 1]])
+    found, bound, on_grid = target.best_epsilons(current, epochs, all_epochs, grid)
+    right = int(target.mixture_right(current, epochs, found)[0])
+    at_zero = target.score(correctness(current, target.labels))
     eps, best = (float(found[0]), right) if right > at_zero else (0.0, at_zero)
     if max(int(bound[0]), int(on_grid[0])) > best:  # equal scores, which rounding may decide: look closer
-        return _closer(reference.widened(cur), reference.mean(epochs, bfloat16), target, grid, (eps, best))
+        candidate = mixing.mean([e.values for e in epochs], epochs[0].bfloat16)
+        return _closer(mixing.widened(current), candidate, target, grid, (eps, best))
     return eps, best
 
 
-def _closer(cur: Float, new: Float, target: Target, grid: Float, best: tuple[float, int]) -> tuple[float, int]:
-    """Try all middles and ends of stretches, and the grid, the most promising first."""
-    parts = [reference._intervals(cur[b], new[b], target.labels[b]) for b in reference._blocks(*cur.shape)]
+def _closer(
+    current: Float, candidate: Float, target: Target, grid: Float, best: tuple[float, int]
+) -> tuple[float, int]:
+    """Try the middles and ends of all stretches, and the grid, in the order of their bounds."""
+    parts = [mixing.intervals(current[b], candidate[b], target.labels[b]) for b in mixing.blocks(*current.shape)]
     lo, hi, widest_lo, widest_hi = np.concatenate(parts, axis=1)
     w = target.each
     some = lo <= hi
     ends = np.unique(np.concatenate([lo[some], hi[some], [0.0, 1.0]]))
     middles = (ends[:-1] + ends[1:]) / 2
-    candidates = np.concatenate([middles, ends, grid])
-    bounds = [reference._inside(lo, hi, w, x) for x in (middles, ends)]
-    bound = np.concatenate([*bounds, reference._inside(widest_lo, widest_hi, w, grid)])
+    tried = np.concatenate([middles, ends, grid])
+    bounds = [mixing.weight_inside(lo, hi, w, x) for x in (middles, ends)]
+    bound = np.concatenate([*bounds, mixing.weight_inside(widest_lo, widest_hi, w, grid)])
     eps, right = best
-    for i in np.lexsort((candidates, np.arange(len(bound)) >= len(middles), -bound)):
+    for i in np.lexsort((tried, np.arange(len(bound)) >= len(middles), -bound)):
         if bound[i] <= right:
             break
-        now = load()[0].mixture_right(cur, [new], target.labels, target.weights, candidates[i : i + 1])
+        now = target.mixture_right(current, [Scores(candidate)], tried[i : i + 1])
         if now[0] > right:
-            eps, right = float(candidates[i]), int(now[0])
+            eps, right = float(tried[i]), int(now[0])
     return eps, right
 
 
 SEARCHES = {"grid": best_on_grid, "exact": best_exactly}
+
+
+def best_epsilon(
+    current: Any,
+    candidate: Any,
+    labels: Any,
+    *,
+    search: str = "grid",
+    step: float = 0.01,
+    sample_weight: Any = None,
+) -> tuple[float, float]:
+    """The epsilon in [0, 1] with the best accuracy of eps * candidate + (1 - eps) * current.
+
+    Parameters
+    ----------
+    current, candidate : (n_samples, n_classes) probabilities
+        Of 16, 32 or 64 bits, bfloat16 tensors included; mixed as float64.
+    labels : (n_samples,) integers
+    search : {"grid", "exact"}
+        Default: "grid", which tries 0, step, ..., 1 and takes the smallest of equally good ones. "exact" finds the best
+        epsilon of the whole interval and is never below the grid. Each sample is right on one sub-interval: one pass
+        gives their ends, one sort the best count. The result is the middle of the first best stretch (or its end, if
+        only equal scores make it best), and 0 if nothing is better than `current`.
+    step : float
+        Default: 0.01. Distance of the grid's points; 1 / step must be a whole number.
+    sample_weight : (n_samples,) floats >= 0, or "balanced", optional
+        Default: 1 each. Maximise weighted accuracy; "balanced" gives every class the same weight.
+
+    Returns
+    -------
+    eps, accuracy : float, float
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `fuse`.
+
+    Examples
+    --------
+    >>> current, candidate = [[0.65, 0.35], [0.9, 0.1]], [[0.1, 0.9], [0.6, 0.4]]
+    >>> best_epsilon(current, candidate, [1, 0])
+    (0.28, 1.0)
+    >>> eps, accuracy = best_epsilon(current, candidate, [1, 0], search="exact")
+    >>> round(eps, 3), accuracy
+    (0.636, 1.0)
+    """
+    find, grid = SEARCHES[_check.choice(search, tuple(SEARCHES), "search")], grid_of(step)
+    given = stored_probabilities(current, None, "current")
+    now = given.widened() if given.bfloat16 else given.values
+    then = stored_probabilities(candidate, now.shape, "candidate")
+    target = Target(_check.labels(labels, *now.shape), sample_weight)
+    eps, right = find(now, [then], target, grid)
+    return eps, right / target.total

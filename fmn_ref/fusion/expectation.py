@@ -1,4 +1,4 @@
-"""What a fusion will bring, told from the history alone. NumPy only."""
+"""The expected gain of a fusion, estimated from the correctness history alone. NumPy only."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 from .. import _check
 from ..metrics.curves import forgetting_curves
 
-# Least squares over the settings of benchmarks/paper.py (`paper_tables.fit_rule`, docs/results.md); the error is the
-# root mean square on settings that were left out.
+# Least squares over the settings of the benchmark suite (docs/results.md): `fit_rule` in
+# benchmarks/experiments/tables.py. ERROR is the root mean square on settings that were left out.
 RULE = {"constant": -0.0119, "peak": 0.7221, "churn": -0.274, "drop": 0.4351}
 ERROR = 0.0232
 
 
 def features(correct: Any) -> dict[str, float]:
-    """What the rule looks at, as shares of the samples.
+    """The rule's inputs, as shares of the samples.
 
     Returns
     -------
     dict
-        peak: the peak forget fraction; churn: right at an epoch and wrong at the next, mean over the epochs; drop: best
-        accuracy of any epoch minus the final one.
+        peak: the peak forget fraction; churn: samples right at an epoch and wrong at the next, mean over the epochs;
+        drop: best accuracy of any epoch minus the final accuracy.
     """
-    right = _check.correctness(correct)
+    right = _check.bool_matrix(correct)
     curves = forgetting_curves(right)
     churn = (right[:-1] & ~right[1:]).mean() if len(right) > 1 else 0.0
     drop = curves.accuracy.max() - curves.accuracy[-1]
@@ -32,7 +32,7 @@ def features(correct: Any) -> dict[str, float]:
 
 
 def expected_gain(correct: Any) -> tuple[float, float]:
-    """What fusing the run's checkpoints will add to the final model's accuracy, and the error of that estimate.
+    """Estimate the accuracy that fusing a run's checkpoints adds to the final model, and the error of the estimate.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def expected_gain(correct: Any) -> tuple[float, float]:
     Returns
     -------
     gain, error : float, float
-        In shares of the samples. A linear rule, fitted on small networks (docs/results.md); take it as a hint.
+        As shares of the samples. The rule is linear and was fitted on small networks (docs/results.md): it is a hint.
 
     Examples
     --------

@@ -1,28 +1,27 @@
-"""Knowledge Fusion: choose epochs by what the current predictor gets wrong, and mix them in; and stronger choices.
+"""`fuse`: Knowledge Fusion and its relatives, with cross-validation inside the selection set. NumPy only.
 
-Input is what every epoch's checkpoint predicts on a labelled selection set. NumPy only. The method is that of arXiv
-2412.12968, Algorithm 1, and arXiv 2507.08686, Section IV; where the papers are silent (ties, the ends of the range) the
-docstrings say what was decided. The ways to choose are in `_selection.py`.
+The input is what every epoch's checkpoint predicts on a labelled selection set. The default method is that of arXiv
+2412.12968, Algorithm 1, and arXiv 2507.08686, Section IV. Where the papers are silent (ties, the ends of the range) the
+docstrings state the decision. `methods.py` holds the methods.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import _check
-from ..kernels import reference
+from ..kernels.protocol import Bool, Float, Int
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from .epsilon import SEARCHES, Target, grid_of
-from .methods import WINDOWED, Problem, choose, replay
-from .plan import METHODS, Epochs, Float, FusionPlan
+from .methods import AUTO, METHODS, Problem, auto_methods, method_names, problem_for, replay
+from .plan import FusionPlan
+from .probabilities import ProbabilityReader
 
-Int = NDArray[np.int64]
-AUTO = ("top", "coverage", "forget", "greedy", "bagged", "likelihood")
+_UNBOUNDED = 2**31
 _DRAWS = 2000  # of the bootstrap
 
 
@@ -33,7 +32,6 @@ def fuse(
     correct: Any = None,
     method: str = "forget",
     window: int = 1,
-    max_rounds: int | None = None,
     search: str = "grid",
     step: float = 0.01,
     max_members: int | None = None,
@@ -41,44 +39,49 @@ def fuse(
     sample_weight: Any = None,
     folds: int | None = None,
 ) -> FusionPlan:
-    """Knowledge Fusion: find the epochs that know what the final model forgot, and their weights.
+    """Find the epochs that classify correctly what the final model forgot, and their weights (Knowledge Fusion).
 
     Parameters
     ----------
     probs : (n_epochs, n_samples, n_classes) array, or a sequence of (n_samples, n_classes) arrays
-        Predicted probabilities of every epoch on the selection set, of any floating-point type. With `correct` given,
-        "forget" reads only the last epoch and the chosen windows, so the sequence may compute them on demand
-        (`Run.probabilities`); the other methods read every epoch. Logits: wrap them in `from_logits`.
+        Predicted probabilities of every epoch on the selection set, of any floating-point type. Wrap logits in
+        `from_logits`. A sequence may compute an epoch when it is read (`Run.probabilities`): with `correct` given,
+        "forget" reads only the last epoch and the chosen windows. The other methods read every epoch.
     labels : (n_samples,) integers
+        True classes of the selection set.
     correct : (n_epochs, n_samples) bool or 0 and 1, optional
-        The correctness history on the same samples; default: from `probs`.
+        Correctness history on the same samples. Default: computed from `probs`.
     method : str
-        "forget", the papers': each round takes the epoch that is right most often where the fused predictor is wrong
-        (ties: the earliest), averages its window, and mixes that in with the epsilon of the best selection accuracy; it
-        stops when accuracy no longer rises. An epoch may be chosen again.
-        "greedy": each round tries every window with its exact epsilon and takes the best.
-        "bagged": the mean of what "greedy" finds on five bootstrap samples of the selection set.
-        "likelihood": the convex weights of all windows and the final model with the best log-likelihood of the labels.
-        "coverage": marginal coverage; "equal", "last", "top": the plain mean of k epochs at equal distances, the last
-        k, the k most accurate, k chosen by selection accuracy. These four mix single epochs and leave `window` aside.
-        "auto": by cross-validation, "bagged", or "top", "coverage", "forget", "greedy" or "likelihood" where that is
-        better by more than a standard error, or the final model alone where nothing is better than it; needs folds.
+        Default: "forget". `fmn_ref.fusion.methods` holds one function and one table entry for each.
+
+        - "forget", the papers' method: each round takes the epoch that is right most often where the fused predictor is
+          wrong (ties: the earliest). It mixes the mean of the epoch's window in with the epsilon of the best selection
+          accuracy, and stops when accuracy no longer rises. An epoch may be chosen again.
+        - "greedy": each round tries every window with its exact epsilon and takes the best.
+        - "bagged": the mean of the plans of "greedy" on five bootstrap samples of the selection set.
+        - "likelihood": convex weights of all windows and the final model with the best log-likelihood of the labels.
+        - "coverage": marginal coverage (arXiv 2604.12044), of single epochs.
+        - "equal", "last", "top": the plain mean of k equally spaced epochs, of the last k, or of the k most accurate;
+          selection accuracy chooses k. They mix single epochs.
+        - "auto": "bagged", or another method if cross-validation finds it better by more than a standard error, or the
+          final model alone if nothing is better than it. Needs folds.
     window : int >= 0
-        Half width of the window; the papers use 1. Clipped at the first and last epoch.
-    max_rounds, max_members : int >= 1, optional
-        Most members; two names of one bound. None: to the end, "KF(inf)"; 1 is "KF(1)".
+        Default: 1, as in the papers. Half width of a member's window, which is clipped at the first and last epoch.
     search : {"grid", "exact"}
-        How "forget" finds epsilon: see `best_epsilon`.
+        Default: "grid". How "forget" finds epsilon: see `best_epsilon`.
     step : float
-        Of the grid.
+        Default: 0.01. Distance of the grid's points.
+    max_members : int >= 1, optional
+        Most members. Default: no bound, "KF(inf)" in the papers; 1 is "KF(1)".
     max_forward_passes : int >= 1, optional
-        Most checkpoints in the plan, windows spread out and the final model counted where it has weight.
+        Most checkpoints that a prediction runs: every epoch of a window counts, and the final model if it has weight.
+        Default: no bound.
     sample_weight : (n_samples,) floats >= 0, or "balanced", optional
-        Maximise weighted accuracy; "balanced": every class weighs the same.
+        Default: 1 each. Maximise weighted accuracy; "balanced" gives every class the same weight.
     folds : int >= 2, or 0, optional
-        Cross-validation inside the selection set: the method is run without each fold and scored on it, which gives
-        `cv_accuracy` and `gain_interval` of the plan. Default: 5 for "auto", and where `probs` is an array or a list
-        with at least 50 samples; 0 where reading an epoch may cost something.
+        Folds of a cross-validation inside the selection set: the method runs without each fold and is scored on it,
+        which gives the plan's `cv_accuracy` and `gain_interval`. 0: none. Default: 5 for "auto", and if `probs` is an
+        array or a list of at least 50 samples; else 0, since reading an epoch may be expensive.
 
     Returns
     -------
@@ -92,7 +95,7 @@ def fuse(
 
     Examples
     --------
-    The first epoch knows sample 1, which the last one forgot:
+    The first epoch is right on sample 1, which the last one forgot:
 
     >>> p = [[[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [[0.9, 0.1], [0.65, 0.35], [0.2, 0.8]]]
     >>> plan = fuse(p, [0, 1, 1], window=0)
@@ -105,110 +108,52 @@ def fuse(
     ----------
     arXiv 2412.12968, Algorithm 1; arXiv 2507.08686, Section IV; "coverage": arXiv 2604.12044.
     """
-    _check.choice(method, tuple(m for m in METHODS if m != "weights"), "method")
+    _check.choice(method, method_names(), "method")
     _check.choice(search, tuple(SEARCHES), "search")
     grid, window = grid_of(step), _check.number(window, 0, 2**31, "window", int)
-    bounds = {"max_rounds": max_rounds, "max_members": max_members, "max_forward_passes": max_forward_passes}
-    most = {k: 2**31 if v is None else _check.number(v, 1, 2**31, k, int) for k, v in bounds.items()}
-    probs = Epochs.of(probs)
-    final = probs[len(probs) - 1]
+    bounds = _bound(max_members, "max_members"), _bound(max_forward_passes, "max_forward_passes")
+    reader = ProbabilityReader.of(probs)
+    final = reader[len(reader) - 1]
     y = _check.labels(labels, *final.shape)
     target = Target(y, sample_weight)
+    n_folds = _number_of_folds(folds, method, reader, len(y))
+    right = _from_probs(reader, y) if correct is None else _checked(correct, len(reader), y, final)
+    problem = Problem(reader, right, final, window, search, grid, *bounds)
+    found = _cross_validate(problem, target, method, n_folds) if n_folds else _Estimate(method)
+    return _planned(problem, target, found)
+
+
+def _bound(value: Any, name: str) -> int:
+    return _UNBOUNDED if value is None else int(_check.number(value, 1, _UNBOUNDED, name, int))
+
+
+def _number_of_folds(folds: Any, method: str, reader: ProbabilityReader, n_samples: int) -> int:
+    """Folds of the cross-validation; 0 for none."""
     if folds is None:
-        folds = min(5, len(y)) if method == "auto" or (probs.in_memory and len(y) >= 50) else 0
+        folds = min(5, n_samples) if method == AUTO or (reader.in_memory and n_samples >= 50) else 0
     if folds != 0:
-        folds = _check.number(folds, 2, len(y), "folds", int)
-    if method == "auto" and folds == 0:
+        return int(_check.number(folds, 2, n_samples, "folds", int))
+    if method == AUTO:
         raise ValueError("folds: method 'auto' chooses by cross-validation; expected at least 2")
-    if correct is None:
-        right = np.stack([correctness(probs.scores(e), y) for e in range(len(probs))])
-    else:
-        right = _recorded(correct, len(probs), y, final)
-    members_bound = min(most["max_rounds"], most["max_members"])
-    problem = Problem(probs, right, final, window, search, grid, members_bound, most["max_forward_passes"])
-    cv_accuracy, interval = None, None
-    if folds:
-        unseen = {m: _right_unseen(problem, target, m, folds) for m in (AUTO if method == "auto" else (method,))}
-        of_final = final.argmax(1) == y
-        if method == "auto":
-            method = _best_method(unseen, target)
-            if target.score(unseen[method]) <= target.score(of_final):
-                unseen[method] = of_final
-        cv_accuracy = target.score(unseen[method]) / target.total
-        interval = _gain_interval(of_final, unseen[method], target)
-    declined = folds and unseen[method] is of_final
-    members = () if declined else choose(problem, target, method)
-    window = window if method in WINDOWED else 0
-    accuracy = tuple(target.score(p.argmax(1) == y) / target.total for p in replay(problem, members, window))
-    search = "exact" if method == "greedy" else search
-    digest = labels_digest(y).hex()
-    return FusionPlan(members, len(probs), window, accuracy, method, search, digest, cv_accuracy, interval)
+    return 0
 
 
-def best_epsilon(
-    current: Any,
-    candidate: Any,
-    labels: Any,
-    *,
-    search: str = "grid",
-    step: float = 0.01,
-    sample_weight: Any = None,
-) -> tuple[float, float]:
-    """The epsilon in [0, 1] with the best accuracy of eps * candidate + (1 - eps) * current.
-
-    Parameters
-    ----------
-    current, candidate : (n_samples, n_classes) probabilities
-        Of 16, 32 or 64 bits, bfloat16 tensors included; mixed as float64.
-    labels : (n_samples,) integers
-    search : {"grid", "exact"}
-        "grid" tries 0, step, ..., 1 (ties: the smallest). "exact" finds the best over the whole interval: each sample
-        is right on one sub-interval, so one pass gives their ends and one sort the best count; it returns the middle of
-        the first best stretch (or its end, where only equal scores make it best), and 0 when nothing is better than
-        `current`. Never below the grid.
-    step : float
-        1 / step must be a whole number.
-    sample_weight : (n_samples,) floats >= 0, or "balanced", optional
-        Maximise weighted accuracy; "balanced": every class weighs the same.
-
-    Returns
-    -------
-    eps, accuracy : float, float
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `fuse`.
-
-    Examples
-    --------
-    >>> current, candidate = [[0.65, 0.35], [0.9, 0.1]], [[0.1, 0.9], [0.6, 0.4]]
-    >>> best_epsilon(current, candidate, [1, 0])
-    (0.28, 1.0)
-    >>> eps, accuracy = best_epsilon(current, candidate, [1, 0], search="exact")
-    >>> round(eps, 3), accuracy
-    (0.636, 1.0)
-    """
-    find, grid = SEARCHES[_check.choice(search, tuple(SEARCHES), "search")], grid_of(step)
-    now, bfloat16 = _check.native_probabilities(current, None, "current")
-    if bfloat16:
-        now = reference.widened(now, bfloat16)
-    then, bfloat16 = _check.native_probabilities(candidate, now.shape, "candidate")
-    target = Target(_check.labels(labels, *now.shape), sample_weight)
-    eps, right = find(now, [then], bfloat16, target, grid)
-    return eps, right / target.total
+def _from_probs(reader: ProbabilityReader, y: Int) -> Bool:
+    """Correctness of every epoch, from its probabilities."""
+    stored = (reader.stored(e) for e in range(len(reader)))
+    return np.stack([correctness(p.widened() if p.bfloat16 else p.values, y) for p in stored])
 
 
-def _recorded(correct: Any, n_epochs: int, y: Int, final: Float) -> NDArray[np.bool_]:
-    """The correctness history, checked to be of these samples: its last row is compared with the last predictions."""
+def _checked(correct: Any, n_epochs: int, y: Int, final: Float) -> Bool:
+    """The given correctness history, after checks that it was recorded on these samples."""
     if isinstance(correct, CorrectnessHistory) and correct.digest not in (NO_LABELS, labels_digest(y)):
         counts = f" ({correct.n_samples} samples, not {len(y)})" if correct.n_samples != len(y) else ""
         raise ValueError(f"correct: a history of other labels, or in another order{counts}")
-    right = _check.correctness(correct)
+    right = _check.bool_matrix(correct)
     if right.shape != (n_epochs, len(y)):
         raise ValueError(f"correct: expected shape {(n_epochs, len(y))} as probs, got shape {right.shape}")
     top = np.sort(final, axis=1)[:, -2:]
-    decided = top[:, -1] - top[:, 0] > 0.02  # the others may differ by rounding: in half precision, on another device
+    decided = top[:, -1] - top[:, 0] > 0.02  # closer scores may differ by rounding: half precision, another device
     differ = int(((right[-1] != (final.argmax(1) == y)) & decided).sum())
     if differ > 0.01 * len(y):
         reason = "other samples, order or preprocessing, or recorded without model.eval()?"
@@ -216,22 +161,51 @@ def _recorded(correct: Any, n_epochs: int, y: Int, final: Float) -> NDArray[np.b
     return right
 
 
-def _right_unseen(problem: Problem, target: Target, method: str, folds: int) -> NDArray[np.bool_]:
-    """Which samples are right by the plan that is chosen without their fold."""
-    y = target.labels
+class _Estimate(NamedTuple):
+    method: str
+    final_is_best: bool = False  # no method that "auto" tried is better than the final model
+    accuracy: float | None = None
+    gain_interval: tuple[float, float] | None = None
+
+
+def _cross_validate(problem: Problem, target: Target, method: str, folds: int) -> _Estimate:
+    """Estimate the accuracy of a method on unseen samples; for "auto", choose the method by it."""
+    tried = auto_methods() if method == AUTO else (method,)
+    unseen = {m: _right_unseen(problem, target, m, folds) for m in tried}
+    of_final, final_is_best = problem.final.argmax(1) == target.labels, False
+    if method == AUTO:
+        method = _best_method(unseen, target)
+        final_is_best = target.score(unseen[method]) <= target.score(of_final)
+    right = of_final if final_is_best else unseen[method]
+    accuracy = target.score(right) / target.total
+    return _Estimate(method, final_is_best, accuracy, _gain_interval(of_final, right, target))
+
+
+def _planned(problem: Problem, target: Target, found: _Estimate) -> FusionPlan:
+    """The plan of a method on the whole selection set."""
+    method, seen = METHODS[found.method], problem_for(problem, found.method)
+    members = () if found.final_is_best else method.choose(seen, target)
+    accuracy = tuple(target.score_of(p) / target.total for p in replay(seen, members))
+    search, digest = "exact" if method.exact else problem.search, labels_digest(target.labels).hex()
+    estimate = found.accuracy, found.gain_interval
+    return FusionPlan(members, problem.n_epochs, seen.window, accuracy, method.name, search, digest, *estimate)
+
+
+def _right_unseen(problem: Problem, target: Target, method: str, folds: int) -> Bool:
+    """Correctness of every sample under the plan that is chosen without its fold."""
+    seen, y = problem_for(problem, method), target.labels
     fold = np.random.default_rng(0).permutation(len(y)) % folds
     right = np.zeros(len(y), bool)
     for k in range(folds):
         hidden = fold == k
-        members = choose(problem, target.weighted(np.where(hidden, 0, target.each)), method)
-        window = problem.window if method in WINDOWED else 0
-        fused = deque(replay(problem, members, window), maxlen=1)[0]
+        members = METHODS[method].choose(seen, target.weighted(np.where(hidden, 0, target.each)))
+        fused = deque(replay(seen, members), maxlen=1)[0]
         right[hidden] = fused[hidden].argmax(1) == y[hidden]
     return right
 
 
-def _best_method(unseen: dict[str, NDArray[np.bool_]], target: Target) -> str:
-    """ "bagged", unless another is better by more than a standard error of the difference: then the best of those."""
+def _best_method(unseen: dict[str, Bool], target: Target) -> str:
+    """The best of "bagged" and the methods that are better than it by more than a standard error of the difference."""
     w = target.each / target.total
     better = {"bagged": 0.0}
     for method, right in unseen.items():
@@ -242,11 +216,11 @@ def _best_method(unseen: dict[str, NDArray[np.bool_]], target: Target) -> str:
     return max(better, key=lambda m: better[m])
 
 
-def _gain_interval(before: NDArray[np.bool_], after: NDArray[np.bool_], target: Target) -> tuple[float, float]:
+def _gain_interval(before: Bool, after: Bool, target: Target) -> tuple[float, float]:
     """95 % bootstrap interval of the gain in (weighted) accuracy: samples drawn with replacement."""
     w = np.ones(len(before)) if target.weights is None else target.weights / target.total
     pairs = np.stack([after * 1.0 - before, w], axis=1)
-    kinds, count = np.unique(pairs, axis=0, return_counts=True)  # equal samples are drawn together
+    kinds, count = np.unique(pairs, axis=0, return_counts=True)  # one multinomial draw for equal samples
     draws = np.random.default_rng(0).multinomial(len(before), count / count.sum(), _DRAWS)
     gain = draws @ (kinds[:, 0] * kinds[:, 1]) / np.maximum(draws @ kinds[:, 1], 1e-300)
     low, high = np.quantile(gain, [0.025, 0.975])

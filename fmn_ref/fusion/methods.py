@@ -1,38 +1,37 @@
-"""The ways to choose epochs and weights: each looks at a selection set and returns members, (epoch, eps) in order.
+"""The methods of `fuse`: each looks at a selection set and chooses members, (epoch, eps) in order. NumPy only.
 
-A way takes a `Problem` and a `Target`; samples of weight zero are left out, which is how cross-validation hides some.
+To add a method: write a function (Problem, Target) -> Members, and give it one entry in `_ENTRIES`, below. `fuse`, the
+plan's checks, the command line, comparisons, benchmarks, docs and tests read `METHODS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..kernels import reference
-from ..kernels.backend import load
+from ..kernels.mixing import Scores
+from ..kernels.protocol import Bool, Float, Int
 from . import baselines
 from .epsilon import SEARCHES, Target
-from .plan import Epochs, Float, members_of, mix, mixture, window_epochs
+from .mixtures import Members, members_from_weights, mix, mixture, window_epochs
+from .probabilities import ProbabilityReader
 
-Int = NDArray[np.int64]
-Bool = NDArray[np.bool_]
-Members = tuple[tuple[int, float], ...]
-MIN_WEIGHT = 0.01  # members of "bagged" and "likelihood" that weigh less are left out
-MIN_COVERAGE = 0.005  # checkpoints of "coverage" that add a smaller share of the samples are left out
+MIN_WEIGHT = 0.01  # "bagged" and "likelihood" drop members below this weight
+MIN_COVERAGE = 0.005  # "coverage" drops checkpoints that add a smaller share of the samples
 EM_STEPS = 100
 BAGS = 5
 
 
 @dataclass
 class Problem:
-    """What every way to choose looks at."""
+    """The selection set as a method sees it, and the bounds of the plan."""
 
-    probs: Epochs
-    right: Bool  # (n_epochs, n_samples): single epochs
-    final: Float  # (n_samples, n_classes)
+    probs: ProbabilityReader
+    right: Bool  # (n_epochs, n_samples): correctness of single epochs
+    final: Float  # (n_samples, n_classes): probabilities of the last epoch
     window: int
     search: str
     grid: Float
@@ -43,28 +42,37 @@ class Problem:
     def n_epochs(self) -> int:
         return len(self.probs)
 
-    def epochs_of(self, epoch: int) -> range:
+    def window_of(self, epoch: int) -> range:
+        """The epochs of a member."""
         return window_epochs(epoch, self.window, self.n_epochs)
 
+    def mixed(self, current: Float, epoch: int, eps: float) -> Float:
+        """`current` with one more member."""
+        return mix(current, self.probs.mean(self.window_of(epoch)), eps)
+
     def affordable(self, members: Iterable[tuple[int, float]], epoch: int) -> bool:
-        """Whether a further member keeps within the forward passes."""
+        """Whether one more member stays within the forward passes."""
         final = float(not any(eps == 1 for _, eps in members))
         return self.within([*(e for e, _ in members), epoch], final)
 
     def within(self, epochs: Iterable[int], final: float) -> bool:
-        """Whether windows, and the final model if it has weight, keep within the forward passes."""
+        """Whether windows, and the final model if it has weight, stay within the forward passes."""
         used = {self.n_epochs - 1} if final > 0 else set[int]()
-        return len(used.union(*map(self.epochs_of, epochs))) <= self.max_forward_passes
+        return len(used.union(*map(self.window_of, epochs))) <= self.max_forward_passes
 
-    def natives(self) -> list[NDArray[np.generic]]:
-        """All epochs as they are stored."""
-        return self.probs.natives(range(self.n_epochs))
+    def most_epochs(self) -> int:
+        """Most single epochs that a plan may hold."""
+        return min(self.n_epochs, self.max_forward_passes, self.max_members)
 
 
 def forget(problem: Problem, target: Target) -> Members:
-    """METHOD's rounds: the epoch that is right most often where the fused predictor is wrong (arXiv 2412.12968)."""
+    """The papers' Knowledge Fusion: each round mixes in the epoch that is right most often where the fused predictor is
+    wrong.
+
+    arXiv 2412.12968, Algorithm 1; ties: the earliest epoch.
+    """
     current, members = problem.final, list[tuple[int, float]]()
-    best = target.score(current.argmax(1) == target.labels)
+    best = target.score_of(current)
     while len(members) < problem.max_members:
         wrong = current.argmax(1) != target.labels
         forgotten = problem.right[:, wrong] @ target.each[wrong]  # n * F_e against the current predictor
@@ -74,45 +82,54 @@ def forget(problem: Problem, target: Target) -> Members:
         epoch = int(forgotten.argmax())
         if forgotten[epoch] < 0:
             break
-        window = problem.probs.natives(problem.epochs_of(epoch))
-        eps, right = SEARCHES[problem.search](current, window, problem.probs.bfloat16, target, problem.grid)
+        window = problem.probs.alike(problem.window_of(epoch))
+        eps, right = SEARCHES[problem.search](current, window, target, problem.grid)
         if right <= best:
             break
         best = right
-        current = mix(current, problem.probs.mean(problem.epochs_of(epoch)), eps)
+        current = problem.mixed(current, epoch, eps)
         members.append((epoch, eps))
     return tuple(members)
 
 
 def greedy(problem: Problem, target: Target) -> Members:
-    """Every round takes, of all windows, the one whose exact epsilon makes the most right (ties: the earliest)."""
-    natives = problem.natives()
+    """Each round tries every window with its exact epsilon and mixes in the best (ties: the earliest)."""
+    epochs = problem.probs.alike(range(problem.n_epochs))
     current, members = problem.final, list[tuple[int, float]]()
-    best = target.score(current.argmax(1) == target.labels)
+    best = target.score_of(current)
     while len(members) < problem.max_members:
-        affordable = [e for e in range(problem.n_epochs) if problem.affordable(members, e)]
-        windows = np.array([[r[0], r[-1]] for r in map(problem.epochs_of, affordable)], np.int64).reshape(-1, 2)
-        args = target.labels, target.weights
-        eps, bound, _ = load()[0].best_epsilons(current, natives, *args, windows, np.empty(0), problem.probs.bfloat16)
-        chosen: tuple[int, float] | None = None
-        for c in np.argsort(-bound, kind="stable"):
-            if bound[c] <= best:
-                break
-            first, last = windows[c]
-            at = np.array([eps[c]])
-            right = load()[0].mixture_right(current, natives[first : last + 1], *args, at, problem.probs.bfloat16)[0]
-            if right > best:  # as the intervals say, unless rounding took it away
-                chosen, best = (affordable[c], float(eps[c])), int(right)
-        if chosen is None:
+        candidates = [e for e in range(problem.n_epochs) if problem.affordable(members, e)]
+        found = _best_candidate(problem, target, current, epochs, candidates, best)
+        if found is None:
             break
-        current = mix(current, problem.probs.mean(problem.epochs_of(chosen[0])), chosen[1])
-        members.append(chosen)
+        epoch, eps, best = found
+        current = problem.mixed(current, epoch, eps)
+        members.append((epoch, eps))
     return tuple(members)
 
 
+def _best_candidate(
+    problem: Problem, target: Target, current: Float, epochs: list[Scores], candidates: list[int], best: int
+) -> tuple[int, float, int] | None:
+    """Epoch, epsilon and weight right of the best window; None if no window is better than `best`."""
+    windows = np.array([[r[0], r[-1]] for r in map(problem.window_of, candidates)], np.int64).reshape(-1, 2)
+    eps, bound, _ = target.best_epsilons(current, epochs, windows, np.empty(0))
+    found = None
+    for c in np.argsort(-bound, kind="stable"):
+        if bound[c] <= best:
+            break
+        first, last = windows[c]
+        right = int(target.mixture_right(current, epochs[first : last + 1], np.array([eps[c]]))[0])
+        if right > best:  # rounding may make it less than the bound
+            found, best = (candidates[c], float(eps[c]), right), right
+    return found
+
+
 def bagged(problem: Problem, target: Target) -> Members:
-    """The mean of what `greedy` finds on bootstrap samples of the selection set, which it fits less closely; members
-    that weigh little are left out."""
+    """The mean of the plans that greedy finds on five bootstrap samples of the selection set.
+
+    It fits the selection set less closely than one plan does. Members below MIN_WEIGHT are dropped.
+    """
     n, samples, generator = problem.n_epochs, len(target.labels), np.random.default_rng(0)
     total, final = np.zeros(n), 0.0
     for _ in range(BAGS):
@@ -125,17 +142,18 @@ def bagged(problem: Problem, target: Target) -> Members:
     kept = [e for e in np.argsort(-total, kind="stable") if total[e] >= MIN_WEIGHT][: problem.max_members]
     while kept and not problem.within(kept, final):
         kept.pop()
-    return members_of({int(e): float(total[e]) for e in kept}, n, final=final) if kept else ()
+    return members_from_weights({int(e): float(total[e]) for e in kept}, n, final=final) if kept else ()
 
 
 def likelihood(problem: Problem, target: Target) -> Members:
-    """Convex weights of all windows and the final model that maximise the held-out log-likelihood, by EM.
+    """The convex weights of all windows and the final model with the best log-likelihood of the labels.
 
-    Small weights are left out, and the others found again; more of them until the costs allowed are met.
+    Found by expectation-maximisation. Small weights are dropped and the others fitted again, until the plan is within
+    its bounds.
     """
     n = problem.n_epochs
-    p = np.stack([_of_label(a, problem.probs.bfloat16, target.labels) for a in problem.natives()])
-    parts = [problem.epochs_of(e) for e in range(n)] + [range(n - 1, n)]
+    p = np.stack([_of_label(scores, target.labels) for scores in problem.probs.alike(range(n))])
+    parts = [problem.window_of(e) for e in range(n)] + [range(n - 1, n)]
     components = np.stack([p[part.start : part.stop].mean(0) for part in parts])
     w = target.each / target.each.max()
     alive = list(range(n + 1))
@@ -150,15 +168,16 @@ def likelihood(problem: Problem, target: Target) -> Members:
         else:
             break
     weights = {i: float(v) for i, v in zip(alive, q, strict=True)}
-    return members_of(weights, n, final=weights.pop(n, 0.0))
+    return members_from_weights(weights, n, final=weights.pop(n, 0.0))
 
 
-def _of_label(p: NDArray[np.generic], bfloat16: bool, labels: Int) -> Float:
-    return reference.widened(p[np.arange(len(labels)), labels], bfloat16)
+def _of_label(scores: Scores, labels: Int) -> Float:
+    """Probability of each sample's label, (n_samples,)."""
+    return Scores(scores.values[np.arange(len(labels)), labels], scores.bfloat16).widened()
 
 
 def _em(components: Float, w: Float) -> Float:
-    """Weights (n_components,) that maximise sum_i w_i log sum_c q_c components[c, i], from equal ones."""
+    """Weights (n_components,) that maximise sum_i w_i log sum_c q_c components[c, i]; starts from equal weights."""
     q = np.full(len(components), 1 / len(components))
     components = components + 1e-12
     for _ in range(EM_STEPS):
@@ -167,8 +186,10 @@ def _em(components: Float, w: Float) -> Float:
 
 
 def coverage(problem: Problem, target: Target) -> Members:
-    """Marginal coverage (VISTA, arXiv 2604.12044): from the most accurate checkpoint on, each weighs the share of
-    samples that it alone of those so far gets right."""
+    """Marginal coverage: a checkpoint weighs the share of samples that it gets right and no more accurate one does.
+
+    VISTA, arXiv 2604.12044.
+    """
     w = target.each
     order = np.argsort(-(problem.right @ w), kind="stable")
     covered = np.zeros(len(w), bool)
@@ -179,81 +200,128 @@ def coverage(problem: Problem, target: Target) -> Members:
     share[share < MIN_COVERAGE] = 0
     if not share.any():
         return ()
-    kept = np.argsort(-share, kind="stable")[: min(problem.max_members, problem.max_forward_passes)]
-    return members_of({int(e): float(share[e]) for e in kept}, problem.n_epochs)
+    kept = np.argsort(-share, kind="stable")[: problem.most_epochs()]
+    return members_from_weights({int(e): float(share[e]) for e in kept}, problem.n_epochs)
 
 
 def _best_mean(problem: Problem, target: Target, choices: Iterable[dict[int, float]]) -> Members:
-    """Of several plain means, the one with the best selection accuracy; the first of equal ones."""
-    best, found = target.score(problem.final.argmax(1) == target.labels), dict[int, float]()
+    """The plain mean with the best selection accuracy; the first of equal ones."""
+    best, found = target.score_of(problem.final), dict[int, float]()
     for weights in choices:
-        right = target.score(mixture(problem.probs, weights).argmax(1) == target.labels)
+        right = target.score_of(mixture(problem.probs, weights))
         if right > best:
             best, found = right, weights
-    return members_of(found, problem.n_epochs) if found else ()
+    return members_from_weights(found, problem.n_epochs) if found else ()
 
 
 def _best_prefix(problem: Problem, target: Target, order: Iterable[int]) -> Members:
     """The plain mean of the first k epochs of an order, with the k of the best selection accuracy (ties: the least)."""
-    best, found = target.score(problem.final.argmax(1) == target.labels), list[int]()
-    most = min(problem.n_epochs, problem.max_forward_passes, problem.max_members)
+    best, found = target.score_of(problem.final), list[int]()
     total, taken = np.zeros_like(problem.final), list[int]()
-    for e in list(order)[:most]:
+    for e in list(order)[: problem.most_epochs()]:
         total += problem.probs[e]
         taken.append(int(e))
-        right = target.score(total.argmax(1) == target.labels)
+        right = target.score_of(total)
         if right > best:
             best, found = right, list(taken)
-    return members_of(dict.fromkeys(found, 1.0), problem.n_epochs) if found else ()
+    return members_from_weights(dict.fromkeys(found, 1.0), problem.n_epochs) if found else ()
 
 
 def _sizes(problem: Problem) -> list[int]:
-    """Numbers of epochs worth trying: all up to eight, then each a quarter above the last."""
-    most = min(problem.n_epochs, problem.max_forward_passes, problem.max_members)
+    """Numbers of epochs to try: all up to eight, then each a quarter above the one before."""
+    most = problem.most_epochs()
     sizes = [k for k in range(1, 9) if k <= most]
     while sizes[-1] < most:
         sizes.append(min(most, sizes[-1] * 5 // 4))
     return sizes
 
 
-def equal(problem: Problem, target: Target) -> Members:
-    """k equally spaced epochs ("fixed jumps")."""
+def best_spaced(problem: Problem, target: Target) -> Members:
+    """The plain mean of k equally spaced epochs ("fixed jumps"), with the best k."""
     return _best_mean(problem, target, (baselines.equally_spaced(problem.n_epochs, k) for k in _sizes(problem)))
 
 
-def last(problem: Problem, target: Target) -> Members:
-    """The last k epochs ("horizontal")."""
+def best_last(problem: Problem, target: Target) -> Members:
+    """The plain mean of the last k epochs ("horizontal"), with the best k."""
     return _best_prefix(problem, target, range(problem.n_epochs)[::-1])
 
 
-def top(problem: Problem, target: Target) -> Members:
-    """The k epochs with the best selection accuracy."""
+def best_top(problem: Problem, target: Target) -> Members:
+    """The plain mean of the k epochs with the best selection accuracy, with the best k."""
     order = np.argsort(-(problem.right @ target.each), kind="stable")
     return _best_prefix(problem, target, order)
 
 
-WAYS: dict[str, Callable[[Problem, Target], Members]] = {
-    "forget": forget,
-    "greedy": greedy,
-    "bagged": bagged,
-    "likelihood": likelihood,
-    "coverage": coverage,
-    "equal": equal,
-    "last": last,
-    "top": top,
-}
-WINDOWED = ("forget", "greedy", "bagged", "likelihood")  # the others mix single epochs
+class Method(NamedTuple):
+    """One method of `fuse`.
+
+    Attributes
+    ----------
+    name : str
+        Value of `fuse(method=...)` and of `FusionPlan.method`.
+    choose : callable(Problem, Target) -> Members
+        Its docstring's first sentence is the method's summary in the command line's help and in the docs.
+    windowed : bool
+        Whether members are means of windows. Otherwise they are single epochs, and `window` has no effect.
+    control : bool
+        Whether it is a plain mean of k epochs, a control for the others.
+    exact : bool
+        Whether it always searches epsilon exactly, whatever `search` is.
+    auto_rank : int, optional
+        Rank among the methods that "auto" tries: of equally good ones the lowest wins. Default: not tried.
+    """
+
+    name: str
+    choose: Callable[[Problem, Target], Members]
+    windowed: bool = False
+    control: bool = False
+    exact: bool = False
+    auto_rank: int | None = None
 
 
-def choose(problem: Problem, target: Target, method: str) -> Members:
-    """The members that a method finds."""
-    return WAYS[method](replace(problem, window=problem.window if method in WINDOWED else 0), target)
+_ENTRIES = (
+    Method("forget", forget, windowed=True, auto_rank=3),
+    Method("greedy", greedy, windowed=True, exact=True, auto_rank=4),
+    Method("bagged", bagged, windowed=True, auto_rank=5),
+    Method("likelihood", likelihood, windowed=True, auto_rank=6),
+    Method("coverage", coverage, auto_rank=2),
+    Method("equal", best_spaced, control=True),
+    Method("last", best_last, control=True),
+    Method("top", best_top, control=True, auto_rank=1),
+)
+METHODS = {method.name: method for method in _ENTRIES}
+AUTO = "auto"  # `fuse` chooses one of `auto_methods()` by cross-validation
+_AUTO_SUMMARY = (
+    "The method, or the final model alone, that cross-validation finds best; bagged where it finds no difference."
+)
 
 
-def replay(problem: Problem, members: Members, window: int) -> Iterator[Float]:
-    """Fused probabilities: of the final model, then after each member."""
+def method_names() -> tuple[str, ...]:
+    """What `fuse(method=...)` accepts."""
+    return (*METHODS, AUTO)
+
+
+def summaries() -> dict[str, str]:
+    """{name: one sentence} for everything that `fuse(method=...)` accepts."""
+    texts = {m.name: (m.choose.__doc__ or "").split("\n\n")[0] for m in METHODS.values()}
+    return {name: " ".join(text.split()) for name, text in texts.items()} | {AUTO: _AUTO_SUMMARY}
+
+
+def auto_methods() -> tuple[str, ...]:
+    """The methods that "auto" tries, the lowest rank first."""
+    ranked = [(m.auto_rank, m.name) for m in METHODS.values() if m.auto_rank is not None]
+    return tuple(name for _, name in sorted(ranked))
+
+
+def problem_for(problem: Problem, method: str) -> Problem:
+    """The problem as a method sees it: without windows if its members are single epochs."""
+    return problem if METHODS[method].windowed else replace(problem, window=0)
+
+
+def replay(problem: Problem, members: Members) -> Iterator[Float]:
+    """Fused probabilities on the selection set: of the final model, then after each member."""
     current = problem.final
     yield current
     for epoch, eps in members:
-        current = mix(current, problem.probs.mean(window_epochs(epoch, window, problem.n_epochs)), eps)
+        current = problem.mixed(current, epoch, eps)
         yield current

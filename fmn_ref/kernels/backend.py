@@ -5,27 +5,28 @@ from __future__ import annotations
 import importlib
 import os
 from functools import cache
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+
+from .protocol import Kernels
 
 _MODULES = {"cpp": "_kernels", "numba": "numba", "numpy": "reference", "torch": "torch"}
 
 
 class Backend(NamedTuple):
-    """Which kernels are in use, and why.
+    """The kernels in use, and the reason.
 
     Attributes
     ----------
     name : {"cpp", "numba", "numpy", "torch"}
-        "torch" only if forced; tensors that live on an accelerator are reduced by torch whatever is said here.
+        "torch" only if forced. Tensors on an accelerator are reduced by torch on any backend.
     instruction_set : str
-        "avx512", "avx2", "neon" or "base" for "cpp"; the others choose for themselves: "llvm", "numpy", "torch".
+        "avx512", "avx2", "neon" or "base" for "cpp". The other backends choose it themselves: "llvm", "numpy", "torch".
     threads : int
-        Threads that one call may use (NumPy's matrix products may use more).
+        Most threads of one call (NumPy's matrix products may use more).
     reason : str
-        Why this backend and not an earlier one.
+        Why an earlier backend of the list was not taken.
     """
 
     name: str
@@ -34,43 +35,18 @@ class Backend(NamedTuple):
     reason: str
 
 
-@cache
-def load() -> tuple[ModuleType, Backend]:
-    """The kernel module and its description."""
-    forced = os.environ.get("FMN_BACKEND")
-    if forced:
-        if forced not in _MODULES:
-            raise ValueError(f"FMN_BACKEND: expected one of {', '.join(_MODULES)}, got {forced!r}")
-        return _describe(forced, f"forced by FMN_BACKEND={forced}")
-    missing: list[str] = []
-    for name in ("cpp", "numba", "numpy"):
-        try:
-            return _describe(name, "; ".join(missing) or "compiled extension found")
-        except (ImportError, RuntimeError) as error:  # numba's RuntimeError: nowhere to keep its cache
-            missing.append(f"{name} not importable ({error})")
-    raise AssertionError("the NumPy backend always imports")
+def kernels() -> Kernels:
+    """The kernels in use."""
+    return _chosen()[0]
 
 
-def _describe(name: str, reason: str) -> tuple[ModuleType, Backend]:
-    module = importlib.import_module(f"fmn_ref.kernels.{_MODULES[name]}")
-    if name == "cpp":
-        isa = os.environ.get("FMN_ISA") or module.instruction_set()
-        if isa != module.instruction_set():
-            raise ValueError(
-                f"FMN_ISA: {isa!r} is not to be had here; expected {module.instruction_set()!r} or a lesser one"
-            )
-        return module, Backend(name, module.instruction_set(), module.threads(), reason)
-    threads = module.threads() if name == "torch" else 1
-    return module, Backend(name, "llvm" if name == "numba" else name, threads, reason)
-
-
-def kernels_for(a: Any) -> ModuleType:
-    """The kernels in use, or torch's for a tensor that is no NumPy array since it lives on an accelerator."""
+def kernels_for(a: Any) -> Kernels:
+    """The kernels for an array: those in use, torch's for a tensor on an accelerator, NumPy's for long double."""
     if not isinstance(a, np.ndarray):
-        return importlib.import_module("fmn_ref.kernels.torch")
-    if a.dtype.itemsize > 8:  # long double, which NumPy alone has
-        return importlib.import_module("fmn_ref.kernels.reference")
-    return load()[0]
+        return import_kernels("torch")
+    if a.dtype.itemsize > 8:
+        return import_kernels("numpy")
+    return _chosen()[0]
 
 
 def backend() -> Backend:
@@ -86,7 +62,7 @@ def backend() -> Backend:
     ValueError
         FMN_BACKEND names no backend.
     ImportError
-        FMN_BACKEND forces one that is not installed.
+        FMN_BACKEND forces a backend that is not installed.
 
     Examples
     --------
@@ -94,4 +70,43 @@ def backend() -> Backend:
     >>> fmn.backend().name in ("cpp", "numba", "numpy", "torch")
     True
     """
-    return load()[1]
+    return _chosen()[1]
+
+
+def import_kernels(name: str) -> Kernels:
+    """Import the kernels of one backend: "cpp", "numba", "numpy" or "torch".
+
+    Raises
+    ------
+    ImportError
+        The extension was not built, or numba or torch is not installed.
+    """
+    return cast(Kernels, importlib.import_module(f"fmn_ref.kernels.{_MODULES[name]}"))
+
+
+@cache
+def _chosen() -> tuple[Kernels, Backend]:
+    forced = os.environ.get("FMN_BACKEND")
+    if forced:
+        if forced not in _MODULES:
+            raise ValueError(f"FMN_BACKEND: expected one of {', '.join(_MODULES)}, got {forced!r}")
+        return _described(forced, f"forced by FMN_BACKEND={forced}")
+    missing: list[str] = []
+    for name in ("cpp", "numba", "numpy"):
+        try:
+            return _described(name, "; ".join(missing) or "compiled extension found")
+        except (ImportError, RuntimeError) as error:  # RuntimeError: numba found no folder for its cache
+            missing.append(f"{name} not importable ({error})")
+    raise AssertionError("the NumPy backend always imports")
+
+
+choose_again = _chosen.cache_clear
+"""Forget the choice: the next call reads FMN_BACKEND again. For tests."""
+
+
+def _described(name: str, reason: str) -> tuple[Kernels, Backend]:
+    k = import_kernels(name)
+    found, wanted = k.instruction_set(), os.environ.get("FMN_ISA")
+    if name == "cpp" and wanted and wanted != found:  # the extension reads FMN_ISA itself, and falls back
+        raise ValueError(f"FMN_ISA: this processor cannot run {wanted!r}; expected {found!r} or a lesser set")
+    return k, Backend(name, found, k.threads(), reason)

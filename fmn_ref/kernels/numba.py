@@ -1,42 +1,30 @@
-"""The kernels of `reference.py`, compiled by numba: the fallback where no C++ compiler was at hand."""
+"""The kernels compiled by numba: the fallback if there was no C++ compiler. `protocol.py` says what each computes."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from . import reference
-from .reference import check_probabilities, mixture_right, pack, pack_predictions, pack_scores, unpack
+from . import mixing
+from .protocol import Bool, Float, Int, Rows
+from .reference import check_probabilities, mixture_right, pack, pack_predictions, pack_scores, threads, unpack  # noqa: F401
 
-Rows = NDArray[Any]
-Int = NDArray[np.int64]
-
-__all__ = [
-    "best_epsilons",
-    "check_probabilities",
-    "curve_counts",
-    "group_counts",
-    "group_sums",
-    "mixture_right",
-    "overlap_counts",
-    "pack",
-    "pack_predictions",
-    "pack_scores",
-    "sample_counts",
-    "unpack",
-]
+reads_bits = False
 
 
-def _correct(rows: Rows, n_samples: int) -> NDArray[np.bool_]:
+def instruction_set() -> str:
+    return "llvm"
+
+
+def _unpacked(rows: Rows, n_samples: int) -> Bool:
     return unpack(rows, n_samples) if rows.dtype == np.uint8 else rows
 
 
 @njit(cache=True, nogil=True)
-def _curve_counts(correct, reference, counts):  # type: ignore[no-untyped-def]
+def _add_curves(correct, reference, counts):  # type: ignore[no-untyped-def]
     at_end = correct[reference]
     right_at_end = at_end.sum()
     for e in range(correct.shape[0]):
@@ -52,7 +40,7 @@ def _curve_counts(correct, reference, counts):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _group_sums(correct, reference, groups, weights, sums):  # type: ignore[no-untyped-def]
+def _add_groups(correct, reference, groups, weights, sums):  # type: ignore[no-untyped-def]
     at_end = correct[reference]
     for e in range(correct.shape[0]):
         now = correct[e]
@@ -66,7 +54,7 @@ def _group_sums(correct, reference, groups, weights, sums):  # type: ignore[no-u
 
 
 @njit(cache=True, nogil=True)
-def _sample_counts(correct, counts):  # type: ignore[no-untyped-def]
+def _count_samples(correct, counts):  # type: ignore[no-untyped-def]
     for e in range(correct.shape[0]):
         for i in range(correct.shape[1]):
             if correct[e, i]:
@@ -81,7 +69,7 @@ def _sample_counts(correct, counts):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _overlap_counts(packed, popcount, counts):  # type: ignore[no-untyped-def]
+def _add_overlaps(packed, popcount, counts):  # type: ignore[no-untyped-def]
     for i in range(packed.shape[0]):
         for j in range(i, packed.shape[0]):
             total = 0
@@ -93,8 +81,8 @@ def _overlap_counts(packed, popcount, counts):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _intervals(now, then, labels):  # type: ignore[no-untyped-def]
-    rounding, least = 4e-15, 5e-324
+def _find_intervals(now, then, labels):  # type: ignore[no-untyped-def]
+    rounding, least = 4e-15, 5e-324  # as in mixing.py; the least double above 0
     out = np.empty((4, len(labels)))
     for i in range(len(labels)):
         y = labels[i]
@@ -133,36 +121,30 @@ def _intervals(now, then, labels):  # type: ignore[no-untyped-def]
     return out
 
 
-best_epsilons = partial(reference.best_epsilons, intervals=_intervals)
+best_epsilons = partial(mixing.best_epsilons, _find_intervals)
 
 
 def curve_counts(rows: Rows, n_samples: int, reference: int, counts: Int) -> None:
-    _curve_counts(_correct(rows, n_samples), reference, counts)
+    _add_curves(_unpacked(rows, n_samples), reference, counts)
 
 
 def group_counts(rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, counts: Int) -> None:
-    _group_sums(_correct(rows, n_samples), reference, groups, np.ones(n_samples, np.int64), counts)
+    _add_groups(_unpacked(rows, n_samples), reference, groups, np.ones(n_samples, np.int64), counts)
 
 
 def group_sums(
-    rows: Rows,
-    n_samples: int,
-    reference: int,
-    groups: Int,
-    n_groups: int,
-    weights: NDArray[np.float64],
-    sums: NDArray[np.float64],
+    rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, weights: Float, sums: Float
 ) -> None:
-    _group_sums(_correct(rows, n_samples), reference, groups, weights, sums)
+    _add_groups(_unpacked(rows, n_samples), reference, groups, weights, sums)
 
 
 def sample_counts(rows: Rows, n_samples: int) -> NDArray[np.int32]:
     counts = np.full((5, n_samples), -1, np.int32)
     counts[2:4] = 0
-    _sample_counts(_correct(rows, n_samples), counts)
+    _count_samples(_unpacked(rows, n_samples), counts)
     return counts
 
 
 def overlap_counts(rows: Rows, n_samples: int, counts: Int) -> None:
     popcount = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.int64)
-    _overlap_counts(pack(_correct(rows, n_samples), n_samples), popcount, counts)
+    _add_overlaps(pack(_unpacked(rows, n_samples), n_samples), popcount, counts)

@@ -1,21 +1,20 @@
-"""The forget fraction and its relatives, over per-sample correctness of every epoch. NumPy only; see `_backend`.
+"""The forget fraction F_e, the learned fraction L_e, and the curves and the matrix around them. NumPy only.
 
-Scores on a labelled set T of n samples, after arXiv 2507.08686 Section III: M_e is the part of T that is wrong at epoch
-e, E the final (or any reference) epoch.
+Scores on a labelled set T of n samples (arXiv 2507.08686, Section III): M_e is the part of T that is wrong at epoch e,
+E is the final epoch or any other reference epoch.
 
     forget fraction   F_e = acc(e, M_E) |M_E| / n     right at e, wrong at the end
     learned fraction  L_e = acc(E, M_e) |M_e| / n     wrong at e, right at the end
     identity          acc(E) = acc(e) + L_e - F_e
 
-Everywhere `correct` is (n_epochs, n_samples): bool or integers 0 and 1, in anything that NumPy can view (list, memmap,
-torch tensor, DLPack), or a CorrectnessHistory, whose bits are read as they are. Memory-mapped arrays and history files
-may be larger than memory: they are streamed in blocks. Tensors on an accelerator are reduced there. Counts are exact
-integers, the same from every backend.
+`correct` is (n_epochs, n_samples) everywhere: bool or integers 0 and 1, in anything that NumPy can view (list, memmap,
+torch tensor, DLPack), or a CorrectnessHistory, whose bits are read directly. Memory-mapped arrays and history files may
+be larger than memory: they are read in blocks. Tensors on an accelerator are reduced there. Counts are exact integers,
+the same on every backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +23,21 @@ from numpy.typing import NDArray
 
 from .. import _check
 from ..kernels import backend
+from ..kernels.mixing import Scores
 from .matrix import Matrix
-
-NEVER_LEARNED = ("nan", "toneva", "cartography", "datadiet", "deepcore")
+from .samples import NEVER_LEARNED as NEVER_LEARNED  # these three names moved; until the other rooms import them there
+from .samples import SampleStatistics as SampleStatistics
+from .samples import sample_statistics as sample_statistics
 
 
 def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
-    """Which samples are classified correctly.
+    """Tell for each sample whether it is classified correctly.
 
     Parameters
     ----------
     predictions_or_scores : (..., n_samples) integers or (..., n_samples, n_classes) floats
-        Predicted classes, or scores (probabilities, logits) whose arg-max is the prediction, the first of equal ones.
+        Predicted classes, or scores (probabilities, logits) whose arg-max is the prediction. The first of equal scores
+        is the arg-max.
     labels : (n_samples,) integers
         True classes, from 0.
 
@@ -58,13 +60,13 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     >>> correctness([[0.9, 0.1], [0.5, 0.5]], [0, 1])
     array([ True, False])
     """
-    a, bfloat16 = _check.predictions_or_scores(predictions_or_scores)
-    kernels, shape = backend.kernels_for(a), tuple(a.shape)
-    if _check.kind(a) == "i" and not bfloat16:
+    given = _predictions_or_scores(predictions_or_scores)
+    a, shape, kernels = given.values, tuple(given.values.shape), backend.kernels_for(given.values)
+    if _check.kind(a) == "i" and not given.bfloat16:
         y = _check.labels(labels)
         if a.ndim < 1 or shape[-1] != len(y):
             raise ValueError(f"predictions: expected shape (..., {len(y)}) as labels, got shape {shape}")
-        bits = kernels.pack_predictions(_check.plain(a.reshape(-1, len(y))), y)
+        bits = kernels.pack_predictions(_native(a.reshape(-1, len(y))), y)
         return np.asarray(kernels.unpack(bits, len(y))).reshape(shape)
     if a.ndim < 2 or shape[-1] == 0:
         hint = "; for one score a sample give classes, score > 0 as integers" if a.ndim == 1 else ""
@@ -72,34 +74,61 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     y = _check.labels(labels, shape[-2], shape[-1])
     out = np.empty(shape[:-1], bool)
     for epoch in np.ndindex(shape[:-2]):
-        bits = kernels.pack_scores(_check.plain(a[epoch]), y, bfloat16)
-        if bits is None:
-            at = (*epoch, *_check.first_nan(a[epoch], bfloat16))
+        row = kernels.pack_scores(_native(a[epoch]), y, given.bfloat16)
+        if row is None:
+            at = (*epoch, *_first_nan(Scores(a[epoch], given.bfloat16)))
             raise ValueError(f"scores: expected numbers, got NaN at index {at}")
-        out[epoch] = kernels.unpack(bits[None], len(y))[0]
+        out[epoch] = kernels.unpack(row[None], len(y))[0]
     return out
+
+
+def _predictions_or_scores(x: Any) -> Scores:
+    """Integers or floats of any shape, as an array or as a tensor on its accelerator."""
+    name = "predictions_or_scores"
+    given = Scores(x.detach()) if _check.on_device(x) else Scores.of(x, name)
+    if _check.kind(given.values) == "b":
+        hint = "is it correctness already? Classes are integers"
+        raise TypeError(f"{name}: expected class numbers or scores, got bool; {hint}")
+    return given
+
+
+def _native(a: Any) -> Any:
+    """The same array with native bytes and adjacent values along the last axis; tensors unchanged."""
+    if not isinstance(a, np.ndarray):
+        return a
+    a = a.astype(a.dtype.newbyteorder("="), copy=False)
+    return a if a.size < 2 or a.shape[-1] == 1 or a.strides[-1] == a.itemsize else np.ascontiguousarray(a)
+
+
+def _first_nan(scores: Scores) -> tuple[int, ...]:
+    """Index of the first NaN, in scores that have one."""
+    a = scores.values
+    nan = (a & 0x7FFF) > 0x7F80 if scores.bfloat16 else a != a
+    return tuple(int(i) for i in np.unravel_index(int((nan * 1).reshape(-1).argmax()), tuple(a.shape)))
 
 
 @dataclass(frozen=True, eq=False)
 class ForgettingCurves:
-    """Accuracy, forget, learned and retained fraction per epoch, against one reference epoch.
+    """Accuracy, forget, learned and retained fraction of every epoch, against one reference epoch.
 
-    Fractions are (n_epochs,) float64, or (n_groups, n_epochs) when groups were given (nan for an empty group).
+    Fractions are (n_epochs,) float64. With groups they are (n_groups, n_epochs), and nan for an empty group.
 
     Attributes
     ----------
     counts : (4, [n_groups,] n_epochs)
         Right, forgotten, learned and retained samples (int64), or sums of their weights (float64).
     n_samples : int or (n_groups,) int64
+        Number of samples.
     total : n_samples, or the sum of the weights
+        Denominator of the fractions.
     reference : int
+        Row of the reference epoch.
     groups : (n_groups,) or None
         The distinct group labels, sorted: the order of the leading axis.
 
     Notes
     -----
-    Curves of disjoint sample sets add, ``a + b``: the parts may come from shards, blocks or machines. Group labels are
-    united.
+    Results for disjoint sets of samples can be added, ``a + b``: they are counts. The sum has the groups of both.
     """
 
     counts: NDArray[Any]
@@ -116,31 +145,31 @@ class ForgettingCurves:
     def _fraction(self, row: int) -> NDArray[np.float64]:
         if self.groups is None:
             return np.asarray(self.counts[row] / self.total)
-        with np.errstate(invalid="ignore"):  # of an empty group
+        with np.errstate(invalid="ignore"):  # 0 / 0 in an empty group
             return np.asarray(self.counts[row] / self.total[:, None])
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
-        """Share of samples right at e."""
+        """Share of samples that are right at e."""
         return self._fraction(0)
 
     @property
     def forget(self) -> NDArray[np.float64]:
-        """F_e: share right at e and wrong at the reference."""
+        """F_e: share that is right at e and wrong at the reference."""
         return self._fraction(1)
 
     @property
     def learned(self) -> NDArray[np.float64]:
-        """L_e: share wrong at e and right at the reference."""
+        """L_e: share that is wrong at e and right at the reference."""
         return self._fraction(2)
 
     @property
     def retained(self) -> NDArray[np.float64]:
-        """Share right at e and still right at the reference."""
+        """Share that is right at e and at the reference."""
         return self._fraction(3)
 
     def __radd__(self, other: int) -> ForgettingCurves:
-        """0 + curves, so that sum() works."""
+        """Add curves to 0, so that sum() works."""
         return self if other == 0 else NotImplemented
 
     def __add__(self, other: ForgettingCurves) -> ForgettingCurves:
@@ -160,7 +189,7 @@ class ForgettingCurves:
 
 
 def _spread(curves: ForgettingCurves, names: NDArray[Any], groups: NDArray[Any]) -> ForgettingCurves:
-    """The same curves with empty groups where `groups` has more labels than `names`."""
+    """The same curves, with an empty group for each label of `groups` that is not in `names`."""
     at = np.searchsorted(groups, names)
 
     def spread(a: NDArray[Any], axis: int) -> NDArray[Any]:
@@ -181,14 +210,14 @@ def forgetting_curves(
     ----------
     correct : (n_epochs, n_samples) bool or 0 and 1
     reference : int
-        The epoch that stands for "the end"; negative counts from the last.
+        Row of the epoch that stands for "the end"; negative rows count from the last.
     groups : (n_samples,), optional
-        A label per sample (class, cluster, annotator): the same curves inside each group.
+        A label per sample (class, cluster, annotator). Default: no groups. Computes the curves inside each group.
     sample_weight : (n_samples,) float, optional
-        Finite, >= 0; fractions become shares of the total weight. Summed in double in the order of the samples (on an
-        accelerator: in the device's order).
+        Finite, >= 0. Default: 1 each. Fractions become shares of the total weight. Weights are summed in double in the
+        order of the samples (on an accelerator in the device's order).
     progress : bool
-        Show a bar on stderr, if that is a terminal, while a file is streamed.
+        Default: False. Show a progress bar on stderr, if it is a terminal, while a file is read.
 
     Returns
     -------
@@ -211,25 +240,25 @@ def forgetting_curves(
     """
     m = Matrix(correct)
     r = _check.index(reference, m.n_epochs, "reference")
-    n, k = m.n_samples, m.kernels
+    n = m.n_samples
     if groups is None and sample_weight is None:
-        return ForgettingCurves(_curve_counts(m, r, progress), n, n, r)
+        return ForgettingCurves(_counts(m, r, progress), n, n, r)
     names, member = _groups(np.zeros(n, np.int64) if groups is None else groups, n)
     w = None if sample_weight is None else _check.weights(sample_weight, n)
-    sums = np.zeros((4, len(names), m.n_epochs), np.int64 if w is None else np.float64)
+    sums: NDArray[Any] = np.zeros((4, len(names), m.n_epochs), np.int64 if w is None else np.float64)
     for part, rows in m.blocks(progress):
         n_part, g = part.stop - part.start, member[part]
         if w is None:
-            k.group_counts(rows, n_part, r, g, len(names), sums)
+            m.kernels.group_counts(rows, n_part, r, g, len(names), sums)
         else:
-            k.group_sums(rows, n_part, r, g, len(names), w[part], sums)
+            m.kernels.group_sums(rows, n_part, r, g, len(names), w[part], sums)
     size, total = np.bincount(member), np.bincount(member, w)
     if groups is None:
         return ForgettingCurves(sums[:, 0], n, total[0], r)
     return ForgettingCurves(sums, size, size if w is None else total, r, names)
 
 
-def _curve_counts(m: Matrix, reference: int, progress: bool = False) -> NDArray[np.int64]:
+def _counts(m: Matrix, reference: int, progress: bool) -> NDArray[np.int64]:
     counts = np.zeros((4, m.n_epochs), np.int64)
     for part, rows in m.blocks(progress):
         m.kernels.curve_counts(rows, part.stop - part.start, reference, counts)
@@ -237,7 +266,7 @@ def _curve_counts(m: Matrix, reference: int, progress: bool = False) -> NDArray[
 
 
 def _groups(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Distinct labels, sorted, and each sample's place among them."""
+    """Distinct labels, sorted, and each sample's index among them."""
     g = np.asarray(groups.detach().cpu() if _check.is_tensor(groups) else groups)
     if g.shape != (n_samples,) or g.dtype.kind not in "biuUS":
         raise ValueError(
@@ -248,9 +277,9 @@ def _groups(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64
 
 
 def forget_fraction(correct: Any, *, reference: int = -1, sample_weight: Any = None) -> NDArray[np.float64]:
-    """F_e: the share of samples right at epoch e and wrong at the end.
+    """F_e: the share of samples that are right at epoch e and wrong at the end.
 
-    Parameters, errors and source are those of `forgetting_curves`.
+    Parameters, errors and references as in `forgetting_curves`.
 
     Returns
     -------
@@ -265,9 +294,9 @@ def forget_fraction(correct: Any, *, reference: int = -1, sample_weight: Any = N
 
 
 def learned_fraction(correct: Any, *, reference: int = -1, sample_weight: Any = None) -> NDArray[np.float64]:
-    """L_e: the share of samples wrong at epoch e and right at the end.
+    """L_e: the share of samples that are wrong at epoch e and right at the end.
 
-    Parameters, errors and source are those of `forgetting_curves`.
+    Parameters, errors and references as in `forgetting_curves`.
 
     Returns
     -------
@@ -282,24 +311,24 @@ def learned_fraction(correct: Any, *, reference: int = -1, sample_weight: Any = 
 
 
 def forgetting_matrix(correct: Any, *, progress: bool = False) -> NDArray[np.int64]:
-    """How many samples are right at epoch i and wrong at epoch j.
+    """Number of samples that are right at epoch i and wrong at epoch j.
 
     Parameters
     ----------
     correct : (n_epochs, n_samples) bool or 0 and 1
     progress : bool
-        As `forgetting_curves`.
+        As in `forgetting_curves`.
 
     Returns
     -------
     (n_epochs, n_epochs) int64
-        Zero diagonal; the last column divided by n_samples is F_e, the last row L_e. Matrices of disjoint sample sets
-        add.
+        The diagonal is zero. The last column divided by n_samples is F_e, the last row L_e. Matrices of disjoint sets
+        of samples can be added.
 
     Raises
     ------
     TypeError, ValueError
-        As `forgetting_curves`.
+        As in `forgetting_curves`.
 
     Examples
     --------
@@ -313,92 +342,3 @@ def forgetting_matrix(correct: Any, *, progress: bool = False) -> NDArray[np.int
         n = part.stop - part.start
         m.kernels.overlap_counts(rows if m.bits else m.kernels.pack(rows, n), n, overlap)
     return np.asarray(np.diag(overlap)[:, None] - overlap)
-
-
-@dataclass(frozen=True, eq=False)
-class SampleStatistics:
-    """What happened to each sample; all arrays are (n_samples,).
-
-    Attributes
-    ----------
-    first_learned : float64
-        First epoch at which the sample was right; nan when there is none.
-    last_correct : float64
-        Last epoch at which it was right; nan when there is none.
-    forgetting_events : float64
-        Changes from right to wrong between recorded epochs (Toneva et al. 2019); never-learned samples by the
-        convention asked for.
-    correctness : int64
-        Number of epochs at which it was right.
-    presentations_needed : int64
-        Epochs until it was right for good: one past the last wrong epoch; n_epochs when it is wrong at the end.
-    forgotten : bool
-        Right at some epoch and wrong at the last one.
-    """
-
-    first_learned: NDArray[np.float64]
-    last_correct: NDArray[np.float64]
-    forgetting_events: NDArray[np.float64]
-    correctness: NDArray[np.int64]
-    presentations_needed: NDArray[np.int64]
-    forgotten: NDArray[np.bool_]
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[SampleStatistics]) -> SampleStatistics:
-        """Join the statistics of disjoint samples over the same epochs (shards, blocks, machines), in the order given.
-
-        Raises
-        ------
-        ValueError
-            Nothing to join.
-        """
-        if not parts:
-            raise ValueError("parts: expected at least one")
-        return cls(**{name: np.concatenate([vars(p)[name] for p in parts]) for name in vars(parts[0])})
-
-
-def sample_statistics(correct: Any, *, never_learned: str = "nan", progress: bool = False) -> SampleStatistics:
-    """Per-sample learning and forgetting, in one pass.
-
-    Parameters
-    ----------
-    correct : (n_epochs, n_samples) bool or 0 and 1
-    never_learned : {"nan", "toneva", "cartography", "datadiet", "deepcore"}
-        The forgetting events of a sample that was never right: nan, n_epochs, 1000, infinity or 0, as those projects
-        count.
-    progress : bool
-        As `forgetting_curves`.
-
-    Returns
-    -------
-    SampleStatistics
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `forgetting_curves`; an unknown convention.
-
-    Examples
-    --------
-    >>> s = sample_statistics([[1, 0, 0], [0, 0, 1], [1, 0, 0]])
-    >>> s.forgetting_events, s.forgotten
-    (array([ 1., nan,  1.]), array([False, False,  True]))
-
-    References
-    ----------
-    Toneva et al., "An Empirical Study of Example Forgetting", ICLR 2019; arXiv 2507.08686, Section III.
-    """
-    m = Matrix(correct)
-    _check.choice(never_learned, NEVER_LEARNED, "never_learned")
-    value = dict(zip(NEVER_LEARNED, (np.nan, m.n_epochs, 1000.0, np.inf, 0.0), strict=True))[never_learned]
-    counts = [m.kernels.sample_counts(rows, part.stop - part.start) for part, rows in m.blocks(progress)]
-    first, last, events, right, last_wrong = counts[0] if len(counts) == 1 else np.concatenate(counts, axis=1)
-    never = first < 0
-    return SampleStatistics(
-        first_learned=np.where(never, np.nan, first),
-        last_correct=np.where(never, np.nan, last),
-        forgetting_events=np.where(never, value, events),
-        correctness=right.astype(np.int64),
-        presentations_needed=last_wrong.astype(np.int64) + 1,
-        forgotten=~never & (last_wrong == m.n_epochs - 1),
-    )

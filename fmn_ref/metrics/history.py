@@ -188,7 +188,7 @@ class CorrectnessHistory:
             The disk is full or the file cannot be written; the history is then as it was before.
         """
         a = _check.array(correct, "correct")
-        row = _check.correctness(a[None] if a.ndim == 1 else a)
+        row = _check.bool_matrix(a[None] if a.ndim == 1 else a)
         if row.shape != (1, self.n_samples):
             raise ValueError(f"correct: expected shape ({self.n_samples},), got shape {a.shape}")
         last = self._epochs[-1] if self._epochs else -1

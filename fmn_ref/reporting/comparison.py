@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 from .. import _check
 from ..fusion import baselines
 from ..fusion.fuse import fuse
-from ..fusion.plan import Epochs, FusionPlan, mixture
+from ..fusion.methods import METHODS
+from ..fusion.mixtures import mixture
+from ..fusion.plan import FusionPlan
+from ..fusion.probabilities import ProbabilityReader
 
 Int = NDArray[np.int64]
 FLATTERS = "scoring there flatters (allow_overlap=True or --allow-overlap permits it)"
-OTHERS = ("greedy", "bagged", "likelihood", "coverage", "auto")  # methods of `fuse` beside KF
+OTHERS = (*(m.name for m in METHODS.values() if not m.control and m.name != "forget"), "auto")  # beside KF
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # per epoch; the one with the best selection accuracy is scored
 
 
@@ -116,7 +119,10 @@ def compare_probabilities(
     ValueError, TypeError
         As `fuse`; more than 1 % of the samples stand in both sets (the same predictions at the first and last epoch).
     """
-    select_probs, test_probs = Epochs(select_probs, "select_probs"), Epochs(test_probs, "test_probs")
+    select_probs, test_probs = (
+        ProbabilityReader(select_probs, "select_probs"),
+        ProbabilityReader(test_probs, "test_probs"),
+    )
     if not allow_overlap:
         refuse_overlap(_rows(select_probs), _rows(test_probs), "test_probs")
     rows, plans = _mixed(select_probs, select_labels, test_probs, test_labels, correct, window, search)
@@ -137,12 +143,12 @@ def _mixed(
     y_test = _check.labels(test_labels, n_test, n_classes, "test_labels")
     right = np.stack([np.argmax(select_probs[e], 1) == y for e in range(n)]) if correct is None else correct
     mixed = {
-        "last": baselines.last(n),
+        "last": baselines.last_epochs(n),
         "best epoch": baselines.best_epoch(right),
         "best window": baselines.best_window(select_probs, y, window),
-        "last-k": baselines.last(n, k),
+        "last-k": baselines.last_epochs(n, k),
         "equally spaced": baselines.equally_spaced(n, k),
-        "top-k": baselines.top(right, k),
+        "top-k": baselines.top_epochs(right, k),
     }
     rows = [
         Row(name, len(w), _score(mixture(select_probs, w), y), _score(mixture(test_probs, w), y_test))
@@ -242,9 +248,9 @@ def _single_models(
         return
     plan = plans["KF"]
     n = plan.n_epochs
-    candidates = [averaged_model(run, baselines.ema(n, d), train_data) for d in EMA_DECAYS]
+    candidates = [averaged_model(run, baselines.ema_weights(n, d), train_data) for d in EMA_DECAYS]
     yield "EMA", max(candidates, key=lambda m: _model_score(m, select_data, run, y))
-    yield "SWA", averaged_model(run, baselines.swa(n), train_data)
+    yield "SWA", averaged_model(run, baselines.swa_weights(n), train_data)
     yield "averaged KF", averaged_model(run, plan.weights, train_data)
     if make_student is None:
         return

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from .. import _check
 from ..fusion.plan import FusionPlan
-from ..metrics.curves import forgetting_curves, forgetting_matrix, sample_statistics
+from ..metrics.curves import forgetting_curves, forgetting_matrix
+from ..metrics.samples import sample_statistics
 from .recovery import Recovery
 
 if TYPE_CHECKING:

@@ -124,7 +124,7 @@ def recovery(
     ----------
     arXiv 2507.08686, Section III: forgotten samples.
     """
-    history = _check.correctness(correct)
+    history = _check.bool_matrix(correct)
     n = history.shape[1]
     y = _check.labels(labels, n)
     if not isinstance(predictions, dict):

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from .. import _check, _files
 from ..fusion.expectation import expected_gain
 from ..fusion.plan import FusionPlan
-from ..metrics.curves import ForgettingCurves, SampleStatistics, forgetting_curves, forgetting_matrix, sample_statistics
+from ..metrics.curves import ForgettingCurves, forgetting_curves, forgetting_matrix
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
+from ..metrics.samples import SampleStatistics, sample_statistics
 from ..runs import load
 from ..runs.run import Run
 from . import html

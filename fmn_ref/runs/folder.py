@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import _check, _files
+from .. import _files
 
 try:
     import fcntl

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .. import _check, _files
-from . import importers
-from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from ..metrics.curves import correctness
+from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
+from . import importers
 
 _MAPPED_FROM = 1 << 26  # bytes of an .npz member
 
@@ -91,7 +91,7 @@ def load_correct(path: str, labels: str | None, verify: bool = True) -> Any:
         return a
     without_labels = labels is None and not path.endswith(".npz") and a.dtype.kind != "f"
     if name == "correct" or without_labels:
-        return _check.matrix(a, path)
+        return _check.correct_matrix(a, path)
     return correctness_of(a, load_labels(labels, path))
 
 

@@ -131,7 +131,7 @@ class Recorder:
         weights : dict, optional
             The state_dict to store; default: the current one of `model`.
         """
-        correct = _check.correctness(_check.array(correct, "correct")[None])[0]
+        correct = _check.bool_matrix(_check.array(correct, "correct")[None])[0]
         _check.labels(labels, len(correct))
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         self._check_new(epoch, correct, labels)
@@ -159,7 +159,9 @@ class Recorder:
             if self._history.digest != labels_digest(labels):
                 was, now = self._history.n_samples, len(correct)
                 counts = "" if was == now else f": {now} samples, not {was}"
-                raise ValueError(f"labels: not the labels (or not in the order) that this run has recorded so far{counts}")
+                raise ValueError(
+                    f"labels: not the labels (or not in the order) that this run has recorded so far{counts}"
+                )
         if epoch < self.next_epoch:
             hint = f"go on with {self.next_epoch} (recorder.next_epoch), or drop it with recorder.rewind({epoch})"
             raise ValueError(f"epoch: {self.run_dir} is already recorded past {epoch}; {hint}")

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fmn_ref.benchmarks.experiments import datasets, double_descent, measurement, networks, suite, tables
-from fmn_ref.benchmarks.speed import fusion
 
 import fmn_ref as fmn
+from fmn_ref.benchmarks.experiments import datasets, double_descent, measurement, networks, suite, tables
+from fmn_ref.benchmarks.speed import fusion
 from fmn_ref.cli import main
 from fmn_ref.training.augmentation import crop_flip
 

@@ -17,7 +17,7 @@
 
 #include "fmn/fmn.h"
 
-static std::string context;  // of the case at hand, for a failure's message
+static std::string context;  // of the current case, for the message of a failure
 
 #define CHECK(condition)                                                                             \
     do {                                                                                             \
@@ -45,7 +45,7 @@ static int64_t any_epochs(Rng& rng, int64_t n_samples) {
     return rng() % 4 ? pick(rng, 1, 12) : pick(rng, 0, 40);
 }
 
-// A matrix somewhere in memory, and the same as plain rows of 0 and 1.
+// A matrix at some offset in memory, and the same values as plain rows of 0 and 1.
 struct Case {
     Bytes memory;
     fmn_matrix m;
@@ -56,7 +56,7 @@ struct Case {
         const int64_t n = any_size(rng), e = any_epochs(rng, n), format = rng() % 2;
         const int64_t width = format ? (n + 7) / 8 : n, padding = pick(rng, 0, 70), offset = pick(rng, 0, 63);
         const int layout = static_cast<int>(rng() % 8), density = static_cast<int>(pick(rng, 0, 8));
-        memory.resize(offset + (e > 0 ? (e - 1) * (width + padding) + width : 0));  // not a byte more, for AddressSanitizer
+        memory.resize(offset + (e > 0 ? (e - 1) * (width + padding) + width : 0));  // no spare byte, so that AddressSanitizer sees any overrun
         for (auto& b : memory)  // any byte but zero is right; bits past the last sample are noise
             b = format ? static_cast<uint8_t>(rng()) : static_cast<int>(rng() % 8) < density ? 1 + rng() % 255 : 0;
         m = {memory.data() + offset, e, n, width + padding, format ? FMN_BITS : FMN_BYTES};
@@ -94,7 +94,7 @@ static void check_curves(const Case& c, Rng& rng) {
     CHECK(counts == expected);
     CHECK(fmn_group_counts(&c.m, r, groups.data(), n_groups, c.n_threads, by_group.data()) == FMN_OK);
     CHECK(by_group == by_loop);
-    // In two pieces, which add up to the same bits.
+    // Two pieces of the samples add up to the same bits.
     const int64_t cut = n > 8 ? n / 2 / 8 * 8 : 0;
     fmn_matrix head = c.m, tail = c.m;
     head.n_samples = cut, tail.n_samples = n - cut, tail.data += c.m.format == FMN_BITS ? cut / 8 : cut;
@@ -178,7 +178,7 @@ static void check_predictions(Rng& rng, fmn_type type) {
     CHECK(bits == expected);
 }
 
-// Scores of small whole numbers, so that there are ties, and now and then something special.
+// Scores that are small integers, so that there are ties, and sometimes infinity, NaN or zero.
 static double any_score(Rng& rng, bool nan) {
     const double inf = std::numeric_limits<double>::infinity(), special[] = {0.0, -0.0, inf, -inf};
     if (rng() % 8 == 0) return special[rng() % 4];
@@ -234,7 +234,7 @@ static void check_scores(Rng& rng, fmn_type type) {
 
 static fmn_type any_float(Rng& rng) { return static_cast<fmn_type>(pick(rng, FMN_FLOAT16, FMN_FLOAT64)); }
 
-// What put has written, or any other finite number, subnormal ones included.
+// Reads what `put` wrote, or any other finite number, subnormal ones included.
 static double get(const uint8_t* p, fmn_type type) {
     double d;
     float f;
@@ -262,7 +262,7 @@ static void put_any(Rng& rng, fmn_type type, int64_t units, bool low, uint8_t* t
 
 struct Range { double lo, hi; };
 
-// A predictor and epochs of random scores: as the library takes them, each array without a byte more, and as doubles.
+// A predictor and epochs of random scores: as the library takes them, each array without a spare byte, and as doubles.
 struct Mixture {
     fmn_mixture m;
     bool low;
@@ -322,7 +322,7 @@ struct Mixture {
         return arg_max == labels[i];
     }
 
-    // Whether it might be, with an error of 1e-13 in its lead.
+    // Whether it might be right, with an error of 1e-13 in its lead.
     bool nearly_right(int64_t i, const std::vector<double>& then, double epsilon) const {
         const double *p = &scores.back()[i * m.n_classes], *q = &then[i * m.n_classes];
         bool is = true;
@@ -333,7 +333,7 @@ struct Mixture {
         return is;
     }
 
-    // The closed interval of epsilon on which it is right, an open end moved to the next double; lo > hi for nowhere.
+    // The closed interval of epsilon on which it is right, an open end moved to the next double; lo > hi if it never is.
     Range interval(int64_t i, const std::vector<double>& then) const {
         const double *p = &scores.back()[i * m.n_classes], *q = &then[i * m.n_classes];
         const int64_t y = labels[i];
@@ -430,7 +430,7 @@ static void check_mixture(Rng& rng) {
     check_best_epsilon(x, rng);
 }
 
-// Rows of 64ths, which every type holds and which add up without rounding, in one of them a thing that is wrong or nearly so.
+// Rows of 64ths, which every type holds and which add up without rounding. One row has an error, or nearly has one.
 static void check_probabilities(Rng& rng) {
     const fmn_type type = any_float(rng);
     const int64_t n = pick(rng, 0, 70), k = pick(rng, 1, 40), size = size_of(type), kind = n > 0 ? pick(rng, 0, 7) : 0;
@@ -442,7 +442,7 @@ static void check_probabilities(Rng& rng) {
         const double off[] = {0, 2.0 / 64, -2.0 / 64, 3.0 / 64, -3.0 / 64}, special[] = {-inf, inf, nan};
         double *row = &rows[pick(rng, 0, n - 1) * k], *most = std::max_element(row, row + k), *any = row + pick(rng, 0, k - 1);
         if (kind < 5) *most += off[kind];
-        if (kind == 5) *most += *any + 1.0 / 64, *any = -1.0 / 64;  // the sum is right still
+        if (kind == 5) *most += *any + 1.0 / 64, *any = -1.0 / 64;  // the sum is still right
         if (kind == 6) *any = special[rng() % 3];
         if (kind == 7) std::fill(row, row + k, 0.0);
     }
@@ -498,7 +498,7 @@ static void check_large(Rng& rng) {
     CHECK(fmn_unpack(&p, 4, again.data(), n) == FMN_OK && again == bytes);
 }
 
-// Mixtures with work for several threads in one call, and more windows than are held at once: the same six over and over.
+// Mixtures with work for several threads in one call, and more windows than are held at once: six windows, repeated.
 static void check_large_mixture(Rng& rng) {
     const int64_t n = 30011, k = 10, n_windows = 75, n_grid = 21;
     const Mixture x(rng, n, k, 3);
@@ -557,8 +557,8 @@ static void check_overflow() {
         CHECK(fmn_curve_counts(&m, 0, 0, counts.data()) == FMN_OK);
         for (int64_t i = 0; i < e; ++i) CHECK(counts[i] == samples && counts[3 * e + i] == samples && counts[e + i] == 0);
     }
-    // One call whose single counts pass 2^32: 2^33 samples, all in one row of one repeated gigabyte would need the memory;
-    // right-to-wrong changes and epochs are bounded by n_epochs instead, which passes 2^16 here.
+    // A single count past 2^32 in one call would need a row of 2^33 samples in memory. Right-to-wrong changes and epochs are
+    // bounded by n_epochs instead, which passes 2^16 here.
     const uint8_t pair[2] = {1, 0};
     const int64_t many = 200001;
     std::vector<int32_t> counts(5);
@@ -646,7 +646,7 @@ static void check_mixture_errors() {
     CHECK(fmn_check_probabilities(nullptr, FMN_FLOAT32, 2, 3, 1, 0, &sound) == bad);
     CHECK(fmn_check_probabilities(p, FMN_FLOAT32, 2, 3, 1, 0, nullptr) == bad);
     for (int i = 0; i < 2; ++i) CHECK(right[i] == 7 && on_grid[i] == 7 && epsilon[i] == 7 && sound == 7);
-    // Nothing to do needs no arrays, and no grid no place for its result.
+    // Without samples no arrays are needed, and without a grid no place for its result.
     const fmn_mixture none = {nullptr, nullptr, 2, FMN_FLOAT32, FMN_FLOAT64, 0, 3, nullptr, nullptr};
     CHECK(fmn_mixture_right(&good, 0, 1, nullptr, 0, 0, nullptr) == FMN_OK);
     CHECK(fmn_best_epsilon(&good, nullptr, 0, nullptr, 0, 0, nullptr, nullptr, nullptr) == FMN_OK);

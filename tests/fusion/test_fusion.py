@@ -1,4 +1,4 @@
-"""Knowledge Fusion against a transcription of METHOD's steps, and best_epsilon against rational arithmetic."""
+"""Knowledge Fusion against a transcription of the papers' algorithm, best_epsilon against rational arithmetic."""
 
 import json
 from fractions import Fraction
@@ -12,7 +12,7 @@ from conftest import random_probs
 from hypothesis import given, settings
 
 import fmn_ref as fmn
-from fmn_ref.fusion.plan import mixture
+from fmn_ref.fusion.mixtures import mixture
 
 
 def fuse_by_the_book(p, labels, window):
@@ -61,7 +61,7 @@ def test_plan(seed, search, tmp_path):
 def test_exact_search_is_never_below_the_grid_in_any_round(rng):
     for _ in range(20):
         p, labels = random_probs(rng, n_epochs=5, n_samples=40)
-        one = [fmn.fuse(p, labels, search=s, max_rounds=1).accuracy[-1] for s in ("grid", "exact")]
+        one = [fmn.fuse(p, labels, search=s, max_members=1).accuracy[-1] for s in ("grid", "exact")]
         assert one[1] >= one[0]
 
 
@@ -88,7 +88,7 @@ def test_exact_epsilon_against_rational_arithmetic(problem):
     current, candidate, m, labels = problem
     eps, accuracy = fmn.best_epsilon(current / m, candidate / m, labels, search="exact")
     mixed = eps * (candidate / m) + (1 - eps) * (current / m)
-    assert accuracy == (mixed.argmax(1) == labels).mean()  # what was promised is what one gets
+    assert accuracy == (mixed.argmax(1) == labels).mean()  # the returned accuracy is that of the mixture
     assert accuracy >= fmn.best_epsilon(current / m, candidate / m, labels)[1]
     gaps = [
         Fraction(int(c[y] - c[k]), int(c[y] - c[k] - q[y] + q[k]))
@@ -175,8 +175,8 @@ class Reads:
 def test_only_the_chosen_windows_are_read(rng):
     p, labels = random_probs(rng, n_epochs=40)
     source = Reads(p)
-    plan = fmn.fuse(source, labels, correct=fmn.correctness(p, labels), max_rounds=2)
-    assert plan == fmn.fuse(p, labels, max_rounds=2)
+    plan = fmn.fuse(source, labels, correct=fmn.correctness(p, labels), max_members=2)
+    assert plan == fmn.fuse(p, labels, max_members=2)
     assert len(source.read) <= 1 + 3 * 3  # the last, two windows, and one that may not have helped
     source.read.clear()
     plan.apply(source)
@@ -232,7 +232,7 @@ def spoiled(value, where=(1, 2, 0)):
         (lambda: fmn.fuse(P, Y, search="magic"), ValueError, "search"),
         (lambda: fmn.fuse(P, Y, window=-1), ValueError, "window"),
         (lambda: fmn.fuse(P, Y, window=0.5), TypeError, "window"),
-        (lambda: fmn.fuse(P, Y, max_rounds=0), ValueError, "max_rounds"),
+        (lambda: fmn.fuse(P, Y, max_members=0), ValueError, "max_members"),
         (lambda: fmn.fuse(P, Y, step=0.3), ValueError, "step"),
         (lambda: fmn.fuse(P, Y, step=0), ValueError, "step"),
         (lambda: fmn.best_epsilon(P[0], P[0, :3], Y), ValueError, "candidate"),

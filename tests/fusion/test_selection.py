@@ -1,7 +1,7 @@
-"""The ways to choose epochs: against brute force, within their bounds, honest about how sure they are, replayed to the
-bit."""
+"""The methods of `fuse`: against brute force, within their bounds, with honest estimates, replayed to the bit."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,10 +11,11 @@ import torch
 from conftest import random_probs, use_backend
 
 import fmn_ref as fmn
-from fmn_ref.fusion.plan import mixture
+from fmn_ref.fusion.methods import method_names, summaries
+from fmn_ref.fusion.mixtures import mixture
 from fmn_ref.kernels import backend
 
-METHODS = ("forget", "greedy", "bagged", "likelihood", "coverage", "equal", "last", "top", "auto")
+METHODS = method_names()
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +70,10 @@ def test_plans_give_the_same_bits_in_a_fresh_process(problem, plans, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("bound", [{"max_members": 2}, {"max_rounds": 1}, {"max_forward_passes": 4}])
+@pytest.mark.parametrize("bound", [{"max_members": 2}, {"max_members": 1}, {"max_forward_passes": 4}])
 def test_bounds(problem, method, bound):
     plan = fmn.fuse(*problem, method=method, **bound)
-    assert len(plan.members) <= bound.get("max_members", bound.get("max_rounds", 99))
+    assert len(plan.members) <= bound.get("max_members", 99)
     assert plan.forward_passes <= bound.get("max_forward_passes", 99)
 
 
@@ -89,6 +90,18 @@ def test_greedy_takes_the_best_window_each_round(problem, window):
         assert epoch == int(np.argmax(best))
         current = eps * means[epoch] + (1 - eps) * current
     assert all(fmn.best_epsilon(current, m, labels, search="exact")[1] <= plan.accuracy[-1] for m in means)
+
+
+def test_no_window_may_be_affordable(problem, each_backend):
+    for method in ("forget", "greedy", "bagged"):
+        assert fmn.fuse(*problem, method=method, max_forward_passes=1).forward_passes == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_summary(method):
+    """One sentence, for the command line's help and the docs."""
+    assert summaries().keys() == set(METHODS)
+    assert re.fullmatch(r"[A-Z][^\n]{20,150}\.", summaries()[method])
 
 
 def test_likelihood_is_at_the_maximum(problem):
@@ -128,14 +141,14 @@ def test_the_final_model_alone(problem):
     p, _ = problem
     for method in METHODS:
         plan = fmn.fuse(p, p[-1].argmax(1), method=method)
-        if method not in ("likelihood", "coverage"):  # which do not look at accuracy
+        if method not in ("likelihood", "coverage"):  # they do not maximise accuracy
             assert plan.final_model_alone
             assert plan.gain_interval == (0, 0)
             assert "final model alone" in str(plan)
 
 
 def test_cross_validation_does_not_flatter():
-    """Random predictions and labels: what is found on the selection set is not there."""
+    """Predictions and labels are random: the accuracy on the selection set is a fluke."""
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.ones(4), (30, 400))
     labels = rng.integers(0, 4, 400)
@@ -146,7 +159,7 @@ def test_cross_validation_does_not_flatter():
 
 
 def test_auto_falls_back_on_the_final_model():
-    """Epochs that are all worse than the final one, with random errors: nothing is worth mixing in."""
+    """All epochs are worse than the final one and err at random: no member helps."""
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 5, 300)
     p = np.full((6, 300, 5), 0.1)
@@ -162,7 +175,7 @@ def test_auto_falls_back_on_the_final_model():
 def test_weights_of_samples(problem, method):
     """A weight of two is the sample twice; a weight of zero is the sample left out."""
     if method in ("bagged", "auto"):
-        return  # draw samples by their number
+        return  # they draw samples by number
     p, labels = problem
     rng = np.random.default_rng(0)
     weight = rng.integers(0, 3, len(labels))
@@ -208,7 +221,7 @@ def test_backends_agree(problem, plans, method, monkeypatch):
             plans[method].cv_accuracy,
             plans[method].gain_interval,
         )
-    backend.load.cache_clear()
+    backend.choose_again()
 
 
 @pytest.mark.parametrize("kind", ["floats", "ties"])
@@ -217,7 +230,7 @@ def test_kernels_agree(kind, each_backend):
     from fmn_ref.kernels import reference
 
     rng = np.random.default_rng(5)
-    kernels = backend.load()[0]
+    kernels = backend.kernels()
     for case in range(150):
         n, k, e = (int(v) for v in rng.integers([1, 2, 1], [40, 20, 6]))
         m = int(rng.choice([4, 10, 64]))

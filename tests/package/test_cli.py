@@ -87,7 +87,7 @@ def test_fuse_and_apply(files, capsys):
         "history.fmnh",
         "-o",
         "one.json",
-        "--max-rounds",
+        "--max-members",
         1,
     ]
     assert "plan written to one.json" in run(capsys, *args)

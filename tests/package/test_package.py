@@ -1,14 +1,16 @@
-"""The package as such: what importing it loads, which backend it picks, its public names, its examples."""
+"""The package: what importing it loads, which backend it picks, its public names, its examples."""
 
 import doctest
 import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from conftest import BACKENDS, random_probs
 
 import fmn_ref as fmn
 from fmn_ref.kernels import backend
+from fmn_ref.kernels.protocol import Kernels
 
 PACKAGE = Path(fmn.__file__).parent
 ROOMS = ("kernels", "metrics", "runs", "fusion", "training", "reporting")
@@ -74,11 +77,36 @@ def test_metric_fusion_plan_and_recorder_work_without_torch(tmp_path):
 
 
 def test_every_public_name_resolves_is_documented_and_listed():
-    assert set(fmn.__all__) <= set(dir(importlib.import_module("fmn_ref"))) | set(fmn._LAZY)
+    namespace = {}
+    exec("from fmn_ref import *", namespace)
+    assert set(fmn.__all__) == namespace.keys() - {"__builtins__"}
+    assert fmn.__all__ == sorted(fmn.__all__)
     for name in fmn.__all__:
         assert getattr(fmn, name).__doc__, name
     with pytest.raises(AttributeError, match="nothing"):
         _ = fmn.nothing
+
+
+@pytest.mark.parametrize("name", ["baselines", "checkpoints", "expectation", "plot", "report"])
+def test_modules_can_be_reached_from_the_root(name):
+    """As attributes and by `from fmn_ref import`, in a fresh process; `import fmn_ref` alone loads no plots."""
+    code = f"import fmn_ref as fmn; from fmn_ref import {name}; assert fmn.{name} is {name}; print({name}.__name__)"
+    assert python(code).strip().endswith(f".{name}")
+    assert name in dir(fmn)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_has_every_kernel(name):
+    """With the parameters of the Protocol, where Python can see them."""
+    kernels = backend.import_kernels(name)
+    assert kernels.reads_bits is (name == "cpp")
+    kernel_names = [n for n in vars(Kernels) if not n.startswith("_")]
+    assert len(kernel_names) > 12
+    for kernel in kernel_names:
+        given = getattr(kernels, kernel)
+        if name != "cpp" and not isinstance(given, partial):
+            wanted = list(inspect.signature(getattr(Kernels, kernel)).parameters)[1:]
+            assert list(inspect.signature(given).parameters) == wanted, kernel
 
 
 def test_every_public_name_has_a_test():
@@ -132,11 +160,11 @@ def test_threads_can_be_limited():
 @pytest.mark.parametrize("variable", ["FMN_BACKEND", "FMN_ISA"])
 def test_an_unknown_backend_or_instruction_set_is_named(monkeypatch, variable):
     monkeypatch.setenv(variable, "fortran")
-    backend.load.cache_clear()
+    backend.choose_again()
     with pytest.raises(ValueError, match=rf"{variable}.*fortran"):
         fmn.backend()
     monkeypatch.undo()
-    backend.load.cache_clear()
+    backend.choose_again()
 
 
 @pytest.mark.parametrize(("blocked", "left"), [(("_kernels",), "numba"), (("_kernels", "numba"), "numpy")])

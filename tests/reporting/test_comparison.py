@@ -12,7 +12,7 @@ from networks import RECIPE, make_data, make_model
 
 import fmn_ref as fmn
 from fmn_ref.fusion import baselines
-from fmn_ref.fusion.plan import mixture
+from fmn_ref.fusion.mixtures import mixture
 from fmn_ref.reporting import plot
 
 TRAIN, VAL, TEST = make_data()
@@ -32,18 +32,18 @@ def table(run):
 
 def test_weights_of_the_controls():
     correct = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]])
-    assert baselines.last(5) == {4: 1.0}
-    assert baselines.last(5, 9) == baselines.equal(range(5))
-    assert baselines.last(5, 2) == {3: 0.5, 4: 0.5}
-    assert baselines.equally_spaced(9, 3) == baselines.equal([2, 5, 8])
+    assert baselines.last_epochs(5) == {4: 1.0}
+    assert baselines.last_epochs(5, 9) == baselines.equal_weights(range(5))
+    assert baselines.last_epochs(5, 2) == {3: 0.5, 4: 0.5}
+    assert baselines.equally_spaced(9, 3) == baselines.equal_weights([2, 5, 8])
     assert baselines.equally_spaced(9, 1) == {8: 1.0}
     assert len(baselines.equally_spaced(40, 7)) == 7
     assert baselines.best_epoch(correct) == {1: 1.0}
-    assert baselines.top(correct, 2) == {1: 0.5, 2: 0.5}
-    assert baselines.swa(8) == {6: 0.5, 7: 0.5}
-    assert baselines.swa(1) == {0: 1.0}
-    assert baselines.ema(3, 0.5) == {0: 0.25, 1: 0.25, 2: 0.5}
-    assert sum(baselines.ema(200, 0.9).values()) == pytest.approx(1, abs=2e-3)
+    assert baselines.top_epochs(correct, 2) == {1: 0.5, 2: 0.5}
+    assert baselines.swa_weights(8) == {6: 0.5, 7: 0.5}
+    assert baselines.swa_weights(1) == {0: 1.0}
+    assert baselines.ema_weights(3, 0.5) == {0: 0.25, 1: 0.25, 2: 0.5}
+    assert sum(baselines.ema_weights(200, 0.9).values()) == pytest.approx(1, abs=2e-3)
 
 
 def test_best_window(rng):
@@ -58,17 +58,17 @@ def test_rows_are_what_they_say(run, table):
     k = len(table.plan.weights)
     for method, weights in (
         ("last", {11: 1.0}),
-        ("last-k", baselines.last(12, k)),
+        ("last-k", baselines.last_epochs(12, k)),
         ("equally spaced", baselines.equally_spaced(12, k)),
         ("best epoch", baselines.best_epoch(run.history)),
-        ("top-k", baselines.top(run.history, k)),
+        ("top-k", baselines.top_epochs(run.history, k)),
         ("KF", table.plan.weights),
     ):
         row = table[method]
         assert row.forward_passes == len(weights)
         assert row.selection_accuracy == (mixture(select, weights).argmax(1) == VAL[1].numpy()).mean()
         assert row.test_accuracy == (mixture(test, weights).argmax(1) == TEST[1].numpy()).mean()
-    swa = fmn.averaged_model(run, baselines.swa(12), TRAIN)
+    swa = fmn.averaged_model(run, baselines.swa_weights(12), TRAIN)
     assert table["SWA"].test_accuracy == (swa(TEST[0]).argmax(1) == TEST[1]).double().mean().item()
     names = [r.method for r in table.rows]
     singles = ["EMA", "SWA", "averaged KF", "distilled last", "distilled KF", "distilled auto"]

@@ -55,7 +55,9 @@ class TestTwoProcesses:
         with another_process(tmp_path) as process:
             before = contents(tmp_path)
             for make in (fmn.Recorder, lambda folder: fmn.Recorder(folder, config={"lr": 1})):
-                with pytest.raises(ValueError, match=rf"run_dir: process {process.pid} on .* writes in .*; a run has one"):
+                with pytest.raises(
+                    ValueError, match=rf"run_dir: process {process.pid} on .* writes in .*; a run has one"
+                ):
                     make(tmp_path)
             x = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
             with pytest.raises(ValueError, match="a run has one writer"):

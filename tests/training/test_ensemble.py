@@ -106,7 +106,7 @@ def averaged_by_torch(run, epochs, **options):
 
 
 def test_swa_equals_torch(run):
-    ours = fmn.averaged_model(run, baselines.swa(12), TRAIN, batch_size=60)
+    ours = fmn.averaged_model(run, baselines.swa_weights(12), TRAIN, batch_size=60)
     theirs = averaged_by_torch(run, [9, 10, 11])
     # update_bn runs with dropout, averaged_model without: statistics differ, parameters must not
     for name, value in theirs.module.named_parameters():
@@ -114,7 +114,7 @@ def test_swa_equals_torch(run):
 
 
 def test_ema_equals_torch(run):
-    ours = fmn.averaged_model(run, baselines.ema(12, 0.7), TRAIN)
+    ours = fmn.averaged_model(run, baselines.ema_weights(12, 0.7), TRAIN)
     theirs = averaged_by_torch(run, range(12), multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.7))
     for name, value in theirs.module.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), value)

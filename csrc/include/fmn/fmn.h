@@ -1,22 +1,31 @@
-/* fmn.h: the counts behind the forget fraction, as a C library. Link a static libfmn.a with the C++ runtime and threads;
- * `pkg-config --static` and find_package(fmn) know how.
+/* fmn.h: the counts behind the forget fraction, as a C library (arXiv 2507.08686, Section III).
  *
- * A correctness matrix says for each epoch (row) and sample (column) whether the sample was classified correctly. Two
- * formats are read everywhere: FMN_BYTES, a byte per sample, nonzero for right (what a bool array of NumPy holds); and
- * FMN_BITS, eight samples per byte, least significant bit first (np.packbits(..., bitorder="little")); bits past the last
- * sample are ignored. Samples of a row are adjacent; rows are `stride` bytes apart: any value, zero and negative included.
+ * Linking. A static libfmn.a also needs the C++ runtime and threads; `pkg-config --static` and find_package(fmn) add them.
  *
- * Every function checks its arguments, returns an fmn_status, throws nothing, keeps no state and may be called from several
- * threads at once. It starts up to n_threads - 1 threads (n_threads <= 0: fmn_threads() - 1), none for work of less than a
- * tenth of a millisecond each, and joins them; beyond these only functions of mixtures and probabilities
- * allocate, at most what their comments say. Nothing is written when the
- * status is FMN_INVALID_ARGUMENT. The same input gives the same output, bit for bit, whatever the thread count and
- * instruction set.
+ * Matrix. A correctness matrix has a row per epoch and a column per sample: was the sample classified correctly? Every
+ * function that takes an fmn_matrix reads two formats:
+ *   FMN_BYTES  one byte per sample, nonzero for right, as in a NumPy bool array;
+ *   FMN_BITS   eight samples per byte, least significant bit first, as np.packbits(..., bitorder="little"). Bits past the
+ *              last sample are ignored.
+ * The samples of a row are adjacent. Rows are `stride` bytes apart: any value, also zero or negative.
  *
- * Functions that count ADD to their output. Set it to zero first; give a matrix that is larger than memory, or lies on
- * several machines, in pieces of its samples (all epochs of samples 0 to 999, then of 1000 to 1999, ...), to one output.
+ * Errors. Every function checks its arguments and returns an fmn_status; none throws. A call that returns
+ * FMN_INVALID_ARGUMENT has written nothing.
  *
- * Sizes: n_epochs * n_samples up to 2^62; nothing overflows below.
+ * Threads. A call runs on at most n_threads threads, the caller's included; n_threads <= 0 means fmn_threads(). Each extra
+ * thread gets at least a tenth of a millisecond of work, so small calls start none. All of them end before the call returns.
+ * The library keeps no state between calls: several threads may call it at once.
+ *
+ * Memory. Only fmn_check_probabilities, fmn_mixture_right and fmn_best_epsilon allocate: buffers for a block of samples, and
+ * what the comment of fmn_best_epsilon says.
+ *
+ * Results. The same input gives the same output, bit for bit, for any number of threads and any instruction set.
+ *
+ * Counting functions ADD to their output, so set it to zero first. A matrix that is larger than memory, or spread over
+ * several machines, can therefore be counted in pieces: all epochs of samples 0 to 999, then of samples 1000 to 1999, and so
+ * on, into one output.
+ *
+ * Sizes. n_epochs * n_samples may be up to 2^62 without overflow.
  */
 #ifndef FMN_FMN_H
 #define FMN_FMN_H
@@ -31,7 +40,7 @@ typedef enum {
     FMN_OK = 0,
     FMN_INVALID_ARGUMENT = 1, /* a null pointer, a negative size, an index out of range, an unknown format or type */
     FMN_NOT_A_NUMBER = 2,     /* fmn_pack_scores: a score is NaN */
-    FMN_OUT_OF_MEMORY = 3     /* of functions that allocate */
+    FMN_OUT_OF_MEMORY = 3     /* only from functions that allocate */
 } fmn_status;
 
 typedef enum { FMN_BYTES = 0, FMN_BITS = 1 } fmn_format;
@@ -42,7 +51,7 @@ typedef enum {
 } fmn_type;
 
 typedef struct {
-    const uint8_t* data; /* first byte of row 0; may be null where there is nothing to read */
+    const uint8_t* data; /* first byte of row 0; may be null if the matrix is empty */
     int64_t n_epochs;    /* rows, >= 0 */
     int64_t n_samples;   /* columns, >= 0: samples, not bytes, in both formats */
     int64_t stride;      /* bytes from one row to the next */
@@ -52,79 +61,84 @@ typedef struct {
 /* Adds four rows of n_epochs counts against the reference epoch r (0 <= r < n_epochs):
  *   counts[0][e] right at e                          counts[1][e] right at e, wrong at r (forgotten)
  *   counts[2][e] wrong at e, right at r (learned)    counts[3][e] right at both (retained)
- * F_e = counts[1][e] / n_samples (arXiv 2507.08686, Section III). Reads the matrix once: O(n_epochs * n_samples).
- * What counts holds before must be zeros, or the counts of other samples at the same epochs and reference. */
+ * F_e = counts[1][e] / n_samples, L_e = counts[2][e] / n_samples. Reads the matrix once: O(n_epochs * n_samples).
+ * Before the call, `counts` must hold zeros or the counts of other samples at the same epochs and reference. */
 fmn_status fmn_curve_counts(const fmn_matrix* correct, int64_t reference, int n_threads, int64_t* counts);
 
-/* Adds the same within groups: groups[i] in [0, n_groups) is the group of sample i; counts is (4, n_groups, n_epochs). */
+/* Adds the same counts within groups: sample i is in group groups[i], in [0, n_groups); counts is (4, n_groups, n_epochs). */
 fmn_status fmn_group_counts(const fmn_matrix* correct, int64_t reference, const int64_t* groups, int64_t n_groups,
                             int n_threads, int64_t* counts);
 
-/* Adds weights[i] where fmn_group_counts adds one; sums is (4, n_groups, n_epochs). Each sum is taken in double in the order
- * of the samples, pieces included: samples 0 to 999 and then 1000 to 1999 give the bits that all at once give. */
+/* Adds weights[i] where fmn_group_counts adds one; sums is (4, n_groups, n_epochs). Each sum is taken in double, in the order
+ * of the samples. Pieces in that order (samples 0 to 999, then 1000 to 1999) therefore give the bits of one call. */
 fmn_status fmn_group_sums(const fmn_matrix* correct, int64_t reference, const int64_t* groups, int64_t n_groups,
                           const double* weights, int n_threads, double* sums);
 
 /* Writes five rows of n_samples values: first epoch right, last epoch right, number of right-to-wrong changes, number of
- * epochs right, last epoch wrong; -1 where there is no such epoch. n_epochs < 2^31. O(n_epochs * n_samples), one pass. */
+ * epochs right, last epoch wrong. An epoch is -1 if there is none. n_epochs < 2^31. One pass: O(n_epochs * n_samples). */
 fmn_status fmn_sample_counts(const fmn_matrix* correct, int n_threads, int32_t* counts);
 
-/* Adds the number of samples right at both i and j to counts[i][j], (n_epochs, n_epochs). Right at i and wrong at j is then
- * counts[i][i] - counts[i][j]. One half is computed and mirrored: O(n_epochs^2 / 2 * n_samples) bit operations, 64 to 512 at
- * once. Bytes are packed on the way, again for every 32 rows that they meet: pack first if there are many epochs. */
+/* Adds to counts[i][j] the number of samples that are right at both i and j; counts is (n_epochs, n_epochs). The number right
+ * at i and wrong at j is counts[i][i] - counts[i][j]. The function computes one half and mirrors it: O(n_epochs^2 / 2 *
+ * n_samples) bit operations, 64 to 512 per instruction. It packs bytes once per 32 epochs: with many epochs, call fmn_pack
+ * first and pass the bits. */
 fmn_status fmn_overlap_counts(const fmn_matrix* correct, int n_threads, int64_t* counts);
 
-/* Bytes to bits, and bits to bytes 0 or 1: `correct` must be of the other format. Writes n_epochs rows, `stride` bytes
- * apart, which must not overlap, of ceil(n_samples / 8) bytes with zero bits past the last sample, or of n_samples bytes. */
+/* fmn_pack turns FMN_BYTES into bits, fmn_unpack turns FMN_BITS into bytes 0 or 1. The output has n_epochs rows, `stride`
+ * bytes apart, which must not overlap. A row of bits has ceil(n_samples / 8) bytes, with zeros past the last sample; a row
+ * of bytes has n_samples. */
 fmn_status fmn_pack(const fmn_matrix* correct, int n_threads, uint8_t* bits, int64_t stride);
 fmn_status fmn_unpack(const fmn_matrix* correct, int n_threads, uint8_t* bytes, int64_t stride);
 
-/* Writes packed rows: whether predictions[e][i] == labels[i]. `type` is an integer type; the predictions of a row are
- * adjacent, rows `stride` bytes apart, with no need of alignment; row e of the result begins at bits + e * bits_stride. */
+/* Writes rows of bits: whether predictions[e][i] == labels[i]. `type` is an integer type. The predictions of a row are
+ * adjacent, rows are `stride` bytes apart; no alignment is needed. Row e of the result begins at bits + e * bits_stride. */
 fmn_status fmn_pack_predictions(const void* predictions, fmn_type type, int64_t n_epochs, int64_t n_samples, int64_t stride,
                                 const int64_t* labels, int n_threads, uint8_t* bits, int64_t bits_stride);
 
-/* Writes one packed row, ceil(n_samples / 8) bytes: whether the arg-max of sample i's scores is labels[i], the first of
- * equal ones counting as the arg-max, as in NumPy (0.0 and -0.0 are equal). `type` is a floating-point type; the n_classes
- * scores of a sample are adjacent, samples `stride` bytes apart; labels in [0, n_classes). FMN_NOT_A_NUMBER when any score
- * is NaN (the row is then written, and wrong at the samples that have one). O(n_samples * n_classes). */
+/* Writes one row of bits, ceil(n_samples / 8) bytes: whether the arg-max of sample i's scores is labels[i]. As in NumPy, the
+ * first of equal scores is the arg-max, and 0.0 equals -0.0. `type` is a floating-point type. The n_classes scores of a
+ * sample are adjacent, samples are `stride` bytes apart; labels are in [0, n_classes). O(n_samples * n_classes).
+ * Returns FMN_NOT_A_NUMBER if a score is NaN; the row is then written, with "wrong" for each sample that has a NaN. */
 fmn_status fmn_pack_scores(const void* scores, fmn_type type, int64_t n_samples, int64_t n_classes, int64_t stride,
                            const int64_t* labels, int n_threads, uint8_t* bits);
 
-/* A predictor, and epochs that may be mixed into it. Values are finite; adjacent, row after row. A window of epochs first to
- * last predicts their mean: the sum in double in that order, divided by their number. */
+/* A predictor, and the epochs that may be mixed into it. All values are finite; each array is contiguous, in C order. The
+ * prediction of a window of epochs, first to last, is their mean: the sum in double in that order, divided by their number. */
 typedef struct {
     const void* current;       /* (n_samples, n_classes) */
     const void* const* epochs; /* n_epochs arrays (n_samples, n_classes) */
     int64_t n_epochs;
     int32_t current_type;      /* an fmn_type, floating-point */
-    int32_t type;              /* of the epochs, as well */
+    int32_t type;              /* an fmn_type, floating-point: of all epochs */
     int64_t n_samples, n_classes;
     const int64_t* labels;     /* in [0, n_classes) */
-    const int64_t* weights;    /* of the samples, >= 0, with a sum below 2^62; null: 1 each; 0: as if it were not there */
+    const int64_t* weights;    /* of the samples, >= 0, sum below 2^62; null for 1 each. Weight 0 skips a sample. */
 } fmn_mixture;
 
-/* Writes to *sound 1 if every row of scores (n_samples, n_classes), adjacent, holds finite numbers >= 0 with a sum within
- * `tolerance` of 1, else 0. */
+/* Writes 1 to *sound if every row of scores, a contiguous (n_samples, n_classes) array, holds finite numbers >= 0 whose sum is
+ * within `tolerance` of 1; else 0. */
 fmn_status fmn_check_probabilities(const void* scores, fmn_type type, int64_t n_samples, int64_t n_classes, double tolerance,
                                    int n_threads, int* sound);
 
-/* Adds to right[j] the weights of the samples that epsilon[j] * window + (1 - epsilon[j]) * current, in double, gets right: no
- * class before the label's reaches its score, none after it exceeds it. O(n_samples * n_classes * n_epsilons). */
+/* Adds to right[j] the weights of the samples that epsilon[j] * window + (1 - epsilon[j]) * current classifies correctly, in
+ * double: no class before the label reaches the label's score, and none after it exceeds it.
+ * O(n_samples * n_classes * n_epsilons). */
 fmn_status fmn_mixture_right(const fmn_mixture* mixture, int64_t first, int64_t last, const double* epsilon,
                              int64_t n_epsilons, int n_threads, int64_t* right);
 
-/* The best epsilon in [0, 1] for each of n_windows windows (windows[2 * c] first, windows[2 * c + 1] last epoch). A sample is
- * right on one interval of epsilon, so one pass, O(n_samples * n_classes), gives the intervals, one sort the stretch of [0, 1] in
- * which the most weight is right (arXiv 2507.08686 searches a grid). Writes to epsilon[c] the middle of the first such stretch
- * that is longer than 1e-12, or of the first if none is; to right[c] its weight. Rounding may make an evaluation at epsilon[c]
- * differ: ask fmn_mixture_right. With n_grid > 0, writes to on_grid[c] a bound of what fmn_mixture_right gives at any of the
- * ascending grid[j] in [0, 1], for scores of at most 1 in magnitude. Holds up to 64 MiB or 32 bytes per sample. */
+/* Finds the best epsilon in [0, 1] for each of n_windows windows; windows[2 * c] is the first, windows[2 * c + 1] the last
+ * epoch of window c. A sample is right on one interval of epsilon. One pass, O(n_samples * n_classes), gives the intervals;
+ * one sort gives the stretch of [0, 1] in which the most weight is right (arXiv 2507.08686 searches a grid instead).
+ *   epsilon[c]  the middle of the first such stretch that is longer than 1e-12, or of the first one if none is longer
+ *   right[c]    the weight that is right there; rounding may change it: fmn_mixture_right evaluates it
+ *   on_grid[c]  written if n_grid > 0: an upper bound of what fmn_mixture_right gives at any grid[j], for scores of at most
+ *               1 in magnitude. The grid is ascending, in [0, 1].
+ * Allocates up to 64 MiB, or 32 bytes per sample if that is more. */
 fmn_status fmn_best_epsilon(const fmn_mixture* mixture, const int64_t* windows, int64_t n_windows, const double* grid,
                             int64_t n_grid, int n_threads, double* epsilon, int64_t* right, int64_t* on_grid);
 
-/* The instruction set in use: "avx512", "avx2", "neon" or "base". The environment variable FMN_ISA, read once, asks for one;
- * it is not obeyed where the processor or the operating system lacks it, so compare. */
+/* The instruction set in use: "avx512", "avx2", "neon" or "base". The environment variable FMN_ISA, read once, asks for one.
+ * If the processor or the operating system lacks it, the best available one is used: compare the result. */
 const char* fmn_instruction_set(void);
 
 /* The default thread count: FMN_NUM_THREADS, or else the processors this process may run on. */

@@ -1,0 +1,99 @@
+"""Reads the probabilities of every epoch, one epoch at a time, and checks them as they are read. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import _check
+from ..kernels.backend import kernels
+from ..kernels.mixing import Scores, mean
+from ..kernels.protocol import Float
+
+
+class ProbabilityReader:
+    """Probabilities of all epochs; ``reader[epoch]`` is (n_samples, n_classes) float64.
+
+    Parameters
+    ----------
+    probs : (n_epochs, n_samples, n_classes) array, or a sequence of (n_samples, n_classes) arrays
+        A sequence may compute an epoch when it is read.
+    name : str
+        Name of the argument in error messages.
+
+    Attributes
+    ----------
+    in_memory : bool
+        Whether `probs` is an array, a list or a tuple: then reading an epoch is cheap.
+    """
+
+    def __init__(self, probs: Any, name: str = "probs") -> None:
+        if not hasattr(probs, "__getitem__") or not hasattr(probs, "__len__"):
+            raise TypeError(f"{name}: expected an array or a sequence of arrays, got {type(probs).__name__}")
+        shape = getattr(probs, "shape", None)
+        if (shape is not None and len(shape) != 3) or len(probs) == 0:
+            got = "none" if shape is None else f"shape {tuple(shape)}"
+            raise ValueError(
+                f"{name}: expected shape (n_epochs, n_samples, n_classes) with at least one epoch, got {got}"
+            )
+        self._probs, self._name = probs, name
+        self._shape: tuple[int, int] | None = None
+        self.in_memory = shape is not None or isinstance(probs, (list, tuple))
+        self._checked: dict[int, Scores] = {}
+
+    @classmethod
+    def of(cls, probs: Any, name: str = "probs") -> ProbabilityReader:
+        """The reader itself, or a reader of anything else."""
+        return probs if isinstance(probs, cls) else cls(probs, name)
+
+    def __len__(self) -> int:
+        return len(self._probs)
+
+    def __getitem__(self, epoch: int) -> Float:
+        return self.stored(epoch).widened()
+
+    def __iter__(self) -> Iterator[Float]:
+        return (self[e] for e in range(len(self)))
+
+    def stored(self, epoch: int) -> Scores:
+        """The probabilities of one epoch in the type in which they are stored."""
+        epoch = _check.index(epoch, len(self), "epoch")
+        if epoch in self._checked:
+            return self._checked[epoch]
+        p = stored_probabilities(self._probs[epoch], self._shape, f"{self._name}[{epoch}]")
+        self._shape = (p.values.shape[0], p.values.shape[1])
+        if self.in_memory and not p.values.flags.owndata:  # a view: keeping it needs no memory
+            self._checked[epoch] = p
+        return p
+
+    def alike(self, epochs: Iterable[int]) -> list[Scores]:
+        """The probabilities of several epochs in one type: as stored, or float64 if their types differ."""
+        found = [self.stored(e) for e in epochs]
+        if len({(p.values.dtype, p.bfloat16) for p in found}) == 1:
+            return found
+        return [Scores(p.widened()) for p in found]
+
+    def mean(self, epochs: Sequence[int]) -> Float:
+        """Mean probabilities of several epochs."""
+        found = self.alike(epochs)
+        return mean([p.values for p in found], found[0].bfloat16)
+
+
+def stored_probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "probs") -> Scores:
+    """Probabilities of 16 to 64 bits, (n_samples, n_classes), contiguous; the checks are `_check.probabilities`'s.
+
+    `shape` is the expected shape, or None for any.
+    """
+    given = Scores.of(x, name)
+    a, bfloat16 = given.values, given.bfloat16
+    if a.dtype.kind == "f" and a.dtype.itemsize > 8:
+        a = a.astype(np.float64)
+    valid = (a.dtype.kind == "f" or bfloat16) and a.ndim == 2 and 0 not in a.shape and shape in (None, a.shape)
+    if valid:
+        a = np.ascontiguousarray(a.astype(a.dtype.newbyteorder("="), copy=False))
+        valid = kernels().check_probabilities(a, _check.TOLERANCE, bfloat16)
+    if not valid:
+        _check.probabilities(x, shape, name)  # raises the error that says why
+    return Scores(a, bfloat16)
