@@ -129,7 +129,7 @@ def _is_path(x: Any) -> bool:
 
 
 def _labels(labels: Any, history: CorrectnessHistory) -> Int:
-    y = _check.labels(load.load(os.fspath(labels), "labels") if _is_path(labels) else labels, history.n_samples)
+    y = _check.labels(load.load_array(os.fspath(labels), "labels") if _is_path(labels) else labels, history.n_samples)
     if history.digest not in (NO_LABELS, labels_digest(y)):
         raise ValueError("labels: not the labels (or not in the order) that the run was recorded with")
     return y
@@ -137,7 +137,7 @@ def _labels(labels: Any, history: CorrectnessHistory) -> Int:
 
 def _images(images: Any, n: int) -> NDArray[Any]:
     """(n, ...) as it is; read where it is shown."""
-    a = _check.array(load.load(os.fspath(images), "images") if _is_path(images) else images, "images")
+    a = _check.array(load.load_array(os.fspath(images), "images") if _is_path(images) else images, "images")
     channels = a.ndim == 3 or (a.ndim == 4 and (a.shape[3] in (1, 3) or a.shape[1] in (1, 3)))
     if not channels or len(a) != n or 0 in a.shape:
         expected = f"({n}, h, w), ({n}, h, w, c) or ({n}, c, h, w) with c 1 or 3"
