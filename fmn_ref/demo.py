@@ -34,7 +34,7 @@ RATES = (0.0, 0.2, 0.4)
 N_TRAIN, N_SELECT = 800, 300
 RECIPE: dict[str, Any] = {"batch_size": 64, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}
 FIGURES = {
-    "curves": "Accuracy per epoch, and retained accuracy (right at the end too). The shaded gap is the forget fraction.",
+    "curves": "Accuracy and retained accuracy (right at the end too) per epoch. The shaded gap is the forget fraction.",
     "matrix": "Forgetting matrix: share of samples that are right at epoch i and wrong at epoch j.",
     "weights": "Weights of the checkpoints in the fusion plan.",
     "last_correct": "Last epoch at which each forgotten sample was right.",
