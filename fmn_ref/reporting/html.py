@@ -209,7 +209,8 @@ def _shrunk(a: NDArray[Any]) -> NDArray[Any]:
     if f == 1:
         return a
     fh, fw = min(f, h), min(f, w)
-    return a[:, : h // fh * fh, : w // fw * fw].reshape(len(a), h // fh, fh, w // fw, fw, -1).mean((2, 4))
+    squares = a[:, : h // fh * fh, : w // fw * fw].reshape(len(a), h // fh, fh, w // fw, fw, -1)
+    return np.asarray(squares.mean((2, 4)))
 
 
 def palette(colours: Sequence[str]) -> NDArray[np.uint8]:

@@ -155,7 +155,7 @@ def _headline(name: str, history: CorrectnessHistory, c: ForgettingCurves, s: Sa
         ("", "Best accuracy", f"{c.accuracy[best]:.1%}", f"at epoch {e[best]}"),
         ("key", "Peak forget fraction", f"{c.forget[peak]:.1%}", f"at epoch {e[peak]}"),
         ("", "Forgotten samples", f"{n_forgotten:,}", f"of {n:,}: right once, wrong at the end"),
-        ("", "Expected gain", f"{100 * gain:+.1f}", f"points from fusion, ± {100 * error:.1f} (rough estimate)"),
+        ("", "Expected gain", f"{100 * gain:+.1f}", f"points from fusion, ± {100 * error:.1f} (rough)"),
     ]
     cells = "".join(
         f'<div class="{kind}"><dt>{title}</dt><dd>{value}<small>{more}</small></dd></div>'
@@ -194,7 +194,7 @@ def _curves_section(history: CorrectnessHistory, c: ForgettingCurves) -> str:
 <figure>{accuracy}
 <ul class="legend">
 <li class="accuracy"><i></i>accuracy</li>
-<li class="retained"><i></i>retained: right at the end too</li>
+<li class="retained"><i></i>retained at the end</li>
 <li class="area"><i></i>the gap is F<sub>e</sub></li></ul></figure>
 <figure>{forget}
 <ul class="legend"><li class="forget"><i></i>forget fraction F<sub>e</sub></li></ul></figure>
