@@ -69,7 +69,7 @@ def command_info(args: argparse.Namespace) -> None:
 def command_metric(args: argparse.Namespace) -> None:
     """Print accuracy, forget fraction and learned fraction per epoch.
 
-    Example: fmn-ref metric predictions.npy --labels labels.npy --per-sample samples.csv
+    Example: fmn-ref metric predictions.npy --labels labels.npy --csv
     """
     correct = load_correct(args.file, args.labels, verify=not args.no_verify)
     epochs = np.array(correct.epochs if isinstance(correct, CorrectnessHistory) else range(len(correct)))
@@ -361,7 +361,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[Add], 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        "fmn-ref", description="Measure what a network forgot during training, and fuse it from its checkpoints."
+        "fmn-ref", description="Measure what a network forgot during training, and recover it from its checkpoints."
     )
     p.add_argument("--version", action="version", version=__version__)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
