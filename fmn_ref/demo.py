@@ -46,19 +46,9 @@ Data = tuple[Tensor, Tensor]
 
 def make_model() -> nn.Module:
     """Two convolutions and two linear layers on 8 x 8 images: 70 000 weights, enough to memorise 800 labels."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1, bias=False),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * 16, 128),
-        nn.ReLU(),
-        nn.Linear(128, 10),
-    )
+    features = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    features += [nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*features, nn.Flatten(), nn.Linear(32 * 16, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
 def load_digits(seed: int, rate: float) -> tuple[Data, Data, Data]:
@@ -154,14 +144,14 @@ def accuracy_table(results: dict[str, Any]) -> str:
         found = [n["methods"][method] for n in noise.values()]
         passes = sorted({m["forward_passes"] for m in found})
         span = "-".join(f"{n:.3g}" for n in dict.fromkeys((passes[0], passes[-1])))
-        rows.append([method, *(_percent(m["test_accuracy"]) for m in found), span])
-    peaks = [_percent(n["peak_forget_fraction"]) for n in noise.values()]
+        rows.append([method, *(_mean_text(m["test_accuracy"]) for m in found), span])
+    peaks = [_mean_text(n["peak_forget_fraction"]) for n in noise.values()]
     rows.append(["*peak forget fraction (selection set)*", *peaks, ""])
     columns = ["method", *(f"{rate} wrong labels" for rate in noise), "forward passes"]
     return markdown_table(columns, rows).replace("|  |", "| |")
 
 
-def _percent(value: dict[str, Any]) -> str:
+def _mean_text(value: dict[str, Any]) -> str:
     return f"{value['mean'] * 100:.1f}" + ("" if value["se"] is None else f" ± {value['se'] * 100:.1f}")
 
 

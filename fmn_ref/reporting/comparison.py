@@ -131,7 +131,7 @@ def _mixing_methods(
         raise ValueError("test_probs: expected as many epochs and classes as select_probs")
     y_test = _check.labels(test_labels, n_test, n_classes, "test_labels")
     rows = [
-        Row(name, len(w), _accuracy(mixture(select_probs, w), y), _accuracy(mixture(test_probs, w), y_test))
+        Row(name, len(w), _share_right(mixture(select_probs, w), y), _share_right(mixture(test_probs, w), y_test))
         for name, w in _controls(select_probs, y, correct, window, len(plan.weights)).items()
     ]
     plans = {"KF(1)": FusionPlan(plan.members[:1], n, window, plan.accuracy[:2]), "KF": plan}
@@ -139,7 +139,7 @@ def _mixing_methods(
         folds = None if method == "auto" else 0
         plans[method] = fuse(select_probs, y, correct=correct, method=method, window=window, folds=folds)
     for name, p in plans.items():
-        rows.append(Row(name, p.forward_passes, p.accuracy[-1], _accuracy(p.apply(test_probs), y_test)))
+        rows.append(Row(name, p.forward_passes, p.accuracy[-1], _share_right(p.apply(test_probs), y_test)))
     return rows, plans
 
 
@@ -278,11 +278,11 @@ def refuse_overlap(select: set[bytes], test: set[bytes], name: str) -> None:
         raise ValueError(f"{name}: {both} of {len(test)} test samples are in the selection set, {reason}")
 
 
-def _accuracy(probs: Any, labels: Int) -> float:
+def _share_right(probs: Any, labels: Int) -> float:
     return float((np.asarray(probs).argmax(1) == labels).mean())
 
 
 def _model_score(model: Any, samples: Any, run: Any, labels: Int) -> float:
     from ..training.data import predict
 
-    return _accuracy(predict(model, samples, forward_fn=run.forward_fn)[0].cpu().numpy(), labels)
+    return _share_right(predict(model, samples, forward_fn=run.forward_fn)[0].cpu().numpy(), labels)

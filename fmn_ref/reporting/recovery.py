@@ -14,6 +14,7 @@ from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from .tables import csv_table, markdown_table
 
 Bool = NDArray[np.bool_]
+KINDS = ("samples", "final", "forgotten", "recovered", "new", "lost", "right")
 _COLUMNS = ("sample_id", "group", "final", "forgotten")  # first columns of the table per sample
 
 
@@ -65,19 +66,13 @@ class Recovery:
             if self.groups is None:
                 raise ValueError("group: recovery was called without groups")
             inside = self.groups == group
-        never = ~self.final & ~self.forgotten
-        return {
-            name: {
-                "samples": int(inside.sum()),
-                "final": int((self.final & inside).sum()),
-                "forgotten": int((self.forgotten & inside).sum()),
-                "recovered": int((self.forgotten & right & inside).sum()),
-                "new": int((never & right & inside).sum()),
-                "lost": int((self.final & ~right & inside).sum()),
-                "right": int((right & inside).sum()),
-            }
-            for name, right in self.right.items()
-        }
+        final, forgotten = self.final & inside, self.forgotten & inside
+        never = inside & ~final & ~forgotten
+        found = {}
+        for name, right in self.right.items():
+            masks = (inside, final, forgotten, forgotten & right, never & right, final & ~right, right & inside)
+            found[name] = {kind: int(mask.sum()) for kind, mask in zip(KINDS, masks, strict=True)}
+        return found
 
     def to_markdown(self) -> str:
         """Table with a row per predictor and, if there are groups, per group."""
@@ -88,8 +83,7 @@ class Recovery:
             for group in groups:
                 label = [] if self.groups is None else ["all" if group is None else str(group)]
                 rows.append([name, *label, *map(str, counts[group][name].values())])
-        kinds = ["samples", "final", "forgotten", "recovered", "new", "lost", "right"]
-        return markdown_table(["predictor", *([] if self.groups is None else ["group"]), *kinds], rows)
+        return markdown_table(["predictor", *([] if self.groups is None else ["group"]), *KINDS], rows)
 
     def to_csv(self) -> str:
         """Table with a row per sample: id, group, and 0 or 1 for final, forgotten and each predictor."""
