@@ -1,11 +1,11 @@
-"""The whole job on real images in a few minutes: scikit-learn's digits with wrong labels in train.
+"""The whole method on real images in a few minutes: scikit-learn's digits with wrong training labels.
 
     fmn-ref demo
 
-For each noise rate and seed: train, record, fuse, distill, compare with every control. Each finished (rate, seed) is
-kept in its folder, so that a second run reuses it and a killed one continues. Settings were fixed beforehand (METHOD's
-optimiser; the size of the network and the number of epochs so that a run takes seconds); nothing was tuned on test
-samples.
+For each noise rate and seed, the demo trains, records, fuses, distills and compares with every control. Each finished
+run is stored in its own folder: a second call reuses it, and a killed call resumes. The settings were fixed in advance:
+the optimizer is the papers', and the network and the number of epochs are small enough for runs of seconds. Nothing was
+tuned on test samples.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from . import _check, _files
 from .metrics.curves import forgetting_curves
 from .reporting import plot
 from .reporting.comparison import Comparison, compare
+from .reporting.tables import markdown_table, mean_and_error
 from .runs.run import Run
 from .training.noise import symmetric_noise
 from .training.train import train
@@ -32,29 +33,26 @@ logger = logging.getLogger(__name__)
 RATES = (0.0, 0.2, 0.4)
 N_TRAIN, N_SELECT = 800, 300
 RECIPE: dict[str, Any] = {"batch_size": 64, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}
+FIGURES = {
+    "curves": "Accuracy and retained accuracy (right at the end too) per epoch. The shaded gap is the forget fraction.",
+    "matrix": "Forgetting matrix: share of samples that are right at epoch i and wrong at epoch j.",
+    "weights": "Weights of the checkpoints in the fusion plan.",
+    "last_correct": "Last epoch at which each forgotten sample was right.",
+    "per_class": "Share of forgotten samples per class (dashed line: all classes).",
+}
 
 Data = tuple[Tensor, Tensor]
 
 
 def make_model() -> nn.Module:
     """Two convolutions and two linear layers on 8 x 8 images: 70 000 weights, enough to memorise 800 labels."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1, bias=False),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * 16, 128),
-        nn.ReLU(),
-        nn.Linear(128, 10),
-    )
+    features = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    features += [nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*features, nn.Flatten(), nn.Linear(32 * 16, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
 def load_digits(seed: int, rate: float) -> tuple[Data, Data, Data]:
-    """Train (with wrong labels), selection and test set: disjoint, drawn by the seed."""
+    """Training set (a share `rate` of its labels wrong), selection set and test set: disjoint, drawn with `seed`."""
     try:
         from sklearn.datasets import load_digits as load
     except ImportError:
@@ -69,7 +67,7 @@ def load_digits(seed: int, rate: float) -> tuple[Data, Data, Data]:
 
 
 def run_cell(folder: Path, rate: float, seed: int, epochs: int, progress: bool | None = False) -> dict[str, Any]:
-    """One noise rate and seed, or its stored result."""
+    """Run one noise rate and seed, or return the stored result."""
     done = folder / "cell.json"
     settings = {"rate": rate, "seed": seed, "epochs": epochs}
     if done.exists():
@@ -82,8 +80,8 @@ def run_cell(folder: Path, rate: float, seed: int, epochs: int, progress: bool |
     run = train(make_model(), train_set, select, epochs=epochs, run_dir=folder, seed=seed, progress=progress, **RECIPE)
     options = {"epochs": epochs, "seed": seed, "progress": progress, **RECIPE}
     table = compare(run, select, test, train_data=train_set, make_student=make_model, distill_options=options)
-    table.plan.save(folder / "plan.json")
-    _figures(run, table, select[1], folder / "report")
+    table.plan.save(run.folder.plan)
+    _save_figures(run, table, select[1], folder / "report")
     cell = {
         "format": "fmn_ref.demo-cell",
         "version": 1,
@@ -95,7 +93,7 @@ def run_cell(folder: Path, rate: float, seed: int, epochs: int, progress: bool |
     return cell
 
 
-def _figures(run: Run, table: Comparison, labels: Tensor, folder: Path) -> None:
+def _save_figures(run: Run, table: Comparison, labels: Tensor, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     plot.curves(run.history).savefig(folder / "curves.png")
     plot.matrix(run.history).savefig(folder / "matrix.png")
@@ -105,7 +103,7 @@ def _figures(run: Run, table: Comparison, labels: Tensor, folder: Path) -> None:
 
 
 def run_demo(out: Path, n_seeds: int = 5, epochs: int = 40, progress: bool | None = None) -> dict[str, Any]:
-    """All cells; writes results.json and report.md in `out`, returns what results.json holds."""
+    """Run every noise rate and seed, write results.json and report.md to `out`, and return the results."""
     _check.number(n_seeds, 1, 10_000, "seeds", int)
     todo = [(rate, seed) for seed in range(n_seeds) for rate in RATES]
     cells: dict[float, list[dict[str, Any]]] = {rate: [] for rate in RATES}
@@ -114,75 +112,62 @@ def run_demo(out: Path, n_seeds: int = 5, epochs: int = 40, progress: bool | Non
         bar.set_postfix_str(f"{rate:.0%} wrong labels, seed {seed}")
         cells[rate].append(run_cell(out / f"noise_{rate * 100:02.0f}" / f"seed_{seed}", rate, seed, epochs))
         logger.info("%d of %d done: %.0f%% wrong labels, seed %d", i + 1, len(todo), rate * 100, seed)
-    noise = {}
-    for rate in RATES:
-        methods = [row["method"] for row in cells[rate][0]["rows"]]
-        table = {m: _summary([c["rows"][i] for c in cells[rate]]) for i, m in enumerate(methods)}
-        peaks = [c["peak_forget_fraction"] for c in cells[rate]]
-        noise[f"{rate:.0%}"] = {"methods": table, "peak_forget_fraction": _mean_se(peaks)}
+    noise = {f"{rate:.0%}": _over_seeds(cells[rate]) for rate in RATES}
     results = {"format": "fmn_ref.demo", "version": 1, "n_seeds": n_seeds, "epochs": epochs, "noise": noise}
     _files.write_json(out / "results.json", results)
-    _files.write_atomic(out / "report.md", lambda f: f.write(report(results).encode()))
+    _files.write_atomic(out / "report.md", lambda f: f.write(report_text(results).encode()))
     return results
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "test_accuracy": _mean_se([r["test_accuracy"] for r in rows]),
-        "selection_accuracy": _mean_se([r["selection_accuracy"] for r in rows]),
-        "forward_passes": float(np.mean([r["forward_passes"] for r in rows])),
-    }
+def _over_seeds(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard error over the seeds of one noise rate, for each method and the peak forget fraction."""
+    methods = {}
+    for i, row in enumerate(cells[0]["rows"]):
+        rows = [cell["rows"][i] for cell in cells]
+        methods[row["method"]] = {
+            "test_accuracy": _mean_dict([r["test_accuracy"] for r in rows]),
+            "selection_accuracy": _mean_dict([r["selection_accuracy"] for r in rows]),
+            "forward_passes": float(np.mean([r["forward_passes"] for r in rows])),
+        }
+    return {"methods": methods, "peak_forget_fraction": _mean_dict([cell["peak_forget_fraction"] for cell in cells])}
 
 
-def _mean_se(values: list[float]) -> dict[str, float | None]:
-    """Mean and standard error over the seeds (none for a single seed)."""
-    se = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "se": se}
+def _mean_dict(values: list[float]) -> dict[str, float | None]:
+    return dict(zip(("mean", "se"), mean_and_error(values), strict=True))
 
 
-def table(results: dict[str, Any]) -> str:
-    """Test accuracy in percent, mean ± standard error, a row per method."""
+def accuracy_table(results: dict[str, Any]) -> str:
+    """Test accuracy in percent, mean ± standard error, with a row per method."""
     noise = results["noise"]
-    methods = list(next(iter(noise.values()))["methods"])
-
-    def cell(value: dict[str, Any]) -> str:
-        return f"{value['mean'] * 100:.1f}" + ("" if value["se"] is None else f" ± {value['se'] * 100:.1f}")
-
-    lines = ["| method | " + " | ".join(f"{rate} wrong labels" for rate in noise) + " | forward passes |"]
-    lines.append("|---|" + "--:|" * (len(noise) + 1))
-    for m in methods:
-        passes = [n["methods"][m]["forward_passes"] for n in noise.values()]
-        span = f"{min(passes):.3g}" if min(passes) == max(passes) else f"{min(passes):.3g}-{max(passes):.3g}"
-        scores = [cell(n["methods"][m]["test_accuracy"]) for n in noise.values()]
-        lines.append(f"| {m} | " + " | ".join(scores) + f" | {span} |")
-    peaks = [cell(n["peak_forget_fraction"]) for n in noise.values()]
-    lines.append("| *peak forget fraction (selection set)* | " + " | ".join(peaks) + " | |")
-    return "\n".join(lines) + "\n"
+    rows = []
+    for method in next(iter(noise.values()))["methods"]:
+        found = [n["methods"][method] for n in noise.values()]
+        passes = sorted({m["forward_passes"] for m in found})
+        span = "-".join(f"{n:.3g}" for n in dict.fromkeys((passes[0], passes[-1])))
+        rows.append([method, *(_mean_text(m["test_accuracy"]) for m in found), span])
+    peaks = [_mean_text(n["peak_forget_fraction"]) for n in noise.values()]
+    rows.append(["*peak forget fraction (selection set)*", *peaks, ""])
+    columns = ["method", *(f"{rate} wrong labels" for rate in noise), "forward passes"]
+    return markdown_table(columns, rows).replace("|  |", "| |")
 
 
-def report(results: dict[str, Any]) -> str:
-    """report.md: the table, and the figures of the first seed at the highest noise."""
-    figures = {
-        "curves": "Accuracy per epoch, and what of it is left at the end: the shaded gap is the forget fraction.",
-        "matrix": "The forgetting matrix: right at epoch i and wrong at epoch j.",
-        "weights": "The weights that Knowledge Fusion gave to the checkpoints.",
-        "last_correct": "When the forgotten samples were right for the last time.",
-        "per_class": "Forgotten samples per class (dashed: all classes).",
-    }
+def _mean_text(value: dict[str, Any]) -> str:
+    return f"{value['mean'] * 100:.1f}" + ("" if value["se"] is None else f" ± {value['se'] * 100:.1f}")
+
+
+def report_text(results: dict[str, Any]) -> str:
+    """Text of report.md: the table, and the figures of the first seed at the highest noise rate."""
     n_test = 1797 - N_TRAIN - N_SELECT
     shown = f"noise_{RATES[-1] * 100:02.0f}/seed_0/report"
-    return "\n".join(
-        [
-            "# What the network forgot, and what fusing it back gives",
-            "",
-            f"scikit-learn's digits: {N_TRAIN} training images (labels wrong as stated), {N_SELECT} to choose epochs",
-            f"and weights, {n_test} others to score. Test accuracy in %, mean ± standard error over",
-            f"{results['n_seeds']} seed(s), {results['epochs']} epochs each. Everything is chosen on the {N_SELECT};",
-            "k is the number of checkpoints in KF's plan.",
-            "",
-            table(results),
-            f"## One run: {RATES[-1]:.0%} wrong labels, seed 0",
-            *(line for name, text in figures.items() for line in ("", text, "", f"![{name}]({shown}/{name}.png)")),
-            "",
-        ]
-    )
+    figures = "\n".join(f"{text}\n\n![{name}]({shown}/{name}.png)\n" for name, text in FIGURES.items())
+    return f"""# What the network forgot, and what the fusion recovers
+
+Data: scikit-learn's digits, {N_TRAIN} training images (a share of the labels wrong), {N_SELECT} selection images and
+{n_test} test images. Test accuracy in %, mean ± standard error over {results["n_seeds"]} seed(s),
+{results["epochs"]} epochs each. Epochs, weights and settings are chosen on the selection images; k is the number of
+checkpoints in the plan of KF.
+
+{accuracy_table(results)}
+## One run: {RATES[-1]:.0%} wrong labels, seed 0
+
+{figures}"""

@@ -1,4 +1,4 @@
-"""Pieces of the page that `report` writes: text, tables, lines as SVG, pictures as PNG. NumPy only."""
+"""Building blocks of the report's page: text, tables, line charts as SVG, pictures as PNG. NumPy only."""
 
 from __future__ import annotations
 
@@ -14,45 +14,52 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LINE_BINS, THUMBNAIL = 500, 96
+LINE_BINS = 500  # bins of a long line; each is drawn by its lowest and highest value
+THUMBNAIL = 96  # largest side of a picture, in pixels
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 
 
+# --- text and tables ---
+
+
 def text(value: Any, limit: int = 200) -> str:
-    """Escaped, on one line, without characters that do not show (line breaks, reversed writing, half surrogates)."""
+    """Escape `value` and put it on one line of at most `limit` characters.
+
+    Characters that do not show (line breaks, reversed writing, half surrogates) are replaced.
+    """
     s = str(value)
     s = s if len(s) <= limit else s[: limit - 1] + "…"
     return html.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in s))
 
 
-def count(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
+def count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def short(n: int) -> str:
-    """A number that fits under an axis."""
+    """Shorten a number to fit below an axis: 12.5k, 3M."""
     for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if n >= max(size, 10_000):
             return f"{n / size:.4g}{unit}"
     return str(n)
 
 
-def every(n: int, most: int) -> range:
-    """Every k-th of n rows, at most so many, up to the last one."""
+def thinned(n: int, most: int) -> range:
+    """Every k-th of n rows, at most `most` of them, up to the last one."""
     step = -(-n // most)
     return range((n - 1) % step, n, step)
 
 
-def thinned(shown: Sequence[int], epochs: Sequence[int]) -> str:
+def thinned_note(shown: Sequence[int], epochs: Sequence[int]) -> str:
     return "" if len(shown) == len(epochs) else f" ({len(shown)} of the {len(epochs):,} epochs)"
 
 
-def bar(share: float) -> str:
+def share_bar(share: float) -> str:
     return f'<i style="width:{100 * min(max(share, 0), 1):.2f}%"></i>'
 
 
-def table(
+def scroll_table(
     columns: Sequence[str],
     rows: Iterable[Sequence[str]],
     name: str,
@@ -60,11 +67,11 @@ def table(
     kind: str = "",
     best: Sequence[int] = (),
 ) -> str:
-    """Cells are HTML; the last column of kind "bars" holds `bar`s. It scrolls in its own box."""
-    bars = kind.startswith("bars")
+    """Table in a box that scrolls. Cells are HTML; the last column of kind "bars" contains `share_bar`s."""
+    last = ' class="bar"' if kind.startswith("bars") else ""
 
     def line(cells: Sequence[str], tag: str) -> str:
-        kinds = [""] * (len(cells) - 1) + [' class="bar"' if bars else ""]
+        kinds = [""] * (len(cells) - 1) + [last]
         return "".join(f"<{tag}{k}>{cell}</{tag}>" for k, cell in zip(kinds, cells, strict=True))
 
     marks = dict.fromkeys(best, ' class="best"')
@@ -74,18 +81,25 @@ def table(
     return f'<div class="scroll {box}" role="region" tabindex="0" aria-label="{name}">{table}</div>'
 
 
-def chart(x: Float, lines: dict[str, Float], told: str, mark: tuple[int, float, str, str]) -> str:
-    """Lines over epochs, the area between the first two filled; `mark`: row, height, class and text of a point.
+# --- lines, as SVG ---
 
-    The SVG is stretched to its box, whatever that is; texts are HTML, so that they keep their size.
+
+def chart(x: Float, lines: dict[str, Float], description: str, mark: tuple[int, float, str, str]) -> str:
+    """Draw lines over epochs and fill the area between the first two.
+
+    The SVG is stretched to its box. Texts are HTML and keep their size.
+
+    Parameters
+    ----------
+    x : (n_epochs,) float64
+    lines : {CSS class: (n_epochs,) float64}
+    description : str
+        Text for screen readers.
+    mark : (row, height, CSS class, text)
+        One point to mark.
     """
     forget = "forget" in lines
-    low = 0.0 if forget else min(float(v.min()) for v in lines.values())
-    high = max(float(v.max()) for v in lines.values())
-    step = _step(max(high - low, 0.01) / 4)
-    low, high = math.floor(low / step + 1e-9) * step, max(math.ceil(high / step - 1e-9), 1) * step
-    if high <= low:
-        low, high = max(low - step, 0.0), min(low + step, 1.0)
+    low, high, step = _axis(list(lines.values()), from_zero=forget)
     first, last = float(x[0]), float(x[-1]) if len(x) > 1 else float(x[0]) + 1
 
     def points(v: Float) -> list[str]:
@@ -101,37 +115,48 @@ def chart(x: Float, lines: dict[str, Float], told: str, mark: tuple[int, float, 
         below, above = list(drawn.values())[:2]
         paths.append(f'<path class="area" d="M{"L".join(above + below[::-1])}Z"/>')
     paths += [f'<path class="{name}" d="M{"L".join(p)}"/>' for name, p in drawn.items()]
-    spans = [at("x", "left", (k - first) / (last - first), short(k)) for k in ticks(first, last, 5)]
-    spans += [at("y", "bottom", (v - low) / (high - low), f"{round(100 * v, 6):g}%") for v in heights]
-    row, height, kind, text = mark
-    across, up = (x[row] - first) / (last - first), (height - low) / (high - low)
-    side = "begin" if across < 0.2 else "end" if across > 0.8 else "middle"
-    where = f"left:{100 * across:.2f}%;bottom:{100 * up:.2f}%"
-    spans.append(
-        f'<span class="dot {kind}" style="{where}"></span><span class="note {side}" style="{where}">{text}</span>'
-    )
+    labels = [axis_label("x", "left", (k - first) / (last - first), short(k)) for k in ticks(first, last, 5)]
+    labels += [axis_label("y", "bottom", (v - low) / (high - low), f"{round(100 * v, 6):g}%") for v in heights]
+    row, height, kind, note = mark
+    labels.append(_marked_point((x[row] - first) / (last - first), (height - low) / (high - low), kind, note))
     svg = f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(paths)}</svg>'
-    return f'<div class="plot{" low" * forget}" role="img" aria-label="{told}">{svg}{"".join(spans)}</div>'
+    return f'<div class="plot{" low" * forget}" role="img" aria-label="{description}">{svg}{"".join(labels)}</div>'
 
 
-def at(kind: str, side: str, share: float, text: str) -> str:
-    return f'<span class="{kind}" style="{side}:{100 * share:.2f}%">{text}</span>'
+def axis_label(kind: str, side: str, share: float, label: str) -> str:
+    """Label of the x or the y axis, at a share of its length from `side`."""
+    return f'<span class="{kind}" style="{side}:{100 * share:.2f}%">{label}</span>'
 
 
 def ticks(first: float, last: float, n: int) -> range:
-    """About so many round numbers."""
-    step = max(1, int(_step(max(last - first, 1) / n)))
+    """About n round numbers between two numbers."""
+    step = max(1, int(_round_step(max(last - first, 1) / n)))
     return range(math.ceil(first / step) * step, int(last) + 1, step)
 
 
-def _step(size: float) -> float:
-    """1, 2 or 5 times a power of ten, at least so large."""
+def _axis(lines: Sequence[Float], from_zero: bool) -> tuple[float, float, float]:
+    """Lowest and highest value of the axis around the lines, and the step of its grid: round numbers."""
+    low = 0.0 if from_zero else min(float(v.min()) for v in lines)
+    high = max(float(v.max()) for v in lines)
+    step = _round_step(max(high - low, 0.01) / 4)
+    low, high = math.floor(low / step + 1e-9) * step, max(math.ceil(high / step - 1e-9), 1) * step
+    return (low, high, step) if high > low else (max(low - step, 0.0), min(low + step, 1.0), step)
+
+
+def _round_step(size: float) -> float:
+    """Smallest number of the form 1, 2 or 5 times a power of ten that is at least `size`."""
     power = 10.0 ** math.floor(math.log10(size))
     return next(k * power for k in (1, 2, 5, 10) if k * power >= size * (1 - 1e-9))
 
 
+def _marked_point(across: float, up: float, kind: str, note: str) -> str:
+    side = "begin" if across < 0.2 else "end" if across > 0.8 else "middle"
+    place = f"left:{100 * across:.2f}%;bottom:{100 * up:.2f}%"
+    return f'<span class="dot {kind}" style="{place}"></span><span class="note {side}" style="{place}">{note}</span>'
+
+
 def _extremes(v: Float) -> Int:
-    """Rows to draw a line by: all, or the lowest and the highest of each bin."""
+    """Rows that draw a line: all of a short one, the lowest and the highest of each bin of a long one."""
     n = len(v)
     if n <= 2 * LINE_BINS:
         return np.arange(n)
@@ -143,61 +168,73 @@ def _extremes(v: Float) -> Int:
 
 
 def strip(right: NDArray[np.integer[Any]]) -> str:
-    """The epochs at which a sample was right, as a bar."""
+    """Bar that shows the epochs at which a sample was right."""
     edges = np.flatnonzero(np.diff(right.astype(np.int8), prepend=0, append=0))
     runs = "".join(f"M{a} 0H{b}V1H{a}Z" for a, b in edges.reshape(-1, 2))
     box = f'viewBox="0 0 {len(right)} 1" preserveAspectRatio="none" aria-hidden="true"'
     return f'<svg class="strip" {box}><path d="{runs}"/></svg>'
 
 
+# --- pictures, as PNG ---
+
+
 def thumbnails(images: NDArray[Any], chosen: Int) -> list[str]:
-    """Attributes of <img> for some of the samples."""
+    """Attributes of an <img> element for each of the chosen samples."""
     a = np.asarray(images[chosen])
     if a.ndim == 3:
         a = a[..., None]
     elif a.shape[3] not in (1, 3):
         a = np.moveaxis(a, 1, -1)
     if a.dtype != np.uint8:
-        a = a.astype(np.float64)
-        if not np.isfinite(a).all():
-            sample = chosen[np.argwhere(~np.isfinite(a))[0][0]]
-            raise ValueError(f"images: expected finite numbers, sample {sample} has others")
-        if a.min() < 0 or a.max() > 1:
-            low, high = a.min((1, 2, 3), keepdims=True), a.max((1, 2, 3), keepdims=True)
-            a = (a - low) / np.where(high > low, high - low, 1)
-        a = 255 * a
-    small = ' class="small"' if max(a.shape[1:3]) <= 64 else ""
-    f = -(-max(a.shape[1:3]) // THUMBNAIL)
-    if f > 1:  # means of f x f pixels, cut to what they fill
-        h, w = a.shape[1:3]
-        fh, fw = min(f, h), min(f, w)
-        a = a[:, : h // fh * fh, : w // fw * fw].reshape(len(a), h // fh, fh, w // fw, fw, -1).mean((2, 4))
-    return [f'src="{data_uri(png(np.rint(p).astype(np.uint8)))}"{small}' for p in a]
+        a = _stretched(a.astype(np.float64), chosen)
+    size = ' class="small"' if max(a.shape[1:3]) <= 64 else ""
+    return [f'src="{data_uri(png(np.rint(p).astype(np.uint8)))}"{size}' for p in _shrunk(a)]
+
+
+def _stretched(a: Float, chosen: Int) -> Float:
+    """Values from 0 to 255: of numbers within [0, 1], or else from each picture's lowest to its highest value."""
+    if not np.isfinite(a).all():
+        sample = chosen[np.argwhere(~np.isfinite(a))[0][0]]
+        raise ValueError(f"images: expected finite numbers, sample {sample} has others")
+    if a.min() < 0 or a.max() > 1:
+        low, high = a.min((1, 2, 3), keepdims=True), a.max((1, 2, 3), keepdims=True)
+        a = (a - low) / np.where(high > low, high - low, 1)
+    return 255 * a
+
+
+def _shrunk(a: NDArray[Any]) -> NDArray[Any]:
+    """Means of f x f pixels, so that no side is above THUMBNAIL; pixels that fill no square are cut off."""
+    h, w = a.shape[1:3]
+    f = -(-max(h, w) // THUMBNAIL)
+    if f == 1:
+        return a
+    fh, fw = min(f, h), min(f, w)
+    squares = a[:, : h // fh * fh, : w // fw * fw].reshape(len(a), h // fh, fh, w // fw, fw, -1)
+    return np.asarray(squares.mean((2, 4)))
 
 
 def palette(colours: Sequence[str]) -> NDArray[np.uint8]:
-    """(256, 3) between the given ones."""
+    """Interpolate 256 RGB colours between the given ones, (256, 3)."""
     anchors = np.array([list(bytes.fromhex(c)) for c in colours], np.float64)
     at = np.linspace(0, len(anchors) - 1, 256)
     return np.stack([np.interp(at, range(len(anchors)), anchors[:, k]) for k in range(3)], 1).round().astype(np.uint8)
 
 
-def png(pixels: NDArray[np.uint8], palette: NDArray[np.uint8] | None = None) -> bytes:
-    """(h, w) of a palette, or (h, w, 1 or 3): grey or RGB."""
+def png(pixels: NDArray[np.uint8], colours: NDArray[np.uint8] | None = None) -> bytes:
+    """Encode (h, w) indices of a palette, or (h, w, 1 or 3) grey or RGB values."""
     h, w = pixels.shape[:2]
-    kind = 3 if palette is not None else {1: 0, 3: 2}[pixels.shape[2]]
-    lines = np.zeros((h, 1 + pixels.size // h), np.uint8)  # each begins with its filter, none
+    kind = 3 if colours is not None else {1: 0, 3: 2}[pixels.shape[2]]
+    lines = np.zeros((h, 1 + pixels.size // h), np.uint8)  # each line begins with 0, for no filter
     lines[:, 1:] = pixels.reshape(h, -1)
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, kind, 0, 0, 0))
-    colours = b"" if palette is None else chunk(b"PLTE", palette.tobytes())
-    return (
-        b"\x89PNG\r\n\x1a\n" + head + colours + chunk(b"IDAT", zlib.compress(lines.tobytes(), 9)) + chunk(b"IEND", b"")
-    )
+    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, kind, 0, 0, 0))]
+    chunks += [] if colours is None else [chunk(b"PLTE", colours.tobytes())]
+    chunks += [chunk(b"IDAT", zlib.compress(lines.tobytes(), 9)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def data_uri(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()

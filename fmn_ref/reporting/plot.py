@@ -1,4 +1,4 @@
-"""Figures (matplotlib, optional: pip install "fmn_ref[plot]"). Each function returns a Figure; pyplot is not touched.
+"""Figures, with matplotlib (optional: pip install "fmn_ref[plot]"). Each function returns a Figure, without pyplot.
 
 fmn_ref.plot.curves(run.history).savefig("curves.png")
 """
@@ -39,17 +39,17 @@ def _axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (6.4
 
 
 def _epochs(correct: Any) -> NDArray[np.int64]:
-    """Epoch numbers of the rows: those that a history recorded, else 0, 1, ..."""
+    """Epoch numbers of the rows: the recorded ones of a history, otherwise 0, 1, ..."""
     return np.array(getattr(correct, "epochs", range(len(correct))), np.int64)
 
 
 def curves(correct: Any) -> Figure:
-    """Accuracy, retained accuracy, F_e and L_e per epoch; the shaded gap between the first two is F_e."""
+    """Plot accuracy, retained accuracy, F_e and L_e per epoch; the shaded gap between the first two is F_e."""
     c = forgetting_curves(correct)
     epochs = _epochs(correct)
-    figure, axes = _axes("What is known at each epoch, and what of it is left at the end", "epoch", "share of samples")
+    figure, axes = _axes("Accuracy per epoch, and retained at the end", "epoch", "share of samples")
     axes.plot(epochs, c.accuracy, color=_BLUE, label="accuracy")
-    axes.plot(epochs, c.retained, color=_BLUE, linestyle=":", label="of it still right at the end")
+    axes.plot(epochs, c.retained, color=_BLUE, linestyle=":", label="retained: right at the end too")
     axes.fill_between(epochs, c.retained, c.accuracy, color=_RED, alpha=0.12, linewidth=0)
     axes.plot(epochs, c.forget, color=_RED, label="forget fraction $F_e$")
     axes.plot(epochs, c.learned, color=_GREEN, label="learned fraction $L_e$")
@@ -59,18 +59,20 @@ def curves(correct: Any) -> Figure:
 
 
 def matrix(correct: Any) -> Figure:
-    """Heat map of the forgetting matrix, as shares of the samples: below the diagonal what was forgotten."""
+    """Plot the forgetting matrix as shares of the samples; below the diagonal are the forgotten samples."""
     c, epochs = np.asarray(correct), _epochs(correct)
     share = forgetting_matrix(c) / c.shape[1]
     figure, axes = _axes("Right at epoch i, wrong at epoch j", "epoch j", "epoch i", (4.8, 4.0))
-    most = np.triu(share).max() or 1  # of what was forgotten: an untrained epoch would outshine it
+    most = (
+        np.triu(share).max() or 1
+    )  # forgotten shares set the scale: those an untrained epoch still learns are far larger
     mesh = axes.pcolormesh(epochs, epochs, share, cmap="magma", vmin=0, vmax=most)
     figure.colorbar(mesh, ax=axes, label="share of samples", extend="max" if share.max() > most else "neither")
     return figure
 
 
 def plan_weights(plan: FusionPlan) -> Figure:
-    """Weight of each checkpoint in the fused prediction."""
+    """Plot the weight of each checkpoint in the fused prediction."""
     figure, axes = _axes("Weights of the fused prediction", "epoch", "weight")
     weights = plan.weights
     axes.bar(list(weights), list(weights.values()), color=_BLUE, width=0.9)
@@ -79,7 +81,7 @@ def plan_weights(plan: FusionPlan) -> Figure:
 
 
 def last_correct(correct: Any) -> Figure:
-    """When the samples that are wrong at the end, but were right before, were right for the last time."""
+    """Plot how many of the forgotten samples were right for the last time at each epoch."""
     s = sample_statistics(correct)
     epochs = _epochs(correct)
     title = f"Last epoch at which the {int(s.forgotten.sum())} forgotten samples were right"
@@ -90,7 +92,7 @@ def last_correct(correct: Any) -> Figure:
 
 
 def per_class(correct: Any, labels: Any) -> Figure:
-    """Share of each class that was forgotten: right at some epoch and wrong at the end."""
+    """Plot the share of each class that was forgotten: right at some epoch and wrong at the end."""
     forgotten = sample_statistics(correct).forgotten
     y = _check.labels(labels, len(forgotten))
     classes, member, size = np.unique(y, return_inverse=True, return_counts=True)
@@ -102,8 +104,8 @@ def per_class(correct: Any, labels: Any) -> Figure:
 
 
 def recovery(r: Recovery) -> Figure:
-    """Per predictor: forgotten samples that it brings back, never-learned ones that it knows, and those it loses."""
-    figure, axes = _axes("What changes against the final model", "", "samples")
+    """Plot, for each predictor, the recovered, the new and the lost samples of `Recovery.counts`."""
+    figure, axes = _axes("Changes relative to the final model", "", "samples")
     counts = r.counts()
     places = np.arange(len(counts))
     bars = (("recovered", _GREEN, "forgotten, recovered"), ("new", _BLUE, "never right, new"), ("lost", _RED, "lost"))

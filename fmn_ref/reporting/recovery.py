@@ -1,9 +1,7 @@
-"""Forgotten and recovered: what a fused model or a student brings back, and what it newly loses. NumPy only."""
+"""Count the forgotten samples that a fused model or a student recovers, and the samples it loses. NumPy only."""
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +11,25 @@ from numpy.typing import NDArray
 from .. import _check
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
+from .tables import csv_table, markdown_table
 
 Bool = NDArray[np.bool_]
-_COLUMNS = ("sample_id", "group", "final", "forgotten")  # of the table per sample, before the predictors
+KINDS = ("samples", "final", "forgotten", "recovered", "new", "lost", "right")
+_COLUMNS = ("sample_id", "group", "final", "forgotten")  # first columns of the table per sample
 
 
 @dataclass(frozen=True, eq=False)
 class Recovery:
-    """Which samples the final model forgot and lost, and which of them other predictors get right.
+    """Samples that the final model forgot, and samples that other predictors classify correctly.
 
     Attributes
     ----------
     final : (n_samples,) bool
-        Right by the final model.
+        Samples that the final model classifies correctly.
     forgotten : (n_samples,) bool
-        Right at some epoch and wrong at the end.
+        Samples that are right at some epoch and wrong at the end.
     right : {name: (n_samples,) bool}
-        Right by each of the other predictors.
+        Samples that each of the other predictors classifies correctly.
     groups : (n_samples,) integers, or None
     sample_ids : list
     """
@@ -41,69 +41,75 @@ class Recovery:
     sample_ids: list[Any]
 
     def counts(self, group: int | None = None) -> dict[str, dict[str, int]]:
-        """{name: counts} over all samples or one group: samples; forgotten; recovered, forgotten and now right; never
-        right before and now right (new); lost, right by the final model and now wrong; right."""
+        """Count samples for each predictor.
+
+        Parameters
+        ----------
+        group : int, optional
+            Count the samples of this group only. Default: all samples.
+
+        Returns
+        -------
+        {name: {kind: int}}
+            The kinds are:
+
+            - samples: all samples;
+            - final: right by the final model;
+            - forgotten: right at some epoch, wrong by the final model;
+            - recovered: forgotten, and right by this predictor;
+            - new: right at no epoch, and right by this predictor;
+            - lost: right by the final model, and wrong by this predictor;
+            - right: right by this predictor.
+        """
         inside: Bool = np.ones(len(self.final), bool)
         if group is not None:
             if self.groups is None:
                 raise ValueError("group: recovery was called without groups")
             inside = self.groups == group
-        never = ~self.final & ~self.forgotten
-        return {
-            name: {
-                "samples": int(inside.sum()),
-                "final": int((self.final & inside).sum()),
-                "forgotten": int((self.forgotten & inside).sum()),
-                "recovered": int((self.forgotten & right & inside).sum()),
-                "new": int((never & right & inside).sum()),
-                "lost": int((self.final & ~right & inside).sum()),
-                "right": int((right & inside).sum()),
-            }
-            for name, right in self.right.items()
-        }
+        final, forgotten = self.final & inside, self.forgotten & inside
+        never = inside & ~final & ~forgotten
+        found = {}
+        for name, right in self.right.items():
+            masks = (inside, final, forgotten, forgotten & right, never & right, final & ~right, right & inside)
+            found[name] = {kind: int(mask.sum()) for kind, mask in zip(KINDS, masks, strict=True)}
+        return found
 
     def to_markdown(self) -> str:
-        """A row per predictor, and per group if there are groups."""
-        columns = ["samples", "final", "forgotten", "recovered", "new", "lost", "right"]
-        head = ["predictor", *([] if self.groups is None else ["group"]), *columns]
-        lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
-        chosen: list[int | None] = [None, *([] if self.groups is None else np.unique(self.groups).tolist())]
+        """Table with a row per predictor and, if there are groups, per group."""
+        groups: list[int | None] = [None, *([] if self.groups is None else np.unique(self.groups).tolist())]
+        counts = {group: self.counts(group) for group in groups}
+        rows = []
         for name in self.right:
-            for group in chosen:
-                values = [str(self.counts(group)[name][c]) for c in columns]
-                of = [] if self.groups is None else ["all" if group is None else str(group)]
-                lines.append("| " + " | ".join([name, *of, *values]) + " |")
-        return "\n".join(lines) + "\n"
+            for group in groups:
+                label = [] if self.groups is None else ["all" if group is None else str(group)]
+                rows.append([name, *label, *map(str, counts[group][name].values())])
+        return markdown_table(["predictor", *([] if self.groups is None else ["group"]), *KINDS], rows)
 
     def to_csv(self) -> str:
-        """A row per sample: id, group, right by the final model, forgotten, right by each predictor (0 or 1)."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        of = {} if self.groups is None else {"group": self.groups}
-        columns: dict[str, Any] = {**of, "final": self.final * 1, "forgotten": self.forgotten * 1}
+        """Table with a row per sample: id, group, and 0 or 1 for final, forgotten and each predictor."""
+        columns: dict[str, Any] = {} if self.groups is None else {"group": self.groups}
+        columns |= {"final": self.final * 1, "forgotten": self.forgotten * 1}
         columns |= {name: right * 1 for name, right in self.right.items()}
-        writer.writerow(["sample_id", *columns])
-        writer.writerows(zip(self.sample_ids, *(c.tolist() for c in columns.values()), strict=True))
-        return out.getvalue()
+        rows = zip(self.sample_ids, *(c.tolist() for c in columns.values()), strict=True)
+        return csv_table(["sample_id", *columns], rows)
 
 
 def recovery(
     correct: Any, predictions: dict[str, Any], labels: Any, *, groups: Any = None, sample_ids: Any = None
 ) -> Recovery:
-    """Of what the final model forgot, what others bring back, and what they newly lose.
+    """Count the samples that the final model forgot, and those that other predictors recover or lose.
 
     Parameters
     ----------
     correct : (n_epochs, n_samples) bool or 0 and 1, or a CorrectnessHistory
-        The run's history on these samples.
+        Correctness history of the run on these samples.
     predictions : {name: array}
-        Of each predictor to look at (the fused model, the student): classes (n_samples,) or scores (n_samples,
-        n_classes).
+        Predictions of each predictor (fused model, student): classes (n_samples,) or scores (n_samples, n_classes).
     labels : (n_samples,) integers
     groups : (n_samples,) integers, optional
-        Classes or any other groups; `groups=labels` for classes.
+        Group of each sample; `groups=labels` counts per class.
     sample_ids : sequence of n_samples, optional
-        For the table per sample; default 0, 1, ...
+        Ids for the table per sample. Default: 0, 1, ...
 
     Returns
     -------
@@ -112,7 +118,7 @@ def recovery(
     Raises
     ------
     TypeError, ValueError
-        Shapes that do not fit, values out of range; a history of other samples.
+        Shapes that do not match, values out of range, or a history of other samples.
 
     Examples
     --------
@@ -138,9 +144,9 @@ def recovery(
         right[name] = correctness(p, y)
         if right[name].shape != (n,):
             raise ValueError(f"predictions[{name!r}]: expected one prediction per sample, got {right[name].shape}")
-    of = None if groups is None else _check.labels(groups, n, name="groups")
+    group_of = None if groups is None else _check.labels(groups, n, name="groups")
     ids = list(range(n)) if sample_ids is None else list(sample_ids)
     if len(ids) != n:
         raise ValueError(f"sample_ids: expected {n}, got {len(ids)}")
     final = history[-1]
-    return Recovery(final, history.any(0) & ~final, right, of, ids)
+    return Recovery(final, history.any(0) & ~final, right, group_of, ids)

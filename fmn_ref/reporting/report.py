@@ -1,10 +1,9 @@
-"""write_report: what a run forgot, as one HTML file that loads nothing from elsewhere. NumPy only.
+"""Write one HTML file that shows what a run forgot. NumPy only.
 
     fmn-ref report RUN_DIR -o report.html
 
-Lines are SVG, pictures are PNG, both inside the file; it adapts to the width of the screen and to light or dark by CSS
-alone (report.html.in) and has no script. What comes from files is escaped, and the page forbids itself (by its content
-security policy) to load anything.
+Lines are SVG and pictures are PNG, inside the file. CSS (report.html.in) adapts the page to the screen and to light or
+dark. The page has no script and escapes every text. Its content security policy forbids it to load anything.
 """
 
 from __future__ import annotations
@@ -25,20 +24,22 @@ from ..fusion.expectation import expected_gain
 from ..fusion.plan import FusionPlan
 from ..metrics.curves import ForgettingCurves, forgetting_curves, forgetting_matrix
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
+from ..metrics.overview import first_samples
 from ..metrics.samples import SampleStatistics, sample_statistics
 from ..runs import load
 from ..runs.run import Run
 from . import html
 from .comparison import Comparison
 
-MATRIX_ROWS, TABLE_ROWS = 200, 500  # what is longer is thinned out
+MATRIX_ROWS, TABLE_ROWS = 200, 500  # longer ones show every k-th epoch
 CARDS, BARS = 24, 40
-# From nothing to much: one hue, so that only lightness counts; it starts at the page's own colour.
+# From nothing to much in one hue, so that only lightness counts. A ramp starts at the colour of the page.
 RAMPS = {
     "light": ("f4f7fa", "b5d2ea", "5b9fd2", "1f69ae", "08306b"),
     "dark": ("1c2126", "123f70", "2a74b8", "74b6f5", "eef6fd"),
 }
 Int = NDArray[np.int64]
+Images = NDArray[Any] | None
 
 
 def write_report(
@@ -50,35 +51,35 @@ def write_report(
     plan: Any = None,
     comparison: Any = None,
 ) -> Path:
-    """One HTML file that shows what a run forgot: curves, matrix, samples, plan and comparison.
+    """Write one HTML file with the curves, matrix, forgotten samples, plan and comparison of a run.
 
     Parameters
     ----------
     run_dir : path
-        As `Recorder`, `train` or `distill` left it.
+        Run directory of `Recorder`, `train` or `distill`.
     output : path ending in .html
-    labels : (n_samples,) integers, or the path of an .npy or .npz, optional
-        Of the samples that the run was recorded on, for the classes.
+    labels : (n_samples,) integers, or the path of an .npy or .npz file, optional
+        Classes of the samples that the run was recorded on.
     images : (n_samples, h, w), (n_samples, h, w, c) or (n_samples, c, h, w), or a path, optional
-        Pictures of the same samples; c is 1 or 3. uint8 and numbers within [0, 1] are shown as they are, others
-        stretched from each picture's lowest to its highest value.
+        Pictures of the same samples; c is 1 or 3. uint8 and numbers within [0, 1] are shown unchanged, others are
+        stretched from the lowest to the highest value of each picture.
     plan : FusionPlan or path, optional
-        Default: plan.json in `run_dir`, where there is one.
-    comparison : Comparison, what its `to_json` holds, or path, optional
-        Default: comparison.json, or the demo's cell.json, in `run_dir`.
+        Default: plan.json in `run_dir`, if it exists.
+    comparison : Comparison, content of its `to_json`, or path, optional
+        Default: comparison.json, or the demo's cell.json, in `run_dir`, if it exists.
 
     Returns
     -------
     Path
-        `output`, whole or not at all, under 3 MB for any run. Epochs past a few hundred are thinned out: lines keep
-        their extremes, matrix and tables take every k-th epoch. Samples cost 41 bytes of memory each, while it works.
+        `output`, under 3 MB for any run and never half-written. The matrix and the tables of a long run show every k-th
+        epoch; lines keep their extremes. The call needs 41 bytes of memory per sample.
 
     Raises
     ------
     FileNotFoundError
-        No run there, nothing recorded yet, or a file that was named does not exist.
+        `run_dir` contains no run or an empty one, or a given file does not exist.
     TypeError, ValueError
-        Labels or images that do not fit the run; a damaged file; another name than .html.
+        Labels or images that do not match the run, a damaged file, or a name of `output` that does not end in .html.
 
     Examples
     --------
@@ -91,54 +92,51 @@ def write_report(
     'report.html'
     """
     target, folder = Path(output), Path(run_dir)
-    if target.suffix.lower() not in (".html", ".htm"):  # so that no slip of the hand writes over a plan or a history
+    if target.suffix.lower() not in (".html", ".htm"):  # a typing error must not overwrite a plan or a history
         raise ValueError(f"output: expected a name ending in .html, got {target.name!r}")
     run = Run.open(folder)
     history = run.history
     if not len(history):
         raise ValueError(f"{folder}: nothing recorded yet")
-    y = None if labels is None else _labels(labels, history)
-    pictures = None if images is None else _images(images, history.n_samples)
+    y = None if labels is None else _checked_labels(labels, history)
+    pictures = None if images is None else _checked_images(images, history.n_samples)
     curves, samples = forgetting_curves(history), sample_statistics(history)
     name = html.text(folder.resolve().name)
-    parts = [
+    sections = [
         _headline(name, history, curves, samples),
-        _curves(history, curves),
-        _matrix(history),
-        _samples(history, samples, y, pictures),
-        _plan(_found(plan, folder, "plan.json"), run),
-        _comparison(_found(comparison, folder, "comparison.json", "cell.json")),
-        _settings(folder),
+        _curves_section(history, curves),
+        _matrix_section(history),
+        _samples_section(history, samples, y, pictures),
+        _plan_section(_given_or_found(plan, run.folder.plan), run),
+        _comparison_section(_given_or_found(comparison, *run.folder.comparisons)),
+        _settings_section(run),
     ]
     template = Template(Path(__file__).with_name("report.html.in").read_text("utf-8"))
     ramps = {f"ramp_{name}": ", ".join(f"#{c}" for c in colours) for name, colours in RAMPS.items()}
-    page = template.substitute(title=f"{name}: what it forgot", body="\n".join(parts), **ramps)
+    page = template.substitute(title=f"{name}: what it forgot", body="\n".join(sections), **ramps)
     _files.write_atomic(target, lambda file: file.write(page.encode()))
     return target
 
 
-# --- what comes from outside ---
-
-
-def _found(given: Any, folder: Path, *names: str) -> Any:
-    """What was given, or the first of the files that is in the run's folder."""
-    return given if given is not None else next((folder / n for n in names if (folder / n).is_file()), None)
+def _given_or_found(given: Any, *paths: Path) -> Any:
+    """The argument, or else the first of the files that the run's folder contains."""
+    return given if given is not None else next((path for path in paths if path.is_file()), None)
 
 
 def _is_path(x: Any) -> bool:
     return isinstance(x, (str, os.PathLike))
 
 
-def _labels(labels: Any, history: CorrectnessHistory) -> Int:
-    y = _check.labels(load.load(os.fspath(labels), "labels") if _is_path(labels) else labels, history.n_samples)
+def _checked_labels(labels: Any, history: CorrectnessHistory) -> Int:
+    y = _check.labels(load.load_array(os.fspath(labels), "labels") if _is_path(labels) else labels, history.n_samples)
     if history.digest not in (NO_LABELS, labels_digest(y)):
         raise ValueError("labels: not the labels (or not in the order) that the run was recorded with")
     return y
 
 
-def _images(images: Any, n: int) -> NDArray[Any]:
-    """(n, ...) as it is; read where it is shown."""
-    a = _check.array(load.load(os.fspath(images), "images") if _is_path(images) else images, "images")
+def _checked_images(images: Any, n: int) -> NDArray[Any]:
+    """Images with a checked shape; their values are read later, and only those of the samples shown."""
+    a = _check.array(load.load_array(os.fspath(images), "images") if _is_path(images) else images, "images")
     channels = a.ndim == 3 or (a.ndim == 4 and (a.shape[3] in (1, 3) or a.shape[1] in (1, 3)))
     if not channels or len(a) != n or 0 in a.shape:
         expected = f"({n}, h, w), ({n}, h, w, c) or ({n}, c, h, w) with c 1 or 3"
@@ -152,29 +150,27 @@ def _images(images: Any, n: int) -> NDArray[Any]:
 def _headline(name: str, history: CorrectnessHistory, c: ForgettingCurves, s: SampleStatistics) -> str:
     e, best, peak = history.epochs, int(c.accuracy.argmax()), int(c.forget.argmax())
     n, n_forgotten = history.n_samples, int(s.forgotten.sum())
-    some = min(n, 65536, max(64, (1 << 26) // len(e) // 8 * 8))  # a hint needs no more, and bits are unpacked for it
-    first = np.unpackbits(history.packed[:, : -(-some // 8)], axis=1, count=some, bitorder="little")
-    gain, error = expected_gain(first)
+    gain, error = expected_gain(first_samples(history))
     tiles = [
         ("", "Final accuracy", f"{c.accuracy[-1]:.1%}", f"at epoch {e[-1]}"),
         ("", "Best accuracy", f"{c.accuracy[best]:.1%}", f"at epoch {e[best]}"),
         ("key", "Peak forget fraction", f"{c.forget[peak]:.1%}", f"at epoch {e[peak]}"),
         ("", "Forgotten samples", f"{n_forgotten:,}", f"of {n:,}: right once, wrong at the end"),
-        ("", "Expected gain", f"{100 * gain:+.1f}", f"points by a fusion, ± {100 * error:.1f} (a rough rule)"),
+        ("", "Expected gain", f"{100 * gain:+.1f}", f"points from fusion, ± {100 * error:.1f} (rough)"),
     ]
     cells = "".join(
-        f'<div class="{kind}"><dt>{what}</dt><dd>{value}<small>{more}</small></dd></div>'
-        for kind, what, value, more in tiles
+        f'<div class="{kind}"><dt>{title}</dt><dd>{value}<small>{more}</small></dd></div>'
+        for kind, title, value, more in tiles
     )
     return f"""<header><h1>What this run forgot</h1>
 <p class="muted">{name}: {html.count(len(e), "epoch")}, {html.count(n, "sample")}</p></header>
 <dl class="tiles">{cells}</dl>
-<p>The forget fraction F<sub>e</sub> of an epoch e is the share of samples that the network classified correctly at
-epoch e and gets wrong at the end. Overall accuracy can rise all the while, since what is newly learned hides what is
-lost; the checkpoints of earlier epochs still know it.</p>"""
+<p>The forget fraction F<sub>e</sub> of an epoch e is the share of samples that the network classifies correctly at
+epoch e and wrongly at the end. Accuracy can rise at the same time, because newly learned samples hide the forgotten
+ones. The checkpoints of earlier epochs still classify the forgotten samples correctly.</p>"""
 
 
-def _curves(history: CorrectnessHistory, c: ForgettingCurves) -> str:
+def _curves_section(history: CorrectnessHistory, c: ForgettingCurves) -> str:
     e, best, peak = history.epochs, int(c.accuracy.argmax()), int(c.forget.argmax())
     x = np.array(e, np.float64)
     accuracy = html.chart(
@@ -191,170 +187,184 @@ def _curves(history: CorrectnessHistory, c: ForgettingCurves) -> str:
         f"Forget fraction per epoch: at most {c.forget[peak]:.1%}, at epoch {e[peak]}; zero at the end by definition.",
         (peak, c.forget[peak], "forget", f"{c.forget[peak]:.1%} at epoch {e[peak]}"),
     )
-    columns = ("epoch", "accuracy", "F<sub>e</sub>", "L<sub>e</sub>", "still right at the end")
-    shown = sorted({*html.every(len(e), TABLE_ROWS), 0, best, peak})
-    values = zip(c.accuracy, c.forget, c.learned, c.retained, strict=True)
-    rows = [(str(i), *(f"{v:.2%}" for v in row)) for i, row in zip(e, values, strict=True)]
-    table = html.table(columns, [rows[i] for i in shown], "Numbers of each epoch", "tall")
+    columns = ("epoch", "accuracy", "F<sub>e</sub>", "L<sub>e</sub>", "retained")
+    shown = sorted({*html.thinned(len(e), TABLE_ROWS), 0, best, peak})
+    rows = [[str(e[i]), *(f"{v[i]:.2%}" for v in (c.accuracy, c.forget, c.learned, c.retained))] for i in shown]
+    table = html.scroll_table(columns, rows, "Numbers of each epoch", "tall")
     return f"""<h2>Epoch by epoch</h2>
 <figure>{accuracy}
 <ul class="legend">
 <li class="accuracy"><i></i>accuracy</li>
-<li class="retained"><i></i>of it, still right at the end</li>
+<li class="retained"><i></i>retained at the end</li>
 <li class="area"><i></i>the gap is F<sub>e</sub></li></ul></figure>
 <figure>{forget}
 <ul class="legend"><li class="forget"><i></i>forget fraction F<sub>e</sub></li></ul></figure>
-<details><summary>The numbers{html.thinned(shown, e)}</summary>{table}
+<details><summary>Numbers of each epoch{html.thinned_note(shown, e)}</summary>{table}
 <p class="muted">L<sub>e</sub>, the learned fraction: wrong at epoch e, right at the end.</p></details>"""
 
 
-def _matrix(history: CorrectnessHistory) -> str:
-    shown = html.every(len(history), MATRIX_ROWS)
-    e, title = [history.epochs[k] for k in shown], "<h2>From epoch to epoch</h2>"
-    rows = history.packed[shown.start :: shown.step]  # a view: streamed, where it is large
+def _matrix_section(history: CorrectnessHistory) -> str:
+    shown = html.thinned(len(history), MATRIX_ROWS)
+    e, title = [history.epochs[k] for k in shown], "<h2>Forgetting matrix</h2>"
+    rows = history.packed[shown.start :: shown.step]  # a view: a large one is streamed
     counts = forgetting_matrix(SimpleNamespace(packed=rows, n_samples=history.n_samples))
     share, later = counts / history.n_samples, np.triu(counts, 1) / history.n_samples
-    top = float(later.max())  # of what was forgotten: the first epochs have far more yet to learn
+    top = float(later.max())  # the forgotten shares set the scale: what the first epochs still learn is far more
     if not top:
         return f"{title}\n<p>No sample was right at one of these epochs and wrong at a later one.</p>"
     i, j = (e[k] for k in np.unravel_index(later.argmax(), later.shape))
     beyond = " or more" if share.max() > top else ""
-    told = f"At most {top:.1%} of the samples are right at an epoch and wrong at a later one: at {i} and {j}."
+    highest = f"At most {top:.1%} of the samples are right at an epoch and wrong at a later one: at {i} and {j}."
     pixels = np.rint(255 * np.minimum(share[::-1] / top, 1)).astype(np.uint8)  # epoch i upwards
     light, dark = (html.data_uri(html.png(pixels, html.palette(RAMPS[name]))) for name in ("light", "dark"))
     places = [((np.interp(k, e, range(len(e))) + 0.5) / len(e), html.short(k)) for k in html.ticks(e[0], e[-1], 5)]
-    axes = "".join(html.at("x", "left", p, k) + html.at("y", "bottom", p, k) for p, k in places)
+    axes = "".join(html.axis_label("x", "left", *p) + html.axis_label("y", "bottom", *p) for p in places)
     return f"""{title}
 <div class="matrix"><figure><div class="plot"><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">
-<img src="{light}" alt="Heat map of the forgetting matrix. {told}"></picture>{axes}
+<img src="{light}" alt="Heat map of the forgetting matrix. {highest}"></picture>{axes}
 <span class="xname">wrong at epoch j</span><span class="yname">right at epoch i</span></div></figure>
-<div><p>The forgetting matrix: the share of samples that are right at epoch i and wrong at epoch
-j{html.thinned(shown, history.epochs)}. Below the diagonal is what was forgotten, above it what was learned; the last
-column is F<sub>e</sub>.</p>
-<p>{told}</p><div class="scale"><span>0</span><i></i><span>{top:.1%}{beyond}</span></div></div></div>"""
+<div><p>The share of samples that are right at epoch i and wrong at epoch j{html.thinned_note(shown, history.epochs)}.
+Forgotten samples are below the diagonal, learned samples above it. The last column is F<sub>e</sub>.</p>
+<p>{highest}</p><div class="scale"><span>0</span><i></i><span>{top:.1%}{beyond}</span></div></div></div>"""
 
 
-def _samples(history: CorrectnessHistory, s: SampleStatistics, y: Int | None, images: NDArray[Any] | None) -> str:
+def _samples_section(history: CorrectnessHistory, s: SampleStatistics, y: Int | None, images: Images) -> str:
     forgotten = np.flatnonzero(s.forgotten)
-    # Right at most epochs and wrong at the end; of equals, the one that was wrong for longest.
-    order = np.lexsort((s.last_correct[forgotten], -s.correctness[forgotten]))[:CARDS]
-    chosen = forgotten[order]
-    parts = ["<h2>Forgotten samples</h2>"]
+    title = "<h2>Forgotten samples</h2>"
     if not len(forgotten):
-        return parts[0] + "\n<p>None: whatever was right at some epoch is right at the end.</p>"
-    if y is not None:
-        parts.append(_classes(s.forgotten, y))
+        return f"{title}\n<p>None: every sample that was right at some epoch is right at the end.</p>"
+    # Right at most epochs and wrong at the end; among equals, first the one that was wrong for longest.
+    chosen = forgotten[np.lexsort((s.last_correct[forgotten], -s.correctness[forgotten]))[:CARDS]]
+    cards = _sample_cards(history, s, chosen, y, images)
+    shown, rest = cards[: CARDS // 2], cards[CARDS // 2 :]
+    more = f'<details><summary>{len(rest)} more</summary><ul class="cards">{"".join(rest)}</ul></details>'
+    return f"""{title}{"" if y is None else _class_table(s.forgotten, y)}
+<h3>Right for most epochs, wrong at the end</h3>
+<p class="muted">The bar shows the epochs at which the sample was right, from the first to the last.</p>
+<ul class="cards">{"".join(shown)}</ul>
+{more if rest else ""}"""
+
+
+def _sample_cards(
+    history: CorrectnessHistory, s: SampleStatistics, chosen: Int, y: Int | None, images: Images
+) -> list[str]:
     pictures = [""] * len(chosen) if images is None else html.thumbnails(images, chosen)
-    epochs = np.array(html.every(len(history), MATRIX_ROWS))
+    epochs = np.array(html.thinned(len(history), MATRIX_ROWS))
     right = history.packed[np.ix_(epochs, chosen // 8)] >> (chosen % 8).astype(np.uint8) & 1
     cards = []
     for k, i in enumerate(chosen):
         kind = "" if y is None else f"class {y[i]}, "
         picture = pictures[k] and f'<img {pictures[k]} alt="sample {i}">'
-        told = f"right at {s.correctness[i]} of {len(history)} epochs, last at {history.epochs[int(s.last_correct[i])]}"
-        words = f"<div><b>sample {i}</b><br><span>{kind}{told}</span></div>"
+        facts = (
+            f"right at {s.correctness[i]} of {len(history)} epochs, last at {history.epochs[int(s.last_correct[i])]}"
+        )
+        words = f"<div><b>sample {i}</b><br><span>{kind}{facts}</span></div>"
         cards.append(f"<li>{picture}{words}{html.strip(right[:, k])}</li>")
-    shown, rest = "".join(cards[: CARDS // 2]), "".join(cards[CARDS // 2 :])
-    more = f'<details><summary>{len(cards) - CARDS // 2} more</summary><ul class="cards">{rest}</ul></details>'
-    return "\n".join(
-        [
-            *parts,
-            "<h3>Known longest, and wrong at the end</h3>",
-            '<p class="muted">The bar shows at which epochs the sample was right, from the first to the last.</p>',
-            f'<ul class="cards">{shown}</ul>',
-            more if rest else "",
-        ]
-    )
+    return cards
 
 
-def _classes(forgotten: NDArray[np.bool_], y: Int) -> str:
-    """Share of each class that was forgotten; of many classes, the worst."""
+def _class_table(forgotten: NDArray[np.bool_], y: Int) -> str:
+    """Share of each class that was forgotten; of many classes, the highest shares first."""
     names, member, size = np.unique(y, return_inverse=True, return_counts=True)
     n = np.bincount(member, forgotten).astype(np.int64)
     share = n / size
     order = np.argsort(-share, kind="stable")
     worst = np.sort(order[:20]) if len(names) <= 20 else order[:12]
-    top = share.max()
-
-    def rows(chosen: Int) -> list[tuple[str, ...]]:
-        bars = [(k, html.bar(share[k] / top)) for k in chosen]
-        return [(str(names[k]), f"{n[k]:,} of {size[k]:,}", f"{share[k]:.1%}", bar) for k, bar in bars]
-
     columns = ("class", "forgotten", "share", "")
-    text = f"<h3>By class</h3>\n{html.table(columns, rows(worst), 'Forgotten samples per class', kind='bars')}"
+
+    def table(chosen: Int, name: str, box: str = "") -> str:
+        bars = [(k, html.share_bar(share[k] / share.max())) for k in chosen]
+        rows = [(str(names[k]), f"{n[k]:,} of {size[k]:,}", f"{share[k]:.1%}", bar) for k, bar in bars]
+        return html.scroll_table(columns, rows, name, box, "bars")
+
+    text = f"\n<h3>By class</h3>\n{table(worst, 'Forgotten samples per class')}"
     if len(worst) < len(names):
         title = f"{len(names):,} classes, the most forgotten first" + (f": {TABLE_ROWS}" * (len(names) > TABLE_ROWS))
-        more = html.table(columns, rows(order[:TABLE_ROWS]), title, "tall", "bars")
-        text += f"\n<details><summary>{title}</summary>{more}</details>"
+        text += f"\n<details><summary>{title}</summary>{table(order[:TABLE_ROWS], title, 'tall')}</details>"
     return text
 
 
-def _plan(plan: Any, run: Run) -> str:
+def _plan_section(plan: Any, run: Run) -> str:
     if plan is None:
         return ""
     p = FusionPlan.load(plan) if _is_path(plan) else plan
     if not isinstance(p, FusionPlan):
         raise TypeError(f"plan: expected a FusionPlan or a path, got {type(plan).__name__}")
-    names, note = _epochs_of(p, run)
-    parts = ["<h2>The plan of the fusion</h2>", _worth(p), f"<p>{note}</p>" if note else ""]
-    if not p.final_model_alone:
-        parts += [_weights(p, names), _members(p, names)]
-    return "\n".join(parts)
+    names, note = _plan_epochs(p, run)
+    tables = "" if p.final_model_alone else f"\n{_weights_table(p, names)}\n{_members_table(p, names)}"
+    return f"<h2>The plan of the fusion</h2>\n{_plan_summary(p)}\n{note}{tables}"
 
 
-def _worth(p: FusionPlan) -> str:
-    told = f"Method “{p.method}”: a weighted mean of {html.count(p.forward_passes, 'checkpoint')}."
+def _plan_summary(p: FusionPlan) -> str:
+    text = f"Method “{p.method}”: a weighted mean of {html.count(p.forward_passes, 'checkpoint')}."
     if p.final_model_alone and p.method != "weights":
-        told = f"The final model alone is best: no epoch that the method “{p.method}” tried helped"
-        told += f" ({p.accuracy[0]:.2%} on the selection set)."
-    elif p.method != "weights":  # whose accuracy is not known
-        told += f" It reaches {p.accuracy[-1]:.2%} on the selection set, where the final model has {p.accuracy[0]:.2%};"
-        told += " it was chosen there, which flatters."
+        text = f"The final model alone is best: no checkpoint that method “{p.method}” tried improves on it"
+        text += f" ({p.accuracy[0]:.2%} on the selection set)."
+    elif p.method != "weights":  # a plan of given weights knows no accuracy
+        text += (
+            f" Its accuracy on the selection set is {p.accuracy[-1]:.2%}, that of the final model {p.accuracy[0]:.2%}."
+        )
+        text += " The plan was chosen on this set, so its accuracy there is too high."
     if p.cv_accuracy is not None:
-        told += f"</p>\n<p>Cross-validated, on samples that the choice did not see: {p.cv_accuracy:.2%}"
+        text += f"</p>\n<p>Cross-validated accuracy, on samples not used for the choice: {p.cv_accuracy:.2%}"
         if p.gain_interval is not None:
             low, high = (100 * v for v in p.gain_interval)
-            told += f", {low:+.1f} to {high:+.1f} points from the final model (95 % interval)"
-        told += "."
-    return f"<p>{told}</p>"
+            text += f", {low:+.1f} to {high:+.1f} points from the final model (95 % confidence interval)"
+        text += "."
+    return f"<p>{text}</p>"
 
 
-def _epochs_of(p: FusionPlan, run: Run) -> tuple[Sequence[int], str]:
-    """The epoch of each row that a plan speaks of, and a remark where that is not known."""
+def _plan_epochs(p: FusionPlan, run: Run) -> tuple[Sequence[int], str]:
+    """Epoch of each row of a plan, and a note if it is not simply that of the history."""
     if p.n_epochs == len(run.history):
         return run.history.epochs, ""
     kept = [e for e, path in zip(run.history.epochs, run.checkpoints, strict=True) if path.exists()]
     if p.n_epochs == len(kept):
-        return kept, f"It was made from the {len(kept)} epochs whose checkpoints were kept."
-    note = f"It was made when there were {p.n_epochs} epochs, and this run has {len(run.history)}: counted from 0 here."
-    return range(p.n_epochs), note
+        return kept, f"<p>The plan was made from the {len(kept)} epochs whose checkpoints were kept.</p>"
+    note = f"<p>The plan was made when there were {p.n_epochs} epochs, and this run has {len(run.history)}"
+    return range(p.n_epochs), f"{note}: counted from 0 here.</p>"
 
 
-def _weights(p: FusionPlan, names: Sequence[int]) -> str:
+def _weights_table(p: FusionPlan, names: Sequence[int]) -> str:
     weights = p.weights
     heavy = sorted(sorted(weights, key=lambda e: -weights[e])[:BARS])
-    top = max(weights.values())
-    rows = [(str(names[e]), f"{weights[e]:.1%}", html.bar(weights[e] / top)) for e in heavy]
-    table = html.table(("epoch", "weight", ""), rows, "Weight of each checkpoint", kind="bars")
+    rows = [(str(names[e]), f"{weights[e]:.1%}", html.share_bar(weights[e] / max(weights.values()))) for e in heavy]
+    table = html.scroll_table(("epoch", "weight", ""), rows, "Weight of each checkpoint", kind="bars")
     rest = 1 - sum(weights[e] for e in heavy)
-    more = f"<p>The heaviest; {len(weights) - BARS} others share {rest:.1%}.</p>" if len(weights) > BARS else ""
-    return f"<h3>Weights</h3>\n{table}{more}"
+    others = f"<p>The {BARS} largest weights. {len(weights) - BARS} other checkpoints share {rest:.1%}.</p>"
+    return f"<h3>Weights</h3>\n{table}{others if len(weights) > BARS else ''}"
 
 
-def _members(p: FusionPlan, names: Sequence[int]) -> str:
+def _members_table(p: FusionPlan, names: Sequence[int]) -> str:
     if p.method == "weights":
         return ""
     rows = [("the final model", "", f"{p.accuracy[0]:.2%}")]
     for (e, eps), accuracy in zip(p.members[: TABLE_ROWS - 1], p.accuracy[1:TABLE_ROWS], strict=True):
         rows.append((str(names[e]), f"{eps:.4g}", f"{accuracy:.2%}"))
-    columns = ("member", "mixed in with", "selection accuracy")
+    columns = ("member", "epsilon", "selection accuracy")
     around = f" (each with {html.count(p.window, 'neighbour')} on either side)" if p.window else ""
-    return f"<h3>Members, in the order found{around}</h3>\n{html.table(columns, rows, 'Members of the plan', 'tall')}"
+    table = html.scroll_table(columns, rows, "Members of the plan", "tall")
+    return f"<h3>Members, in the order found{around}</h3>\n{table}"
 
 
-def _comparison(source: Any) -> str:
+def _comparison_section(source: Any) -> str:
     if source is None:
         return ""
+    rows, notes, n, n_test = _read_comparison(source)
+    best = max(r[3] for r in rows)
+    cells = [(name, f"{k:g}", f"{a:.2%}", f"{b:.2%}", html.share_bar(b)) for name, k, a, b in rows[:TABLE_ROWS]]
+    columns = ("method", "forward passes", "selection accuracy", "test accuracy", "")
+    marked = [k for k, row in enumerate(rows[:TABLE_ROWS]) if row[3] == best]
+    table = html.scroll_table(columns, cells, "Methods compared", kind="bars many", best=marked)
+    remarks = "".join(f"<p>{html.text(note, 500)}</p>" for note in notes[:20])
+    return f"""<h2>Comparison with the controls</h2>
+<p>Chosen on {html.count(n, "sample")}, scored on {n_test:,}. A prediction costs the given number of forward passes. The
+best test accuracy is in bold.</p>
+{table}{remarks}"""
+
+
+def _read_comparison(source: Any) -> tuple[list[tuple[str, float, float, float]], list[Any], int, int]:
+    """Rows (method, forward passes, selection and test accuracy), notes, and the sizes of the two sets."""
     where = os.fspath(source) if _is_path(source) else "comparison"
     try:
         content = source
@@ -362,40 +372,28 @@ def _comparison(source: Any) -> str:
             content = json.loads(source.to_json())
         elif _is_path(source):
             content = json.loads(Path(source).read_bytes())
-        rows = [_method(row) for row in content["rows"]]
+        rows = [_comparison_row(row) for row in content["rows"]]
         if not rows:
             raise ValueError("rows: expected at least one")
-        notes = [html.text(note, 500) for note in content.get("notes", [])]
-        best = max(r[3] for r in rows)
         n, n_test = (_check.number(content[k], 0, 2**62, k, int) for k in ("n_selection", "n_test"))
+        return rows, list(content.get("notes", [])), n, n_test
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = f"missing {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{where}: not a comparison (Comparison.to_json, fmn-ref compare --json): {reason}") from None
-    cells = [(name, f"{k:g}", f"{a:.2%}", f"{b:.2%}", html.bar(b)) for name, k, a, b in rows[:TABLE_ROWS]]
-    columns = ("method", "forward passes", "selection accuracy", "test accuracy", "")
-    marked = [k for k, row in enumerate(rows[:TABLE_ROWS]) if row[3] == best]
-    table = html.table(columns, cells, "Methods compared", kind="bars many", best=marked)
-    remarks = "".join(f"<p>{note}</p>" for note in notes[:20])
-    return f"""<h2>Beside the controls</h2>
-<p>Chosen on {html.count(n, "sample")}, scored on {n_test:,}. Forward passes are what a prediction costs; the best
-test accuracy is in bold.</p>
-{table}{remarks}"""
 
 
-def _method(row: Any) -> tuple[str, float, float, float]:
+def _comparison_row(row: Any) -> tuple[str, float, float, float]:
     passes = _check.number(row["forward_passes"], 0, 1e9, "forward_passes")
     a, b = (_check.number(row[k], 0, 1, k) for k in ("selection_accuracy", "test_accuracy"))
     return html.text(row["method"], 80), passes, a, b
 
 
-def _settings(folder: Path) -> str:
-    content = _files.read_json(folder / "run.json", "fmn_ref.run")
-    rows = []
-    for part in ("config", "made_with"):
-        found = content.get(part)
-        for key, value in found.items() if isinstance(found, dict) else ():
+def _settings_section(run: Run) -> str:
+    rows, info = [], run.folder.read()
+    for part in (info.config, info.made_with):
+        for key, value in part.items():
             shown = value if isinstance(value, str) else json.dumps(value)
             rows.append((html.text(key, 80), html.text(shown)))
-    table = html.table(("setting", "value"), rows[:100], "Settings of the run", kind="settings")
-    return f"""<footer class="muted"><details><summary>How the run was made</summary>{table}</details>
+    table = html.scroll_table(("setting", "value"), rows[:100], "Settings of the run", kind="settings")
+    return f"""<footer class="muted"><details><summary>Settings of the run</summary>{table}</details>
 <small>Made by fmn_ref. The forget fraction and Knowledge Fusion: arXiv 2507.08686.</small></footer>"""

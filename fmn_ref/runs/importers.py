@@ -1,5 +1,5 @@
-"""What other tools recorded, as arrays of this package: cartography's training dynamics, mtoneva's example statistics,
-one file per epoch, logits. Nothing from a file is executed.
+"""Read the records of other tools: cartography's training dynamics, mtoneva's example statistics, one file per epoch,
+logits. No reader executes code from a file.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from numpy.typing import NDArray
 
 from .. import _check
 
-Float = NDArray[np.float64]
+Row = tuple[list[float], int]  # logits and label of a sample
 
 
 class from_logits(Sequence[NDArray[np.float32]]):
-    """Logits of every epoch as probabilities, float32, computed when read.
+    """Probabilities of logits: a sequence of float32 arrays, each computed when it is read.
 
     Parameters
     ----------
     logits : (n_epochs, n_samples, n_classes) array, or a sequence of (n_samples, n_classes) arrays
-        Any floating-point type, memory-mapped or not.
+        Logits of any floating-point type, memory-mapped or in memory.
 
     Raises
     ------
     TypeError, ValueError
-        When read: not floating-point, of other shape, or with a NaN or an infinity that is not negative.
+        When an epoch is read that is not floating-point, has another shape, or contains NaN or positive infinity.
 
     Examples
     --------
@@ -50,7 +50,7 @@ class from_logits(Sequence[NDArray[np.float32]]):
 
 
 def softmax(logits: Any, name: str) -> NDArray[np.float32]:
-    """(n_samples, n_classes) probabilities of finite logits."""
+    """Convert (n_samples, n_classes) logits to probabilities; the largest logit of each row must be finite."""
     z = _check.array(logits, name)
     if z.dtype.kind != "f" or z.ndim != 2 or 0 in z.shape:
         got = f"shape {z.shape}, dtype {z.dtype}"
@@ -67,32 +67,43 @@ def softmax(logits: Any, name: str) -> NDArray[np.float32]:
 
 
 def epoch_files(folder: str | Path, pattern: str = "*.npy") -> list[NDArray[Any]]:
-    """One .npy file per epoch, memory-mapped, in the order of the numbers in their names ("epoch_2" before "epoch_10").
+    """Open one .npy file per epoch, memory-mapped.
+
+    Parameters
+    ----------
+    folder : path
+    pattern : str, default "*.npy"
+        Names of the files. They are ordered by the numbers in them: "epoch_2" comes before "epoch_10".
+
+    Returns
+    -------
+    list of arrays
 
     Raises
     ------
     FileNotFoundError
-        No such file.
+        No file matches.
     ValueError
-        A file is no array of numbers; the message names it.
+        A file is not an array of numbers; the message names the file.
     """
     paths = sorted(Path(folder).glob(pattern), key=_natural)
     if not paths:
         raise FileNotFoundError(f"{folder}: no {pattern} there")
-    arrays = []
-    for path in paths:
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if not isinstance(array, np.ndarray):
-                array.close()
-                raise ValueError("an .npz file")
-            if array.dtype.kind not in "biuf":
-                raise ValueError(f"dtype {array.dtype}")
-        except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
-            reason = "objects" if "pickle" in str(error) else error  # NumPy suggests to unpickle them
-            raise ValueError(f"{path}: not an .npy file of numbers ({reason})") from None
-        arrays.append(array)
-    return arrays
+    return [_open_numbers(path) for path in paths]
+
+
+def _open_numbers(path: Path) -> NDArray[Any]:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            array.close()
+            raise ValueError("an .npz file")
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"dtype {array.dtype}")
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
+        reason = "objects" if "pickle" in str(error) else error  # NumPy suggests to unpickle the file
+        raise ValueError(f"{path}: not an .npy file of numbers ({reason})") from None
+    return array
 
 
 def _natural(path: Path) -> list[Any]:
@@ -100,7 +111,7 @@ def _natural(path: Path) -> list[Any]:
 
 
 def from_cartography(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
-    """The training dynamics that dataset cartography writes: dynamics_epoch_0.jsonl and so on.
+    """Read the training dynamics that dataset cartography writes: dynamics_epoch_0.jsonl and so on.
 
     Each line is {"guid": ..., "logits_epoch_E": [...], "gold": class} (Swayamdipta et al. 2020).
 
@@ -114,67 +125,72 @@ def from_cartography(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[n
     Raises
     ------
     FileNotFoundError
-        No dynamics there.
+        The folder contains no dynamics.
     ValueError
-        A line that is none, another number of classes, samples that differ from file to file; the message names file
-        and line.
+        A malformed line, or samples, labels or numbers of classes that differ between files; the message names the
+        file and the line or sample.
     """
     paths = sorted(Path(folder).glob("dynamics_epoch_*.jsonl"), key=_natural)
     if not paths:
         raise FileNotFoundError(f"{folder}: no dynamics_epoch_*.jsonl there")
-    epochs: list[dict[str, tuple[list[float], int]]] = []
+    epochs: list[dict[str, Row]] = []
     for path in paths:
-        rows: dict[str, tuple[list[float], int]] = {}
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            try:
-                content = json.loads(line)
-                key = next(k for k in content if k.startswith("logits_epoch_"))
-                guid, row = str(content["guid"]), ([float(v) for v in content[key]], int(content["gold"]))
-            except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: not a line of training dynamics ({error})") from None
-            if guid in rows:
-                raise ValueError(f"{path}:{number}: sample {guid!r} is there twice")
-            rows[guid] = row
-        epochs.append(rows)
-        if rows.keys() != epochs[0].keys() or not rows:
+        epochs.append(_read_dynamics(path))
+        if epochs[-1].keys() != epochs[0].keys() or not epochs[-1]:
             raise ValueError(f"{path}: expected the samples of {paths[0].name}, and at least one")
-    guids = list(epochs[0])
-    n_classes = len(epochs[0][guids[0]][0])
+    first = epochs[0]
+    n_classes = len(next(iter(first.values()))[0])
     for path, rows in zip(paths, epochs, strict=True):
-        for guid in guids:
-            logits, gold = rows[guid]
-            if len(logits) != n_classes or gold != epochs[0][guid][1]:
+        for guid, (logits, gold) in rows.items():
+            if len(logits) != n_classes or gold != first[guid][1]:
                 raise ValueError(f"{path}: sample {guid!r} has {len(logits)} logits and label {gold}, unlike before")
-    dynamics = np.array([[rows[g][0] for g in guids] for rows in epochs], np.float32)
-    return dynamics, _check.labels([epochs[0][g][1] for g in guids], n_classes=n_classes, name="gold"), guids
+    dynamics = np.array([[rows[guid][0] for guid in first] for rows in epochs], np.float32)
+    labels = _check.labels([gold for _, gold in first.values()], n_classes=n_classes, name="gold")
+    return dynamics, labels, list(first)
+
+
+def _read_dynamics(path: Path) -> dict[str, Row]:
+    """Logits and label of each sample at one epoch."""
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            content = json.loads(line)
+            key = next(k for k in content if k.startswith("logits_epoch_"))
+            guid, row = str(content["guid"]), ([float(v) for v in content[key]], int(content["gold"]))
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: not a line of training dynamics ({error})") from None
+        if guid in rows:
+            raise ValueError(f"{path}:{number}: sample {guid!r} is there twice")
+        rows[guid] = row
+    return rows
 
 
 class _Dtype:
-    """Stands in for numpy.dtype: what a pickle says about the type of a number."""
+    """Stand-in for numpy.dtype that accepts the types of numbers only."""
 
     def __init__(self, name: Any, *flags: Any) -> None:
         if not isinstance(name, str) or not re.fullmatch("b1|[iu][1248]|f[248]", name):
-            raise pickle.UnpicklingError("it holds a NumPy type that is no number")
+            raise pickle.UnpicklingError("it contains a NumPy type that is no number")
         self.name, self.order = name, "="
 
     def __setstate__(self, state: Any) -> None:
         if state[1] not in ("<", ">", "|", "="):
-            raise pickle.UnpicklingError("it holds a NumPy type of unknown byte order")
+            raise pickle.UnpicklingError("it contains a NumPy type of unknown byte order")
         self.order = state[1]
 
 
 class _Scalar:
-    """Stands in for the function that makes NumPy's scalars of a type and bytes: gives a plain number."""
+    """Stand-in for NumPy's function that makes a scalar of a type and bytes; returns a plain number."""
 
     def __new__(cls, dtype: Any, data: Any) -> Any:
         return np.frombuffer(data, dtype.order + dtype.name).item()
 
-    def __setstate__(self, state: Any) -> None:  # or the class itself could be given attributes
+    def __setstate__(self, state: Any) -> None:  # without this, a pickle could set attributes of the class
         raise pickle.UnpicklingError("it sets the state of a number")
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, tuples, strings and numbers, NumPy's too; refuses whatever would import or call something."""
+    """Unpickler of dicts, lists, tuples, strings and numbers (also NumPy's); refuses to import or call anything."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "dtype"):
@@ -188,20 +204,21 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def from_toneva(path: str | Path) -> tuple[NDArray[np.bool_], list[int]]:
-    """What mtoneva/example_forgetting pickles: {index: [losses, accuracies, margins]}, each over the presentations.
+    """Read the statistics that mtoneva/example_forgetting pickles.
 
-    The indices there are NumPy's integers.
+    The file contains {index: [losses, accuracies, margins]}, each a list over the presentations. The pickle is parsed
+    but not executed.
 
     Returns
     -------
     correct : (n_epochs, n_samples) bool
     indices : list of int
-        Of the samples, ascending.
+        Indices of the samples, ascending.
 
     Raises
     ------
     ValueError
-        Not such a file, or a pickle that holds anything but plain containers and numbers: it is not executed.
+        Not such a file, or a pickle that contains anything but plain containers and numbers.
     """
     with open(path, "rb") as file:
         try:

@@ -78,18 +78,8 @@ def test_fuse_and_apply(files, capsys):
     plan = fmn.fuse(p, labels, search="exact")
     assert fmn.FusionPlan.load("plan.json") == plan
     assert content["selection_accuracy"] == list(plan.accuracy)
-    args = [
-        "fuse",
-        "probs.npy",
-        "--labels",
-        "labels.npy",
-        "--correct",
-        "history.fmnh",
-        "-o",
-        "one.json",
-        "--max-members",
-        1,
-    ]
+    args = ["fuse", "probs.npy", "--labels", "labels.npy", "--correct", "history.fmnh", "-o", "one.json"]
+    args += ["--max-members", 1]
     assert "plan written to one.json" in run(capsys, *args)
     assert len(fmn.FusionPlan.load("one.json").members) == 1
     content = json.loads(run(capsys, "apply", "plan.json", "test.npz", "--json"))
@@ -212,7 +202,7 @@ def test_metric_says_what_to_expect(files, capsys, monkeypatch):
         content = json.loads(run(capsys, "metric", *source, "--json"))
         assert (content["expected_gain"], content["expected_gain_error"]) == (gain, error)
     text = run(capsys, "metric", "correct.npy")
-    assert f"may add about {100 * gain:.0f} points, give or take 2 " in text
+    assert f"may add about {100 * gain:.0f} ± 2 points " in text
     large = np.random.default_rng(0).random((3, 70_001)) < 0.5
     large[0, 65536:], large[1:, 65536:] = True, False
     history = fmn.CorrectnessHistory(70_001, "large.fmnh")

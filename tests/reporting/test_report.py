@@ -124,7 +124,7 @@ def test_headline_and_curves(digits, report):
         "Best accuracy": f"{curves.accuracy[best]:.1%}at epoch {history.epochs[best]}",
         "Peak forget fraction": f"{curves.forget[peak]:.1%}at epoch {history.epochs[peak]}",
         "Forgotten samples": f"{samples.forgotten.sum()}of {history.n_samples}: right once, wrong at the end",
-        "Expected gain": f"{100 * gain:+.1f}points by a fusion, ± {100 * error:.1f} (a rough rule)",
+        "Expected gain": f"{100 * gain:+.1f}points from fusion, ± {100 * error:.1f} (rough)",
     }
     columns = (curves.accuracy, curves.forget, curves.learned, curves.retained)
     expected = [[str(e), *(f"{c[i]:.2%}" for c in columns)] for i, e in enumerate(history.epochs)]
