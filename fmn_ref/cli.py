@@ -39,7 +39,7 @@ PROBS = (
 BESIDE = "; default: 'labels' in the .npz file with the "
 LABELS = "true classes (n_samples,): an .npy file, or an .npz file with 'labels'"
 LOGITS = "the files contain logits: apply softmax"
-CHOOSERS = [m for m in METHODS if m != "weights"]  # "weights" marks a plan made by hand
+METHOD_NAMES = [m for m in METHODS if m != "weights"]  # "weights" marks a plan made by hand
 # Each benchmark: its module under fmn_ref.benchmarks, and how to call its function `benchmark`.
 SUITES: dict[str, tuple[str, Callable[[Any, argparse.Namespace], Any]]] = {
     "metric": ("speed.metric", lambda run, a: run(a.epochs, a.samples, a.output)),
@@ -300,7 +300,7 @@ def fuse_options(add: Add) -> None:
     add("probs", help=PROBS)
     add("--labels", help=f"{LABELS}{BESIDE}probabilities")
     add("--correct", help="correctness of the same samples, .fmnh or .npy: forget then reads only the chosen epochs")
-    add("--method", choices=CHOOSERS, default="forget", help="how epochs are chosen (default forget)")
+    add("--method", choices=METHOD_NAMES, default="forget", help="how epochs are chosen (default forget)")
     add("--max-members", type=int, help="most members (default: add members until none helps)")
     add("--max-forward-passes", type=int, help="most checkpoints that one prediction may evaluate")
     add("--folds", type=int, help="folds of the cross-validation that estimates the plan's gain (default 5; 0: none)")
