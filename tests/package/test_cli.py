@@ -1,6 +1,7 @@
-"""The command line, run as a user would."""
+"""The command line, called as a user calls it."""
 
 import csv
+import importlib
 import json
 import os
 import pickle
@@ -12,13 +13,13 @@ import pytest
 from conftest import random_probs
 
 import fmn_ref as fmn
-from fmn_ref.cli import main
+from fmn_ref.cli import SUITES, main
 from fmn_ref.fusion import expectation
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A folder with predictions of a run in it, which is also the working directory."""
+    """Working directory with the predictions of a run."""
     monkeypatch.chdir(tmp_path)
     p, labels = random_probs(np.random.default_rng(5), n_samples=80)
     np.save("probs.npy", p[:, :40])
@@ -341,18 +342,23 @@ def test_bad_input_is_one_line_on_stderr(files, capsys, args, words):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs a folder that nobody can write to")
 def test_unwritable_folder(files, capsys):
-    """/proc takes no files from anybody, root included."""
+    """Nobody can create files in /proc, not even root."""
     assert main(["fuse", "probs.npy", "--labels", "labels.npy", "-o", "/proc/self/plan.json"]) == 1
     assert "plan.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["demo", "info", "metric", "fuse", "import", "apply", "compare"])
+@pytest.mark.parametrize("command", ["demo", "info", "metric", "bench", "fuse", "import", "apply", "compare", "report"])
 def test_help_and_usage(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     assert "--json" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main([command, "--no-such-option"])
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_has_a_benchmark(suite):
+    assert callable(importlib.import_module(f"fmn_ref.benchmarks.{SUITES[suite][0]}").benchmark)
 
 
 def test_the_installed_command_and_the_module():
@@ -371,7 +377,7 @@ def test_interrupt(monkeypatch):
 
 
 def test_demo_small(files, capsys):
-    """Two seeds of few epochs: all files are there, a second run reuses them, other settings are refused."""
+    """Two seeds of few epochs write all files; a second run reuses them and refuses other settings."""
     args = ["demo", "-o", "demo", "--seeds", "2", "--epochs", "3", "--json"]
     results = json.loads(run(capsys, *args))
     assert json.loads((files / "demo/results.json").read_text()) == results

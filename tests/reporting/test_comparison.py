@@ -1,4 +1,4 @@
-"""The controls and the tables: every row recomputed by hand, figures drawn."""
+"""Controls and tables: every row is computed again, and figures are drawn."""
 
 import csv
 import io

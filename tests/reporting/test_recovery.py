@@ -1,4 +1,4 @@
-"""Forgotten and recovered, counted sample by sample in a loop."""
+"""Forgotten and recovered samples, counted one by one in a loop."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""The HTML report: its numbers, that it needs nothing from elsewhere and trusts nothing, and how a browser shows it."""
+"""The HTML report: its numbers, that it loads nothing and trusts no text, and how a browser shows it."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ VOID = {"meta", "img", "source", "br"}
 
 
 class Page(HTMLParser):
-    """A page as a tree; every tag has to be closed where it belongs."""
+    """Page as a tree; every tag must be closed in the right place."""
 
     def __init__(self, path):
         super().__init__()
@@ -132,7 +132,7 @@ def test_headline_and_curves(digits, report):
 
 
 def test_lines_are_drawn_where_the_numbers_are(digits, report):
-    """Undone with the labels of the axis: the lowest is at the bottom, the highest at the top."""
+    """Points of a line, converted back with the labels of the axis, are the numbers."""
     curves = fmn.forgetting_curves(digits[0].history)
     for plot in [d for d in Page(report).root.iter("div") if d.get("role") == "img"]:
         ticks = [float(s.text.rstrip("%")) / 100 for s in plot.iter("span") if s.get("class") == "y"]
@@ -433,7 +433,7 @@ def test_command_line(digits, tmp_path, monkeypatch, capsys):
 
 
 def write_large(folder, n_samples, rows):
-    """Packed rows as docs/formats.md describes the file: to append them takes minutes."""
+    """Write packed rows as docs/formats.md describes the file: appending them takes minutes."""
     fmn.Recorder(folder)
     fmn.CorrectnessHistory(n_samples, folder / "history.fmnh")
     with open(folder / "history.fmnh", "ab") as file:
@@ -491,7 +491,7 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-u
 
 
 class Browser:
-    """Headless Chromium, spoken to in its DevTools protocol over two pipes."""
+    """Headless Chromium, controlled by the DevTools protocol over two pipes."""
 
     def __init__(self, program, folder):
         answers, its_out = os.pipe()
@@ -564,7 +564,7 @@ def browser(tmp_path_factory):
         browser.close()
 
 
-# Of every element with text of its own: contrast of its colour with what is painted behind it (WCAG 2).
+# Contrast (WCAG 2) of the colour of each element that has text with the colour behind it.
 CONTRAST = """(() => {
   const rgb = s => s.match(/[\\d.]+/g).map(Number);
   const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
@@ -579,7 +579,7 @@ CONTRAST = """(() => {
   }
   return [found.length, Math.min(...found)];
 })()"""
-# What sticks out of the page sideways, other than inside a box that scrolls.
+# Elements that stick out of the page sideways, except inside a box that scrolls.
 OUTSIDE = """[...document.body.querySelectorAll("*")].filter(e => {
   const box = e.getBoundingClientRect();
   return !e.closest(".scroll") && (box.right > innerWidth + .5 || box.left < -.5);
@@ -588,7 +588,7 @@ OUTSIDE = """[...document.body.querySelectorAll("*")].filter(e => {
 
 @pytest.fixture(scope="module")
 def long_report(tmp_path_factory):
-    """What may not fit: many classes, long words, large numbers."""
+    """Report with contents that may not fit: many classes, long words, large numbers."""
     folder, rng = tmp_path_factory.mktemp("long"), np.random.default_rng(2)
     epochs = (np.arange(30) * 123_457).tolist()
     write_run(folder / ("run" * 60), rng.random((30, 5000)) < 0.5, config={"k" * 90: "v" * 300}, epochs=epochs)

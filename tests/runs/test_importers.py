@@ -1,4 +1,4 @@
-"""What other tools wrote: read as it was meant; broken or hostile files are refused by name, and run nothing."""
+"""Records of other tools are read correctly; broken or hostile files are refused by name and run no code."""
 
 import io
 import json
@@ -256,7 +256,7 @@ class TestToneva:
             assert fmn.from_toneva(tmp_path / "s.pkl")[1] == [1, 2, 300]
 
     def test_bytes_in_the_other_order(self, tmp_path):
-        """Of a big-endian machine; and an order that would make two numbers of one is none."""
+        """Files of a big-endian machine are read; a byte order that would split one number into two is refused."""
         scalar = np.int64(1).__reduce__()[0]
         for order, size, found in ((">", 8, [7, 300]), ("i8,", 16, None)):
             dtype = Dtype(("i8", False, True), (3, order, *SOUND[2:]))
@@ -314,7 +314,7 @@ class TestToneva:
     @pytest.mark.parametrize("function", [b"numpy\ndtype", b"numpy.core.multiarray\nscalar"])
     @pytest.mark.parametrize("state", [{"order": ">"}, (None, {"__new__": 1})])
     def test_what_stands_in_for_numpy_cannot_be_changed(self, tmp_path, function, state):
-        """By state for the function itself, instead of for what it returns."""
+        """A pickle that sets the state of the function itself, not of its result, is refused."""
         (tmp_path / "good.pkl").write_bytes(pickle.dumps(toneva(np.eye(2), [5, 6]), 4))
         (tmp_path / "s.pkl").write_bytes(b"\x80\x03c" + function + b"\n" + pickle.dumps(state, 3)[2:-1] + b"b.")
         with pytest.raises(ValueError, match=r"s\.pkl"):
