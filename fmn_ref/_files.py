@@ -1,5 +1,8 @@
-"""Files that are never half-written (a temporary file beside the target, fsync, rename, fsync of the folder), and the
-pages of mapped ones."""
+"""Atomic writing of files, JSON files with a format name, and the pages of memory-mapped files.
+
+A file is written under a temporary name in the same folder, synced, renamed, and the folder is synced: it is never
+half-written. Every room may use this file; it imports none of them.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,16 @@ from numpy.typing import NDArray
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write(file)` on a temporary file and move it to `path`; on any error `path` stays as it was."""
+    """Call `write(file)` on a temporary file and move it to `path`; on any error `path` is unchanged."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         write(file)
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], ending: str = "") -> Iterator[Path]:
-    """A temporary name to write to, then moved to `path`; on any error `path` stays as it was.
+    """Yield a temporary name to write to, then move it to `path`; on any error `path` is unchanged.
 
-    The name is fixed, so that what a killed process left is overwritten by the next one.
+    The name is fixed, so that the next process overwrites the file of a killed one.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -39,13 +42,13 @@ def replacing(path: str | os.PathLike[str], ending: str = "") -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            error.filename = str(target)  # a full disk is reported without a name
+            error.filename = str(target)  # the error of a full disk has no file name
         raise
     sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename or a new file in `folder` survive a power loss (where folders can be opened: not on Windows)."""
+    """Make a rename or a new file in `folder` survive a power loss. Does nothing on Windows: it cannot open folders."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -58,11 +61,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write an indented JSON file."""
     write_atomic(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
 def read_json(path: str | os.PathLike[str], format: str) -> dict[str, Any]:
-    """A JSON object with {"format": format, "version": 1}; a ValueError that names the file for anything else."""
+    """Read a JSON object with {"format": format, "version": 1}; a ValueError names a file that is none."""
     try:
         content = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
@@ -75,7 +79,10 @@ def read_json(path: str | os.PathLike[str], format: str) -> dict[str, Any]:
 
 
 def mapping(a: Any) -> mmap.mmap | None:
-    """The file mapping behind an np.memmap or a view of one; None for a copy-on-write one, whose pages hold data."""
+    """The file mapping behind an np.memmap or a view of one.
+
+    None for other arrays, and for a copy-on-write map: its pages hold data that is not in the file.
+    """
     found = None
     while isinstance(a, np.ndarray):
         if isinstance(a, np.memmap):
@@ -85,17 +92,17 @@ def mapping(a: Any) -> mmap.mmap | None:
 
 
 def drop_pages(mapped: mmap.mmap | None) -> None:
-    """Give mapped pages back: they stay in the system's cache, but not in this process."""
+    """Release mapped pages from this process; they stay in the system's cache."""
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager
 def own_read_ahead(mapped: mmap.mmap | None) -> Iterator[Callable[[NDArray[Any]], None]]:
-    """A function that has the system read rows of a mapped matrix while other work goes on.
+    """Yield a function that makes the system read rows of a mapped matrix in the background.
 
-    The system's own reading ahead is off meanwhile: it guesses wrong at the end of each row, and maps pages of up to
-    2 MB for each, all resident at once.
+    The system's own read-ahead is off meanwhile. It guesses wrong at the end of each row and maps up to 2 MB for each,
+    all resident at once.
     """
     if mapped is None or not hasattr(mmap, "MADV_RANDOM"):
         yield lambda rows: None

@@ -15,7 +15,7 @@ BACKENDS = [b for b in ("cpp", "numba", "numpy", "torch") if b != "numba" or imp
 
 @pytest.fixture(params=BACKENDS)
 def each_backend(request, monkeypatch):
-    """Runs the test once per backend, through the public functions."""
+    """Run the test once per backend, through the public functions."""
     use_backend(monkeypatch, request.param)
     yield request.param
     backend.choose_again()
@@ -37,7 +37,7 @@ def rng():
 
 
 def awkward_correctness(rng):
-    """(name, array) pairs: every layout and dtype that a correctness matrix may come in."""
+    """Yield (name, array) pairs: a correctness matrix in every layout and dtype."""
     for n_samples in (1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 255, 256, 257, 8159, 8161, 8192, 9000):
         yield f"size {n_samples}", rng.random((5, n_samples)) < 0.6
     for n_epochs in (254, 255, 256, 510, 511, 700):  # the compiled kernels count epochs in bytes, 255 at a time

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import _check
 from ..kernels import mixing
 from ..kernels.backend import kernels
 from ..kernels.mixing import Scores
-from ..kernels.protocol import Float, Int
+from ..kernels.protocol import Array, Bool, Float, Int
 from ..metrics.curves import correctness
 from .probabilities import stored_probabilities
 
@@ -54,7 +53,7 @@ class Target:
         """The weight of every sample, (n_samples,)."""
         return np.ones(len(self.labels), np.int64) if self.weights is None else self.weights
 
-    def score(self, right: NDArray[np.bool_]) -> int:
+    def score(self, right: Bool) -> int:
         """Weight of the samples that are right."""
         return int(right.sum() if self.weights is None else self.weights[right].sum())
 
@@ -62,14 +61,12 @@ class Target:
         """Weight of the samples whose arg-max is the label."""
         return self.score(probs.argmax(1) == self.labels)
 
-    def mixture_right(self, current: NDArray[Any], epochs: list[Scores], epsilon: Float) -> Int:
+    def mixture_right(self, current: Array, epochs: list[Scores], epsilon: Float) -> Int:
         """Weight that is right for each epsilon, with the mean of `epochs` mixed into `current`."""
         arrays, bfloat16 = [e.values for e in epochs], epochs[0].bfloat16
         return kernels().mixture_right(current, arrays, self.labels, self.weights, epsilon, bfloat16)
 
-    def best_epsilons(
-        self, current: NDArray[Any], epochs: list[Scores], windows: Int, grid: Float
-    ) -> tuple[Float, Int, Int]:
+    def best_epsilons(self, current: Array, epochs: list[Scores], windows: Int, grid: Float) -> tuple[Float, Int, Int]:
         """For windows of `epochs`, which have one type: the results of `Kernels.best_epsilons`."""
         arrays, bfloat16 = [e.values for e in epochs], epochs[0].bfloat16
         return kernels().best_epsilons(current, arrays, self.labels, self.weights, windows, grid, bfloat16)
@@ -83,14 +80,14 @@ def grid_of(step: float) -> Float:
     return np.asarray(np.arange(n_steps + 1) / n_steps)
 
 
-def best_on_grid(current: NDArray[Any], epochs: list[Scores], target: Target, grid: Float) -> tuple[float, int]:
+def best_on_grid(current: Array, epochs: list[Scores], target: Target, grid: Float) -> tuple[float, int]:
     """The first best point of the grid for the mean of `epochs`, and the weight that is right there."""
     right = target.mixture_right(current, epochs, grid)
     best = int(np.argmax(right))
     return float(grid[best]), int(right[best])
 
 
-def best_exactly(current: NDArray[Any], epochs: list[Scores], target: Target, grid: Float) -> tuple[float, int]:
+def best_exactly(current: Array, epochs: list[Scores], target: Target, grid: Float) -> tuple[float, int]:
     """The same over [0, 1], never below the grid; epsilon is 0 if nothing is better than `current`."""
     all_epochs = np.array([[0, len(epochs) - 1]])
     found, bound, on_grid = target.best_epsilons(current, epochs, all_epochs, grid)
@@ -130,13 +127,7 @@ SEARCHES = {"grid": best_on_grid, "exact": best_exactly}
 
 
 def best_epsilon(
-    current: Any,
-    candidate: Any,
-    labels: Any,
-    *,
-    search: str = "grid",
-    step: float = 0.01,
-    sample_weight: Any = None,
+    current: Any, candidate: Any, labels: Any, *, search: str = "grid", step: float = 0.01, sample_weight: Any = None
 ) -> tuple[float, float]:
     """The epsilon in [0, 1] with the best accuracy of eps * candidate + (1 - eps) * current.
 

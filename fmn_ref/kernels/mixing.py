@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import _check
-from .protocol import Bool, Float, Int
+from .protocol import Array, Bool, Float, Int
 
 _ROUNDING = 4e-15  # bounds the error of a difference of two mixed probabilities, and of a crossing times its slope
 _BLOCK = 1 << 16  # elements of (n_samples, n_classes) per block: the fastest of 2^12, 2^14, 2^16 and 2^20
@@ -49,12 +48,12 @@ class Scores:
         return widened(self.values, self.bfloat16)
 
 
-def widened(values: NDArray[Any], bfloat16: bool = False) -> Float:
+def widened(values: Array, bfloat16: bool = False) -> Float:
     """Any floating-point type as float64, always a copy."""
     return ((values.astype(np.uint32) << 16).view(np.float32) if bfloat16 else values).astype(np.float64)
 
 
-def mean(epochs: list[NDArray[Any]], bfloat16: bool = False) -> Float:
+def mean(epochs: list[Array], bfloat16: bool = False) -> Float:
     """Mean of arrays: the sum in order, divided by their number, as every backend computes it."""
     total = widened(epochs[0], bfloat16)
     for e in epochs[1:]:
@@ -118,8 +117,8 @@ def _weight_up_to(at: Float, w: Int, x: Float, side: Any) -> Int:
 
 def best_epsilons(
     find_intervals: Callable[[Float, Float, Int], Float],
-    current: NDArray[Any],
-    epochs: list[NDArray[Any]],
+    current: Array,
+    epochs: list[Array],
     labels: Int,
     weights: Int | None,
     windows: Int,

@@ -24,6 +24,7 @@ Bool = NDArray[np.bool_]
 Bits = NDArray[np.uint8]
 Int = NDArray[np.int64]
 Float = NDArray[np.float64]
+Array = NDArray[Any]  # probabilities of any floating-point type
 Rows = Any  # an array of bool or of bits; a tensor on an accelerator
 
 
@@ -73,13 +74,13 @@ class Kernels(Protocol):
         in uint16.
         """
 
-    def check_probabilities(self, scores: NDArray[Any], tolerance: float, bfloat16: bool = False) -> bool:
+    def check_probabilities(self, scores: Array, tolerance: float, bfloat16: bool = False) -> bool:
         """Whether each row of (n_samples, n_classes) is finite, not negative, and sums to 1 within `tolerance`."""
 
     def mixture_right(
         self,
-        current: NDArray[Any],
-        epochs: list[NDArray[Any]],
+        current: Array,
+        epochs: list[Array],
         labels: Int,
         weights: Int | None,
         epsilon: Float,
@@ -93,8 +94,8 @@ class Kernels(Protocol):
 
     def best_epsilons(
         self,
-        current: NDArray[Any],
-        epochs: list[NDArray[Any]],
+        current: Array,
+        epochs: list[Array],
         labels: Int,
         weights: Int | None,
         windows: Int,

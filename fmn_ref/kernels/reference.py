@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import mixing
-from .protocol import Bits, Bool, Float, Int, Rows
+from .protocol import Array, Bits, Bool, Float, Int, Rows
 
 reads_bits = False
 
@@ -88,11 +88,11 @@ def unpack(rows: Bits, n_samples: int) -> Bool:
     return np.unpackbits(rows, axis=1, count=n_samples, bitorder="little").view(np.bool_)
 
 
-def pack_predictions(predictions: NDArray[Any], labels: Int) -> Bits:
+def pack_predictions(predictions: Array, labels: Int) -> Bits:
     return pack(predictions == labels, len(labels))
 
 
-def pack_scores(scores: NDArray[Any], labels: Int, bfloat16: bool = False) -> Bits | None:
+def pack_scores(scores: Array, labels: Int, bfloat16: bool = False) -> Bits | None:
     a = mixing.widened(scores, True) if bfloat16 else scores
     if np.isnan(a).any():
         return None
@@ -100,7 +100,7 @@ def pack_scores(scores: NDArray[Any], labels: Int, bfloat16: bool = False) -> Bi
     return row
 
 
-def check_probabilities(scores: NDArray[Any], tolerance: float, bfloat16: bool = False) -> bool:
+def check_probabilities(scores: Array, tolerance: float, bfloat16: bool = False) -> bool:
     for block in mixing.blocks(*scores.shape):
         p = mixing.widened(scores[block], bfloat16)
         sums = np.einsum("ij->i", p)
@@ -110,12 +110,7 @@ def check_probabilities(scores: NDArray[Any], tolerance: float, bfloat16: bool =
 
 
 def mixture_right(
-    current: NDArray[Any],
-    epochs: list[NDArray[Any]],
-    labels: Int,
-    weights: Int | None,
-    epsilon: Float,
-    bfloat16: bool = False,
+    current: Array, epochs: list[Array], labels: Int, weights: Int | None, epsilon: Float, bfloat16: bool = False
 ) -> Int:
     w = np.ones(len(labels), np.int64) if weights is None else weights
     right = np.zeros(len(epsilon), np.int64)

@@ -1,11 +1,12 @@
-"""CorrectnessHistory: which samples were right at each epoch, as bits, in memory or in an append-only file. NumPy only.
+"""CorrectnessHistory: correctness of every sample and epoch as bits, in memory or in an append-only file. NumPy only.
 
-File (docs/formats.md): a 64-byte header, then one record per epoch of 64 bytes of record header and the row of bits,
-padded with zeros to 64 bytes; so every row is aligned and the whole file can be memory-mapped. All integers are
-little-endian.
+The file (docs/formats.md) has a 64-byte header, then one record per epoch: a 64-byte record header, then the row of
+bits, padded with zeros to a multiple of 64 bytes. Every row is therefore aligned, and the whole file can be
+memory-mapped. All integers are little-endian.
 
-    header  8s magic  u32 version  u32 zero  u64 n_samples  32s SHA-256 of the labels (zeros: unknown)  u32 CRC-32 of
-    the 56 before record  4s magic  u32 CRC-32 of the epoch's 8 bytes and the row  i64 epoch  48 zeros  row
+    header  8s magic  u32 version  u32 zero  u64 n_samples  32s SHA-256 of the labels (zeros: unknown)
+            u32 CRC-32 of the 56 bytes before it
+    record  4s magic  u32 CRC-32 of the epoch's 8 bytes and the row  i64 epoch  48 zeros  row
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ NO_LABELS = bytes(32)
 
 
 def labels_digest(labels: Any) -> bytes:
-    """SHA-256 of the labels as little-endian int64: whether two files speak of the same samples in the same order."""
+    """SHA-256 of the labels as little-endian int64: equal for two files of the same samples in the same order."""
     return hashlib.sha256(_check.labels(labels).astype("<i8").tobytes()).digest()
 
 
@@ -44,18 +45,20 @@ class CorrectnessHistory:
     Parameters
     ----------
     n_samples : int >= 1
+        Number of samples, the same at every epoch.
     path : path, optional
-        A new file (conventionally history.fmnh); every append is on disk when it returns. None keeps the history in
+        A new file (by convention history.fmnh). Each append is on disk when it returns. Default: keep the history in
         memory.
     labels : (n_samples,) integers, optional
-        Their digest is stored, so that a history is not continued on other samples.
+        True classes. The file stores their digest, so that a history is not continued on other samples. Default: the
+        labels are unknown.
 
     Attributes
     ----------
     epochs : tuple of int
         Epoch number of each row, ascending.
     packed : (n_epochs, ceil(n_samples / 8)) uint8, read-only
-        Bits, least significant first, zero tail; a view of the file where there is one.
+        Bits, least significant first, with zeros past the last sample; a view of the file if there is one.
 
     Raises
     ------
@@ -84,7 +87,7 @@ class CorrectnessHistory:
             _check.labels(labels, self.n_samples)
         self.path = None if path is None else Path(path)
         self._epochs: list[int] = []
-        self._rows = np.zeros((0, -(-self.n_samples // 8)), np.uint8)  # in memory; grows by doubling
+        self._rows = np.zeros((0, -(-self.n_samples // 8)), np.uint8)  # of a history in memory; grows by doubling
         if self.path is not None:
             if self.path.exists():
                 raise FileExistsError(f"{self.path} exists; CorrectnessHistory.open continues it")
@@ -97,20 +100,22 @@ class CorrectnessHistory:
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> CorrectnessHistory:
         """Open a history file, memory-mapped; appending continues it.
 
-        A torn last record (the process or the machine died while it was written) is left out with a warning, and
-        overwritten by the next append; opening alone never changes the file.
+        A torn last record, from a process or machine that died while writing it, is dropped with a warning. The next
+        append overwrites it; opening never changes the file.
 
         Parameters
         ----------
         path : path
         verify : bool
-            Check every row's CRC-32, which reads the whole file once. False checks the record headers alone.
+            Default: True. Check every row's CRC-32, which reads the whole file once. False checks only the record
+            headers.
 
         Raises
         ------
         FileNotFoundError
+            There is no such file.
         ValueError
-            Not a history file, a newer version, or corrupt; the message names the file and the offset.
+            The file is no history, of a newer version, or corrupt; the message names the file and the offset.
         """
         self = cls.__new__(cls)
         self.path = Path(path)
@@ -177,15 +182,16 @@ class CorrectnessHistory:
         Parameters
         ----------
         correct : (n_samples,) bool or 0 and 1
+            Whether each sample was classified correctly.
         epoch : int, optional
-            Must be above the last one; default: the next number, from 0.
+            Epoch number, above the last one. Default: the next number, from 0.
 
         Raises
         ------
         TypeError, ValueError
-            Wrong dtype or length, an epoch that is not above the last; the file was changed by another writer.
+            Wrong dtype or length, an epoch that is not above the last; another writer changed the file.
         OSError
-            The disk is full or the file cannot be written; the history is then as it was before.
+            The disk is full or the file cannot be written. The history is then unchanged.
         """
         a = _check.array(correct, "correct")
         row = _check.bool_matrix(a[None] if a.ndim == 1 else a)
@@ -219,7 +225,7 @@ class CorrectnessHistory:
         end = _PAD + len(self) * self._record_size
         with open(self.path, "r+b", buffering=0) as file:
             self._check_size(os.fstat(file.fileno()).st_size)
-            file.truncate(end)  # drops a torn record
+            file.truncate(end)  # removes a torn record
             file.seek(end)
             try:
                 if file.write(record) != len(record):
@@ -233,14 +239,15 @@ class CorrectnessHistory:
                 self._size = os.fstat(file.fileno()).st_size
 
     def truncate(self, n_epochs: int) -> None:
-        """Keep the first n_epochs rows and drop the rest, in the file too."""
+        """Keep the first `n_epochs` rows and drop the others, also in the file."""
         n: int = _check.number(n_epochs, 0, len(self), "n_epochs", int)
         if self.path is not None:
             self.check_unchanged()
             kept = self.path.read_bytes()[: _PAD + n * self._record_size]
-            _files.write_atomic(self.path, lambda file: file.write(kept))  # a new file: views of the old one stay valid
+            # A new file, so that views of the old one stay valid.
+            _files.write_atomic(self.path, lambda file: file.write(kept))
             self._size = len(kept)
-        self._rows = self._rows.copy()  # views of the old ones stay as they are
+        self._rows = self._rows.copy()  # views of the old rows keep their values
         del self._epochs[n:]
 
     def check_unchanged(self) -> None:
@@ -253,11 +260,11 @@ class CorrectnessHistory:
             raise ValueError(f"{self.path}: changed since it was opened here; a history has one writer")
 
     def correct(self) -> NDArray[np.bool_]:
-        """(n_epochs, n_samples) bool: a new array, eight times the size of the bits."""
+        """(n_epochs, n_samples) bool, a new array of eight times the size of the bits."""
         return self[:]
 
     def __getitem__(self, row: Any) -> NDArray[np.bool_]:
-        """``history[i]`` is (n_samples,) bool, ``history[a:b]`` (b - a, n_samples): new arrays."""
+        """``history[i]`` is (n_samples,) bool, ``history[a:b]`` is (b - a, n_samples) bool; both are new arrays."""
         bits = self.packed[row if isinstance(row, slice) else operator.index(row)]
         return np.unpackbits(bits, axis=-1, count=self.n_samples, bitorder="little").view(np.bool_)
 
@@ -265,12 +272,12 @@ class CorrectnessHistory:
     def concatenate(
         cls, histories: Sequence[CorrectnessHistory], path: str | os.PathLike[str] | None = None
     ) -> CorrectnessHistory:
-        """Join histories of the same epochs over their samples, in the order given (shards of one evaluation).
+        """Join histories of the same epochs over their samples, in the given order (shards of one evaluation).
 
         Raises
         ------
         ValueError
-            Nothing to join, or epochs that differ.
+            `histories` is empty, or their epochs differ.
         """
         if not histories:
             raise ValueError("histories: expected at least one")
@@ -283,12 +290,12 @@ class CorrectnessHistory:
         return joined
 
     def select(self, rows: Any) -> CorrectnessHistory:
-        """Some of the epochs, ascending rows, as a history in memory.
+        """Copy some rows, in ascending order, to a history in memory.
 
         Raises
         ------
         TypeError, ValueError
-            Rows that are none, or not ascending.
+            Rows out of range or not ascending.
         """
         chosen = [_check.index(i, len(self), "rows") for i in rows]
         if chosen != sorted(set(chosen)):
@@ -331,7 +338,7 @@ def _read_header(header: bytes, path: Path) -> tuple[int, bytes]:
 
 
 def _record_fault(record: NDArray[np.uint8], n_samples: int, last: int | None, verify: bool) -> str:
-    """What is wrong with a record, or nothing."""
+    """Describe the fault of a record; empty if it is intact."""
     magic, crc, epoch = _RECORD.unpack(record[:16].tobytes())
     if magic != _RECORD_MAGIC:
         return "bad magic"

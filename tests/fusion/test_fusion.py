@@ -15,8 +15,8 @@ import fmn_ref as fmn
 from fmn_ref.fusion.mixtures import mixture
 
 
-def fuse_by_the_book(p, labels, window):
-    """Steps 1 to 5, nothing shared with the package."""
+def fuse_by_algorithm_1(p, labels, window):
+    """Algorithm 1 in plain NumPy; shares no code with the package."""
     n = len(p)
     cur, members = p[-1], []
     accuracy = (cur.argmax(1) == labels).mean()
@@ -38,7 +38,7 @@ def fuse_by_the_book(p, labels, window):
 def test_fuse_follows_the_method(seed, window):
     p, labels = random_probs(np.random.default_rng(seed))
     plan = fmn.fuse(p, labels, window=window)
-    members, accuracy = fuse_by_the_book(p, labels, window)
+    members, accuracy = fuse_by_algorithm_1(p, labels, window)
     assert list(plan.members) == members
     assert plan.accuracy[-1] == accuracy
 

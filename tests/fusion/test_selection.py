@@ -121,7 +121,7 @@ def test_likelihood_is_at_the_maximum(problem):
 
 
 def test_coverage_by_hand():
-    """Epoch 1 is the most accurate (3 of 4); of the rest, epoch 0 alone knows the last sample."""
+    """Epoch 1 is the most accurate (3 of 4 right); only epoch 0 is right on the last sample."""
     correct = np.array([[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 1, 0]], bool)
     p = np.where(correct[..., None] == [False, True], 0.9, 0.1)
     plan = fmn.fuse(p, [1] * 4, method="coverage", folds=0)

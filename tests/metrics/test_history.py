@@ -85,7 +85,7 @@ def test_torn_tail_is_dropped_with_a_warning_and_overwritten(path, kept):
 
 
 def test_last_record_of_zeros_is_a_torn_one(path):
-    """What some file systems leave of a block that was allocated but not yet written."""
+    """Some file systems leave zeros in a block that was allocated but not yet written."""
     filled(path)
     raw = path.read_bytes()
     path.write_bytes(raw[:-RECORD] + bytes(RECORD))

@@ -97,7 +97,7 @@ def test_backends_are_bit_identical(correct, monkeypatch, rng):
 
 
 def added(kernel, shape, *args):
-    """What a kernel adds to zeros: float64 for sums of weights, else int64."""
+    """Output of a counting kernel that starts from zeros: float64 for sums of weights, else int64."""
     out = np.zeros(shape, np.float64 if kernel is oracle.group_sums else np.int64)
     kernel(*args, out)
     return out
@@ -154,7 +154,7 @@ def test_weights(each_backend, rng):
 
 
 def test_many_samples_use_threads(each_backend, rng):
-    """Above the size at which the compiled kernels start threads; still exact."""
+    """Counts are exact above the size at which the compiled kernels start threads."""
     correct = rng.random((30, 400_000)) < 0.5
     expected = added(oracle.curve_counts, (4, 30), correct, 400_000, 29)
     np.testing.assert_array_equal(fmn.forgetting_curves(correct).counts, expected)

@@ -77,7 +77,7 @@ def test_a_mapped_file_in_blocks_gives_the_same_bits(each_backend, small_blocks,
 
 
 def test_pages_that_hold_data_are_not_dropped(small_blocks, tmp_path, correct):
-    """Private and anonymous maps would lose what was written to them."""
+    """Private and anonymous maps would lose their data."""
     (tmp_path / "a").write_bytes(bytes(correct.size))
     with open(tmp_path / "a", "r+b") as file:
         for private in (mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), mmap.mmap(-1, correct.size)):
@@ -90,7 +90,7 @@ def test_pages_that_hold_data_are_not_dropped(small_blocks, tmp_path, correct):
 
 
 def test_a_mapped_file_may_end_with_a_page(small_blocks, tmp_path):
-    """Nothing is asked for past its end."""
+    """The reader requests no page past its end."""
     a = np.memmap(tmp_path / "a", bool, "w+", shape=(4, 4096))
     assert fmn.forgetting_curves(a).counts.sum() == 0
 
@@ -174,7 +174,7 @@ def test_parts_of_several_machines_add_up(each_backend, rng, correct):
 
 
 def test_tensors_on_an_accelerator_take_the_torch_path(monkeypatch, rng, correct):
-    """Without an accelerator: CPU tensors are taken for such, and never pass through NumPy on the way in."""
+    """Needs no accelerator: CPU tensors are treated as such, and NumPy must not read them."""
     groups, weights = rng.integers(0, 3, 5003), rng.random(5003)
     scores, labels = rng.integers(0, 3, (2, 90, 4)).astype(np.float32), rng.integers(0, 4, 90)
     expected = everything(correct, groups, weights), fmn.correctness(scores, labels)

@@ -29,7 +29,7 @@ MODULES.remove("fmn_ref.kernels.numba")
 
 
 def python(code, *args, **env):
-    """Run code in a fresh interpreter; its standard output."""
+    """Run code in a fresh interpreter and return its standard output."""
     done = subprocess.run(
         [sys.executable, "-c", code, *args], env=os.environ | env, capture_output=True, text=True, check=False
     )
