@@ -95,3 +95,14 @@ def backend() -> Backend:
     True
     """
     return load()[1]
+
+
+def import_kernels(name: str) -> ModuleType:
+    """Import the kernels of one backend: "cpp", "numba", "numpy" or "torch".
+
+    Raises
+    ------
+    ImportError
+        The extension was not built, or numba or torch is not installed.
+    """
+    return importlib.import_module(f"fmn_ref.kernels.{_MODULES[name]}")
