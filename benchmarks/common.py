@@ -1,10 +1,12 @@
-"""Functions that all benchmarks share: time of a call, memory of the process, machine, result files."""
+"""Functions that the benchmarks share: timing, memory, the machine, new processes and result files."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -61,6 +63,14 @@ def machine() -> dict[str, Any]:
     if "numba" in sys.modules:
         libraries["numba"] = sys.modules["numba"].__version__
     return {"processor": processor, "cores": os.cpu_count()} | built | libraries
+
+
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a module's function in a new process. Its arguments must be literals, its result must fit in JSON."""
+    code = f"import json; from {function.__module__} import {function.__name__} as f; print(json.dumps(f(*{args!r})))"
+    home = Path(fmn.__file__).parents[1]  # Python looks for modules in the current folder first
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, cwd=home)
+    return json.loads(done.stdout)
 
 
 def write_result(output: str, name: str, result: dict[str, Any], text: str | None = None) -> Path:

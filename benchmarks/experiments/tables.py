@@ -212,7 +212,7 @@ def _budget_table(results: list[Result]) -> str:
 def to_csv(results: list[Result]) -> str:
     """The rows of `setting_rows` as CSV."""
     table = setting_rows(results)
-    return csv_table(list(table[0]), [row.values() for row in table])
+    return csv_table(list(table[0]), [list(row.values()) for row in table])
 
 
 def to_json(results: list[Result]) -> str:
