@@ -126,7 +126,7 @@ def fusions(bench: Bench) -> None:
     for name, options in FUSIONS.items():
         plan = fmn.fuse(bench.select, y, **options)
         bench.plans[name] = plan
-        certainty = {"cv_accuracy": plan.cv_accuracy, "gain_interval": plan.gain_interval}
+        certainty: dict[str, Any] = {"cv_accuracy": plan.cv_accuracy, "gain_interval": plan.gain_interval}
         bench.add_plan(name, plan, chosen=plan.method if plan.members else "final", **certainty)
     kf = bench.plans["KF"]
     bench.add_plan("KF(1)", FusionPlan(kf.members[:1], n, kf.window, kf.accuracy[: min(2, len(kf.accuracy))]))

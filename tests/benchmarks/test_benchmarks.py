@@ -5,8 +5,8 @@ import statistics
 from pathlib import Path
 
 import pytest
-from fmn_ref.benchmarks.speed import fusion, metric, training
 
+from fmn_ref.benchmarks.speed import fusion, metric, training
 from fmn_ref.cli import main
 
 ROOT = Path(__file__).parents[2]

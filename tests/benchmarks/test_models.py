@@ -5,8 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from fmn_ref.benchmarks.experiments import networks
 from torch.nn import functional as F
+
+from fmn_ref.benchmarks.experiments import networks
 
 NETWORKS = {
     "mlp": networks.mlp,

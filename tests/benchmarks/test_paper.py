@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fmn_ref.benchmarks.experiments import datasets, double_descent, measurement, networks, suite, tables
-from fmn_ref.benchmarks.speed import fusion
 
 import fmn_ref as fmn
+from fmn_ref.benchmarks.experiments import datasets, double_descent, measurement, networks, suite, tables
+from fmn_ref.benchmarks.experiments.pieces import Piece
+from fmn_ref.benchmarks.speed import fusion
 from fmn_ref.cli import main
 from fmn_ref.training.augmentation import crop_flip
 
@@ -48,7 +49,7 @@ def tiny(dataset="digits", stages=None, **changes):
 def everything(tmp_path_factory):
     """A piece with all stages, on digits."""
     out = tmp_path_factory.mktemp("suite")
-    piece = suite.Piece(tiny(), "sym40", False, 0)
+    piece = Piece(tiny(), "sym40", False, 0)
     return piece, out, suite.run_piece(piece, Path(), out)
 
 
@@ -98,7 +99,7 @@ def test_tables_of_a_suite(everything):
     _, out, result = everything
     other = {**result, "piece": "digits-sym40-plain-1", "seed": 1}
     (out / "pieces" / "digits-sym40-plain-1.json").write_text(
-        json.dumps({"format": suite.FORMAT, "version": 1, **other})
+        json.dumps({"format": tables.FORMAT, "version": 1, **other})
     )
     text = tables.write(out)
     accuracy = 100 * tables.rows_of(result)["auto"]["test_accuracy"]
@@ -109,9 +110,9 @@ def test_tables_of_a_suite(everything):
 
 def test_the_same_samples_cannot_select_and_score(monkeypatch, tmp_path):
     """A split that cheats is refused."""
-    piece = suite.Piece(tiny(stages={"": ()}), "clean", False, 0)
+    piece = Piece(tiny(stages={"": ()}), "clean", False, 0)
     honest = piece.split(Path())
-    monkeypatch.setattr(suite.Piece, "split", lambda self, root: honest._replace(test=honest.select))
+    monkeypatch.setattr(Piece, "split", lambda self, root: honest._replace(test=honest.select))
     with pytest.raises(ValueError, match="selection set"):
         suite.run_piece(piece, Path(), tmp_path)
 
@@ -193,10 +194,10 @@ def test_the_gpu_scale_on_a_tiny_network(tmp_path):
     task, *_ = suite.gpu_tasks(tmp_path / "data")
     network = partial(networks.resnet18, 3, 100, width=4)
     small = {"n_select": 60, "n_test": 60, "epochs": 2, "device": "cpu"}
-    piece = suite.Piece(replace(task, network=network, stages={"": ("students",)}, **small), "sym40", True, 0)
+    piece = Piece(replace(task, network=network, stages={"": ("students",)}, **small), "sym40", True, 0)
     rows = tables.rows_of(suite.run_piece(piece, tmp_path / "data", tmp_path / "out"))
     assert "distilled auto" in rows
-    names = [p.name for p in suite.pieces("gpu", tmp_path / "data")]
+    names = [p.name for p in suite.all_pieces("gpu", tmp_path / "data")]
     assert names[:4] == [f"cifar100-clean-augmented-{s}" for s in range(3)] + ["cifar100-sym40-augmented-0"]
     assert len(names) == 15
 
@@ -229,7 +230,7 @@ def test_double_descent_on_a_few_images(tmp_path, monkeypatch):
             idx(rng.integers(0, 256, (n, 28, 28)).astype(np.uint8))
         )
         (tmp_path / "mnist" / f"{name}-labels-idx1-ubyte").write_bytes(idx(rng.integers(0, 10, n).astype(np.uint8)))
-    monkeypatch.setattr(double_descent, "CASES", {"case": ("sym20", lambda: double_descent.mlp(4), 0.01)})
+    monkeypatch.setattr(double_descent, "CASES", {"case": ("sym20", lambda: networks.mlp(1, 28, 10, hidden=4), 0.01)})
     result = double_descent.benchmark(str(tmp_path), str(tmp_path), n_seeds=2, epochs=3)
     assert len(result["cases"]["case"]["seeds"][1]["forget"]) == 3
     assert (tmp_path / "double_descent.png").stat().st_size > 5000
@@ -238,7 +239,7 @@ def test_double_descent_on_a_few_images(tmp_path, monkeypatch):
 
 def test_fusion_speed_on_small_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(fusion, "SIZES", [(300, 5), (200, 7)])
-    monkeypatch.setattr(fusion, "seconds", lambda call, least=0, budget=0: (call(), 1.0)[1])
+    monkeypatch.setattr(fusion, "median_seconds", lambda call, seconds=0, most=0, pause=0: (call(), 1.0)[1])
     monkeypatch.setattr(fusion, "METHODS", ("forget", "auto"))
     monkeypatch.setattr(fusion, "LARGE", (4, 100, 5))
     result = fusion.benchmark(str(tmp_path))
@@ -251,7 +252,7 @@ class TestCommittedResults:
 
     @pytest.fixture
     def results(self):
-        return tables.load(RESULTS)
+        return tables.load_results(RESULTS)
 
     def test_every_table_follows_from_the_pieces(self, results):
         assert tables.markdown(results) == (RESULTS / "tables.md").read_text()
@@ -277,7 +278,7 @@ class TestCommittedResults:
     def test_the_documentation_quotes_them(self, results):
         text = (RESULTS.parents[2] / "docs" / "results.md").read_text()
         assert tables.summary(results) in text
-        assert f"{len(results)} of {len(suite.pieces('cpu', Path()))} pieces" in text
+        assert f"{len(results)} of {len(suite.all_pieces('cpu', Path()))} pieces" in text
 
     def test_the_rule_is_the_fitted_one(self, results):
         rule = tables.fit_rule(results)
