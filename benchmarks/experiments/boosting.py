@@ -71,9 +71,7 @@ def run_seed(library: str, dataset: str, rate: float, seed: int, rounds: int) ->
     (x_select, y_select), (x_test, y_test) = sets["select"], sets["test"]
     model = make_classifier(library, rounds, seed).fit(*sets["train"])
     select, test = staged_probabilities(model, x_select), staged_probabilities(model, x_test)
-    table = fmn.compare_probabilities(select, y_select, test, y_test, allow_overlap=True)  # the sets are disjoint
-    accuracy = {row.method: row.test_accuracy for row in table.rows}
-    accuracy = {"final round": accuracy.pop("last"), "early stopping": accuracy.pop("best epoch"), **accuracy}
+    accuracy = mixed_accuracies(select, y_select, test, y_test)
     right, right_test = fmn.correctness(select, y_select), fmn.correctness(test, y_test)
     likelihood = np.log(np.maximum(select[:, np.arange(len(y_select)), y_select], 1e-7)).mean(1)
     accuracy["early stopping, log loss"] = float(right_test[likelihood.argmax()].mean())
@@ -92,6 +90,13 @@ def run_seed(library: str, dataset: str, rate: float, seed: int, rounds: int) ->
         "accuracy": np.pad(curves.accuracy, rest, "edge")[EVERY - 1 :: EVERY].round(5).tolist(),
         "forget": np.pad(curves.forget, rest, "edge")[EVERY - 1 :: EVERY].round(5).tolist(),
     }
+
+
+def mixed_accuracies(select: Array, y_select: Array, test: Array, y_test: Array) -> dict[str, float]:
+    """Test accuracies of single rounds and of every mixture of rounds."""
+    table = fmn.compare_probabilities(select, y_select, test, y_test, allow_overlap=True)  # the sets are disjoint
+    accuracy = {row.method: row.test_accuracy for row in table.rows}
+    return {"final round": accuracy.pop("last"), "early stopping": accuracy.pop("best epoch"), **accuracy}
 
 
 def benchmark(output: str | None = None, rounds: int = ROUNDS, seeds: int = SEEDS) -> dict[str, Any]:
@@ -137,7 +142,7 @@ def _settings_table(result: dict[str, Any]) -> str:
         values = [peaks, *(accuracies(setting, method) for method in SHOWN)]
         gains = [accuracies(setting, "auto") - accuracies(setting, m) for m in ("final round", "early stopping")]
         names = [setting["dataset"], f"{setting['rate']:.0%}", setting["library"]]
-        rows.append([*names, *(_text(v) for v in values), *(_text(v, "+") for v in gains)])
+        rows.append([*names, *(_mean_text(v) for v in values), *(_mean_text(v, "+") for v in gains)])
     return markdown_table(columns, rows, 3)
 
 
@@ -146,7 +151,7 @@ def _gains_table(result: dict[str, Any]) -> str:
     rows = []
     for method in result["cells"][0]["seeds"][0]["test_accuracy"]:
         if method != "auto":
-            rows.append([method, *(_text(_mean_gains(result, method, rate), "+", 2) for rate in RATES)])
+            rows.append([method, *(_mean_text(_mean_gains(result, method, rate), "+", 2) for rate in RATES)])
     return markdown_table(["auto minus", *(f"{rate:.0%} wrong labels" for rate in RATES)], rows)
 
 
@@ -156,7 +161,7 @@ def _mean_gains(result: dict[str, Any], method: str, rate: float) -> Array:
     return np.asarray(np.mean([accuracies(s, "auto") - accuracies(s, method) for s in settings], axis=0))
 
 
-def _text(values: Array, sign: str = "", digits: int = 1) -> str:
+def _mean_text(values: Array, sign: str = "", digits: int = 1) -> str:
     """Mean ± standard error over the seeds."""
     mean, error = mean_and_error(values.tolist())
     return f"{mean:{sign}.{digits}f} ± {error or 0.0:.{digits}f}"
@@ -170,15 +175,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     grid = figure.subplots(len(SIZES), len(RATES), sharex=True, sharey="row", squeeze=False)
     for setting in result["cells"]:
         axes = grid[list(SIZES).index(setting["dataset"]), RATES.index(setting["rate"])]
-        rounds = np.arange(1, len(setting["accuracy"]) + 1) * result["every"]
-        fused = accuracies(setting, "auto").mean() / 100
-        color = COLORS[setting["library"]]
-        axes.plot(rounds, setting["accuracy"], color=color, label=setting["library"])
-        axes.plot(rounds, setting["forget"], color=color, linestyle=":", label="forget fraction $F_e$")
-        axes.axhline(fused, color=color, linestyle="--", linewidth=0.8, label="fused (auto)")
-        axes.set_title(f"{setting['dataset']}, {setting['rate']:.0%} wrong labels", loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylim(0, 1)
+        _draw_setting(axes, setting, result["every"])
     for axes in grid[-1]:
         axes.set_xlabel("round")
     for axes in grid[:, 0]:
@@ -187,3 +184,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
         *grid[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="outside lower center"
     )
     figure.savefig(path)
+
+
+def _draw_setting(axes: Any, setting: dict[str, Any], every: int) -> None:
+    rounds = np.arange(1, len(setting["accuracy"]) + 1) * every
+    fused = accuracies(setting, "auto").mean() / 100
+    color = COLORS[setting["library"]]
+    axes.plot(rounds, setting["accuracy"], color=color, label=setting["library"])
+    axes.plot(rounds, setting["forget"], color=color, linestyle=":", label="forget fraction $F_e$")
+    axes.axhline(fused, color=color, linestyle="--", linewidth=0.8, label="fused (auto)")
+    axes.set_title(f"{setting['dataset']}, {setting['rate']:.0%} wrong labels", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(0, 1)

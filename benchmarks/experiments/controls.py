@@ -82,37 +82,41 @@ def train_swa(piece: Piece, data: datasets.Split, folder: Path, run: fmn.Run) ->
 
 
 def train_ema(piece: Piece, data: datasets.Split) -> nn.Module:
-    """Train with an EMA of the weights after every step; return the average of the best decay and epoch.
-
-    Selection accuracy chooses both.
-    """
+    """Train with EMAs of the weights after every step; return the average with the best selection accuracy."""
     torch.manual_seed(piece.seed)
     model = piece.task.make_model()
-    averages = [
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(d), use_buffers=True)  # type: ignore[no-untyped-call]
-        for d in EMA_DECAYS
-    ]
-    steps, best, found = 0, -1.0, copy.deepcopy(model)
-    per_epoch = max(1, len(data.train[0]) // piece.task.recipe["batch_size"])
-
-    def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-        nonlocal steps, best, found
-        steps += 1
-        for average in averages:
-            average.update_parameters(model)
-            if steps % per_epoch == 0:
-                now = model_accuracy(average.module, data.select)
-                if now > best:
-                    best, found = now, copy.deepcopy(average.module)
-
-    handle = register_optimizer_step_post_hook(after_step)
+    averages = StepAverages(model, data.select, max(1, len(data.train[0]) // piece.task.recipe["batch_size"]))
+    handle = register_optimizer_step_post_hook(averages.after_step)
     try:
         with tempfile.TemporaryDirectory() as folder:
             recipe = piece.recipe(piece.seed)
             fmn.train(model, data.train, data.select, run_dir=folder, keep="none", **recipe)
     finally:
         handle.remove()
-    return found
+    return averages.best
+
+
+class StepAverages:
+    """Exponential moving averages of a model's weights, and the best of them at the end of any epoch."""
+
+    def __init__(self, model: nn.Module, select: datasets.Data, steps_per_epoch: int) -> None:
+        self.model, self.select, self.steps_per_epoch = model, select, steps_per_epoch
+        self.averages = [self.average(decay) for decay in EMA_DECAYS]
+        self.steps, self.accuracy, self.best = 0, -1.0, copy.deepcopy(model)
+
+    def average(self, decay: float) -> AveragedModel:
+        update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        return AveragedModel(self.model, multi_avg_fn=update, use_buffers=True)
+
+    def after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Update the averages; at the end of an epoch keep a copy of the best one so far."""
+        self.steps += 1
+        for average in self.averages:
+            average.update_parameters(self.model)
+            if self.steps % self.steps_per_epoch == 0:
+                accuracy = model_accuracy(average.module, self.select)
+                if accuracy > self.accuracy:
+                    self.accuracy, self.best = accuracy, copy.deepcopy(average.module)
 
 
 def model_accuracy(model: nn.Module, samples: datasets.Data) -> float:

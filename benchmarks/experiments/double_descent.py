@@ -77,17 +77,21 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure((9.6, 3.6), dpi=120, layout="constrained")
     all_axes = figure.subplots(1, len(result["cases"]), sharey=True, squeeze=False)[0]
     for axes, (name, case) in zip(all_axes, result["cases"].items(), strict=True):
-        mean = {k: np.mean([s[k] for s in case["seeds"]], axis=0) for k in NAMES}
-        axes.plot(mean["accuracy"], color="#2563eb", label="accuracy")
-        axes.plot(mean["retained"], color="#2563eb", linestyle=":", label="of it still right at the end")
-        axes.plot(mean["forget"], color="#dc2626", label="forget fraction $F_e$")
-        axes.fill_between(range(len(mean["forget"])), mean["retained"], mean["accuracy"], color="#dc2626", alpha=0.12)
-        axes.set_title(name, loc="left", fontsize=10)
-        axes.set(xlabel="epoch", ylim=(0, 1))
-        axes.spines[["top", "right"]].set_visible(False)
+        _draw_case(axes, name, case)
     figure.axes[0].set_ylabel("share of 5 000 test images")
     figure.axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
+
+
+def _draw_case(axes: Any, name: str, case: dict[str, Any]) -> None:
+    mean = {k: np.mean([s[k] for s in case["seeds"]], axis=0) for k in NAMES}
+    axes.plot(mean["accuracy"], color="#2563eb", label="accuracy")
+    axes.plot(mean["retained"], color="#2563eb", linestyle=":", label="of it still right at the end")
+    axes.plot(mean["forget"], color="#dc2626", label="forget fraction $F_e$")
+    axes.fill_between(range(len(mean["forget"])), mean["retained"], mean["accuracy"], color="#dc2626", alpha=0.12)
+    axes.set_title(name, loc="left", fontsize=10)
+    axes.set(xlabel="epoch", ylim=(0, 1))
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -123,13 +123,7 @@ def fusions(bench: Bench) -> None:
     }
     for name, weights in single.items():
         bench.add_plan(name, FusionPlan.from_weights(weights, n))
-    for name, options in FUSIONS.items():
-        plan = fmn.fuse(bench.select, y, **options)
-        bench.plans[name] = plan
-        certainty: dict[str, Any] = {"cv_accuracy": plan.cv_accuracy, "gain_interval": plan.gain_interval}
-        bench.add_plan(name, plan, chosen=plan.method if plan.members else "final", **certainty)
-    kf = bench.plans["KF"]
-    bench.add_plan("KF(1)", FusionPlan(kf.members[:1], n, kf.window, kf.accuracy[: min(2, len(kf.accuracy))]))
+    add_fusions(bench)
     for name in ("auto", "KF"):
         k = bench.plans[name].forward_passes
         same_cost = {
@@ -139,7 +133,18 @@ def fusions(bench: Bench) -> None:
         }
         for control, weights in same_cost.items():
             bench.add_plan(f"{control} at {name}'s cost", FusionPlan.from_weights(weights, n))
-    bench.plans["final"] = FusionPlan((), n, 0, kf.accuracy[:1])
+
+
+def add_fusions(bench: Bench) -> None:
+    """Every fusion method, and KF's first member alone; keep the plans."""
+    for name, options in FUSIONS.items():
+        plan = fmn.fuse(bench.select, bench.y, **options)
+        bench.plans[name] = plan
+        certainty: dict[str, Any] = {"cv_accuracy": plan.cv_accuracy, "gain_interval": plan.gain_interval}
+        bench.add_plan(name, plan, chosen=plan.method if plan.members else "final", **certainty)
+    kf = bench.plans["KF"]
+    bench.add_plan("KF(1)", FusionPlan(kf.members[:1], kf.n_epochs, kf.window, kf.accuracy[:2]))
+    bench.plans["final"] = FusionPlan((), kf.n_epochs, 0, kf.accuracy[:1])
 
 
 def students(bench: Bench) -> None:
@@ -162,14 +167,13 @@ def averages(bench: Bench) -> None:
 
 def independent_networks(bench: Bench) -> None:
     """Ensembles of two, three and five networks, each at its final epoch or at its best epoch."""
-    piece, data = bench.piece, bench.data
     final: list[nn.Module] = []
     early: list[nn.Module] = []
     for i in range(5):
-        run = bench.run if i == 0 else piece.train(data, bench.folder, i)
-        epochs = len(run.history) - 1, int(fmn.forgetting_curves(run.history).accuracy.argmax())
-        for found, epoch in zip((final, early), epochs, strict=True):
-            found.append(checkpoints.load_into(piece.task.make_model(), run.checkpoints[epoch]))
+        run = bench.run if i == 0 else bench.piece.train(bench.data, bench.folder, i)
+        best = int(fmn.forgetting_curves(run.history).accuracy.argmax())
+        for found, epoch in ((final, -1), (early, best)):
+            found.append(checkpoints.load_into(bench.piece.task.make_model(), run.checkpoints[epoch]))
     for m in (2, 3, 5):
         bench.add_model(f"{m} networks", controls.Mean(final[:m]), m, m)
         bench.add_model(f"{m} networks, early stopped", controls.Mean(early[:m]), m, m)

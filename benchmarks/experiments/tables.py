@@ -95,19 +95,19 @@ def budget(results: list[Result]) -> list[dict[str, Any]]:
             full = rows[entry["fusion"]]["test_accuracy"] - final
             key = entry["keep"], entry["share"], entry["fusion"]
             sums.setdefault(key, []).append((entry["test_accuracy"] - final, full, entry["n"]))
-    return [
-        {
-            "keep": keep,
-            "share": share,
-            "fusion": fusion,
-            "pieces": len(v),
-            "gain": 100 * float(np.mean([g for g, _, _ in v])),
-            "full_gain": 100 * float(np.mean([f for _, f, _ in v])),
-            "share_of_gain": float(sum(g for g, _, _ in v) / (sum(f for _, f, _ in v) or np.inf)),
-            "checkpoints": float(np.mean([n for _, _, n in v])),
-        }
-        for (keep, share, fusion), v in sums.items()
-    ]
+    return [dict(zip(("keep", "share", "fusion"), key, strict=True)) | _budget_means(v) for key, v in sums.items()]
+
+
+def _budget_means(values: list[tuple[float, float, int]]) -> dict[str, Any]:
+    """Means over the pieces of (gain, gain from all checkpoints, number of checkpoints)."""
+    gains, full_gains, checkpoints = zip(*values, strict=True)
+    return {
+        "pieces": len(values),
+        "gain": 100 * float(np.mean(gains)),
+        "full_gain": 100 * float(np.mean(full_gains)),
+        "share_of_gain": float(sum(gains) / (sum(full_gains) or np.inf)),
+        "checkpoints": float(np.mean(checkpoints)),
+    }
 
 
 def fit_rule(results: list[Result], method: str = "auto") -> dict[str, Any]:
@@ -119,11 +119,11 @@ def fit_rule(results: list[Result], method: str = "auto") -> dict[str, Any]:
     x = np.array([[1.0, *(r["history"][n] for n in names)] for r in results])  # (n_pieces, 4)
     y = np.array([rows_of(r)[method]["test_accuracy"] - rows_of(r)["final"]["test_accuracy"] for r in results])
     settings = np.array([r["setting"] for r in results])
+    if (settings == settings[0]).all():
+        return {}
     errors: list[float] = []
     for setting in np.unique(settings):
         out = settings == setting
-        if out.all():
-            return {}
         errors += list(y[out] - np.clip(x[out] @ np.linalg.lstsq(x[~out], y[~out], rcond=None)[0], 0, 1))
     coefficients = np.linalg.lstsq(x, y, rcond=None)[0]
     return {
@@ -147,18 +147,12 @@ def summary(results: list[Result]) -> str:
 def _overall_table(results: list[Result], only: tuple[str, ...] = ()) -> str:
     against = [f"minus {other}" for other in AGAINST]
     columns = ["method", "settings", "test accuracy", *against, "forward passes", "training"]
-    rows = [
-        [
-            row["method"],
-            str(row["settings"]),
-            f"{row['test_accuracy']:.2f}",
-            *(_difference_text(row[name]) for name in against),
-            f"{row['forward_passes']:.1f}",
-            f"{row['training_runs']:.3g}",
-        ]
-        for row in overall(results)
-        if not only or row["method"] in only
-    ]
+    rows = []
+    for row in overall(results):
+        if not only or row["method"] in only:
+            differences = [_difference_text(row[name]) for name in against]
+            costs = [f"{row['forward_passes']:.1f}", f"{row['training_runs']:.3g}"]
+            rows.append([row["method"], str(row["settings"]), f"{row['test_accuracy']:.2f}", *differences, *costs])
     return markdown_table(columns, rows)
 
 

@@ -64,18 +64,10 @@ def search_row(n: int, k: int, dtype: str, rng: np.random.Generator) -> dict[str
     accuracy = {"torch_grid": in_torch()[1], "exact": exact()[1]}
     if accuracy["exact"] < grid()[1]:
         raise AssertionError(f"accuracy of the exact search {accuracy['exact']} is below the grid's {grid()[1]}")
-    slow = median_seconds(in_torch, 1, most=200, pause=0.3)
-    fast = median_seconds(exact, 2, most=200, pause=0.3)
-    return {
-        "n_samples": n,
-        "n_classes": k,
-        "dtype": dtype,
-        "torch_grid_ms": 1e3 * slow,
-        "exact_ms": 1e3 * fast,
-        "grid_ms": 1e3 * median_seconds(grid, 1, most=200, pause=0.3),
-        "times": slow / fast,
-        "accuracy": accuracy,
-    }
+    calls = {"torch_grid_ms": (in_torch, 1), "exact_ms": (exact, 2), "grid_ms": (grid, 1)}
+    times = {name: 1e3 * median_seconds(call, s, most=200, pause=0.3) for name, (call, s) in calls.items()}
+    row: dict[str, Any] = {"n_samples": n, "n_classes": k, "dtype": dtype, **times}
+    return row | {"times": times["torch_grid_ms"] / times["exact_ms"], "accuracy": accuracy}
 
 
 def large_run(n_epochs: int, n: int, k: int) -> tuple[NDArray[np.float16], Labels]:

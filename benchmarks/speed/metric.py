@@ -147,6 +147,18 @@ def forget_case(modules: Modules, c: Array) -> Case:
     return Case("forget fraction", "bool", c.nbytes, calls, c)
 
 
+def pairs_case(modules: Modules, c: Array, bits: Array) -> Case:
+    """The overlap of all pairs of epochs. NumPy is left out where it would take minutes."""
+    n_epochs, n = c.shape
+    calls: dict[str, Call] = {
+        name: on_zeros(k.overlap_counts, (n_epochs, n_epochs), bits, n)
+        for name, k in modules.items()
+        if name != "numpy" or n < 2_000_000
+    }
+    calls["torch"] = partial(torch_matmul, torch.from_numpy(c))
+    return Case("all pairs", "bits", bits.nbytes, calls, bits)
+
+
 def curve_cases(modules: Modules, c: Array, bits: Array, rng: np.random.Generator) -> Iterator[Case]:
     """Cases that count: curves, groups, samples and pairs of epochs."""
     n_epochs, n = c.shape
@@ -166,19 +178,14 @@ def curve_cases(modules: Modules, c: Array, bits: Array, rng: np.random.Generato
                 lambda k, r: on_zeros(k.group_sums, of_groups, r, n, last, groups, 100, weights, dtype=float),
             )
         yield case("per sample", lambda k, r: lambda: k.sample_counts(r, n))
-    matrix = Case("all pairs", "bits", bits.nbytes, bandwidth_of=bits)
-    for name, k in modules.items():
-        if name != "numpy" or n < 2_000_000:
-            matrix.calls[name] = on_zeros(k.overlap_counts, (n_epochs, n_epochs), bits, n)
-    matrix.calls["torch"] = partial(torch_matmul, torch.from_numpy(c))
-    yield matrix
+    yield pairs_case(modules, c, bits)
 
 
 def packing_cases(modules: Modules, c: Array, rng: np.random.Generator) -> Iterator[Case]:
     """Cases that pack correctness, predictions or scores into bits."""
     n_epochs, n = c.shape
     packers = {name: k for name, k in modules.items() if name != "numba"}
-    labels = rng.integers(0, 1000, n)
+    labels = rng.integers(0, 1000, (n,))
     predictions = np.where(c[: max(1, n_epochs // 8)], labels, labels + 1)
     scores = rng.random((max(8, c.size // 4000), 1000), np.float32)
     y = labels[: len(scores)] if len(scores) <= n else rng.integers(0, 1000, len(scores))
@@ -263,11 +270,17 @@ def time_case(case: Case, shape: str, threads: list[int]) -> list[Row]:
         row: Row = {"function": case.function, "input": case.input, "shape": shape, "program": name, "threads": t}
         row |= {"ms": 1e3 * s, "GB/s": case.size / s / 1e9}
         row["share of read bandwidth"], row["read GB/s"] = shares.get((name, t), (None, None))
-        for other in PROGRAMS:
-            theirs = seconds.get((other, 1 if other == "numpy" else t))
-            row[f"x {other}"] = theirs / s if theirs and other != name else None
-        rows.append(row)
+        rows.append(row | speedups(name, t, seconds))
     return rows
+
+
+def speedups(name: str, threads: int, seconds: dict[tuple[str, int], float]) -> dict[str, float | None]:
+    """Speedups of a program over the others on as many threads; NumPy has one."""
+    found: dict[str, float | None] = {}
+    for other in PROGRAMS:
+        theirs = seconds.get((other, 1 if other == "numpy" else threads))
+        found[f"x {other}"] = theirs / seconds[name, threads] if theirs and other != name else None
+    return found
 
 
 def matrix_rows(modules: Modules, n_epochs: int, n: int, rng: np.random.Generator, threads: list[int]) -> list[Row]:

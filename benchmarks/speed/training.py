@@ -145,16 +145,20 @@ def time_evaluation(s: Setting, root: str | None, repetitions: int) -> dict[str,
             "run.probabilities": lambda: np.stack(run.probabilities(split.test)[:]),
             "FusedModel": lambda: predict(fmn.FusedModel(plan, run), split.test)[0].cpu().numpy(),
         }
-        expected = ways["plain loop"]()
-        tolerance = 1e-4 if s.device == "cpu" else 1e-2  # a GPU computes convolutions in TF32
-        for name, way in ways.items():  # also warms up
-            found = way()
-            if not np.allclose(found, expected if found.ndim == 3 else expected.mean(0), atol=tolerance):
-                raise AssertionError(f"{name} differs from the plain loop")
+        compare_predictions(ways, 1e-4 if s.device == "cpu" else 1e-2)  # a GPU computes convolutions in TF32
         rounds = [{name: seconds_of(way) for name, way in ways.items()} for _ in range(repetitions)]
     took = {name: [seconds[name] for seconds in rounds] for name in ways}
     rates = {name: relative(times, took["plain loop"]) for name, times in took.items()}
     return {**s._asdict(), "seconds": took, "relative": rates}
+
+
+def compare_predictions(ways: dict[str, Callable[[], Any]], tolerance: float) -> None:
+    """Check that each way gives the plain loop's probabilities, or their mean over the checkpoints; also a warm-up."""
+    expected = ways["plain loop"]()
+    for name, way in ways.items():
+        found = way()
+        if not np.allclose(found, expected if found.ndim == 3 else expected.mean(0), atol=tolerance):
+            raise AssertionError(f"{name} differs from the plain loop")
 
 
 def time_distillation(s: Setting, root: str | None, repetitions: int) -> dict[str, Any]:
