@@ -1,6 +1,13 @@
-"""Real data in its standard layouts, as tensors: digits, MNIST (IDX), CIFAR-100 (binary), CIFAR-100N, TinyImageNet.
+"""Data sets of the experiments, read from their standard files and drawn into three sets of tensors.
 
-ROOT/mnist/train-images-idx3-ubyte[.gz] ..., ROOT/cifar-100-binary/{train,test}.bin, ROOT/cifar-100n/noisy_fine.npy.
+| data set | files |
+|---|---|
+| digits | part of scikit-learn |
+| MNIST | ROOT/mnist/train-images-idx3-ubyte[.gz] and the three others |
+| CIFAR-100 | ROOT/cifar-100-binary/train.bin, test.bin |
+| CIFAR-100N | ROOT/cifar-100n/noisy_fine.npy |
+| TinyImageNet | ROOT/tiny-imagenet-200/ |
+
 Nothing is downloaded.
 """
 
@@ -24,7 +31,10 @@ Data = tuple[Tensor, Tensor]
 
 
 class Source(NamedTuple):
-    """Images (n, channels, height, width) as uint8, labels, and people's labels of the training images, if any."""
+    """A data set: images (n, channels, height, width) uint8 and their labels.
+
+    `human` holds labels that people gave to the training images, where there are such labels.
+    """
 
     train: tuple[Images, Labels]
     test: tuple[Images, Labels]
@@ -43,7 +53,7 @@ class Split(NamedTuple):
 
 
 def digits(root: Path) -> Source:
-    """8 x 8 grey images, 1 797 in all: train, selection and test set are drawn from the same (`split`, pooled)."""
+    """Read 1 797 grey images of 8 x 8 pixels. All sets are drawn from the same images (`split` with `pooled`)."""
     from sklearn.datasets import load_digits
 
     content = load_digits()
@@ -52,12 +62,12 @@ def digits(root: Path) -> Source:
 
 
 def mnist(root: Path) -> Source:
-    """28 x 28 grey images, 60 000 and 10 000."""
+    """Read grey images of 28 x 28 pixels: 60 000 and 10 000."""
     return Source(_idx_pair(root / "mnist", "train"), _idx_pair(root / "mnist", "t10k"), 10)
 
 
 def cifar100(root: Path) -> Source:
-    """32 x 32 colour images, 50 000 and 10 000, fine labels; with CIFAR-100N's labels if they are there."""
+    """Read colour images of 32 x 32 pixels, 50 000 and 10 000, with fine labels, and CIFAR-100N if its file exists."""
     pairs = []
     for name in ("train", "test"):
         path = root / "cifar-100-binary" / f"{name}.bin"
@@ -72,7 +82,7 @@ def cifar100(root: Path) -> Source:
 
 
 def tinyimagenet(root: Path) -> Source:
-    """64 x 64 colour images of 200 classes, 100 000 and 10 000, from tiny-imagenet-200/ as it is distributed."""
+    """Read colour images of 64 x 64 pixels and 200 classes: 100 000 and 10 000."""
     folder = root / "tiny-imagenet-200"
     classes = {name: i for i, name in enumerate((folder / "wnids.txt").read_text().split())}
     train = [(path, classes[path.parent.parent.name]) for path in sorted(folder.glob("train/*/images/*.JPEG"))]
@@ -102,10 +112,22 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
 def split(
     source: Source, noise: str, seed: int, n_train: int | None, n_select: int, n_test: int, *, pooled: bool = False
 ) -> Split:
-    """Draw training images, and from the test images disjoint sets to select and to score on; make labels wrong.
+    """Draw disjoint training, selection and test sets, and add noise to the training labels.
 
-    `noise` is "clean", "sym20", "asym40", ... or "human"; `pooled`: train and test images are the same, so draw all
-    three from them. Images are scaled to mean 0 and deviation 1 by the training images.
+    Images are scaled by the training images' mean and standard deviation of each channel.
+
+    Parameters
+    ----------
+    source : Source
+    noise : str
+        "clean", "human", or "sym" or "asym" with a percentage, as in "sym20".
+    seed : int
+    n_train : int or None
+        None: all training images.
+    n_select, n_test : int
+        Drawn from the test images.
+    pooled : bool, default False
+        Training and test images of the source are the same: draw all three sets from them.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(source.train[1]))
@@ -127,7 +149,7 @@ def split(
 
 
 def wrong_labels(y: Labels, noise: str, n_classes: int, seed: int, human: Labels | None) -> Labels:
-    """Labels with the noise that a name stands for."""
+    """Add the noise that `noise` names to labels."""
     if noise == "clean":
         return y
     if noise == "human":
@@ -146,7 +168,7 @@ def _idx_pair(folder: Path, name: str) -> tuple[Images, Labels]:
 
 
 def _idx(path: Path, n_axes: int) -> Images:
-    """An array of an IDX file of bytes, compressed or not."""
+    """Read an IDX file of bytes, compressed or not."""
     zipped = path.with_name(path.name + ".gz")
     raw = gzip.decompress(zipped.read_bytes()) if zipped.exists() else path.read_bytes()
     shape = np.frombuffer(raw, ">u4", n_axes, 4)

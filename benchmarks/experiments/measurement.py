@@ -1,4 +1,7 @@
-"""One piece of the suite: a run, everything that is made of its checkpoints, and the controls, each as a row."""
+"""Measure one piece of the suite: its run, the fusions of its checkpoints, and the controls, each as a row of a table.
+
+`measure` does the fusions first, then the piece's `STAGES`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from torch import nn
 
 import fmn_ref as fmn
 from fmn_ref.fusion import baselines
+from fmn_ref.fusion.methods import method_names
 from fmn_ref.fusion.plan import FusionPlan
 from fmn_ref.reporting import comparison
 from fmn_ref.runs import checkpoints
@@ -23,31 +27,20 @@ from fmn_ref.training.data import fingerprints, predict
 from fmn_ref.training.ensemble import FusedModel, averaged_model
 
 from . import controls, datasets
-
-if TYPE_CHECKING:
-    from .suite import Piece
+from .pieces import Piece
 
 Labels = NDArray[np.int64]
-FUSIONS = {
-    "KF": {"method": "forget"},
-    "KF exact": {"method": "forget", "search": "exact"},
-    "greedy": {"method": "greedy"},
-    "bagged": {"method": "bagged"},
-    "likelihood": {"method": "likelihood"},
-    "coverage": {"method": "coverage"},
-    "equal": {"method": "equal"},
-    "last": {"method": "last"},
-    "top": {"method": "top"},
-    "auto": {"method": "auto"},
-}
-BUDGETS = (0.05, 0.1, 0.2, 0.4)  # share of the checkpoints that is kept
+FUSIONS: dict[str, dict[str, Any]] = {"KF": {"method": "forget"}, "KF exact": {"method": "forget", "search": "exact"}}
+FUSIONS |= {name: {"method": name} for name in method_names() if name != "forget"}
+BUDGETS = (0.05, 0.1, 0.2, 0.4)  # shares of the checkpoints that are kept
 
 
 class Bench:
-    """A piece at work: its data, its run, what every epoch predicts, and the rows so far."""
+    """State of a measurement: the piece's data, its run, every epoch's predictions, the plans and rows so far."""
 
     def __init__(self, piece: Piece, root: Path, folder: Path) -> None:
         self.piece, self.folder = piece, folder
+        self.stages = tuple(STAGES) if piece.stages is None else piece.stages
         self.data = piece.split(root)
         comparison.refuse_overlap(fingerprints(self.data.select), fingerprints(self.data.test), "test")
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +51,7 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
 
     def stored(self, name: str, samples: datasets.Data) -> tuple[NDArray[np.float16], Labels]:
-        """What every epoch predicts, (n_epochs, n_samples, n_classes), kept beside the run."""
+        """Probabilities (n_epochs, n_samples, n_classes), read from the piece's folder or computed and stored there."""
         path = self.folder / f"{name}.npy"
         if not path.exists():
             probs = self.run.probabilities(samples, batch_size=250)
@@ -69,20 +62,22 @@ class Bench:
         return np.load(path, mmap_mode="r"), samples[1].cpu().numpy()
 
     def row(self, method: str, passes: int, training: float, select: float, test: float, **more: Any) -> None:
-        """training: cost in runs of the same length."""
+        """Add a row. `passes` is what one prediction costs, `training` what the method costs in runs."""
         costs = {"forward_passes": passes, "training_runs": training}
         self.rows.append({"method": method, **costs, "selection_accuracy": select, "test_accuracy": test, **more})
 
     def add_plan(self, method: str, plan: FusionPlan, training: float = 1, **more: Any) -> None:
-        scores = _score(plan.apply(self.select), self.y), _score(plan.apply(self.test), self.y_test)
+        """Score a plan and add its row."""
+        scores = _accuracy(plan.apply(self.select), self.y), _accuracy(plan.apply(self.test), self.y_test)
         self.row(method, plan.forward_passes, training, *scores, **more)
 
     def add_model(self, method: str, model: nn.Module, training: float, passes: int = 1) -> None:
-        scores = controls.score(model, self.data.select), controls.score(model, self.data.test)
+        """Score a network and add its row."""
+        scores = controls.model_accuracy(model, self.data.select), controls.model_accuracy(model, self.data.test)
         self.row(method, passes, training, *scores)
 
     def student(self, name: str, teacher: nn.Module) -> fmn.Run:
-        """A network of the same size, made anew, that learns from the teacher; recorded like any run."""
+        """Distil the teacher into a fresh network of the original size; return the recorded run."""
         seed = self.piece.seed + 500
         torch.manual_seed(seed)
         model, run_dir = self.piece.task.make_model(), self.folder / f"student_{name}"
@@ -92,10 +87,10 @@ class Bench:
 
 
 def measure(piece: Piece, root: Path, folder: Path) -> dict[str, Any]:
-    """Everything about a piece, as JSON can hold it."""
+    """Measure a piece; return a dictionary that JSON can hold."""
     bench = Bench(piece, root, folder)
     fusions(bench)
-    for stage in piece.stages:
+    for stage in bench.stages:
         STAGES[stage](bench)
     curves = fmn.forgetting_curves(bench.run.history)
     return {
@@ -108,7 +103,7 @@ def measure(piece: Piece, root: Path, folder: Path) -> dict[str, Any]:
         "share_of_wrong_labels": bench.data.share_wrong,
         "sizes": {name: len(getattr(bench.data, name)[1]) for name in ("train", "select", "test")},
         "epochs": piece.task.epochs,
-        "made_with": versions(piece.task.device),
+        "made_with": made_with(piece.task.device),
         "history": fmn.expectation.features(bench.run.history),
         "curves": {k: getattr(curves, k).round(6).tolist() for k in ("accuracy", "retained", "forget", "learned")},
         "rows": bench.rows,
@@ -118,7 +113,7 @@ def measure(piece: Piece, root: Path, folder: Path) -> dict[str, Any]:
 
 
 def fusions(bench: Bench) -> None:
-    """What mixes predictions: the single epochs and windows, then every way to fuse, then controls at auto's cost."""
+    """Single epochs and windows, every fusion method, then controls at the cost of auto and of KF."""
     n, y = len(bench.select), bench.y
     right = np.stack([p.argmax(1) == y for p in bench.select])
     single = {
@@ -129,90 +124,97 @@ def fusions(bench: Bench) -> None:
     }
     for name, weights in single.items():
         bench.add_plan(name, FusionPlan.from_weights(weights, n))
-    for name, options in FUSIONS.items():
-        plan = fmn.fuse(bench.select, y, **options)
-        bench.plans[name] = plan
-        certainty = {"cv_accuracy": plan.cv_accuracy, "gain_interval": plan.gain_interval}
-        bench.add_plan(name, plan, chosen=plan.method if plan.members else "final", **certainty)
-    kf = bench.plans["KF"]
-    bench.add_plan("KF(1)", FusionPlan(kf.members[:1], n, kf.window, kf.accuracy[: min(2, len(kf.accuracy))]))
+    add_fusions(bench)
     for name in ("auto", "KF"):
         k = bench.plans[name].forward_passes
-        controls_of_cost = {
+        same_cost = {
             "last": baselines.last_epochs(n, k),
             "equally spaced": baselines.equally_spaced(n, k),
             "top": baselines.top_epochs(right, k),
         }
-        for control, weights in controls_of_cost.items():
+        for control, weights in same_cost.items():
             bench.add_plan(f"{control} at {name}'s cost", FusionPlan.from_weights(weights, n))
-    bench.plans["final"] = FusionPlan((), n, 0, kf.accuracy[:1])
+
+
+def add_fusions(bench: Bench) -> None:
+    """Every fusion method, and KF's first member alone; keep the plans."""
+    for name, options in FUSIONS.items():
+        plan = fmn.fuse(bench.select, bench.y, **options)
+        bench.plans[name] = plan
+        certainty: dict[str, Any] = {"cv_accuracy": plan.cv_accuracy, "gain_interval": plan.gain_interval}
+        bench.add_plan(name, plan, chosen=plan.method if plan.members else "final", **certainty)
+    kf = bench.plans["KF"]
+    bench.add_plan("KF(1)", FusionPlan(kf.members[:1], kf.n_epochs, kf.window, kf.accuracy[:2]))
+    bench.plans["final"] = FusionPlan((), kf.n_epochs, 0, kf.accuracy[:1])
 
 
 def students(bench: Bench) -> None:
-    """Students of the final model, of KF and of auto."""
+    """Students distilled from the final model, from KF and from auto."""
     for name in ("final", "KF", "auto"):
         run = bench.student(name, FusedModel(bench.plans[name], bench.run))
         bench.add_model(f"distilled {name}", run.model, 2)
 
 
 def averages(bench: Bench) -> None:
-    """One network by averaging checkpoints' weights."""
+    """Networks whose weights are means of the checkpoints' weights."""
     n, train = len(bench.select), bench.data.train
     candidates = [averaged_model(bench.run, baselines.ema_weights(n, d), train) for d in comparison.EMA_DECAYS]
-    best = max(candidates, key=lambda m: controls.score(m, bench.data.select))
+    best = max(candidates, key=lambda m: controls.model_accuracy(m, bench.data.select))
     bench.add_model("EMA over epochs", best, 1)
     bench.add_model("SWA over epochs", averaged_model(bench.run, baselines.swa_weights(n), train), 1)
     for name in ("KF", "auto"):
         bench.add_model(f"averaged {name}", averaged_model(bench.run, bench.plans[name].weights, train), 1)
 
 
-def networks(bench: Bench) -> None:
-    """Two, three and five networks trained alone: at their final epochs, and each at its best epoch."""
-    piece, data = bench.piece, bench.data
+def independent_networks(bench: Bench) -> None:
+    """Ensembles of two, three and five networks, each at its final epoch or at its best epoch."""
     final: list[nn.Module] = []
     early: list[nn.Module] = []
     for i in range(5):
-        run = bench.run if i == 0 else piece.train(data, bench.folder, i)
-        epochs = len(run.history) - 1, int(fmn.forgetting_curves(run.history).accuracy.argmax())
-        for found, epoch in zip((final, early), epochs, strict=True):
-            found.append(checkpoints.load_into(piece.task.make_model(), run.checkpoints[epoch]))
+        run = bench.run if i == 0 else bench.piece.train(bench.data, bench.folder, i)
+        best = int(fmn.forgetting_curves(run.history).accuracy.argmax())
+        for found, epoch in ((final, -1), (early, best)):
+            found.append(checkpoints.load_into(bench.piece.task.make_model(), run.checkpoints[epoch]))
     for m in (2, 3, 5):
         bench.add_model(f"{m} networks", controls.Mean(final[:m]), m, m)
         bench.add_model(f"{m} networks, early stopped", controls.Mean(early[:m]), m, m)
-    if "distilled_controls" in piece.stages:
+    if "distilled_controls" in bench.stages:
         run = bench.student("networks", controls.Mean(early))
         bench.add_model("distilled 5 networks, early stopped", run.model, 6)
 
 
 def trained_differently(bench: Bench) -> None:
-    """Snapshot ensemble, FGE, SWA on its own schedule, EMA of every step; and what is distilled from the first two."""
+    """Snapshot ensemble, FGE, SWA on its own schedule, EMA of every step; optionally a student of each."""
     piece, data, folder = bench.piece, bench.data, bench.folder
     ensembles = {
-        "snapshots": controls.snapshots(piece, data, folder),
-        "FGE": controls.fge(piece, data, folder, bench.run),
+        "snapshots": controls.train_snapshots(piece, data, folder),
+        "FGE": controls.train_fge(piece, data, folder, bench.run),
     }
-    singles = {"SWA": controls.swa(piece, data, folder, bench.run), "EMA": controls.ema(piece, data)}
+    singles = {"SWA": controls.train_swa(piece, data, folder, bench.run), "EMA": controls.train_ema(piece, data)}
     for name, members in ensembles.items():
         bench.add_model(name, controls.Mean(members), 1, len(members))
     for name, model in singles.items():
         bench.add_model(name, model, 1)
-    if "distilled_controls" in piece.stages:
+    if "distilled_controls" in bench.stages:
         teachers = {name: controls.Mean(members) for name, members in ensembles.items()} | singles
         for name, teacher in teachers.items():
             bench.add_model(f"distilled {name}", bench.student(name, teacher).model, 2)
 
 
 def distilled_controls(bench: Bench) -> None:
-    """A student of equally spaced checkpoints; with it, `networks` and `trained_differently` distil theirs."""
+    """A student of equally spaced checkpoints.
+
+    When a piece has this stage, `independent_networks` and `trained_differently` distil their ensembles too.
+    """
     n, k = len(bench.select), bench.plans["auto"].forward_passes
     plan = FusionPlan.from_weights(baselines.equally_spaced(n, k), n)
     bench.add_model("distilled equally spaced", bench.student("spaced", FusedModel(plan, bench.run)).model, 2)
 
 
 def generations(bench: Bench) -> None:
-    """Fuse and distil the student's own checkpoints, twice; the selection set says which generation to stop at."""
+    """Fuse and distil the student's own checkpoints, twice. Selection accuracy chooses the generation to stop at."""
     run = bench.student("auto", FusedModel(bench.plans["auto"], bench.run))
-    choice = [("distilled auto", controls.score(run.model, bench.data.select))]
+    choice = [("distilled auto", controls.model_accuracy(run.model, bench.data.select))]
     for generation in (2, 3):
         probs = run.probabilities(bench.data.select)
         plan = fmn.fuse([probs[e] for e in range(len(probs))], bench.y, method="auto")
@@ -228,7 +230,7 @@ def generations(bench: Bench) -> None:
 
 
 def half_storage(bench: Bench) -> None:
-    """auto's plan with checkpoints stored in 16 bits."""
+    """The plan of auto with checkpoints rounded to 16 bits, and with the original ones."""
     plan, fused = bench.plans["auto"], FusedModel(bench.plans["auto"], bench.run)
     for member in fused.members:
         for value in member.state_dict().values():
@@ -241,7 +243,7 @@ def half_storage(bench: Bench) -> None:
 STAGES: dict[str, Callable[[Bench], None]] = {
     "students": students,
     "averages": averages,
-    "networks": networks,
+    "networks": independent_networks,
     "trained_differently": trained_differently,
     "distilled_controls": distilled_controls,
     "generations": generations,
@@ -250,41 +252,48 @@ STAGES: dict[str, Callable[[Bench], None]] = {
 
 
 def budget_study(bench: Bench) -> list[dict[str, Any]]:
-    """Accuracy of the fusion from what keep="budget:n" would have left on disk, and from every n-th epoch."""
+    """Test accuracy of the fusion from the checkpoints that keep="budget:n" and keep="every:n" leave on disk."""
     correct, n_epochs = bench.run.history.correct(), len(bench.select)
     study = []
     for share in BUDGETS:
         n = max(1, round(share * n_epochs))
         for keep in (Keep("budget", n), Keep("every", max(1, n_epochs // n))):
-            rows: list[int] = []
-            for epoch in range(n_epochs):
-                rows.append(epoch)
-                dropped = keep.dropped(rows, correct[rows])
-                rows = [e for e in rows if e not in dropped]
+            rows = kept_rows(keep, correct)
             for name in ("KF", "auto"):
                 method = "forget" if name == "KF" else bench.plans[name].method
                 plan = fmn.fuse([bench.select[e] for e in rows], bench.y, method=method, folds=0)
-                test = _score(plan.apply([bench.test[e] for e in rows]), bench.y_test)
+                test = _accuracy(plan.apply([bench.test[e] for e in rows]), bench.y_test)
                 study.append({"keep": keep.rule, "n": len(rows), "share": share, "fusion": name, "test_accuracy": test})
     return study
 
 
+def kept_rows(keep: Keep, correct: NDArray[np.bool_]) -> list[int]:
+    """Epochs that are still on disk after a run with this rule."""
+    rows: list[int] = []
+    for epoch in range(len(correct)):
+        rows.append(epoch)
+        dropped = keep.dropped(rows, correct[rows])
+        rows = [e for e in rows if e not in dropped]
+    return rows
+
+
 def recovered(bench: Bench) -> dict[str, dict[str, int]]:
-    """Of the test samples that the final model forgot: what auto, KF and their students bring back, and lose."""
+    """Test samples that auto, KF and their students bring back, and those that they lose."""
     correct = np.stack([p.argmax(1) == bench.y_test for p in bench.test])
     predictions: dict[str, Any] = {name: bench.plans[name].apply(bench.test) for name in ("KF", "auto")}
     for name in ("KF", "auto"):
-        if "students" in bench.piece.stages:
+        if "students" in bench.stages:
             student = bench.student(name, FusedModel(bench.plans[name], bench.run))
             predictions[f"distilled {name}"] = predict(student.model, bench.data.test)[0].cpu().numpy()
     return fmn.recovery(correct, predictions, bench.y_test).counts()
 
 
-def versions(device: str) -> dict[str, str]:
+def made_with(device: str) -> dict[str, str]:
+    """Versions, device and threads."""
     names = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     where = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     return {"fmn_ref": fmn.__version__, **names, "device": where, "threads": str(torch.get_num_threads())}
 
 
-def _score(probs: NDArray[Any], labels: Labels) -> float:
+def _accuracy(probs: NDArray[Any], labels: Labels) -> float:
     return float((probs.argmax(1) == labels).mean())

@@ -1,8 +1,9 @@
-"""Networks of the experiments. Each is made anew by a call; weights come from torch's generator."""
+"""Networks of the experiments. Each call makes a new network, with weights from torch's global generator."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 
 def mlp(n_channels: int, size: int, n_classes: int, hidden: int = 256, depth: int = 2) -> nn.Module:
-    """`depth` hidden layers with ReLU."""
+    """Multilayer perceptron with `depth` hidden layers and ReLU."""
     widths = [n_channels * size**2, *[hidden] * depth]
     layers: list[nn.Module] = [nn.Flatten()]
     for n_in, n_out in pairwise(widths):
@@ -18,12 +19,17 @@ def mlp(n_channels: int, size: int, n_classes: int, hidden: int = 256, depth: in
     return nn.Sequential(*layers, nn.Linear(widths[-1], n_classes))
 
 
+def _channels_last(*layers: nn.Module) -> nn.Module:
+    network = nn.Sequential(*layers)
+    return cast(nn.Module, network.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+
+
 def _block(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
     return [nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
 
 
 def small_cnn(n_channels: int, size: int, n_classes: int) -> nn.Module:
-    """For images of 8 (digits), 28 (MNIST) or 32 pixels (CIFAR): enough weights to memorise 10 000 wrong labels."""
+    """CNN for images of 8 (digits), 28 (MNIST) or 32 pixels (CIFAR). It can memorise 10 000 wrong labels."""
     if size <= 8:
         blocks = [*_block(n_channels, 16), *_block(16, 32), nn.MaxPool2d(2)]
         features, hidden = 32 * (size // 2) ** 2, 128
@@ -34,7 +40,7 @@ def small_cnn(n_channels: int, size: int, n_classes: int) -> nn.Module:
         blocks = [*_block(n_channels, 32, 2), *_block(32, 64), nn.MaxPool2d(2), *_block(64, 128), nn.MaxPool2d(2)]
         features, hidden = 128 * (size // 8) ** 2, 256
     head = [nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, n_classes)]
-    return nn.Sequential(*blocks, *head).to(memory_format=torch.channels_last)
+    return _channels_last(*blocks, *head)
 
 
 class Residual(nn.Module):
@@ -56,7 +62,7 @@ class Residual(nn.Module):
 
 
 def resnet18(n_channels: int, n_classes: int, width: int = 64) -> nn.Module:
-    """ResNet-18 with the stem for small images: 3 x 3, no pooling."""
+    """ResNet-18 whose stem suits small images: 3 x 3, no pooling."""
     layers: list[nn.Module] = _block(n_channels, width)
     n_in = width
     for stage, stride in enumerate((1, 2, 2, 2)):
@@ -64,11 +70,11 @@ def resnet18(n_channels: int, n_classes: int, width: int = 64) -> nn.Module:
         layers += [Residual(n_in, n_out, stride), Residual(n_out, n_out, 1)]
         n_in = n_out
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n_classes)]
-    return nn.Sequential(*layers, *head).to(memory_format=torch.channels_last)
+    return _channels_last(*layers, *head)
 
 
 class VisionTransformer(nn.Module):
-    """Patches as tokens, learned positions, pre-norm layers, mean over the tokens."""
+    """Transformer over patches: learned positions, pre-norm layers, mean over the tokens."""
 
     def __init__(
         self, n_channels: int, size: int, n_classes: int, patch: int, width: int, depth: int, heads: int
@@ -87,13 +93,13 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position  # (B, patches, width)
-        return self.head(self.norm(self.layers(tokens)).mean(1))
+        return cast(Tensor, self.head(self.norm(self.layers(tokens)).mean(1)))
 
 
 def small_vit(
     n_channels: int, size: int, n_classes: int, patch: int = 4, width: int = 96, depth: int = 4, heads: int = 4
 ) -> nn.Module:
-    """Vision Transformer (Dosovitskiy et al. 2021) for images whose size is a multiple of `patch`; 0.5 M parameters."""
+    """Vision Transformer (Dosovitskiy et al. 2021), 0.5 M parameters. `size` must be a multiple of `patch`."""
     return VisionTransformer(n_channels, size, n_classes, patch, width, depth, heads)
 
 
@@ -113,17 +119,17 @@ class ConvNextBlock(nn.Module):
         self.pointwise = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
-        self.scale = nn.Parameter(torch.full((width,), 0.1))  # the paper's 1e-6 is for networks far deeper
+        self.scale = nn.Parameter(torch.full((width,), 0.1))  # the paper's 1e-6 suits much deeper networks
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.pointwise(self.depthwise(x).permute(0, 2, 3, 1))  # (B, H, W, C): pointwise layers are linear
-        return x + (self.scale * out).permute(0, 3, 1, 2)
+        return cast(Tensor, x + (self.scale * out).permute(0, 3, 1, 2))
 
 
 def small_convnext(
     n_channels: int, size: int, n_classes: int, width: int = 32, depths: tuple[int, ...] = (2, 2, 2)
 ) -> nn.Module:
-    """ConvNeXt (Liu et al. 2022): each stage has half the size and twice the width of the last; 0.4 M parameters."""
+    """ConvNeXt (Liu et al. 2022), 0.4 M parameters. Each stage halves the image's size and doubles the width."""
     stem = 2 if size >= 32 else 1
     layers: list[nn.Module] = [nn.Conv2d(n_channels, width, stem, stem), ChannelNorm(width)]
     for stage, depth in enumerate(depths):
@@ -132,4 +138,4 @@ def small_convnext(
             width *= 2
         layers += [ConvNextBlock(width) for _ in range(depth)]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(width), nn.Linear(width, n_classes)]
-    return nn.Sequential(*layers, *head).to(memory_format=torch.channels_last)
+    return _channels_last(*layers, *head)

@@ -1,10 +1,11 @@
-"""The experiment suite: every method on real data with wrong labels, beside every control.
+"""The experiment suite: which pieces there are, and how they are run and resumed.
 
     fmn-ref bench paper --scale cpu --data ROOT -o FOLDER
 
-A piece is one data set, noise, augmentation and seed. Each finished piece leaves a JSON file and each finished run its
-folder, so that the suite goes on where it stopped; `--only` takes part of it, `--jobs` works on several at once.
-Everything is chosen on the selection set and scored on other samples. docs/results.md says what came out.
+Each piece compares every method with every control on real data with wrong labels. Everything is chosen on the
+selection set and scored on other samples. A finished piece leaves a JSON file and a finished run leaves its folder, so
+an interrupted suite resumes. `--only` runs some of the pieces, `--jobs` runs several at once. docs/results.md discusses
+the results.
 """
 
 from __future__ import annotations
@@ -13,97 +14,24 @@ import multiprocessing
 import os
 import re
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-import fmn_ref as fmn
 from fmn_ref import _files
-from fmn_ref.training.augmentation import crop_flip
 
-from . import datasets, measurement, networks, tables
+from . import measurement, networks, tables
+from .pieces import Piece, Task
 
 SGD: dict[str, Any] = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}
-FORMAT = "fmn_ref.paper-piece"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A data set with the network and the recipe that go with it."""
-
-    dataset: str
-    n_train: int | None
-    n_select: int
-    n_test: int
-    epochs: int
-    recipe: dict[str, Any]
-    network: Callable[[], nn.Module]
-    padding: int
-    flip: bool = False
-    pooled: bool = False
-    device: str = "cpu"
-    stages: dict[str, tuple[str, ...]] | None = None  # per noise, "" for the others; None: all
-
-    def make_model(self) -> nn.Module:
-        return self.network().to(self.device)
-
-    @property
-    def augment(self) -> Callable[[Tensor], Tensor]:
-        return crop_flip(self.padding, self.flip)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One cell of the suite."""
-
-    task: Task
-    noise: str
-    augmented: bool
-    seed: int
-
-    @property
-    def setting(self) -> str:
-        return f"{self.task.dataset}-{self.noise}-{'augmented' if self.augmented else 'plain'}"
-
-    @property
-    def name(self) -> str:
-        return f"{self.setting}-{self.seed}"
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """What is done beyond fusing: see `measurement.STAGES`."""
-        stages = self.task.stages
-        if stages is None:
-            return tuple(measurement.STAGES)
-        return stages.get(f"{self.noise}-augmented" if self.augmented else self.noise, stages[""])
-
-    def split(self, root: Path) -> datasets.Split:
-        t = self.task
-        source = datasets.SOURCES[t.dataset](root)
-        return datasets.split(source, self.noise, self.seed, t.n_train, t.n_select, t.n_test, pooled=t.pooled)
-
-    def recipe(self, seed: int, **changes: Any) -> dict[str, Any]:
-        """Keywords of `train` and `distill`."""
-        augment = self.task.augment if self.augmented else None
-        own = {"epochs": self.task.epochs, "seed": seed, "augment": augment, "progress": False}
-        return {**self.task.recipe, **own, **changes}
-
-    def train(self, data: datasets.Split, folder: Path, network: int = 0) -> fmn.Run:
-        """The run, or one of the independent networks on the same data: other weights, other order."""
-        seed = self.seed + 1000 * network
-        torch.manual_seed(seed)
-        model, run_dir = self.task.make_model(), folder / f"network_{network}"
-        return fmn.train(model, data.train, data.select, run_dir=run_dir, **self.recipe(seed))
+NOISES = ("clean", "sym20", "sym40", "asym20", "asym40", "human")
 
 
 def cpu_tasks() -> list[Task]:
-    """About five hours on two cores."""
+    """Tasks for two cores: about five hours."""
     small = {**SGD, "batch_size": 64, "lr": 0.05}
     colour = {**SGD, "batch_size": 128, "lr": 0.02, "amp": True}  # the best of 0.02, 0.05, 0.1 by selection accuracy
     students = {f"{noise}-augmented": ("students",) for noise in NOISES}  # their teachers predict every augmented batch
@@ -119,7 +47,10 @@ def cpu_tasks() -> list[Task]:
 
 
 def gpu_tasks(root: Path) -> list[Task]:
-    """The papers' protocol with METHOD's recipe: half of the test set selects, half is scored."""
+    """Tasks for a GPU, with the protocol of arXiv 2507.08686: half of the test set selects, the other half is scored.
+
+    The paper does not give its optimizer's settings; these are the usual ones for ResNet-18 on small images.
+    """
     recipe = {**SGD, "batch_size": 128, "lr": 0.1, "amp": True}
     some = {"": ("students",), "clean-augmented": ("students", "networks")}
     more: dict[str, Any] = {"stages": some, "device": "cuda"}
@@ -130,11 +61,8 @@ def gpu_tasks(root: Path) -> list[Task]:
     return tasks
 
 
-NOISES = ("clean", "sym20", "sym40", "asym20", "asym40", "human")
-
-
-def pieces(scale: str, root: Path, n_seeds: int = 3) -> list[Piece]:
-    """All cells in the order in which they are done."""
+def all_pieces(scale: str, root: Path, n_seeds: int = 3) -> list[Piece]:
+    """All pieces, in the order in which they run."""
     if scale == "gpu":
         noises = ("clean", "sym40", "sym20", "asym40", "asym20")
         return [Piece(t, noise, True, s) for t in gpu_tasks(root) for noise in noises for s in range(n_seeds)]
@@ -150,44 +78,56 @@ def pieces(scale: str, root: Path, n_seeds: int = 3) -> list[Piece]:
 
 
 def run_piece(piece: Piece, root: Path, out: Path) -> dict[str, Any]:
-    """The piece's result: what is stored, or made now and stored."""
+    """Read the piece's stored result, or measure and store it."""
     path = out / "pieces" / f"{piece.name}.json"
     if path.exists():
-        return _files.read_json(path, FORMAT)
+        return _files.read_json(path, tables.FORMAT)
     began = time.perf_counter()
     content = measurement.measure(piece, root, out / "runs" / piece.name)
     content["seconds"] = round(time.perf_counter() - began)  # of this attempt, if earlier ones were interrupted
     path.parent.mkdir(parents=True, exist_ok=True)
-    _files.write_json(path, {"format": FORMAT, "version": 1, **content})
-    return _files.read_json(path, FORMAT)
+    _files.write_json(path, {"format": tables.FORMAT, "version": 1, **content})
+    return _files.read_json(path, tables.FORMAT)
 
 
 def benchmark(
     scale: str, root: str, out: str, only: str = "", jobs: int = 1, n_seeds: int = 3, clean_up: bool = False
 ) -> str:
-    """Do the pieces whose names match `only`, then write tables and figures of all that are done; the tables' text.
+    """Run pieces, then write tables and figures of all finished pieces; return the tables' text.
 
-    clean_up: remove the checkpoints of finished pieces.
+    Parameters
+    ----------
+    scale : {"cpu", "gpu"}
+    root : str
+        Folder of the data sets.
+    out : str
+        Folder of the results.
+    only : str, default ""
+        Regular expression: run the pieces whose names it matches.
+    jobs : int, default 1
+        Pieces that run at once.
+    n_seeds : int, default 3
+    clean_up : bool, default False
+        Delete the checkpoints of finished pieces.
     """
-    todo = [p for p in pieces(scale, Path(root), n_seeds) if re.search(only, p.name)]
+    todo = [p for p in all_pieces(scale, Path(root), n_seeds) if re.search(only, p.name)]
     if not todo:
         raise ValueError(f"--only: no piece matches {only!r}")
     if any(p.task.device == "cuda" for p in todo) and not torch.cuda.is_available():
         raise ValueError("--scale gpu: torch finds no CUDA device here")
-    task = partial(
-        _work, root=Path(root), out=Path(out), threads=max(1, (os.cpu_count() or 1) // jobs), clean_up=clean_up
-    )
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    job = partial(_run_job, root=Path(root), out=Path(out), threads=threads, clean_up=clean_up)
     if jobs == 1:
         for piece in todo:
-            print(task(piece), flush=True)
+            print(job(piece), flush=True)
     else:
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(task, piece) for piece in todo]):
+            for done in as_completed([pool.submit(job, piece) for piece in todo]):
                 print(done.result(), flush=True)
     return tables.write(Path(out))
 
 
-def _work(piece: Piece, root: Path, out: Path, threads: int, clean_up: bool) -> str:
+def _run_job(piece: Piece, root: Path, out: Path, threads: int, clean_up: bool) -> str:
     torch.set_num_threads(threads)
     run_piece(piece, root, out)
     if clean_up:

@@ -1,22 +1,21 @@
-"""Tables and figures of the suite, computed from the pieces' JSON files and nothing else."""
+"""Tables and figures of the suite, computed from the pieces' JSON files alone.
+
+A piece is one data set, noise, augmentation and seed. A setting is a piece without its seed.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fmn_ref import _files
+from fmn_ref.reporting.tables import csv_table, markdown_table, mean_and_error
 
-Float = NDArray[np.float64]
-Result = dict[str, Any]
-_DRAWS = 10_000
+Result = dict[str, Any]  # of a piece
+DRAWS = 10_000  # of the bootstrap
 FORMAT = "fmn_ref.paper-piece"
 AGAINST = ("final", "KF", "auto")
 SHOWN = (
@@ -28,42 +27,37 @@ SHOWN = (
 )
 
 
-def load(folder: Path) -> list[Result]:
-    """All finished pieces, by name."""
+def load_results(folder: Path) -> list[Result]:
+    """Results of all finished pieces, in the order of their names."""
     return [_files.read_json(path, FORMAT) for path in sorted((folder / "pieces").glob("*.json"))]
 
 
 def rows_of(result: Result) -> dict[str, dict[str, Any]]:
+    """Rows of a piece by method."""
     return {row["method"]: row for row in result["rows"]}
 
 
-def cells(results: list[Result]) -> list[dict[str, Any]]:
-    """A cell for each setting and method: mean and standard error over the seeds, costs."""
+def setting_rows(results: list[Result]) -> list[dict[str, Any]]:
+    """A row for each setting and method: mean and standard error over the seeds, and costs."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
         for method, row in rows_of(result).items():
             found.setdefault((result["setting"], method), []).append(row)
-    return [
-        {
-            "setting": setting,
-            "method": method,
-            "seeds": len(rows),
-            **_mean_se("test_accuracy", [100 * r["test_accuracy"] for r in rows]),
-            "forward_passes": float(np.mean([r["forward_passes"] for r in rows])),
-            "training_runs": float(np.mean([r["training_runs"] for r in rows])),
-        }
-        for (setting, method), rows in found.items()
-    ]
-
-
-def _mean_se(name: str, values: list[float]) -> dict[str, float | None]:
-    se = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {name: float(np.mean(values)), "standard_error": se}
+    table = []
+    for (setting, method), rows in found.items():
+        accuracy, error = mean_and_error([100 * r["test_accuracy"] for r in rows])
+        costs = {name: float(np.mean([r[name] for r in rows])) for name in ("forward_passes", "training_runs")}
+        row = {"setting": setting, "method": method, "seeds": len(rows), "test_accuracy": accuracy}
+        table.append({**row, "standard_error": error, **costs})
+    return table
 
 
 def paired(results: list[Result], method: str, against: str) -> dict[str, Any] | None:
-    """Test accuracy of one method minus another's on the same pieces, in points: the mean over settings, and a 95 %
-    bootstrap interval over the settings."""
+    """Compare the test accuracies of two methods on the same pieces, in points.
+
+    Returns the mean difference over the settings and its 95 % bootstrap interval over the settings; None if no piece
+    has both methods.
+    """
     by_setting: dict[str, list[float]] = {}
     for result in results:
         rows = rows_of(result)
@@ -73,33 +67,26 @@ def paired(results: list[Result], method: str, against: str) -> dict[str, Any] |
     if not by_setting:
         return None
     means = np.array([np.mean(v) for v in by_setting.values()])
-    draws = np.random.default_rng(0).choice(means, (_DRAWS, len(means))).mean(1)
+    draws = np.random.default_rng(0).choice(means, (DRAWS, len(means))).mean(1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return {"settings": len(means), "difference": float(means.mean()), "low": float(low), "high": float(high)}
 
 
 def overall(results: list[Result]) -> list[dict[str, Any]]:
-    """A row per method: its mean over its settings, and its differences from the final model, KF and auto."""
-    table = cells(results)
-    order = list(dict.fromkeys(row["method"] for result in results for row in result["rows"]))
+    """A row for each method: its mean over its settings, and its differences from the final model, KF and auto."""
+    table = setting_rows(results)
     rows = []
-    for method in order:
-        own = [c for c in table if c["method"] == method]
-        rows.append(
-            {
-                "method": method,
-                "settings": len(own),
-                "test_accuracy": float(np.mean([c["test_accuracy"] for c in own])),
-                "forward_passes": float(np.mean([c["forward_passes"] for c in own])),
-                "training_runs": float(np.mean([c["training_runs"] for c in own])),
-                **{f"minus {other}": paired(results, method, other) for other in AGAINST},
-            }
-        )
+    for method in dict.fromkeys(row["method"] for result in results for row in result["rows"]):
+        own = [row for row in table if row["method"] == method]
+        names = "test_accuracy", "forward_passes", "training_runs"
+        means = {name: float(np.mean([row[name] for row in own])) for name in names}
+        differences = {f"minus {other}": paired(results, method, other) for other in AGAINST}
+        rows.append({"method": method, "settings": len(own), **means, **differences})
     return rows
 
 
 def budget(results: list[Result]) -> list[dict[str, Any]]:
-    """Share of the fusion's gain that is left with fewer checkpoints, over all pieces."""
+    """Share of the fusion's gain that remains with fewer checkpoints, over all pieces."""
     sums: dict[tuple[str, float, str], list[tuple[float, float, int]]] = {}
     for result in results:
         rows = rows_of(result)
@@ -108,111 +95,97 @@ def budget(results: list[Result]) -> list[dict[str, Any]]:
             full = rows[entry["fusion"]]["test_accuracy"] - final
             key = entry["keep"], entry["share"], entry["fusion"]
             sums.setdefault(key, []).append((entry["test_accuracy"] - final, full, entry["n"]))
-    return [
-        {
-            "keep": keep,
-            "share": share,
-            "fusion": fusion,
-            "pieces": len(v),
-            "gain": 100 * float(np.mean([g for g, _, _ in v])),
-            "full_gain": 100 * float(np.mean([f for _, f, _ in v])),
-            "share_of_gain": float(sum(g for g, _, _ in v) / (sum(f for _, f, _ in v) or np.inf)),
-            "checkpoints": float(np.mean([n for _, _, n in v])),
-        }
-        for (keep, share, fusion), v in sums.items()
-    ]
+    return [dict(zip(("keep", "share", "fusion"), key, strict=True)) | _budget_means(v) for key, v in sums.items()]
+
+
+def _budget_means(values: list[tuple[float, float, int]]) -> dict[str, Any]:
+    """Means over the pieces of (gain, gain from all checkpoints, number of checkpoints)."""
+    gains, full_gains, checkpoints = zip(*values, strict=True)
+    return {
+        "pieces": len(values),
+        "gain": 100 * float(np.mean(gains)),
+        "full_gain": 100 * float(np.mean(full_gains)),
+        "share_of_gain": float(sum(gains) / (sum(full_gains) or np.inf)),
+        "checkpoints": float(np.mean(checkpoints)),
+    }
 
 
 def fit_rule(results: list[Result], method: str = "auto") -> dict[str, Any]:
-    """Gain of the fusion by least squares on what the history shows; its error on settings that were left out."""
+    """Fit the fusion's gain to features of the history by least squares; cross-validate over the settings.
+
+    `error` is the root mean square error on settings that were left out.
+    """
     names = ["peak", "churn", "drop"]
-    x = np.array([[1.0, *(r["history"][n] for n in names)] for r in results])
+    x = np.array([[1.0, *(r["history"][n] for n in names)] for r in results])  # (n_pieces, 4)
     y = np.array([rows_of(r)[method]["test_accuracy"] - rows_of(r)["final"]["test_accuracy"] for r in results])
     settings = np.array([r["setting"] for r in results])
-    error = []
+    if (settings == settings[0]).all():
+        return {}
+    errors: list[float] = []
     for setting in np.unique(settings):
         out = settings == setting
-        if out.all():
-            return {}
-        error += list(y[out] - np.clip(x[out] @ np.linalg.lstsq(x[~out], y[~out], rcond=None)[0], 0, 1))
+        errors += list(y[out] - np.clip(x[out] @ np.linalg.lstsq(x[~out], y[~out], rcond=None)[0], 0, 1))
     coefficients = np.linalg.lstsq(x, y, rcond=None)[0]
     return {
-        "coefficients": dict(zip(["constant", *names], np.round(coefficients, 4).tolist(), strict=True)),
-        "error": float(np.round(np.sqrt(np.mean(np.square(error))), 4)),
+        "coefficients": {n: float(np.round(c, 4)) for n, c in zip(["constant", *names], coefficients, strict=True)},
+        "error": float(np.round(np.sqrt(np.mean(np.square(errors))), 4)),
         "error_of_the_mean": float(np.round(np.std(y), 4)),
     }
 
 
 def markdown(results: list[Result]) -> str:
     """All tables."""
-    return "\n".join(
-        ["# The suite's tables", "", _overall_table(results), *_setting_tables(results), _budget_table(results)]
-    )
-
-
-def _difference(value: dict[str, Any] | None) -> str:
-    return "" if value is None else f"{value['difference']:+.2f} ({value['low']:+.2f} to {value['high']:+.2f})"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-
-
-def _overall_table(results: list[Result], only: tuple[str, ...] = ()) -> str:
-    head = [
-        "method",
-        "settings",
-        "test accuracy",
-        *(f"minus {other}" for other in AGAINST),
-        "forward passes",
-        "training",
-    ]
-    rows = [
-        [
-            row["method"],
-            str(row["settings"]),
-            f"{row['test_accuracy']:.2f}",
-            *(_difference(row[f"minus {other}"]) for other in AGAINST),
-            f"{row['forward_passes']:.1f}",
-            f"{row['training_runs']:.3g}",
-        ]
-        for row in overall(results)
-        if not only or row["method"] in only
-    ]
-    return _table(head, rows)
+    tables = [_overall_table(results), *_setting_tables(results), _budget_table(results)]
+    return "\n".join(["# The suite's tables", "", *tables])
 
 
 def summary(results: list[Result]) -> str:
-    """What docs/results.md shows: single runs, students, and what costs more training."""
+    """The table in docs/results.md: single runs, students, and methods that train more."""
     return _overall_table(results, SHOWN)
 
 
+def _overall_table(results: list[Result], only: tuple[str, ...] = ()) -> str:
+    against = [f"minus {other}" for other in AGAINST]
+    columns = ["method", "settings", "test accuracy", *against, "forward passes", "training"]
+    rows = []
+    for row in overall(results):
+        if not only or row["method"] in only:
+            differences = [_difference_text(row[name]) for name in against]
+            costs = [f"{row['forward_passes']:.1f}", f"{row['training_runs']:.3g}"]
+            rows.append([row["method"], str(row["settings"]), f"{row['test_accuracy']:.2f}", *differences, *costs])
+    return markdown_table(columns, rows)
+
+
+def _difference_text(value: dict[str, Any] | None) -> str:
+    return "" if value is None else f"{value['difference']:+.2f} ({value['low']:+.2f} to {value['high']:+.2f})"
+
+
 def _setting_tables(results: list[Result]) -> list[str]:
-    """A table per data set and augmentation: methods by noises, mean ± standard error."""
-    by_cell = {(c["setting"], c["method"]): c for c in cells(results)}
+    """A table for each data set and augmentation: methods by noises, mean ± standard error."""
+    rows = {(row["setting"], row["method"]): row for row in setting_rows(results)}
+    settings = list(dict.fromkeys(r["setting"] for r in results))
     tables = []
     for dataset in dict.fromkeys(r["dataset"] for r in results):
         for kind in ("plain", "augmented"):
-            settings = [s for s in dict.fromkeys(r["setting"] for r in results) if s.startswith(f"{dataset}-")]
-            settings = [s for s in settings if s.endswith(kind)]
-            if not settings:
-                continue
-            methods = dict.fromkeys(m for s, m in by_cell if s in settings)
-            rows = [[m, *(_cell(by_cell.get((s, m))) for s in settings)] for m in methods]
-            seeds = {by_cell[s, "final"]["seeds"] for s in settings}
-            noises = [s.split("-")[1] for s in settings]
-            count = " to ".join(map(str, sorted(seeds)))
-            head = f"## {dataset}, {kind}\n\nMean ± standard error over {count} seeds.\n"
-            tables.append(f"{head}\n{_table(['method', *noises], rows)}")
+            own = [s for s in settings if s.startswith(f"{dataset}-") and s.endswith(kind)]
+            if own:
+                tables.append(_setting_table(f"{dataset}, {kind}", own, rows))
     return tables
 
 
-def _cell(cell: dict[str, Any] | None) -> str:
-    if cell is None:
+def _setting_table(title: str, settings: list[str], rows: dict[tuple[str, str], dict[str, Any]]) -> str:
+    seeds = " to ".join(str(n) for n in sorted({rows[s, "final"]["seeds"] for s in settings}))
+    columns = ["method", *(s.split("-")[1] for s in settings)]
+    methods = dict.fromkeys(method for setting, method in rows if setting in settings)
+    table = markdown_table(columns, [[m, *(_accuracy_text(rows.get((s, m))) for s in settings)] for m in methods])
+    return f"## {title}\n\nMean ± standard error over {seeds} seeds.\n\n{table}"
+
+
+def _accuracy_text(row: dict[str, Any] | None) -> str:
+    if row is None:
         return ""
-    se = "" if cell["standard_error"] is None else f" ± {cell['standard_error']:.1f}"
-    return f"{cell['test_accuracy']:.1f}{se}"
+    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.1f}"
+    return f"{row['test_accuracy']:.1f}{error}"
 
 
 def _budget_table(results: list[Result]) -> str:
@@ -226,24 +199,21 @@ def _budget_table(results: list[Result]) -> str:
         ]
         for b in budget(results)
     ]
-    return "## Fewer checkpoints\n\n" + _table(
-        ["keep", "fusion", "checkpoints", "gain, points", "of the full gain"], rows
-    )
+    columns = ["keep", "fusion", "checkpoints", "gain, points", "of the full gain"]
+    return "## Fewer checkpoints\n\n" + markdown_table(columns, rows)
 
 
 def to_csv(results: list[Result]) -> str:
-    out = io.StringIO()
-    table = cells(results)
-    writer = csv.DictWriter(out, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return out.getvalue()
+    """The rows of `setting_rows` as CSV."""
+    table = setting_rows(results)
+    return csv_table(list(table[0]), [list(row.values()) for row in table])
 
 
 def to_json(results: list[Result]) -> str:
+    """All numbers of the tables as JSON."""
     content = {
         "overall": overall(results),
-        "cells": cells(results),
+        "cells": setting_rows(results),
         "budget": budget(results),
         "rule": fit_rule(results),
     }
@@ -251,33 +221,32 @@ def to_json(results: list[Result]) -> str:
 
 
 def write(folder: Path) -> str:
-    """Tables as Markdown, CSV and JSON, and figures, of all finished pieces; the Markdown text."""
-    results = load(folder)
+    """Write the tables of all finished pieces as Markdown, CSV and JSON, and the figures; return the Markdown."""
+    results = load_results(folder)
     if not results:
         raise ValueError(f"{folder / 'pieces'}: no finished piece")
-    for name, content in (("tables.md", markdown), ("tables.csv", to_csv), ("tables.json", to_json)):
-        text = content(results).encode()
-        _files.write_atomic(folder / name, lambda f, text=text: f.write(text))
-    figures(results, folder)
-    return markdown(results)
+    text = markdown(results)
+    for ending, content in (("md", text), ("csv", to_csv(results)), ("json", to_json(results))):
+        with _files.replacing(folder / f"tables.{ending}") as path:
+            path.write_text(content)
+    draw(results, folder)
+    return text
 
 
-def figures(results: list[Result], folder: Path) -> None:
+def draw(results: list[Result], folder: Path) -> None:
+    """Draw gain.png and budget.png."""
     from matplotlib.figure import Figure
 
-    def save(name: str, draw: Callable[[Any], None]) -> None:
+    for name, draw_axes in (("gain.png", _draw_gain), ("budget.png", _draw_budget)):
         figure = Figure((6.4, 3.8), dpi=120, layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
-        draw(axes)
+        draw_axes(axes, results)
         figure.savefig(folder / name)
-
-    save("gain.png", lambda axes: _draw_gain(axes, results))
-    save("budget.png", lambda axes: _draw_budget(axes, results))
 
 
 def _draw_gain(axes: Any, results: list[Result]) -> None:
-    """Gain of auto against the peak forget fraction."""
+    """Plot the gain of auto against the peak forget fraction."""
     for (dataset, augmented), marker in _kinds(results):
         some = [r for r in results if (r["dataset"], r["augmented"]) == (dataset, augmented)]
         x = [100 * r["history"]["peak"] for r in some]
@@ -294,7 +263,7 @@ def _kinds(results: list[Result]) -> list[tuple[tuple[str, bool], str]]:
 
 
 def _draw_budget(axes: Any, results: list[Result]) -> None:
-    """Share of the gain that is left, by the share of checkpoints kept."""
+    """Plot the share of the gain that remains against the share of the checkpoints kept."""
     for fusion in ("KF", "auto"):
         for keep, line in (("budget", "-o"), ("every", ":s")):
             points = [b for b in budget(results) if (b["fusion"], b["keep"]) == (fusion, keep)]

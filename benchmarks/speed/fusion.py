@@ -1,21 +1,18 @@
-"""Times the exact search of epsilon beside a grid written in torch, and every way to fuse on a large run.
+"""Speed of the fusion: the search of one epsilon beside a grid in torch, and every method on a large run.
 
     fmn-ref bench fusion [-o benchmarks/results]
 
-The grid in torch is what one would write: 101 times a mixture, an arg-max and a count, on all threads. Medians; each
-program is timed alone, after a pause, since torch's and BLAS's threads go on spinning for a while. Accuracies are
-compared before anything is timed.
+The grid in torch is the code that a user would write: 101 mixtures, each with an arg-max and a count, on all threads.
+Times are medians. Each program is timed alone after a pause, because the threads of torch and of BLAS stay busy for a
+while after a call. The accuracies are compared before anything is timed.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +21,30 @@ import torch
 from numpy.typing import NDArray
 
 import fmn_ref as fmn
+from fmn_ref.fusion.methods import method_names
+from fmn_ref.reporting.tables import markdown_table
+from fmn_ref.runs.importers import softmax
 
-from .metric import machine
+from ..common import in_new_process, machine, median_seconds, peak_kib, write_result
 
-SIZES = [(n, k) for n in (10_000, 50_000) for k in (10, 100, 1000)]
-LARGE = 200, 10_000, 100
-METHODS = ("forget", "greedy", "bagged", "likelihood", "coverage", "top", "auto")
+SIZES = [(n, k) for n in (10_000, 50_000) for k in (10, 100, 1000)]  # samples, classes
+LARGE = 200, 10_000, 100  # epochs, samples, classes
+METHODS = tuple(m for m in method_names() if m not in ("equal", "last"))  # those two cost what "top" costs
+
+Probs = NDArray[np.float32]
+Labels = NDArray[np.int64]
 
 
-def predictions(n: int, k: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], ...]:
-    """Two correlated predictors, right on a quarter to a half of the samples."""
+def predictions(n: int, k: int, rng: np.random.Generator) -> tuple[list[Probs], Labels]:
+    """Draw two correlated predictors that classify a quarter to a half of the samples correctly."""
     z = rng.normal(0, 2, (n, k)).astype(np.float32)
     labels = rng.integers(0, k, n)
     z[np.arange(n), labels] += 4
-    return (*(softmax(z + rng.normal(0, 1.5, z.shape).astype(np.float32)) for _ in range(2)), labels)
-
-
-def softmax(z: NDArray[np.float32]) -> NDArray[np.float32]:
-    p = np.exp(z - z.max(-1, keepdims=True))
-    return np.asarray(p / p.sum(-1, keepdims=True))
+    return [softmax(z + rng.normal(0, 1.5, z.shape).astype(np.float32), "logits") for _ in range(2)], labels
 
 
 def torch_grid(current: torch.Tensor, candidate: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Search epsilon in steps of 0.01 with torch; return (epsilon, accuracy)."""
     best, found = -1, 0
     for i in range(101):
         right = int((torch.lerp(current, candidate, i / 100).argmax(1) == labels).sum())
@@ -54,44 +53,25 @@ def torch_grid(current: torch.Tensor, candidate: torch.Tensor, labels: torch.Ten
     return found / 100, best / len(labels)
 
 
-def seconds(call: Callable[[], Any], least: int = 3, budget: float = 2.0) -> float:
-    call()
-    time.sleep(0.3)
-    times: list[float] = []
-    while len(times) < least or (sum(times) < budget and len(times) < 200):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def search_row(n: int, k: int, dtype: str, rng: np.random.Generator) -> dict[str, Any]:
-    current, candidate, labels = predictions(n, k, rng)
-    pair = [torch.from_numpy(p).to(getattr(torch, dtype)) for p in (current, candidate)]
-    given = [p if dtype == "bfloat16" else p.numpy() for p in pair]
-    y = torch.from_numpy(labels)
-    wide = [p.float() for p in pair]  # torch's fastest type here
-    of_torch = torch_grid(*wide, y)
-    of_exact = fmn.best_epsilon(*given, labels, search="exact")
-    if of_exact[1] < fmn.best_epsilon(*given, labels)[1]:
-        raise AssertionError(f"exact {of_exact} is below the grid")
-    slow = seconds(lambda: torch_grid(*wide, y), budget=1)
-    fast = seconds(lambda: fmn.best_epsilon(*given, labels, search="exact"))
-    grid = seconds(lambda: fmn.best_epsilon(*given, labels), budget=1)
-    return {
-        "n_samples": n,
-        "n_classes": k,
-        "dtype": dtype,
-        "torch_grid_ms": 1e3 * slow,
-        "exact_ms": 1e3 * fast,
-        "grid_ms": 1e3 * grid,
-        "times": slow / fast,
-        "accuracy": {"torch_grid": of_torch[1], "exact": of_exact[1]},
-    }
+    """Time three searches of one epsilon on predictions of one size and type."""
+    probs, labels = predictions(n, k, rng)
+    tensors = [torch.from_numpy(p).to(getattr(torch, dtype)) for p in probs]
+    current, candidate = (p if dtype == "bfloat16" else p.numpy() for p in tensors)
+    in_torch = partial(torch_grid, tensors[0].float(), tensors[1].float(), torch.from_numpy(labels))  # fastest type
+    exact = partial(fmn.best_epsilon, current, candidate, labels, search="exact")
+    grid = partial(fmn.best_epsilon, current, candidate, labels)
+    accuracy = {"torch_grid": in_torch()[1], "exact": exact()[1]}
+    if accuracy["exact"] < grid()[1]:
+        raise AssertionError(f"accuracy of the exact search {accuracy['exact']} is below the grid's {grid()[1]}")
+    calls = {"torch_grid_ms": (in_torch, 1), "exact_ms": (exact, 2), "grid_ms": (grid, 1)}
+    times = {name: 1e3 * median_seconds(call, s, most=200, pause=0.3) for name, (call, s) in calls.items()}
+    row: dict[str, Any] = {"n_samples": n, "n_classes": k, "dtype": dtype, **times}
+    return row | {"times": times["torch_grid_ms"] / times["exact_ms"], "accuracy": accuracy}
 
 
-def large_run(n_epochs: int, n: int, k: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-    """A run that learns, drifts, and forgets: float16 probabilities of every epoch."""
+def large_run(n_epochs: int, n: int, k: int) -> tuple[NDArray[np.float16], Labels]:
+    """Draw float16 probabilities (n_epochs, n, k) of a run that learns, drifts and forgets, and the labels."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, k, n)
     base = rng.normal(0, 1.5, (n, k)).astype(np.float32)
@@ -101,88 +81,100 @@ def large_run(n_epochs: int, n: int, k: int) -> tuple[NDArray[np.float16], NDArr
     for e in range(n_epochs):
         t = e / n_epochs
         state = 0.95 * state + rng.normal(0, 0.46, (n, k)).astype(np.float32)
-        probs[e] = softmax(base * min(1, 0.1 + 3.3 * t) + state + drift * max(0, 1.25 * (t - 0.2)))
+        probs[e] = softmax(base * min(1, 0.1 + 3.3 * t) + state + drift * max(0, 1.25 * (t - 0.2)), "logits")
     return probs, labels
 
 
 def fuse_row(method: str, folds: int, path: str) -> dict[str, Any]:
-    """Time and peak memory of one fusion of a file's probabilities, read into memory: `benchmark` starts a process for
-    each."""
+    """Measure time and peak memory of one fusion of probabilities in a file, which is read into memory first."""
     probs, labels = np.load(path), np.load(path.replace("probs", "labels"))
-    fmn.fuse(probs[:2, :100], labels[:100], method=method, folds=2)  # loads what is loaded once
+    fmn.fuse(probs[:2, :100], labels[:100], method=method, folds=2)  # loads the libraries
     before = peak_kib()
     start = time.perf_counter()
-    plan = fmn.fuse(probs, labels, method=method, folds=folds)
+    found = fmn.fuse(probs, labels, method=method, folds=folds)
     took = time.perf_counter() - start
-    added = (peak_kib() - before) / 1024
     return {
         "method": method,
         "folds": folds,
         "seconds": took,
         "probabilities_mib": probs.nbytes / 2**20,
-        "added_mib": added,
-        "members": len(plan.members),
-        "final": plan.accuracy[0],
-        "accuracy": plan.accuracy[-1],
-        "cv_accuracy": plan.cv_accuracy,
+        "added_mib": (peak_kib() - before) / 1024,
+        "members": len(found.members),
+        "final": found.accuracy[0],
+        "accuracy": found.accuracy[-1],
+        "cv_accuracy": found.cv_accuracy,
     }
 
 
-def peak_kib() -> int:
-    """Of this process alone: what getrusage says is handed down from the parent."""
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+def fuse_rows() -> list[dict[str, Any]]:
+    """Measure every method on a large run, each in a process of its own."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "probs.npy"
+        probs, labels = large_run(*LARGE)
+        np.save(path, probs)
+        np.save(path.with_name("labels.npy"), labels)
+        for method in METHODS:
+            for folds in (5,) if method == "auto" else (0, 5):
+                rows.append(in_new_process(fuse_row, method, folds, str(path)))
+    return rows
 
 
 def benchmark(output: str | None = None) -> dict[str, Any]:
+    """Time all searches and fusions; write fusion_speed.json and fusion_speed.md into `output`."""
     rng = np.random.default_rng(0)
     searches = [search_row(n, k, "float32", rng) for n, k in SIZES]
     searches += [search_row(*SIZES[1], dtype, rng) for dtype in ("float16", "bfloat16", "float64")]
-    fusions = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "probs.npy"
-        for name, a in zip(("probs", "labels"), large_run(*LARGE), strict=True):
-            np.save(path.with_name(f"{name}.npy"), a)
-        for method in METHODS:
-            for folds in (5,) if method == "auto" else (0, 5):
-                call = f"from fmn_ref.benchmarks import fusion_speed as f; f.main({method!r}, {folds}, {str(path)!r})"
-                done = subprocess.run([sys.executable, "-c", call], check=True, capture_output=True, text=True)
-                fusions.append(json.loads(done.stdout))
-    result = {"machine": machine(), "shape": list(LARGE), "search": searches, "fuse": fusions}
+    result = {"machine": machine(), "shape": list(LARGE), "search": searches, "fuse": fuse_rows()}
     if output is not None:
-        folder = Path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "fusion_speed.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / "fusion_speed.md").write_text(markdown(result))
+        write_result(output, "fusion_speed", result, markdown(result))
     return result
 
 
-def main(method: str, folds: int, path: str) -> None:
-    print(json.dumps(fuse_row(method, folds, path)))
-
-
 def markdown(result: dict[str, Any]) -> str:
-    lines = ["# Speed of the fusion", "", "One epsilon: 101 points in torch beside the exact search.", ""]
-    lines += ["| samples x classes | type | grid in torch, ms | grid here, ms | exact, ms | torch / exact |"]
-    lines += ["|---|---|--:|--:|--:|--:|"]
-    lines += [
-        f"| {r['n_samples']} x {r['n_classes']} | {r['dtype']} | {r['torch_grid_ms']:.4g} | {r['grid_ms']:.3g} | "
-        f"{r['exact_ms']:.3g} | {r['times']:.0f} |"
-        for r in result["search"]
-    ]
+    """Two tables: the search of one epsilon, and whole fusions."""
     e, n, k = result["shape"]
-    lines += [
-        "",
-        f"A whole fusion of {e} epochs x {n} samples x {k} classes, float16; with folds, as many runs more.",
-        "",
-    ]
-    lines += ["| method | folds | seconds | memory added, MiB | members | accuracy | cross-validated |"]
-    lines += ["|---|--:|--:|--:|--:|--:|--:|"]
-    for r in result["fuse"]:
-        cv = "" if r["cv_accuracy"] is None else f"{r['cv_accuracy']:.2%}"
-        lines.append(
-            f"| {r['method']} | {r['folds']} | {r['seconds']:.2f} | {r['added_mib']:.0f} | {r['members']} | "
-            f"{r['accuracy']:.2%} | {cv} |"
-        )
     mib = result["fuse"][0]["probabilities_mib"]
-    lines += ["", f"The probabilities take {mib:.0f} MiB. Machine: {json.dumps(result['machine'])}", ""]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            "# Speed of the fusion\n",
+            "Search of one epsilon: a grid of 101 points in torch, the same grid here, and the exact search.\n",
+            _search_table(result["search"]),
+            f"One fusion of {e} epochs x {n} samples x {k} classes, float16. With 5 folds it runs 5 more times.\n",
+            _fuse_table(result["fuse"]),
+            f"The probabilities take {mib:.0f} MiB. Machine: {json.dumps(result['machine'])}\n",
+        ]
+    )
+
+
+def _search_table(rows: list[dict[str, Any]]) -> str:
+    columns = ["samples x classes", "type", "grid in torch, ms", "grid here, ms", "exact, ms", "torch / exact"]
+    cells = [
+        [
+            f"{r['n_samples']} x {r['n_classes']}",
+            r["dtype"],
+            f"{r['torch_grid_ms']:.4g}",
+            f"{r['grid_ms']:.3g}",
+            f"{r['exact_ms']:.3g}",
+            f"{r['times']:.0f}",
+        ]
+        for r in rows
+    ]
+    return markdown_table(columns, cells, 2)
+
+
+def _fuse_table(rows: list[dict[str, Any]]) -> str:
+    columns = ["method", "folds", "seconds", "memory added, MiB", "members", "accuracy", "cross-validated"]
+    cells = [
+        [
+            r["method"],
+            str(r["folds"]),
+            f"{r['seconds']:.2f}",
+            f"{r['added_mib']:.0f}",
+            str(r["members"]),
+            f"{r['accuracy']:.2%}",
+            "" if r["cv_accuracy"] is None else f"{r['cv_accuracy']:.2%}",
+        ]
+        for r in rows
+    ]
+    return markdown_table(columns, cells)

@@ -1,10 +1,11 @@
-// Times the C library's functions on one and on all threads, in cache and out of it, beside the read bandwidth.
+// Speed of the C library's functions beside the read bandwidth: on one thread and on all, in cache and out of cache.
 //
 //     cmake -B build && cmake --build build --target metric_throughput && build/metric_throughput [epochs] [samples]
 //
-// A row: function, format, thread count, median ms of the calls of a third of a second, GB/s of the bytes that the function
-// reads, and its share of the bandwidth at which as many threads read the same bytes and add them up, measured right after.
-// Results are compared with plain loops' first. FMN_ISA chooses the instruction set.
+// A row holds the function, the format, the number of threads, the median ms of the calls of a third of a second, the GB/s
+// of the bytes that the function reads, and the share of the read bandwidth. For the bandwidth, as many threads read the
+// same bytes and add them up, right after the function was timed. All results are first compared with those of plain loops.
+// FMN_ISA chooses the instruction set.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -34,7 +35,7 @@ static double median_seconds(const std::function<void()>& call) {
     return times[times.size() / 2];
 }
 
-// What the metrics compete with: every byte loaded once, in eight sums that the compiler keeps in vector registers.
+// Loads every byte once, in eight sums that the compiler keeps in vector registers: the upper bound for the metrics.
 static uint64_t read_all(const uint8_t* p, int64_t n) {
     uint64_t sums[8] = {};
     for (int64_t i = 0; i + 64 <= n; i += 64)
@@ -61,7 +62,7 @@ static double read_bandwidth(const Bytes& data, int n_threads) {  // GB/s
         work(0);
         for (auto& t : threads) t.join();
     });
-    if (sinks[0] == 1) std::puts("");  // the sums are used
+    if (sinks[0] == 1) std::puts("");  // or the compiler would drop the sums
     return static_cast<double>(part * n_threads * times) / s / 1e9;
 }
 

@@ -1,4 +1,4 @@
-"""The loops that everybody writes, to compare with: `train` one network, `evaluate` the checkpoints of a run."""
+"""The loops that a user would write: `train` a network, `evaluate` the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import fmn_ref as fmn
 
 from ..experiments import datasets
-
-if TYPE_CHECKING:
-    from .training import Setting
+from .settings import Setting
 
 
 class Cropped(Dataset[tuple[Tensor, Tensor]]):
-    """Crops and flips one image at a time, as transforms do."""
+    """Images that are cropped and flipped one at a time, as by torchvision's transforms."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -40,7 +38,7 @@ class Cropped(Dataset[tuple[Tensor, Tensor]]):
 
 
 def train(model: nn.Module, s: Setting, split: datasets.Split, folder: Path, seed: int = 0) -> list[float]:
-    """Seconds of each epoch."""
+    """Train a network: the twin of `fmn.train`. Returns the seconds of each epoch."""
     torch.manual_seed(seed)
     on_gpu = {"num_workers": min(8, os.cpu_count() or 1), "pin_memory": True, "persistent_workers": True}
     options: dict[str, Any] = on_gpu if s.device == "cuda" else {}
@@ -75,7 +73,7 @@ def train(model: nn.Module, s: Setting, split: datasets.Split, folder: Path, see
 
 @torch.no_grad()
 def evaluate(s: Setting, run: fmn.Run, samples: datasets.Data) -> NDArray[np.float32]:
-    """Probabilities (checkpoints, n, classes)."""
+    """Predict with every checkpoint: probabilities (n_checkpoints, n_samples, n_classes)."""
     stacked = []
     for path in run.checkpoints:
         model = s.make_model()

@@ -1,10 +1,10 @@
-"""Accuracy and forget fraction per epoch of a dask.array that need not fit memory: its blocks are counted and added.
+"""Accuracy and forget fraction per epoch of a dask.array larger than memory: the sum of its blocks' counts.
 
     pip install "fmn_ref[dask]"
     python -c 'import numpy as np; np.save("correct.npy", np.random.rand(5, 1001) < 0.6)'   # (n_epochs, n_samples) bool
     python docs/examples/dask_array.py correct.npy
 
-A block must hold all epochs of its samples: `correct.rechunk((-1, "auto"))` makes it so.
+A block must hold all epochs of its samples. `correct.rechunk((-1, "auto"))` makes such blocks.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import fmn_ref as fmn
 
 
 def forgetting_curves(correct: da.Array) -> fmn.ForgettingCurves:
-    """What fmn.forgetting_curves would say of the whole, for an array in blocks of (all epochs, some samples)."""
+    """Compute fmn.forgetting_curves of an array in blocks of (all epochs, some samples)."""
     if correct.numblocks[0] != 1:
         raise ValueError("a block must hold all epochs of its samples: rechunk((-1, 'auto'))")
     blocks = correct.to_delayed().ravel()

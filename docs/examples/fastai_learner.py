@@ -1,4 +1,4 @@
-"""fastai: a Callback records every validation of Learner.fit, and nothing of lr_find and get_preds.
+"""fastai: a Callback records every validation of Learner.fit, but not lr_find and get_preds.
 
 pip install "fmn_ref[demo]" fastai
 python docs/examples/fastai_learner.py runs/fastai

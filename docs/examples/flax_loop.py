@@ -1,4 +1,4 @@
-"""JAX and Flax: a loop of one's own with history and weights, then the fusion of what its checkpoints predict.
+"""JAX and Flax: your own loop records history and weights, then its checkpoints' predictions are fused.
 
 pip install "fmn_ref[demo]" flax optax
 python docs/examples/flax_loop.py runs/flax

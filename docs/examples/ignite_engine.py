@@ -1,4 +1,4 @@
-"""PyTorch Ignite: a handler of the trainer's EPOCH_COMPLETED records what the evaluator predicts.
+"""PyTorch Ignite: a handler of the trainer's EPOCH_COMPLETED records the evaluator's predictions.
 
 pip install "fmn_ref[demo]" pytorch-ignite
 python docs/examples/ignite_engine.py runs/ignite

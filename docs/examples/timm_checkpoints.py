@@ -1,4 +1,4 @@
-"""timm: what its train.py saved (with --checkpoint-hist 1000; else it keeps ten checkpoints), as a run to fuse.
+"""timm: make a run of the checkpoints that its train.py saved. Use --checkpoint-hist 1000; the default keeps ten.
 
 pip install "fmn_ref[numba]" timm
 python docs/examples/timm_checkpoints.py output/train/RUN runs/timm --data-dir IMAGES
@@ -23,7 +23,7 @@ def record_checkpoints(
         int(path.name[len("checkpoint-") : -len(".pth.tar")]): path for path in folder.glob("checkpoint-*.pth.tar")
     }
     for epoch in sorted(saved.keys() - set(range(recorder.next_epoch))):
-        with torch.serialization.safe_globals([argparse.Namespace]), torch.no_grad():  # loads no other code
+        with torch.serialization.safe_globals([argparse.Namespace]), torch.no_grad():  # refuses any other class
             model.load_state_dict(timm.models.load_state_dict(str(saved[epoch]), use_ema=False, weights_only=True))
             parts = [(model.eval()(x), y) for x, y in loader]
         recorder.record(epoch, *map(torch.cat, zip(*parts, strict=True)))

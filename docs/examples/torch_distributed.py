@@ -1,10 +1,10 @@
-"""Accuracy and forget fraction per epoch of samples spread over ranks: each counts its own, all_reduce adds up.
+"""Accuracy and forget fraction per epoch of samples on several ranks: each rank counts, all_reduce adds the counts.
 
     python -c 'import numpy as np; np.save("correct.npy", np.random.rand(5, 1001) < 0.6)'   # (n_epochs, n_samples) bool
     torchrun --nproc-per-node 2 docs/examples/torch_distributed.py correct.npy
 
-Counts are integers, so the curves are those that one process would find, exactly. Give each sample to one rank only:
-DistributedSampler repeats some to make shards of equal size (drop_last=True leaves some out instead).
+Counts are integers, so the curves equal those of one process exactly. Give each sample to one rank only. A
+DistributedSampler repeats some samples to make shards of equal size; with drop_last=True it leaves some out instead.
 """
 
 import sys
@@ -18,7 +18,7 @@ import fmn_ref as fmn
 
 
 def all_reduce(curves: fmn.ForgettingCurves) -> fmn.ForgettingCurves:
-    """The curves of all ranks' samples together, on every rank."""
+    """Curves of all ranks' samples, on every rank."""
     counts, n_samples = torch.tensor(curves.counts), torch.tensor(curves.n_samples)
     dist.all_reduce(counts)
     dist.all_reduce(n_samples)

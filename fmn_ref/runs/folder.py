@@ -213,7 +213,7 @@ def versions() -> dict[str, str]:
 class RunLock:
     """A process's right to write in a run folder; ValueError where another process has it.
 
-    Several locks of one process share it: a second Recorder in a notebook is fine, and `CorrectnessHistory` notices when
+    Locks of one process share it: a notebook may make a second Recorder, and `CorrectnessHistory` notices where
     both write. The lock is released with its last holder, by `release`, garbage collection, or the end of the process,
     a kill included. Readers need none. Windows, and file systems without locks, have no protection but the history's.
     """

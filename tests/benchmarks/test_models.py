@@ -71,7 +71,7 @@ def test_it_learns_random_labels(network):
 
 
 def test_weights_can_be_stored_and_exchanged(network, tmp_path):
-    """What checkpoints and fused models do: load_state_dict, deepcopy, functional_call."""
+    """Checkpoints and fused models call load_state_dict, deepcopy and functional_call."""
     model, other = network(1, 8, 10).eval(), network(1, 8, 10).eval()
     x, _ = batch(4)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
@@ -81,7 +81,7 @@ def test_weights_can_be_stored_and_exchanged(network, tmp_path):
         assert not torch.equal(other(x), expected)
         assert torch.equal(torch.func.functional_call(other, weights, (x,)), expected)
         assert torch.equal(copy.deepcopy(model)(x), expected)
-    # with gradients the transformer's layers take another path: not the same bits
+    # With gradients, torch's transformer layers take another path, which gives other bits.
     torch.testing.assert_close(torch.func.functional_call(other, weights, (x,)), model(x))
     other.load_state_dict(weights)
     assert torch.equal(other(x), model(x))
@@ -111,6 +111,6 @@ def test_numbers_of_parameters(make, expected):
 
 
 def test_new_networks_are_small():
-    """About as many parameters as the CNN, so that CIFAR-100 can be learned on a CPU."""
+    """They have about as many parameters as the CNN, so that a CPU can train them on CIFAR-100."""
     for make in (networks.mlp, networks.small_vit, networks.small_convnext):
         assert 300_000 < n_parameters(make(3, 32, 100)) < 1_000_000

@@ -16,6 +16,7 @@ import torch
 
 import fmn_ref as fmn
 from fmn_ref.benchmarks.experiments import datasets, double_descent, measurement, networks, suite, tables
+from fmn_ref.benchmarks.experiments.pieces import Piece
 from fmn_ref.benchmarks.speed import fusion
 from fmn_ref.cli import main
 from fmn_ref.training.augmentation import crop_flip
@@ -46,10 +47,16 @@ def tiny(dataset="digits", stages=None, **changes):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """A piece with all stages, on digits."""
+    """(piece, folder, result) of a piece with all stages, on digits."""
     out = tmp_path_factory.mktemp("suite")
-    piece = suite.Piece(tiny(), "sym40", False, 0)
+    piece = Piece(tiny(), "sym40", False, 0)
     return piece, out, suite.run_piece(piece, Path(), out)
+
+
+def assert_says_how_it_was_made(result):
+    assert {"fmn_ref", "torch", "numpy", "python", "device"} <= set(result["made_with"])
+    assert result["piece"] == f"{result['setting']}-{result['seed']}"
+    assert len(result["curves"]["accuracy"]) == result["epochs"]
 
 
 def test_a_piece_holds_every_method(everything):
@@ -74,6 +81,10 @@ def test_a_piece_holds_every_method(everything):
         assert row["forward_passes"] >= 1
     assert rows["top at auto's cost"]["forward_passes"] == rows["auto"]["forward_passes"]
     assert rows["5 networks"]["training_runs"] == 5
+    fusions = [method for method in rows if method in measurement.FUSIONS]
+    assert fusions[:2] == ["KF", "KF exact"]
+    assert fusions[2:] == ["greedy", "bagged", "likelihood", "coverage", "equal", "last", "top", "auto"]
+    assert_says_how_it_was_made(result)
     assert result["share_of_wrong_labels"] == 0.4
     assert result["recovery"]["auto"]["samples"] == 120
 
@@ -96,22 +107,23 @@ def test_an_interrupted_piece_ends_the_same(everything, tmp_path, monkeypatch):
 
 def test_tables_of_a_suite(everything):
     _, out, result = everything
-    other = {**result, "piece": "digits-sym40-plain-1", "seed": 1}
+    worse = [{**row, "test_accuracy": row["test_accuracy"] - 0.02} for row in result["rows"]]
+    other = {**result, "piece": "digits-sym40-plain-1", "seed": 1, "rows": worse}
     (out / "pieces" / "digits-sym40-plain-1.json").write_text(
-        json.dumps({"format": suite.FORMAT, "version": 1, **other})
+        json.dumps({"format": tables.FORMAT, "version": 1, **other})
     )
     text = tables.write(out)
     accuracy = 100 * tables.rows_of(result)["auto"]["test_accuracy"]
-    assert f"| auto | {accuracy:.1f} ± 0.0 |" in text
+    assert f"| auto | {accuracy - 1:.1f} ± 1.0 |" in text
     assert (out / "tables.md").read_text() == text
     assert {"gain.png", "budget.png", "tables.csv", "tables.json"} <= {p.name for p in out.iterdir()}
 
 
 def test_the_same_samples_cannot_select_and_score(monkeypatch, tmp_path):
-    """A split that cheats is refused."""
-    piece = suite.Piece(tiny(stages={"": ()}), "clean", False, 0)
+    """A split whose test set is the selection set is refused."""
+    piece = Piece(tiny(stages={"": ()}), "clean", False, 0)
     honest = piece.split(Path())
-    monkeypatch.setattr(suite.Piece, "split", lambda self, root: honest._replace(test=honest.select))
+    monkeypatch.setattr(Piece, "split", lambda self, root: honest._replace(test=honest.select))
     with pytest.raises(ValueError, match="selection set"):
         suite.run_piece(piece, Path(), tmp_path)
 
@@ -135,7 +147,12 @@ def test_splits_are_disjoint_and_seeded(dataset, tmp_path):
             assert torch.equal(x[1], y[1])
         sets = [set(map(bytes, part[0].numpy().reshape(len(part[0]), -1))) for part in a[:3]]
         assert not sets[0] & sets[1] | sets[1] & sets[2] | sets[0] & sets[2]
-        assert a.share_wrong == {"clean": 0, "sym20": 0.2, "asym40": 0.4}.get(noise, a.share_wrong)
+        if noise == "human":
+            drawn = np.random.default_rng(3).permutation(len(source.human))[:150]
+            assert a.train[1].tolist() == source.human[drawn].tolist()
+            assert a.share_wrong == (source.human[drawn] != source.train[1][drawn]).mean() > 0.9
+        else:
+            assert a.share_wrong == {"clean": 0, "sym20": 0.2, "asym40": 0.4}[noise]
     with pytest.raises(ValueError, match="at most"):
         datasets.split(source, "clean", 0, 150, 5000, 6000, pooled=dataset == "digits")
     with pytest.raises(ValueError, match="noise"):
@@ -173,7 +190,7 @@ def test_damaged_data_is_named(tmp_path):
 
 
 def test_augmentation_crops_and_flips():
-    """Every augmented image is a crop of the padded one, as it is or mirrored; equal seeds give equal images."""
+    """Every augmented image is a crop of the padded image, mirrored or not. Equal seeds give equal images."""
     x = torch.arange(4 * 3 * 6 * 6, dtype=torch.float32).reshape(4, 3, 6, 6) + 1
     torch.manual_seed(0)
     once = crop_flip(2)(x.repeat(20, 1, 1, 1))
@@ -188,15 +205,15 @@ def test_augmentation_crops_and_flips():
 
 
 def test_the_gpu_scale_on_a_tiny_network(tmp_path):
-    """Its code path on the CPU: ResNet-18, four channels wide, on random images in CIFAR's layout."""
+    """ResNet-18, four channels wide, on random images in CIFAR's layout, on the CPU."""
     cifar_like(tmp_path / "data")
     task, *_ = suite.gpu_tasks(tmp_path / "data")
     network = partial(networks.resnet18, 3, 100, width=4)
     small = {"n_select": 60, "n_test": 60, "epochs": 2, "device": "cpu"}
-    piece = suite.Piece(replace(task, network=network, stages={"": ("students",)}, **small), "sym40", True, 0)
+    piece = Piece(replace(task, network=network, stages={"": ("students",)}, **small), "sym40", True, 0)
     rows = tables.rows_of(suite.run_piece(piece, tmp_path / "data", tmp_path / "out"))
     assert "distilled auto" in rows
-    names = [p.name for p in suite.pieces("gpu", tmp_path / "data")]
+    names = [p.name for p in suite.all_pieces("gpu", tmp_path / "data")]
     assert names[:4] == [f"cifar100-clean-augmented-{s}" for s in range(3)] + ["cifar100-sym40-augmented-0"]
     assert len(names) == 15
 
@@ -229,29 +246,42 @@ def test_double_descent_on_a_few_images(tmp_path, monkeypatch):
             idx(rng.integers(0, 256, (n, 28, 28)).astype(np.uint8))
         )
         (tmp_path / "mnist" / f"{name}-labels-idx1-ubyte").write_bytes(idx(rng.integers(0, 10, n).astype(np.uint8)))
-    monkeypatch.setattr(double_descent, "CASES", {"case": ("sym20", lambda: double_descent.mlp(4), 0.01)})
+    monkeypatch.setattr(double_descent, "CASES", {"case": ("sym20", lambda: networks.mlp(1, 28, 10, hidden=4), 0.01)})
     result = double_descent.benchmark(str(tmp_path), str(tmp_path), n_seeds=2, epochs=3)
-    assert len(result["cases"]["case"]["seeds"][1]["forget"]) == 3
+    seeds = result["cases"]["case"]["seeds"]
+    assert len(seeds[1]["forget"]) == 3
+    assert json.loads((tmp_path / "double_descent.json").read_text()) == result
     assert (tmp_path / "double_descent.png").stat().st_size > 5000
-    assert "case" in double_descent.markdown(result)
+    end = 100 * np.mean([seed["accuracy"] for seed in seeds])
+    assert re.fullmatch(
+        rf"\| case \| [\d.]+ \| [\d.]+ \| {end:.1f} \|", double_descent.markdown(result).splitlines()[2]
+    )
+
+
+def test_the_depth_of_a_double_descent():
+    curve = [0.1, 0.6, 0.3, 0.2, *[0.5] * 9, 0.7]
+    expected = {"peak": 0.6, "peak_epoch": 1, "dip": 0.2, "dip_epoch": 3, "end": pytest.approx(0.52)}
+    assert double_descent.depth(curve) == expected
 
 
 def test_fusion_speed_on_small_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(fusion, "SIZES", [(300, 5), (200, 7)])
-    monkeypatch.setattr(fusion, "seconds", lambda call, least=0, budget=0: (call(), 1.0)[1])
+    monkeypatch.setattr(fusion, "median_seconds", lambda call, seconds=0, most=0, pause=0: (call(), 1.0)[1])
     monkeypatch.setattr(fusion, "METHODS", ("forget", "auto"))
     monkeypatch.setattr(fusion, "LARGE", (4, 100, 5))
     result = fusion.benchmark(str(tmp_path))
     assert [r["dtype"] for r in result["search"]] == ["float32", "float32", "float16", "bfloat16", "float64"]
+    assert all(r["accuracy"]["exact"] >= r["accuracy"]["torch_grid"] for r in result["search"])
+    assert [(r["method"], r["folds"]) for r in result["fuse"]] == [("forget", 0), ("forget", 5), ("auto", 5)]
     assert (tmp_path / "fusion_speed.md").read_text() == fusion.markdown(result)
 
 
 class TestCommittedResults:
-    """What is committed follows from the pieces, cell by cell."""
+    """The committed tables follow from the committed pieces."""
 
     @pytest.fixture
     def results(self):
-        return tables.load(RESULTS)
+        return tables.load_results(RESULTS)
 
     def test_every_table_follows_from_the_pieces(self, results):
         assert tables.markdown(results) == (RESULTS / "tables.md").read_text()
@@ -259,7 +289,7 @@ class TestCommittedResults:
         assert tables.to_json(results) == (RESULTS / "tables.json").read_text()
 
     def test_cells_by_hand(self, results):
-        """The CSV's means and errors, recomputed from the pieces by nothing of the suite's code."""
+        """The CSV's means and errors, recomputed from the pieces without the suite's code."""
         accuracy = {}
         for path in (RESULTS / "pieces").glob("*.json"):
             content = json.loads(path.read_text())
@@ -277,7 +307,7 @@ class TestCommittedResults:
     def test_the_documentation_quotes_them(self, results):
         text = (RESULTS.parents[2] / "docs" / "results.md").read_text()
         assert tables.summary(results) in text
-        assert f"{len(results)} of {len(suite.pieces('cpu', Path()))} pieces" in text
+        assert f"{len(results)} of {len(suite.all_pieces('cpu', Path()))} pieces" in text
 
     def test_the_rule_is_the_fitted_one(self, results):
         rule = tables.fit_rule(results)
@@ -286,9 +316,7 @@ class TestCommittedResults:
 
     def test_pieces_say_how_they_were_made(self, results):
         for result in results:
-            assert {"fmn_ref", "torch", "numpy", "python", "device"} <= set(result["made_with"])
-            assert result["piece"] == f"{result['setting']}-{result['seed']}"
-            assert len(result["curves"]["accuracy"]) == result["epochs"]
+            assert_says_how_it_was_made(result)
 
     def test_double_descent_is_drawn_from_its_numbers(self):
         result = json.loads((RESULTS.parent / "double_descent.json").read_text())

@@ -1,10 +1,10 @@
-"""Kill a training and a distillation again and again, and compare what comes out with runs that nobody disturbed.
+"""Kill a training and a distillation many times, and compare their results with undisturbed runs.
 
-    python tests/kill_runs.py --kills 100 -o benchmarks/results/kills.json
+    python tests/helpers/kill_runs.py --kills 100 -o benchmarks/results/kills.json
 
-Half of the SIGKILLs come from outside at a random time. The others strike at a random operation on the disk: after half
-of a write, before or after an fsync, a rename or a removal. A run is killed until it gets to its end in spite of it (at
-each start within the next fifth of it); then another begins, until there were so many kills.
+Half of the SIGKILLs come from outside, at a random time. The others strike at a random disk operation: after half of a
+write, or before or after an fsync, a rename or a removal. Each kill strikes within a fifth of a run after its start. A
+run is started again until it reaches its end; then the next run begins, until the number of kills is reached.
 """
 
 import argparse
@@ -27,9 +27,10 @@ PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "fmn_ref.training.tr
 
 
 def work(job, folder, kill=None, seconds=None):
-    """Run a job of `resumable` in a process; kill it there or then, if it has not ended.
+    """Run a job of `resumable` in a process, and kill it at a disk operation, or after some seconds.
 
-    Returns what it reported: (its calls, seconds) at its end, or the path at which it killed itself; None: killed here.
+    Returns the process's report: (calls, seconds) if it ended, or the path at which it killed itself. None if this
+    process killed it.
     """
     receiver, sender = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=resumable.work, args=(sender, job, folder, kill))
@@ -38,7 +39,7 @@ def work(job, folder, kill=None, seconds=None):
     with receiver:
         assert receiver.recv() == "ready"
         process.join(seconds)
-        process.kill()  # nothing happens to one that has ended
+        process.kill()  # has no effect on a process that has ended
         process.join()
         try:
             report = receiver.recv()
@@ -51,13 +52,13 @@ def work(job, folder, kill=None, seconds=None):
 
 
 def contents(folder):
-    """Every file of a run but run.json, as tensors where it holds tensors; raises where one is half-written."""
+    """Read every file of a run except run.json; .pt files as tensors. Raises an error for a half-written file."""
     files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and p.name != "run.json"}
     return {name: torch.load(p) if p.suffix == ".pt" else p.read_bytes() for name, p in files.items()}
 
 
 def identical(a, b):
-    """The same bits, in nested containers."""
+    """Compare nested containers bit by bit."""
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
@@ -70,16 +71,16 @@ def identical(a, b):
 
 
 def next_epoch(folder):
-    """Where a run that was killed goes on."""
+    """Epoch at which a killed run resumes."""
     states = [folder / name for name in ("resume.pt", "resume.previous.pt") if (folder / name).exists()]
     return torch.load(states[0])["epoch"] + 1 if states else 0
 
 
 def kill_often(job, folder, kills, draw):
-    """Do the job undisturbed in folder/unbroken, then in others, with so many kills.
+    """Run the job undisturbed in folder/unbroken, then in other folders with `kills` kills.
 
-    Returns how many kills of each kind, a line about each, how many runs they hit, and the files that differ from the
-    unbroken run's.
+    Returns the number of kills of each kind, a line for each kill, the number of killed runs, and the files that differ
+    from those of the undisturbed run.
     """
     calls, duration = work(job, folder / "unbroken")
     expected = contents(folder / "unbroken")
@@ -107,14 +108,14 @@ def kill_often(job, folder, kills, draw):
 
 
 def draw_call(calls, draw):
-    """Where to strike: (operation, which of its calls, when), within the next fifth of the run's."""
+    """Draw a kill (operation, number of the call, moment) within the next fifth of the run's calls."""
     operation = draw.choice(sorted(calls))
     moment = "half of" if operation == "write" else draw.choice(["before", "after"])
     return operation, draw.randint(1, -(-calls[operation] // 5)), moment
 
 
 def kill_both(folder, kills, seed):
-    """Kill the training, and the distillation of what an undisturbed training left."""
+    """Kill the training, and the distillation of the undisturbed training's run."""
     print("seed", seed)
     draw = random.Random(seed)
     result = {"format": "fmn_ref.kills", "version": 1, "seed": seed, "made_with": versions()}
@@ -131,9 +132,9 @@ def versions():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="of each (default: 100)")
-    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the draws; default: a new one")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="a JSON file")
+    parser.add_argument("--kills", type=int, default=100, help="kills of each job (default: 100)")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="seed of the draws (default: new)")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = kill_both(Path(folder), args.kills, args.seed)

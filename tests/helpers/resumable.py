@@ -1,4 +1,4 @@
-"""The training and the distillation that kill_runs kills, and a disk that kills at a given operation."""
+"""The training and the distillation that `kill_runs` kills, and a disk that kills the process at an operation."""
 
 import builtins
 import os
@@ -21,7 +21,7 @@ EPOCHS = 30
 
 
 def training(folder):
-    """Train, fuse and save the plan; every checkpoint is kept."""
+    """Train, fuse and save the plan. Every checkpoint is kept."""
     train_set, val, _ = make_data()
     torch.manual_seed(1)
     run = fmn.train(make_model(), train_set, val, epochs=EPOCHS, run_dir=folder, augment=jitter, **RECIPE)
@@ -29,7 +29,7 @@ def training(folder):
 
 
 def distillation(folder, trained):
-    """Distil what `training` left in the folder `trained`: with everything that `distill` can keep on disk."""
+    """Distil the run that `training` left in `trained`, with every file that `distill` can write."""
     train_set, val, _ = make_data()
     plan, run = fmn.FusionPlan.load(trained / "plan.json"), fmn.Run.open(trained, make_model())
     torch.manual_seed(2)
@@ -46,10 +46,13 @@ def jitter(x):
 
 
 class Disk:
-    """Counts what this process does to the disk, and kills it at one operation, whose path is reported first.
+    """Counts this process's disk operations, and kills it at one of them after reporting the path.
 
-    kill : (operation, which of its calls from 1, moment), or None
-        At "half of" a "write"; "before" or "after" an "fsync", "replace" or "unlink".
+    Parameters
+    ----------
+    kill : (operation, number of the call, moment), optional
+        Operation "write" with moment "half of", or "fsync", "replace" or "unlink" with "before" or "after". Calls are
+        numbered from 1.
     """
 
     def __init__(self, folder, report, kill=None):
@@ -78,19 +81,19 @@ class Disk:
         return opened
 
     def moment(self, name):
-        """When to die in this call; None: not in this one."""
+        """Moment to die in this call, or None."""
         self.calls[name] += 1
         return self.kill[2] if self.kill is not None and (name, self.calls[name]) == self.kill[:2] else None
 
     def die(self, path):
         if isinstance(path, int):
-            path = os.path.realpath(f"/proc/self/fd/{path}")  # a number elsewhere than on Linux
+            path = os.path.realpath(f"/proc/self/fd/{path}")  # on other systems the number remains
         self.report(os.path.relpath(path, self.folder))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class File:
-    """A file open for writing, on such a disk; np.save takes it for one that has nothing but `write`."""
+    """A file open for writing on a `Disk`. np.save uses only its `write`, because it is no file object of Python's."""
 
     def __init__(self, file, disk):
         self._file, self._disk = file, disk
@@ -113,11 +116,11 @@ class File:
 
 
 def work(connection, job, folder, kill):
-    """A process: it sends "ready", then the path at which it kills itself, (its calls, seconds), or what went wrong."""
+    """Run a job in a process. It sends "ready", then its report: see `kill_runs.work`, or an error."""
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill leaves behind
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which a kill leaves behind
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", ".*dropped the torn last record")  # a history after half of a write
+    warnings.filterwarnings("ignore", ".*dropped the torn last record")  # after half of a write
     disk = Disk(folder, connection.send, kill)
     connection.send("ready")
     begin = time.monotonic()

@@ -231,12 +231,12 @@ def test_the_benchmark(tmp_path, monkeypatch):
     assert (tmp_path / "boosting.png").stat().st_size > 1000
     assert [cell["library"] for cell in result["cells"]] == list(benchmark.LIBRARIES)
     found = result["cells"][0]["seeds"][1]
-    parts = benchmark.split("breast_cancer", 0.4, 1)
+    parts = benchmark.draw_sets("breast_cancer", 0.4, 1)
     rows = [set(map(bytes, np.ascontiguousarray(x))) for x, _ in parts.values()]
     assert rows[0].isdisjoint(rows[1] | rows[2])
     assert rows[1].isdisjoint(rows[2])
     (x_select, y_select), (x_test, y_test) = parts["select"], parts["test"]
-    model = benchmark.make_model("scikit-learn", 10, 1).fit(*parts["train"])
+    model = benchmark.make_classifier("scikit-learn", 10, 1).fit(*parts["train"])
     probs = np.array(list(model.staged_predict_proba(x_select)), np.float32)
     test_probs = np.array(list(model.staged_predict_proba(x_test)), np.float32)
     right = test_probs.argmax(-1) == y_test

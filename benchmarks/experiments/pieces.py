@@ -1,0 +1,117 @@
+"""A piece of the experiment suite: which network is trained on which data, and how.
+
+A piece is one data set, noise, augmentation and seed. A setting is a piece without its seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fmn_ref as fmn
+from fmn_ref.training.augmentation import crop_flip
+
+from . import datasets
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set with its network and its recipe.
+
+    Attributes
+    ----------
+    dataset : str
+        A name in `datasets.SOURCES`.
+    n_train : int or None
+        Training images; None: all.
+    n_select, n_test : int
+        Images to select on, and to score.
+    epochs : int
+    recipe : dict
+        Keywords of `fmn.train`.
+    network : callable() -> nn.Module
+    padding : int
+        Width of the border of the crops, in pixels.
+    flip : bool, default False
+        Mirror half of the augmented images.
+    pooled : bool, default False
+        Draw all three sets from the same images.
+    device : str, default "cpu"
+    stages : dict or None
+        Names in `measurement.STAGES` for each noise, with "-augmented" behind it for augmented pieces. The entry ""
+        holds for all others. None: all stages.
+    """
+
+    dataset: str
+    n_train: int | None
+    n_select: int
+    n_test: int
+    epochs: int
+    recipe: dict[str, Any]
+    network: Callable[[], nn.Module]
+    padding: int
+    flip: bool = False
+    pooled: bool = False
+    device: str = "cpu"
+    stages: dict[str, tuple[str, ...]] | None = None
+
+    def make_model(self) -> nn.Module:
+        """Make the network with new weights, on the task's device."""
+        return self.network().to(self.device)
+
+    @property
+    def augment(self) -> Callable[[Tensor], Tensor]:
+        """Augmentation of the pieces that use one."""
+        return crop_flip(self.padding, self.flip)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One data set, noise, augmentation and seed."""
+
+    task: Task
+    noise: str
+    augmented: bool
+    seed: int
+
+    @property
+    def setting(self) -> str:
+        """Name without the seed."""
+        return f"{self.task.dataset}-{self.noise}-{'augmented' if self.augmented else 'plain'}"
+
+    @property
+    def name(self) -> str:
+        """Name of the piece, and of its files."""
+        return f"{self.setting}-{self.seed}"
+
+    @property
+    def stages(self) -> tuple[str, ...] | None:
+        """Stages beyond the fusions; None: all."""
+        stages = self.task.stages
+        if stages is None:
+            return None
+        return stages.get(f"{self.noise}-augmented" if self.augmented else self.noise, stages[""])
+
+    def split(self, root: Path) -> datasets.Split:
+        """Draw the training, selection and test sets."""
+        t = self.task
+        source = datasets.SOURCES[t.dataset](root)
+        return datasets.split(source, self.noise, self.seed, t.n_train, t.n_select, t.n_test, pooled=t.pooled)
+
+    def recipe(self, seed: int, **changes: Any) -> dict[str, Any]:
+        """Keywords of `train` and `distill`."""
+        augment = self.task.augment if self.augmented else None
+        own = {"epochs": self.task.epochs, "seed": seed, "augment": augment, "progress": False}
+        return {**self.task.recipe, **own, **changes}
+
+    def train(self, data: datasets.Split, folder: Path, network: int = 0) -> fmn.Run:
+        """Train a network. Networks of other numbers start from other weights and see the samples in another order."""
+        seed = self.seed + 1000 * network
+        torch.manual_seed(seed)
+        model, run_dir = self.task.make_model(), folder / f"network_{network}"
+        return fmn.train(model, data.train, data.select, run_dir=run_dir, **self.recipe(seed))
