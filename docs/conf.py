@@ -15,8 +15,16 @@ extensions = [
 ]
 exclude_patterns = ["examples"]
 autodoc_typehints = "none"  # the docstrings give shapes and dtypes
+autodoc_mock_imports = [
+    "accelerate",
+    "keras",
+    "lightning",
+    "safetensors",
+    "torchmetrics",
+    "transformers",
+]
 napoleon_google_docstring = False
 napoleon_use_ivar = True
-myst_enable_extensions = ["alert", "dollarmath"]
+myst_enable_extensions = ["alert", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the tests run the notebook
