@@ -236,7 +236,7 @@ def test_reading_a_history_without_the_package(rng):
     for row in correct:
         history.append(row)
     names = {}
-    exec(block(page("formats"), "## history.fmnh"), names)
+    exec(block((ROOT / "docs" / "reference" / "formats.md").read_text(), "## history.fmnh", "python"), names)
     np.testing.assert_array_equal(names["correct"], correct)
 
 
