@@ -75,8 +75,8 @@ def train_one_epoch(model, x, y):
 
 def test_readme_and_quickstart(capsys):
     """The quickstart trains what the README trained, and so returns the stored run at once."""
-    exec(block(README, "## Ten lines"), {})
-    check_output(capsys.readouterr().out, block(README, "## Ten lines", ""))
+    exec(block(README, "## Example"), {})
+    check_output(capsys.readouterr().out, block(README, "## Example", ""))
     text, names = page("quickstart"), {}
     for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         if blocks(section):
