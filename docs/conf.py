@@ -14,6 +14,8 @@ project = "fmn_ref"
 release = fmn_ref.__version__
 html_title = f"fmn_ref {release}"
 html_theme = "furo"
+html_show_copyright = False
+highlight_language = "none"  # commands and output; Python is named
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",

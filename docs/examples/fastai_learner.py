@@ -48,7 +48,9 @@ def main(run_dir: str) -> None:
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
 
     recording = Forgetting(run_dir)
-    learner = Learner(DataLoaders.from_dsets(train, val, bs=50), model, loss_func=nn.CrossEntropyLoss(), cbs=recording)
+    data = DataLoaders.from_dsets(train, val, bs=50)
+    loss = nn.CrossEntropyLoss()
+    learner = Learner(data, model, loss_func=loss, cbs=recording)
     learner.fit(EPOCHS, 1e-2)
 
     run = recording.history.run

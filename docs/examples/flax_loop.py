@@ -52,12 +52,13 @@ def main(run_dir: str) -> None:
         nnx.update((net, optimizer), serialization.from_bytes(state, path.read_bytes()))
 
     recorder = fmn.Recorder(run_dir, save=save, suffix=".msgpack")
-    if recorder.next_epoch:  # interrupted: go on from the last epoch
+    if recorder.next_epoch:  # interrupted: continue from the last epoch
         load(recorder.run.checkpoints[-1])
     for epoch in range(recorder.next_epoch, EPOCHS):
-        for order in jax.random.permutation(jax.random.key(epoch), 800).reshape(-1, 50):
+        key = jax.random.key(epoch)
+        for order in jax.random.permutation(key, 800).reshape(-1, 50):
             train_step(net, optimizer, x_train[order], y_train[order])
-        recorder.record(epoch, net(x_val), y_val)  # arrays of JAX as they are
+        recorder.record(epoch, net(x_val), y_val)  # arrays of JAX
 
     def predict(path: Path, x: jax.Array) -> jax.Array:
         load(path)

@@ -28,7 +28,8 @@ def main(run_dir: str) -> None:
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
     trainer = create_supervised_trainer(model, torch.optim.Adam(model.parameters(), 1e-2), nn.CrossEntropyLoss())
 
-    evaluator, outputs = create_supervised_evaluator(model), EpochOutputStore()
+    evaluator = create_supervised_evaluator(model)
+    outputs = EpochOutputStore()
     outputs.attach(evaluator)
     recorder = fmn.Recorder(run_dir, model)
 

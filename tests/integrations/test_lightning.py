@@ -486,7 +486,7 @@ def test_the_guide(tmp_path, monkeypatch):
     np.testing.assert_array_equal(names["run"].history.correct(), correct)
     assert names["fused"](VAL[0]).shape == (237, 4)
 
-    exec(block("## Distilling"), names)
+    exec(block("## Distil in Lightning"), names)
 
     class Student(names["Student"]):
         def validation_step(self, batch, batch_idx):

@@ -605,17 +605,19 @@ def blocks():
 
 def test_the_guide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, use, lm, existing = blocks()
-    assert len([line for line in first.splitlines() if line]) <= 10
+    training, fusing, use, averaging, lm, existing = blocks()
+    assert len([line for line in training.splitlines() if line]) <= 10
     names = {"model": classifier(), "args": arguments(tmp_path), "train_set": TRAIN, "val_set": VAL, "Trainer": Trainer}
-    exec(first, names)
+    exec(training, names)
+    exec(fusing, names)
     names["input_ids"] = torch.stack([s["input_ids"] for s in VAL])
     exec(use, names)
+    exec(averaging, names)
     accuracy = (names["log_probs"].argmax(1).numpy() == labels_of(VAL)).mean()
     assert accuracy == names["plan"].accuracy[-1] > names["plan"].accuracy[0]
     assert names["averaged"](names["input_ids"]).logits.shape == (90, 4)
     exec(lm, names)
-    assert names["recorder"].task == "causal_lm"
+    assert names["rec"].task == "causal_lm"
     exec(existing, names)
     assert len(names["run"].history) == 12
     student = fmn.distill(classifier(1), names["fused"], TRAIN, epochs=1, optimizer="adamw", lr=1e-3, progress=False)

@@ -1,7 +1,11 @@
-"""The README's and the guides' examples run as they are written."""
+"""Every example of the README and the docs runs as it is written; every link and every quoted number has its source."""
 
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +15,41 @@ from conftest import random_probs
 from networks import make_data, make_model
 
 import fmn_ref as fmn
+from fmn_ref import demo
 from fmn_ref.cli import main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TUTORIAL = ROOT / "docs" / "tutorial.ipynb"
 
 
-def block(text, after, language):
-    return re.search(rf"```{language}\n(.*?)```", text.split(after, 1)[1], re.DOTALL).group(1)
+def page(name):
+    return next((ROOT / "docs").rglob(f"{name}.md")).read_text()
+
+
+def blocks(text, language="python"):
+    """Code blocks of a language in order; those of "" show commands and what a program prints."""
+    fences = re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [code for info, code in fences if info == language]
+
+
+def block(text, after, language="python"):
+    return blocks(text.split(after, 1)[1], language)[0]
+
+
+def commands(text):
+    """The fmn-ref commands of a page, as lists of arguments."""
+    lines = "".join(blocks(text, "")).replace("\\\n", "").splitlines()
+    return [shlex.split(line.split(" > ")[0], comments=True)[1:] for line in lines if line.startswith("fmn-ref ")]
+
+
+def check_output(printed, shown):
+    """The same words; percentages within 5 points, for other machines train to other bits."""
+    texts = [re.sub(r"[\d.]+|\[[\d, ]+\]", "#", text).strip() for text in (printed, shown)]
+    assert texts[0] == texts[1]
+    values = [[float(v) for v in re.findall(r"([\d.]+)%", text)] for text in (printed, shown)]
+    np.testing.assert_allclose(*values, atol=5)
 
 
 @pytest.fixture(autouse=True)
@@ -26,22 +57,90 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_own_loop():
-    (x_train, y_train), (x_val, y_val), _ = make_data()
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+@pytest.fixture
+def data():
+    """The names that the pages use for data and models."""
+    (x_train, y_train), (x_val, y_val), (x_test, y_test) = make_data()
+    names = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test, "fmn": fmn}
+    names |= dict.fromkeys(("x_val", "x_select"), x_val) | dict.fromkeys(("y_val", "y_select"), y_val)
+    torch.manual_seed(0)
+    return names | {"model": make_model(), "make_model": make_model, "epochs": 4}
 
-    def train_one_epoch(model):
-        torch.nn.functional.cross_entropy(model.train()(x_train), y_train).backward()
-        optimizer.step()
+
+def train_one_epoch(model, x, y):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    torch.nn.functional.cross_entropy(model.train()(x), y).backward()
+    optimizer.step()
+
+
+def test_readme_and_quickstart(capsys):
+    """The quickstart trains what the README trained, and so returns the stored run at once."""
+    exec(block(README, "## Example"), {})
+    check_output(capsys.readouterr().out, block(README, "## Example", ""))
+    text, names = page("quickstart"), {}
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        if blocks(section):
+            exec(blocks(section)[0], names)
+            printed = capsys.readouterr().out
+            if blocks(section, ""):
+                check_output(printed, blocks(section, "")[0])
+            else:  # a table, of which the page shows some rows
+                shown, whole = (re.findall(r"^(\| [^|]+)", text, re.MULTILINE) for text in (section, printed))
+                assert set(shown) <= set(whole)
+    for command in commands(text):
+        assert main(command) == 0, capsys.readouterr().err
+
+
+def test_the_front_page(data):
+    (recording,), train = blocks(page("index").split("## I train")[0]), block(page("index"), "## I train")
+    names = data | {"scores": data["model"](data["x_val"]).detach(), "labels": data["y_val"], "epoch": 0}
+    exec(recording, names)
+    names |= {"train_data": (data["x_train"], data["y_train"]), "val_data": (data["x_val"], data["y_val"])}
+    exec(train.replace("epochs=40", "epochs=2, progress=False"), names)
+    assert len(names["run"].history) == 2
+
+
+def test_own_loop(data):
+    pytest.importorskip("matplotlib")
 
     def predict(model, x):
         with torch.no_grad():
             return model.eval()(x)
 
-    names = dict(locals(), epochs=4, make_model=make_model)
-    exec(block(README, "## In your own loop", "python"), names)
-    assert names["fused"](x_val).shape == names["student"](x_val).shape == (240, 4)
+    def train(model):
+        train_one_epoch(model, data["x_train"], data["y_train"])
+
+    names = data | {"train_one_epoch": train, "predict": predict}
+    for code in blocks(page("own-loop")):
+        exec(code, names)
+    assert names["fused"](data["x_val"]).shape == names["student"](data["x_val"]).shape == (240, 4)
+    assert Path("curves.png").exists()
+
+
+def test_existing_checkpoints(data, capsys):
+    paths = [Path(f"checkpoint_{i}.pt") for i in range(4)]
+    for path in paths:
+        train_one_epoch(data["model"], data["x_train"], data["y_train"])
+        torch.save(data["model"].state_dict(), path)
+    names = data | {"paths": paths}
+    for code in blocks(page("existing-checkpoints")):
+        exec(code, names)
+    assert names["log_probs"].shape == (240, 4)
+    assert "| auto |" in capsys.readouterr().out
+
+
+def test_disk_budget_and_split(data):
+    record, fuse = blocks(page("disk-budget"))
+    exec(record, data)
+    for epoch in range(3):
+        train_one_epoch(data["model"], data["x_train"], data["y_train"])
+        with torch.no_grad():
+            data["recorder"].record(epoch, data["model"].eval()(data["x_val"]), data["y_val"])
+    exec(fuse, data)
+    data["run"] = data["recorder"].run
+    plan, same = blocks(page("choose-a-split"))
+    exec(plan + same, data)
+    assert data["same"].weights == pytest.approx(data["plan"].weights)
 
 
 def test_training_guide(capsys):
@@ -54,33 +153,81 @@ def test_training_guide(capsys):
 
     (x_train, y_train), (x_val, y_val) = images(128), images(64)
     names = dict(locals(), model=make_model())
-    exec(block((ROOT / "docs" / "training.md").read_text(), "# Training and distilling", "python"), names)
+    for code in blocks(page("train-and-distil")):
+        exec(code, names)
     assert len(names["sweep"].rows) == 4
     assert names["student"](x_val).shape == (64, 4)
     capsys.readouterr()
 
 
+def test_several_processes(data, monkeypatch):
+    """Of one process; test_distributed.py has several."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    data |= {"train": (data["x_train"], data["y_train"]), "val": (data["x_val"], data["y_val"])}
+    exec(block(page("several-processes"), "# Use"), data)
+    assert data["plan"].n_epochs == 3
+
+
 def test_arrays_and_command_line(capsys):
     p, labels = random_probs(np.random.default_rng(1))
+    text = page("arrays")
     names = {"probs": p[:, :30], "labels": labels[:30], "test_probs": p[:, 30:]}
-    exec(block(README, "## With arrays alone", "python"), names)
-    np.testing.assert_array_equal(names["fused"], fmn.FusionPlan.load("plan.json").apply(p[:, 30:]))
-    np.save("correct.npy", names["correct"])
     np.save("probs.npy", p[:, :30])
     np.save("labels.npy", labels[:30])
     np.save("test_probs.npy", p[:, 30:])
     np.save("test_labels.npy", labels[30:])
-    commands = block(README, "## On the command line", "").strip().splitlines()
-    assert len(commands) == 8
+    first, larger, parts, groups = blocks(text)
+    exec(first, names)
+    np.testing.assert_array_equal(names["fused"], fmn.FusionPlan.load("plan.json").apply(p[:, 30:]))
+    whole = names["samples"]
+    np.save("correct.npy", names["correct"])
+    history = fmn.CorrectnessHistory(30, "history.fmnh")
+    for row in names["correct"]:
+        history.append(row)
+    exec(larger, names)
+    expected = names["curves"]
+    exec(parts, names)
+    np.testing.assert_array_equal(names["curves"].counts, expected.counts)
+    np.testing.assert_array_equal(names["samples"].forgotten, whole.forgotten)
+    exec(groups, names)
+    assert capsys.readouterr().out.splitlines()[-1] == "(5, 8)"
     recorder = fmn.Recorder("runs/mine")
     for epoch, row in enumerate(p[:, :30]):
         recorder.record(epoch, row, labels[:30])
-    for command in commands:
-        if " bench " in command:  # minutes; test_benchmarks.py runs it on small inputs
-            continue
-        program, *args = shlex.split(command, comments=True)
-        assert program == "fmn-ref"
-        assert main(args) == 0, capsys.readouterr().err
+    assert len(commands(text)) == 6
+    for command in commands(text):
+        assert main(command) == 0, capsys.readouterr().err
+
+
+def test_every_method_has_its_row():
+    with pytest.raises(ValueError, match="method") as error:
+        fmn.fuse(np.full((2, 2, 2), 0.5), [0, 1], method="?")
+    known = set(re.findall(r"'(\w+)'", str(error.value)))
+    assert set(re.findall(r"^\| `(\w+)` \|", page("choose-a-method"), re.MULTILINE)) == known
+
+
+def test_reading_a_history(rng, capsys):
+    if not shutil.which("cc"):
+        pytest.skip("needs a C compiler")
+    text = page("read-history")
+    labels = rng.integers(0, 3, 1003)
+    recorder = fmn.Recorder("runs/mine")
+    for epoch in range(5):
+        recorder.record(epoch, np.where(rng.random(1003) < 0.6, labels, 3), labels)
+    shutil.copy("runs/mine/history.fmnh", "history.fmnh")
+    correct = recorder.run.history.correct()
+
+    for command in commands(text):
+        assert main(command) == 0, capsys.readouterr().err
+    assert len(Path("samples.csv").read_text().splitlines()) == 1004
+    exec(block(text, "## As an array"), {})
+    np.testing.assert_array_equal(np.load("correct.npy"), correct)
+    Path("read.c").write_text(block(text, "## Byte by byte", "c"))
+    warnings = ["-Wall", "-Wextra", "-Werror"]
+    subprocess.run(["cc", "-std=c99", *warnings, "read.c", "-o", "read"], check=True)
+    done = subprocess.run([Path("read").resolve()], capture_output=True, text=True, check=True)
+    assert done.stdout == "".join(f"epoch {e}: {row.mean():.4f}\n" for e, row in enumerate(correct))
 
 
 def test_reading_a_history_without_the_package(rng):
@@ -93,7 +240,56 @@ def test_reading_a_history_without_the_package(rng):
     np.testing.assert_array_equal(names["correct"], correct)
 
 
+def test_the_demo_page_has_the_committed_table():
+    results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    assert demo.table(results) in page("demo")
+
+
+def test_the_readme_quotes_its_sources():
+    rows = [line.split("|")[1:-1] for line in README.split("| setting |")[1].split("\n\n")[0].splitlines()[2:]]
+    assert 1 <= len(rows) <= 6
+    for _, *cells, source in rows:
+        text = (ROOT / re.search(r"\((.+)\)", source).group(1)).read_text()
+        for number in re.findall(r"\d+\.\d", " ".join(cells)):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", text), f"{source}: {number}"
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1000
+
+
+def slugs(path):
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def texts():
+    yield from ((path, path.read_text()) for path in PAGES)
+    cells = json.loads(TUTORIAL.read_text())["cells"]
+    yield TUTORIAL, "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
 def test_links_lead_somewhere():
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
-            assert link.startswith("https://") or (path.parent / link).exists(), f"{path.name}: {link}"
+    for path, text in texts():
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if link.startswith("https://"):
+                continue
+            name, _, anchor = link.partition("#")
+            target = Path(os.path.normpath(path.parent / name)) if name else path
+            assert target.exists(), f"{path.relative_to(ROOT)}: {link}"
+            assert not anchor or anchor in slugs(target), f"{path.relative_to(ROOT)}: {link}"
+
+
+def test_code_fits_the_site():
+    code = [
+        (path, line)
+        for path, text in texts()
+        for f in re.findall(r"^```.*?^```", text, re.DOTALL | re.MULTILINE)
+        for line in f.splitlines()
+    ]
+    cells = json.loads(TUTORIAL.read_text())["cells"]
+    code += [(TUTORIAL, line) for c in cells if c["cell_type"] == "code" for line in "".join(c["source"]).splitlines()]
+    for path, line in code:
+        assert len(line) <= 80, f"{path.relative_to(ROOT)}: {line}"

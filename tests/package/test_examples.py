@@ -1,6 +1,7 @@
 """The examples in docs/examples print the same table for the same file, and refuse a bad one by name."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,18 @@ def test_compiled(name, compiled, tmp_path, rng):
         correct = rng.random(shape) < 0.6
         check(compiled / name, saved(tmp_path / "correct.npy", correct), correct)
     check(compiled / name, saved(tmp_path / "correct.npy", correct, (2, 0)), correct)
+
+
+def test_the_guide(compiled):
+    """The program of docs/howto/c-library.md prints what stands below it."""
+    text = (ROOT / "docs" / "howto" / "c-library.md").read_text()
+    code, printed = re.search(r"```c\n(.*?)```\n\n```\n(.*?)```", text, re.DOTALL).groups()
+    (compiled / "guide.c").write_text(code)
+    flags = ["-std=c11", *WARNINGS, "-I", ROOT / "csrc" / "include"]
+    subprocess.run(["cc", *flags, "-c", "guide.c", "-o", "guide_c.o"], cwd=compiled, check=True)
+    library = [path for path in compiled.glob("*.o") if path.name not in ("c.o", "cpp.o", "guide_c.o")]
+    subprocess.run(["c++", "guide_c.o", *library, "-pthread", "-o", "guide"], cwd=compiled, check=True)
+    assert run(compiled / "guide").stdout == printed
 
 
 def test_dask(tmp_path, rng):
