@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .. import _check
 from ..runs.importers import softmax
 
-Margins = Iterator[NDArray[Any]]  # one array per row of the result: (n_samples,) for two classes, else with a column each
+Margins = Iterator[NDArray[Any]]  # an array per row of the result: (n_samples,) for two classes, else a column each
 
 
 def staged_probabilities(model: Any, x: Any, every: int = 1) -> NDArray[np.float32]:

@@ -92,14 +92,14 @@ class ForgetFraction(Metric):
         super().__init__(**kwargs)
         self.add_state("rows", [], dist_reduce_fx="cat")
         self._before: CorrectnessHistory | None = None  # epochs that a reset has completed
-        self._computed: CorrectnessHistory | None = None  # these and the epoch that further updates may replace
+        self._current: CorrectnessHistory | None = None  # these and the epoch that further updates may replace
         self._value = torch.zeros(())
         self._n_computed = 0  # rows at the last compute since a reset
 
     @property
     def history(self) -> CorrectnessHistory:
         """All computed epochs; ValueError before the first."""
-        history = self._computed or self._before
+        history = self._current or self._before
         if history is None:
             raise ValueError("history: compute() was not called yet")
         return history
@@ -122,7 +122,7 @@ class ForgetFraction(Metric):
         number = np.full(len(correct), -1) if index is None else _check.labels(index, len(correct), name="index")
         rows = np.stack([number, _check.labels(target), correct], 1).astype(np.int64)
         self.rows.append(torch.from_numpy(rows).to(self.device))
-        self._computed = None
+        self._current = None
 
     def compute(self) -> Tensor:
         """Add the epoch to the history and return max_e F_e, a scalar of torch's default type.
@@ -137,12 +137,12 @@ class ForgetFraction(Metric):
         if len(first) == self._n_computed and np.array_equal(first, second):
             rank_zero_warn("ForgetFraction: the same targets twice in one epoch: was reset() forgotten?")
         self._n_computed = len(rows)
-        self._computed = _with_epoch(self._before, _by_number(rows))
+        self._current = _with_epoch(self._before, _by_number(rows))
         self._value = self._peak()
         return self._value
 
     def _peak(self) -> Tensor:
-        history = self._computed or self._before
+        history = self._current or self._before
         peak = forget_fraction(history).max() if history else 0.0
         return torch.tensor(peak, dtype=self.dtype, device=self.device)
 
@@ -153,14 +153,14 @@ class ForgetFraction(Metric):
 
     def reset(self) -> None:
         """Begin the next epoch."""
-        if self._computed is not None:
-            self._before, self._computed = self._computed, None
+        if self._current is not None:
+            self._before, self._current = self._current, None
         self._n_computed = 0
         super().reset()
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the history as tensors and numbers; torch stores it in the state_dict."""
-        history = self._computed or self._before
+        history = self._current or self._before
         if history is None:
             return {"n_samples": 0, "labels_sha256": None}
         packed, digest = (torch.from_numpy(a.copy()) for a in (history.packed, np.frombuffer(history.digest, np.uint8)))
@@ -168,7 +168,7 @@ class ForgetFraction(Metric):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Replace the history by what `get_extra_state` returned."""
-        self._before = self._computed = None
+        self._before = self._current = None
         if state["n_samples"]:
             self._before = CorrectnessHistory(state["n_samples"])
             self._before.digest = state["labels_sha256"].cpu().numpy().tobytes()
