@@ -163,7 +163,7 @@ class RecorderCallback(keras.callbacks.Callback):
             self._begins = False
             self._align_history(epoch)
         if self._seed is not None:
-            _reseed(self.model, self._seed, epoch)
+            _seed_epoch(self.model, self._seed, epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         with _random_state_kept():
@@ -184,18 +184,24 @@ class RecorderCallback(keras.callbacks.Callback):
         """
         n, fresh = self.recorder.next_epoch, not self._has_recorded
         fresh &= epoch > 0 or self.model not in _RECORDED  # a loop around `fit` may make a callback for each epoch
-        if n > epoch + 1 or (n > epoch and not fresh):
-            hint = f"initial_epoch=callback.restore(model), another run_dir, or callback.recorder.rewind({epoch}) first"
-            text = f"has epochs up to {n - 1}, and training begins with {epoch}; use {hint}"
-            raise ValueError(f"{self.recorder.run_dir}: {text}")
-        if 0 < n < epoch - 1:
-            hint = "use initial_epoch=callback.restore(model), or another run_dir"
-            raise ValueError(f"{self.recorder.run_dir}: ends with epoch {n - 1}, training begins with {epoch}; {hint}")
+        self._check_begin(epoch, n, fresh)
         if n == epoch + 1:
             logger.warning("%s: epoch %d was recorded, but is trained again", self.recorder.run_dir, epoch)
             self.recorder.rewind(epoch)
         elif n == epoch - 1 and fresh:  # the model has the weights after epoch n
             self.on_epoch_end(n)
+
+    def _check_begin(self, epoch: int, n: int, fresh: bool) -> None:
+        """Refuse to begin with `epoch` if the run of n epochs is further from it than a crash leaves them."""
+        ways = ["initial_epoch=callback.restore(model)", "another run_dir"]
+        if n > epoch + 1 or (n > epoch and not fresh):
+            ways.append(f"callback.recorder.rewind({epoch}) first")
+            text = f"has epochs up to {n - 1}, and training begins with {epoch}"
+        elif 0 < n < epoch - 1:
+            text = f"ends with epoch {n - 1}, training begins with {epoch}"
+        else:
+            return
+        raise ValueError(f"{self.recorder.run_dir}: {text}; use {' or '.join(ways)}")
 
     def _predict(self) -> NDArray[Any]:
         logits = _gives_logits(self.model) if self._from_logits is None else self._from_logits
@@ -343,7 +349,7 @@ def _load_weights(model: Any, path: Path, skip: Any = None) -> None:
         raise ValueError(f"{path}: damaged, or does not fit the model: {reason}") from error
 
 
-def _reseed(model: Any, seed: int, epoch: int) -> None:
+def _seed_epoch(model: Any, seed: int, epoch: int) -> None:
     """Seed Keras and the generators of the model's layers from `seed` and `epoch` alone."""
     draws = np.random.SeedSequence([seed, epoch])
     states = [v for v in model.variables if v.name == "seed_generator_state"]

@@ -34,6 +34,7 @@ _LABELS = ("labels", "targets", "label", "target", "y")
 _INDEX = ("index", "indices", "idx")
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_RETURN = 'return {"logits": (n, n_classes)} from it, or give RecorderCallback an outputs_of=function'
 
 
 def _callback_class() -> Any:
@@ -307,12 +308,11 @@ def outputs_and_labels(outputs: Any, batch: Any) -> tuple[Any, Any, Any]:
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         beside = {"labels": batch[1]}
     scores, labels, index = _find(_SCORES, given), _find(_LABELS, given, beside), _find(_INDEX, given)
-    hint = 'return {"logits": (n, n_classes)} from it, or give RecorderCallback an outputs_of=function'
     if scores is None:
         got = f"a dict with {sorted(given)}" if given else "a loss" if isinstance(outputs, Tensor) else repr(outputs)
-        raise ValueError(f"validation_step: expected the predictions of a batch, got {got}; {hint}")
+        raise ValueError(f"validation_step: expected the predictions of a batch, got {got}; {_RETURN}")
     if labels is None:
-        raise ValueError(f'validation_step: no "labels", neither in what it returns nor in the batch; {hint}')
+        raise ValueError(f'validation_step: no "labels", neither in what it returns nor in the batch; {_RETURN}')
     return scores, labels, index
 
 

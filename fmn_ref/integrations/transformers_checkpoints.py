@@ -135,7 +135,7 @@ def from_trainer(
 
     def evaluate(step: int) -> Rows:
         _load_checkpoint(model, folders[step])
-        return _evaluate(model, batches, forward_fn)
+        return _score_model(model, batches, forward_fn)
 
     with Recorder(run_dir, model, checked_keep(keep), half=half, config=config, forward_fn=forward_fn) as recorder:
         done = [step for step in folders if step < recorder.next_epoch]
@@ -157,7 +157,7 @@ def _checkpoint_folders(output_dir: Path) -> dict[int, Path]:
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, batches: Iterable[Any], forward_fn: data.Forward | None) -> Rows:
+def _score_model(model: nn.Module, batches: Iterable[Any], forward_fn: data.Forward | None) -> Rows:
     with data.evaluating(model):
         outputs = (data.forward(model, batch, forward_fn) for batch in batches)
         pairs = [(predicted_classes(scores), y) for scores, y in outputs]
