@@ -1,1 +1,1 @@
-"""One optional file for each framework; none is imported unless asked for by name."""
+"""One optional file for each framework; the package imports none of them."""

@@ -150,8 +150,7 @@ class Recorder:
 
     def _check_new(self, epoch: int, correct: Any, labels: Any) -> None:
         """Refuse, before anything is written, an epoch that cannot follow what is on disk."""
-        if self._lock is None:
-            self._lock = RunLock(self.run_dir)
+        self._take_lock()
         if self._history is None and self.folder.history.exists():
             raise ValueError(f"{self.folder.history}: made since this Recorder was; a run has one writer")
         if self._history is not None:
@@ -165,6 +164,10 @@ class Recorder:
         if epoch < self.next_epoch:
             hint = f"go on with {self.next_epoch} (recorder.next_epoch), or drop it with recorder.rewind({epoch})"
             raise ValueError(f"epoch: {self.run_dir} is already recorded past {epoch}; {hint}")
+
+    def _take_lock(self) -> None:
+        if self._lock is None:  # after `close`
+            self._lock = RunLock(self.run_dir)
 
     def _write(self, path: Path, weights: dict[str, Any] | None) -> None:
         if self._save is not None:
@@ -189,6 +192,7 @@ class Recorder:
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         if self._history is None:
             return []
+        self._take_lock()
         dropped = [e for e in self._epochs if e >= epoch]
         if dropped:
             self._history.truncate(len(self._history) - len(dropped))
@@ -200,7 +204,7 @@ class Recorder:
         return dropped
 
     def close(self) -> None:
-        """Release the folder's lock; a later `record` takes it again."""
+        """Release the folder's lock; a later `record` or `rewind` takes it again."""
         if self._lock is not None:
             self._lock.release()
         self._lock = None

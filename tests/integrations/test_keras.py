@@ -17,6 +17,9 @@ import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 keras = pytest.importorskip("keras")
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # a subprocess has no conftest
+
+from second_process import record_in_another_process  # noqa: E402
 
 import fmn_ref as fmn  # noqa: E402
 from fmn_ref.integrations.keras import RecorderCallback, probabilities  # noqa: E402
@@ -245,6 +248,35 @@ def test_a_callback_for_each_epoch_of_a_loop():
     fit(warm, [], epochs=1)
     fit(warm, [callback := RecorderCallback("other", x_val, y_val)], epochs=1)  # as after an early kill
     assert callback.run.history.epochs == (0,)
+
+
+class Intruder(keras.callbacks.Callback):
+    """Another process records while the training goes on."""
+
+    def __init__(self, labels):
+        super().__init__()
+        self.labels = labels
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.outcome = record_in_another_process("run", 9, self.labels, ".weights.h5")
+
+
+def test_another_process_records_after_the_training():
+    """The folder is locked while it goes on, again in a second `fit`, and free after each."""
+    _, (x_val, y_val), _ = make_data()
+    model, callback = make_model(), RecorderCallback("run", x_val, y_val)
+    for epoch in (0, 1):
+        fit(model, [callback, intruder := Intruder(y_val)], initial_epoch=epoch, epochs=epoch + 1)
+        assert re.search(r"run_dir: process \d+ on .* writes in", intruder.outcome)
+    assert record_in_another_process("run", 9, y_val, ".weights.h5") == ""
+    with pytest.raises(ValueError, match="changed since it was opened here"):
+        fit(model, [callback], initial_epoch=2, epochs=3)
+    with pytest.raises(ValueError, match="changed since it was opened here"):
+        callback.recorder.rewind(1)
+    callback = RecorderCallback("run", x_val, y_val)
+    assert callback.recorder.rewind(2) == [9]
+    fit(make_model(), [callback], initial_epoch=callback.restore(model), epochs=3)
+    assert fmn.Run.open("run").history.epochs == (0, 1, 2)
 
 
 class Loader(keras.utils.PyDataset):

@@ -3,6 +3,7 @@
 This file is also what the subprocesses run: test_lightning.py FOLDER [DEVICES] [kill:E | raise:E]
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # a subprocess h
 import torch  # noqa: E402
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402
 from networks import make_data, make_model  # noqa: E402
+from second_process import record_in_another_process  # noqa: E402
 from torch.optim.swa_utils import get_ema_avg_fn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
@@ -450,6 +452,27 @@ def test_only_fit_is_recorded(tmp_path):
     trainer.validate(module, loader(TEST), verbose=False)
     trainer.fit_loop.max_epochs = 3
     trainer.fit(module, loader(TRAIN), loader(VAL, 50))
+    assert recorder.run.history.epochs == (0, 1, 2)
+
+
+class Intruder(Callback):
+    """Another process records while the training goes on."""
+
+    def on_validation_end(self, trainer, module):
+        if not trainer.sanity_checking:
+            self.outcome = record_in_another_process(Path(trainer.default_root_dir) / "run", 9, VAL[1])
+
+
+@pytest.mark.parametrize("how", ["end", "raise:1"])
+def test_another_process_records_after_the_training(tmp_path, caplog, how):
+    """The folder is locked while it goes on, and free after its end or failure; then the training resumes."""
+    intruder, accidents = Intruder(), [] if how == "end" else [Accident(how)]
+    with pytest.raises(RuntimeError, match="an accident") if accidents else contextlib.nullcontext():
+        fit(tmp_path, intruder, last_of(tmp_path), *accidents, max_epochs=2)
+    assert re.search(r"run_dir: process \d+ on .* writes in", intruder.outcome)
+    assert record_in_another_process(tmp_path / "run", 9, VAL[1]) == ""
+    recorder, _ = fit(tmp_path, last_of(tmp_path), ckpt_path="last", max_epochs=3)
+    assert "dropped epochs [9], recorded after the checkpoint" in caplog.text
     assert recorder.run.history.epochs == (0, 1, 2)
 
 

@@ -70,7 +70,7 @@ def test_what_an_epoch_is(scores):
     metric.reset()
     metric.reset()
     value = epoch(metric, probs[1], labels)
-    with pytest.warns(UserWarning, match="64 samples, not the 101 of the epochs before: a rehearsal, not recorded"):
+    with pytest.warns(UserWarning, match="64 samples, not the 101 of the epochs before: not recorded, as"):
         assert epoch(metric, probs[5, :64], labels[:64]) == value > 0
     np.testing.assert_array_equal(metric.history.correct(), correct[:2])
 

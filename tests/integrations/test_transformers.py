@@ -20,9 +20,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("accelerate")
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # a subprocess has no conftest
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from second_process import record_in_another_process  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
@@ -514,6 +516,30 @@ def test_refused_trainings(tmp_path, caplog, monkeypatch):
     trainer.remove_callback(recorder)
     trainer.train()
     assert "nothing is recorded, pass callbacks=[recorder]" in caplog.text
+
+
+class Intruder(TrainerCallback):
+    """Another process records while the training goes on."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.outcome = record_in_another_process(Path(args.output_dir).parent / "run", 900, labels_of(VAL))
+
+
+def test_another_process_records_after_the_training(tmp_path, caplog):
+    """The folder is locked while it goes on, and free after its end or a refusal; then the training resumes."""
+    run, intruder = tmp_path / "run", Intruder()
+    trainer_of(tmp_path, RecorderCallback(run), callbacks=[intruder], num_train_epochs=1).train()
+    assert re.search(r"run_dir: process \d+ on .* writes in", intruder.outcome)
+    assert record_in_another_process(run, 900, labels_of(VAL)) == ""
+    with pytest.raises(ValueError, match="holds a run, and the Trainer starts at step 0"):
+        trainer_of(tmp_path, RecorderCallback(run), num_train_epochs=1).train()
+    assert record_in_another_process(run, 901, labels_of(VAL)) == ""
+    mine = RecorderCallback(run)
+    trainer_of(tmp_path, mine, num_train_epochs=2).train(resume_from_checkpoint=True)
+    assert "dropped steps [900, 901], recorded after the checkpoint" in caplog.text
+    assert mine.run.history.epochs == (STEPS, 2 * STEPS)
+    from_trainer(tmp_path / "out", tmp_path / "imported", classifier(), VAL)
+    assert record_in_another_process(tmp_path / "imported", 900, labels_of(VAL)) == ""
 
 
 KILLS = ("on_evaluate", 6), ("on_step_end", 11), ("on_evaluate", 15), ("on_save", 20), ("on_train_end", 36)

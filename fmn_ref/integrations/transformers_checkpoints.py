@@ -1,0 +1,273 @@
+"""Hugging Face checkpoints: a run of those that a Trainer saved, and fused models as save_pretrained folders.
+
+`fmn_ref.integrations.transformers` has the same functions beside the callback.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import _check
+from ..fusion.plan import FusionPlan
+from ..metrics.curves import correctness
+from ..metrics.history import labels_digest
+from ..runs import checkpoints
+from ..runs.recorder import Recorder
+from ..runs.retention import Keep
+from ..runs.run import Run
+from ..training import data
+from ..training.ensemble import FusedModel, plan_checkpoints
+
+try:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+    from transformers import PreTrainedModel
+except ImportError as error:
+    raise ImportError(f'{error}; pip install "fmn_ref[transformers]"') from error
+
+AnyPath = str | os.PathLike[str]
+Rows = tuple[NDArray[np.bool_], Any]  # correctness (n_samples,) and labels (n_samples,)
+
+
+def causal_lm_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Return logits (n_tokens, vocabulary) and labels (n_tokens,) of a batch; a `forward_fn` with tokens as samples.
+
+    Logits at a position predict the label at the next one. Labels of -100 are left out.
+    """
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        raise ValueError(f"batch: expected a dict with a key 'labels', got {type(batch).__name__}")
+    output = model(**{k: v for k, v in batch.items() if k != "labels"})
+    logits, labels = next_tokens(output.logits, batch["labels"])
+    return logits, labels.long()
+
+
+FORWARD_FNS = {"classification": None, "causal_lm": causal_lm_forward}
+
+
+def next_tokens(outputs: Any, labels: Any) -> tuple[Any, Any]:
+    """Pair each output with the next label, without -100: (N, T, ...) and (N, T) to (n_tokens, ...) and (n_tokens,)."""
+    if labels.ndim != 2 or outputs.shape[:2] != labels.shape:
+        got = f"{tuple(labels.shape)} for outputs of shape {tuple(outputs.shape)}"
+        raise ValueError(f"labels: expected shape (n_sequences, n_tokens), got {got}")
+    known = labels[:, 1:] != -100
+    return outputs[:, :-1][known], labels[:, 1:][known]
+
+
+def predicted_classes(logits: Any) -> Tensor:
+    """Return the likeliest class of each sample or token, on the device of the logits; -1 where one is NaN."""
+    scores: Tensor = logits[0] if isinstance(logits, (tuple, list)) else logits  # hidden states may follow
+    highest, classes = scores.max(-1)
+    return classes.masked_fill(highest.isnan(), -1)
+
+
+def checked_correctness(outputs: Any, labels: Any) -> NDArray[np.bool_]:
+    """`correctness` of scores, or of `predicted_classes`; ValueError where those are -1."""
+    if outputs.ndim == 1 and (outputs < 0).any():
+        raise ValueError(f"logits: expected numbers, got NaN for sample {int((outputs < 0).argmax())}")
+    return correctness(outputs, labels)
+
+
+def checked_keep(keep: str) -> str:
+    """Refuse "every:n", which counts epochs: rows are numbered by steps here."""
+    if Keep.of(keep).rule == "every":
+        raise ValueError(f"keep: expected 'all', 'none' or 'budget:n', got {keep!r}")
+    return keep
+
+
+def from_trainer(
+    output_dir: AnyPath,
+    run_dir: AnyPath,
+    model: nn.Module,
+    eval_data: Any,
+    *,
+    task: str = "classification",
+    keep: str = "all",
+    half: bool = False,
+    batch_size: int = 256,
+) -> Run:
+    """Evaluate the checkpoints that a Trainer saved, and make a run of their correctness and weights.
+
+    Checkpoints are evaluated in the order of their steps, with one in memory at a time. If interrupted, call it again
+    to go on: it first evaluates the latest recorded checkpoint once more, to see that nothing has changed. Weights are
+    copied, so you may delete the Trainer's.
+
+    Parameters
+    ----------
+    output_dir : path
+        Contains checkpoint-STEP/model.safetensors, in shards or not.
+    run_dir : path
+        Folder of the run.
+    model : nn.Module
+        A model of the checkpoints' architecture, on the device to use. Its own weights do not change.
+    eval_data : DataLoader or Dataset
+        A DataLoader that does not shuffle (``trainer.get_eval_dataloader()``), or a Dataset of dicts with "labels".
+    task, keep, half
+        As in `RecorderCallback`.
+    batch_size : int, default 256
+        For a Dataset.
+
+    Raises
+    ------
+    FileNotFoundError
+        `output_dir` contains no checkpoint.
+    ValueError
+        A checkpoint is damaged or does not fit the model; NaN among its logits; `run_dir` holds a run of another
+        `output_dir`, of a later training in the same folder, or of other `eval_data`.
+    """
+    data.check_module(model, "model")
+    folders = _checkpoint_folders(Path(output_dir))
+    forward_fn = FORWARD_FNS[_check.choice(task, tuple(FORWARD_FNS), "task")]
+    model = copy.deepcopy(model)
+    batches = data.Batches(eval_data, batch_size, data.device_of(model))
+    config = {"output_dir": str(Path(output_dir).resolve()), "task": task}
+
+    def evaluate(step: int) -> Rows:
+        _load_checkpoint(model, folders[step])
+        return _score_model(model, batches, forward_fn)
+
+    with Recorder(run_dir, model, checked_keep(keep), half=half, config=config, forward_fn=forward_fn) as recorder:
+        done = [step for step in folders if step < recorder.next_epoch]
+        if done and not _is_recorded(recorder.run, done, *evaluate(done[-1])):
+            hint = "or of other eval_data; choose another folder"
+            raise ValueError(f"run_dir: {run_dir} holds a run of other checkpoints than {output_dir}'s, {hint}")
+        for step in folders:
+            if step >= recorder.next_epoch:
+                recorder.record_correct(step, *evaluate(step))
+        return recorder.run
+
+
+def _checkpoint_folders(output_dir: Path) -> dict[int, Path]:
+    """Find the Trainer's checkpoints: folder by step, ascending."""
+    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    if not found:
+        raise FileNotFoundError(f"{output_dir}: no checkpoint-STEP there")
+    return dict(sorted((int(p.name[11:]), p) for p in found))
+
+
+@torch.no_grad()
+def _score_model(model: nn.Module, batches: Iterable[Any], forward_fn: data.Forward | None) -> Rows:
+    with data.evaluating(model):
+        outputs = (data.forward(model, batch, forward_fn) for batch in batches)
+        pairs = [(predicted_classes(scores), y) for scores, y in outputs]
+    classes, labels = (torch.cat(parts).cpu().numpy() for parts in zip(*pairs, strict=True))
+    return checked_correctness(classes, labels), labels
+
+
+def _is_recorded(run: Run, steps: list[int], correct: NDArray[np.bool_], labels: Any) -> bool:
+    """Whether `run` holds these steps, and for the last one this correctness and the weights of `run.model`."""
+    history = run.history
+    if history.digest != labels_digest(labels) or not set(steps) <= set(history.epochs):
+        return False
+    row = history.epochs.index(steps[-1])
+    path = run.checkpoints[row]
+    if path.is_file():
+        return _same_weights(checkpoints.load(path), checkpoints.unwrap(run.model).state_dict())
+    return bool(np.mean(history[row] != correct) < 0.05)  # another device may round differently
+
+
+def _same_weights(stored: dict[str, Any], state: dict[str, Any]) -> bool:
+    """Compare two state_dicts up to the rounding of 16 bits."""
+    tensors = [k for k, v in state.items() if isinstance(v, Tensor)]
+    return stored.keys() == state.keys() and all(
+        torch.allclose(stored[k].float(), state[k].cpu().float(), rtol=1e-3, atol=1e-7, equal_nan=True) for k in tensors
+    )
+
+
+def _load_checkpoint(model: nn.Module, folder: Path) -> None:
+    if isinstance(model, PreTrainedModel):
+        model.load_state_dict(_from_pretrained(type(model), folder).state_dict())
+        return
+    with _naming(folder):
+        load_model(model, folder / "model.safetensors")
+
+
+def _from_pretrained(model_class: Any, folder: Path) -> Any:
+    """Call `from_pretrained`, which knows shards, tied weights and old names, but refuse what it would initialise."""
+    if not (folder / "config.json").is_file():  # from_pretrained would search the hub
+        raise ValueError(f"{folder}: no model there (config.json is missing)")
+    with _naming(folder):
+        model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    faults = {key: sorted(map(str, names)) for key, names in info.items() if names}
+    if faults:
+        raise ValueError(f"{folder}: does not fit {type(model).__name__}: {faults}")
+    return model
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Turn errors of the loaders into a ValueError that names the folder."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: not a readable checkpoint of this model: {error}") from None
+
+
+def save_fused(folder: AnyPath, plan: FusionPlan, run: Run, processing_class: Any = None) -> None:
+    """Write a fused model: plan.json, and a subfolder for each of its checkpoints that `from_pretrained` loads.
+
+    An averaged model is a single one: ``fmn_ref.averaged_model(run, plan.weights, None).save_pretrained(folder)``.
+
+    Parameters
+    ----------
+    folder : path
+        A fused model in it is replaced. member_00003 is row 3 of the run.
+    plan : FusionPlan
+    run : Run
+        With its model attached.
+    processing_class : optional
+        Tokenizer or processor, saved in `folder` by its `save_pretrained`.
+
+    Raises
+    ------
+    TypeError
+        The run's model is no PreTrainedModel.
+    ValueError, FileNotFoundError
+        As `FusedModel`.
+    """
+    original, paths = plan_checkpoints(plan, run)
+    if not isinstance(original, PreTrainedModel):
+        raise TypeError(f"run: expected a model with save_pretrained, got {type(original).__name__}")
+    model, target = copy.deepcopy(original), Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
+    for member in target.glob("member_*"):
+        shutil.rmtree(member)
+    for row, path in paths.items():
+        checkpoints.load_into(model, path).save_pretrained(target / f"member_{row:05d}")  # type: ignore[operator]
+    if processing_class is not None:
+        processing_class.save_pretrained(target)
+    plan.save(target / "plan.json")
+
+
+def load_fused(folder: AnyPath, model_class: Any) -> FusedModel:
+    """Load a fused model that `save_fused` wrote.
+
+    Parameters
+    ----------
+    folder : path
+    model_class : class with `from_pretrained`
+        AutoModelForSequenceClassification, AutoModelForCausalLM, ...
+
+    Raises
+    ------
+    FileNotFoundError
+        `folder` contains no plan.json.
+    ValueError
+        A file is damaged, or a member is missing or does not fit the class. The message names it.
+    """
+    source = Path(folder)
+    weights = FusionPlan.load(source / "plan.json").weights
+    members = [_from_pretrained(model_class, source / f"member_{row:05d}") for row in weights]
+    return FusedModel.of_members(members, weights.values())
