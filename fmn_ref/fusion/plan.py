@@ -142,7 +142,7 @@ class FusionPlan:
         return fused
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON (docs/formats.md)."""
+        """Write the plan as JSON (docs/reference/formats.md)."""
         _files.write_json(
             path,
             {

@@ -1,6 +1,6 @@
 """CorrectnessHistory: correctness of every sample and epoch as bits, in memory or in an append-only file. NumPy only.
 
-The file (docs/formats.md) has a 64-byte header, then one record per epoch: a 64-byte record header, then the row of
+The file (docs/reference/formats.md) has a 64-byte header, then one record per epoch: a 64-byte record header, then the row of
 bits, padded with zeros to a multiple of 64 bytes. Every row is therefore aligned, and the whole file can be
 memory-mapped. All integers are little-endian.
 

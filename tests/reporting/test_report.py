@@ -433,7 +433,7 @@ def test_command_line(digits, tmp_path, monkeypatch, capsys):
 
 
 def write_large(folder, n_samples, rows):
-    """Write packed rows as docs/formats.md describes the file: appending them takes minutes."""
+    """Write packed rows as docs/reference/formats.md describes the file: appending them takes minutes."""
     fmn.Recorder(folder)
     fmn.CorrectnessHistory(n_samples, folder / "history.fmnh")
     with open(folder / "history.fmnh", "ab") as file:
