@@ -72,8 +72,9 @@ def epoch_files(folder: str | Path, pattern: str = "*.npy") -> list[NDArray[Any]
     Parameters
     ----------
     folder : path
-    pattern : str, default "*.npy"
-        Names of the files. They are ordered by the numbers in them: "epoch_2" comes before "epoch_10".
+    pattern : str
+        Names of the files; default: all .npy files. They are ordered by the numbers in them: "epoch_2" comes before
+        "epoch_10".
 
     Returns
     -------
