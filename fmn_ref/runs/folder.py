@@ -27,7 +27,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
-AnyPath = str | os.PathLike[str]
 RUN_FORMAT = "fmn_ref.run"
 _FRAMEWORKS = ("lightning", "transformers", "keras", "jax")  # run.json keeps their versions where they are loaded
 
@@ -55,7 +54,7 @@ class RunFolder:
         Files in which a comparison may be stored; the first one that exists counts.
     """
 
-    def __init__(self, path: AnyPath) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.run_json = self.path / "run.json"
         self.history = self.path / "history.fmnh"
@@ -65,11 +64,6 @@ class RunFolder:
         self.plan = self.path / "plan.json"
         self.comparisons = self.path / "comparison.json", self.path / "cell.json"
         self.targets = self.path / "targets"
-
-    @property
-    def begun(self) -> bool:
-        """Whether at least one epoch was stored here."""
-        return self.history.exists() or self.resume.exists()
 
     def check_recorded(self) -> None:
         """Raise FileNotFoundError, with a hint, unless the folder holds a run with a history."""
@@ -85,13 +79,12 @@ class RunFolder:
     def read(self) -> RunInfo:
         """Read run.json; ValueError that names the file where it is damaged."""
         content = _files.read_json(self.run_json, RUN_FORMAT)
-        config, suffix, made_with = content.get("config"), content.get("checkpoint_suffix", ".pt"), {}
+        config, made_with = content.get("config"), content.get("made_with")
         if not isinstance(config, dict):
             raise ValueError(f"{self.run_json}: has no configuration")
-        if isinstance(content.get("made_with"), dict):
-            made_with = content["made_with"]
         try:
-            return RunInfo(config, checked_suffix(suffix), made_with)
+            suffix = checked_suffix(content.get("checkpoint_suffix", ".pt"))
+            return RunInfo(config, suffix, made_with if isinstance(made_with, dict) else {})
         except ValueError as error:
             raise ValueError(f"{self.run_json}: checkpoint_{error}") from None
 
@@ -117,7 +110,7 @@ class RunFolder:
         if config is not None and not isinstance(config, dict):
             raise TypeError(f"config: expected a dict, got {type(config).__name__}")
         try:
-            plain = None if config is None else json.loads(json.dumps(config))
+            plain = json.loads(json.dumps(config))
         except TypeError as error:
             raise TypeError(f"config: {error}") from None
         self.path.mkdir(parents=True, exist_ok=True)
@@ -131,7 +124,7 @@ class RunFolder:
 
     def _settle(self, config: dict[str, Any] | None, resume: bool, suffix: str) -> None:
         """Write run.json of a run without epochs; compare the one of a run that was begun."""
-        if not self.begun:
+        if not (self.history.exists() or self.resume.exists()):
             if config is not None or not self.run_json.exists() or self.read().suffix != suffix:
                 # An attempt that failed before its first epoch may have left another run.json.
                 content = {"format": RUN_FORMAT, "version": 1, "config": config or {}, "made_with": versions()}

@@ -157,10 +157,8 @@ class Recorder:
             self._history.check_unchanged()
             if self._history.digest != labels_digest(labels):
                 was, now = self._history.n_samples, len(correct)
-                counts = "" if was == now else f": {now} samples, not {was}"
-                raise ValueError(
-                    f"labels: not the labels (or not in the order) that this run has recorded so far{counts}"
-                )
+                differ = "" if was == now else f": {now} samples, not {was}"
+                raise ValueError(f"labels: not the labels (or not in the order) that this run has recorded{differ}")
         if epoch < self.next_epoch:
             hint = f"go on with {self.next_epoch} (recorder.next_epoch), or drop it with recorder.rewind({epoch})"
             raise ValueError(f"epoch: {self.run_dir} is already recorded past {epoch}; {hint}")
