@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from . import data, distributed
 from .recipe import Recipe
 
 Targets = tuple[Tensor, Tensor]  # labels (B,), the teacher's log-probabilities (B, K)
-Augment = Callable[[Tensor], Tensor]
 CHUNK = 512  # images that are augmented in one call; fixed, because it decides what the generator draws
 
 
@@ -44,7 +43,7 @@ class SoftTargets:
         Keep the k largest log-probabilities of each sample in 16 bits (`compressed`).
     augment : callable, optional
     forward_fn : callable(model, batch) -> (logits, labels), optional
-    folder : Path, optional
+    folder : path, optional
         Where cached targets are stored; default: in memory.
 
     Raises
@@ -59,9 +58,9 @@ class SoftTargets:
     targets: str = "auto"
     views: int = 1
     top_k: int | None = None
-    augment: Augment | None = None
+    augment: data.Augment | None = None
     forward_fn: data.Forward | None = None
-    folder: Path | None = None
+    folder: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         _check.choice(self.targets, ("auto", "cached", "cached-views", "online"), "targets")
@@ -137,7 +136,7 @@ class Cached:
     def __init__(self, source: SoftTargets, device: torch.device) -> None:
         self._source, self._device = source, device
         if source.folder is not None and distributed.rank() == 0:
-            _open_folder(source.folder, source.identity)
+            _open_folder(Path(source.folder), source.identity)
         distributed.barrier()
         self._arrays = data.Batches(source.train_data, source.recipe.batch_size, device).arrays
         self._targets = [self._load_or_predict(view) for view in range(len(source.view_seeds))]
@@ -147,7 +146,7 @@ class Cached:
         folder, names = self._source.folder, ["log_probs"] if self._source.top_k is None else ["log_probs", "classes"]
         if folder is None:
             return self._predict(view)
-        paths = [folder / f"view_{view:05d}.{name}.npy" for name in names]
+        paths = [Path(folder) / f"view_{view:05d}.{name}.npy" for name in names]
         if not distributed.broadcast(all(p.exists() for p in paths)):
             found = self._predict(view)
             if distributed.rank() == 0:
