@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 import re
 import zipfile
@@ -16,11 +15,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
+from .folder import AnyPath
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-AnyPath = str | os.PathLike[str]
 
 
 def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:

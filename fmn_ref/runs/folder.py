@@ -27,6 +27,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
+AnyPath = str | os.PathLike[str]
 RUN_FORMAT = "fmn_ref.run"
 _FRAMEWORKS = ("lightning", "transformers", "keras", "jax")  # run.json keeps their versions where they are loaded
 
@@ -54,7 +55,7 @@ class RunFolder:
         Files in which a comparison may be stored; the first one that exists counts.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = Path(path)
         self.run_json = self.path / "run.json"
         self.history = self.path / "history.fmnh"

@@ -5,7 +5,6 @@ NumPy only: torch is loaded when the state of a torch model is saved. docs/refer
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from .. import _check
 from ..metrics.curves import correctness, forget_fraction
 from ..metrics.history import CorrectnessHistory, labels_digest
-from .folder import RunFolder, RunLock, checked_suffix, remove_checkpoint
+from .folder import AnyPath, RunFolder, RunLock, checked_suffix, remove_checkpoint
 from .retention import Keep
 from .run import Run
 
@@ -71,7 +70,7 @@ class Recorder:
 
     def __init__(
         self,
-        run_dir: str | os.PathLike[str],
+        run_dir: AnyPath,
         model: Any = None,
         keep: str = "all",
         *,

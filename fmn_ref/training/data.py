@@ -235,13 +235,17 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode; afterwards restore the mode of every module."""
-    modes = [(m, m.training) for m in model.modules()]
+def evaluating(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """Put the model into evaluation mode, on `device` if given; afterwards restore its device and every mode."""
+    modes, home = [(m, m.training) for m in model.modules()], device_of(model)
     model.eval()
     try:
+        if device is not None:
+            model.to(device)
         yield
     finally:
+        if device is not None:
+            model.to(home)
         for module, mode in modes:
             module.training = mode
 

@@ -5,9 +5,8 @@ student = fmn.distill(make_model(), fmn.FusedModel(plan, run), (x_train, y_train
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
-from ..runs.folder import RunFolder
+from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
 from . import data
 from .engine import Average, EarlyStopping, fit, hidden
@@ -37,14 +36,14 @@ def distill(
     kd_weight: float = 1.0,
     augment: data.Augment | None = None,
     forward_fn: data.Forward | None = None,
-    run_dir: str | os.PathLike[str] | None = None,
+    run_dir: AnyPath | None = None,
     val_data: Any = None,
     keep: str = "all",
     half: bool = False,
     targets: str = "auto",
     views: int = 8,
     top_k: int | None = None,
-    targets_dir: str | os.PathLike[str] | None = None,
+    targets_dir: AnyPath | None = None,
     ema_decay: float | None = None,
     patience: int | None = None,
     resume: bool = True,
@@ -144,7 +143,7 @@ def distill(
     if targets_dir is None and run_dir is not None:
         targets_dir = RunFolder(run_dir).targets
     settings = Recipe.of(recipe)
-    setup = _checked_setup(settings, epochs, temperature, kd_weight, ema_decay, patience, val_data, run_dir)
+    setup = asdict(settings) | _checked_setup(epochs, temperature, kd_weight, ema_decay, patience, val_data, run_dir)
     views = min(_check.number(views, 1, 2**20, "views", int), setup["epochs"])
     source = SoftTargets(teacher, train_data, settings, targets, views, top_k, augment, forward_fn, targets_dir)
     rule = None if val_data is None else keep
@@ -156,16 +155,9 @@ def distill(
 
 
 def _checked_setup(
-    settings: Recipe,
-    epochs: int,
-    temperature: float,
-    kd_weight: float,
-    ema_decay: float | None,
-    patience: int | None,
-    val_data: Any,
-    run_dir: Any,
+    epochs: Any, temperature: Any, kd_weight: Any, ema_decay: Any, patience: Any, val_data: Any, run_dir: Any
 ) -> dict[str, Any]:
-    """Check the options that decide how the student is trained; return them and the recipe, for run.json."""
+    """Check the options that decide, beside the recipe, how the student is trained; return them for run.json."""
     if val_data is not None and run_dir is None:
         raise ValueError("val_data: needs run_dir, where the history and the checkpoints go")
     if ema_decay is not None:
@@ -178,7 +170,6 @@ def _checked_setup(
         "epochs": _check.number(epochs, 1, 2**31, "epochs", int),
         "temperature": _check.number(temperature, 1e-3, 1e3, "temperature"),
         "kd_weight": _check.number(kd_weight, 0, 1, "kd_weight"),
-        **asdict(settings),
         "ema_decay": ema_decay,
         "patience": patience,
     }
@@ -186,17 +177,12 @@ def _checked_setup(
 
 
 def _fit_student(
-    student: nn.Module,
-    source: SoftTargets,
-    setup: dict[str, Any],
-    val_data: Any,
-    store: Store | None,
-    progress: bool | None,
+    student: nn.Module, source: SoftTargets, setup: dict[str, Any], val_data: Any, store: Any, progress: bool | None
 ) -> None:
     """Train the student in place, with the teacher on its device."""
     device, evaluate, notes = data.device_of(student), None, {}
     decay, patience = setup["ema_decay"], setup["patience"]
-    with _teacher_on(device, source.teacher):
+    with data.evaluating(source.teacher, device):
         if val_data is not None:
             val = data.Batches(val_data, 256, device, split=True)
             evaluate = partial(data.predict, data=val, forward_fn=source.forward_fn)
@@ -220,18 +206,6 @@ def _fit_student(
             names=("distill", "student"),
             notes=notes,
         )
-
-
-@contextmanager
-def _teacher_on(device: torch.device, teacher: nn.Module) -> Iterator[None]:
-    """Move the teacher to the device, in evaluation mode; afterwards restore its device and its modes."""
-    home = data.device_of(teacher)
-    teacher.to(device)
-    try:
-        with data.evaluating(teacher):
-            yield
-    finally:
-        teacher.to(home)
 
 
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:
@@ -292,7 +266,7 @@ def tune_distillation(
     val_data: Any,
     *,
     epochs: int,
-    run_dir: str | os.PathLike[str],
+    run_dir: AnyPath,
     temperatures: Sequence[float] = (1.0, 2.0, 4.0),
     kd_weights: Sequence[float] = (1.0, 0.7),
     **options: Any,

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, _files
+from ..runs.folder import AnyPath
 from . import data, distributed
 from .recipe import Recipe
 
@@ -60,7 +60,7 @@ class SoftTargets:
     top_k: int | None = None
     augment: data.Augment | None = None
     forward_fn: data.Forward | None = None
-    folder: str | os.PathLike[str] | None = None
+    folder: AnyPath | None = None
 
     def __post_init__(self) -> None:
         _check.choice(self.targets, ("auto", "cached", "cached-views", "online"), "targets")

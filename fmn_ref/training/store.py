@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from ..runs import checkpoints
-from ..runs.folder import RunFolder
+from ..runs.folder import AnyPath, RunFolder
 from ..runs.recorder import Recorder
 from . import distributed
 
@@ -114,13 +113,7 @@ class Store(contextlib.ExitStack):
     """
 
     def __init__(
-        self,
-        run_dir: str | os.PathLike[str],
-        config: dict[str, Any],
-        keep: str | None,
-        resume: bool,
-        half: bool,
-        disk_wait: float,
+        self, run_dir: AnyPath, config: dict[str, Any], keep: str | None, resume: bool, half: bool, disk_wait: float
     ) -> None:
         super().__init__()
         self.folder, self.peak, self._all = RunFolder(run_dir), 0.0, keep == "all"
@@ -229,7 +222,7 @@ class Store(contextlib.ExitStack):
     def _save_resume(self, state: dict[str, Any]) -> None:
         content = checkpoints.to_cpu(state)
         if self.folder.resume.exists():
-            os.replace(self.folder.resume, self.folder.previous_resume)
+            self.folder.resume.replace(self.folder.previous_resume)
         checkpoints.save(content, self.folder.resume)
 
 
