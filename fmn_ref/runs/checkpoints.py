@@ -145,7 +145,8 @@ def each_tensor(content: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(content)
     if isinstance(content, Mapping):
         copied = copy.copy(content) if isinstance(content, dict) else dict(content)  # with a state_dict's _metadata
-        copied.update((key, each_tensor(value, function)) for key, value in content.items())
+        for key, value in content.items():
+            copied[key] = each_tensor(value, function)
         return copied
     if isinstance(content, (list, tuple)):
         parts = [each_tensor(value, function) for value in content]

@@ -141,12 +141,8 @@ class RunFolder:
         if found.suffix != suffix:
             ends = f"the checkpoints in {self.path} end in {found.suffix!r}, not {suffix!r}"
             raise ValueError(f"suffix: {ends}; choose another folder")
-        given = found.config if config is None else config
-        for key in sorted(given.keys() | found.config.keys()):
-            was, now = found.config.get(key), given.get(key)
-            if was != now:
-                where = f"the run in {self.path} was made with {was!r}, not {now!r}"
-                raise ValueError(f"{key}: {where}; choose another folder")
+        if config is not None:
+            check_same(f"the run in {self.path} was", found.config, config)
 
     # --- checkpoints ---
 
@@ -181,6 +177,14 @@ def checked_suffix(suffix: Any) -> str:
     if not isinstance(suffix, str) or not re.fullmatch(r"(\.\w+)+", suffix, re.ASCII):
         raise ValueError(f"suffix: expected the end of a file's name, like '.pt', got {suffix!r}")
     return suffix
+
+
+def check_same(what: str, found: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise ValueError, which names the key, where a stored configuration differs from the one that is given."""
+    for key in sorted(given.keys() | found.keys()):
+        if found.get(key) != given.get(key):
+            differ = f"{what} made with {found.get(key)!r}, not {given.get(key)!r}"
+            raise ValueError(f"{key}: {differ}; choose another folder")
 
 
 def remove_checkpoint(path: Path) -> None:

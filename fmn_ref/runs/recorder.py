@@ -16,8 +16,6 @@ from .folder import AnyPath, RunFolder, RunLock, checked_suffix, remove_checkpoi
 from .retention import Keep
 from .run import Run
 
-Save = Callable[[Path], object]
-
 
 class Recorder:
     """Record a training loop of your own in three lines.
@@ -75,7 +73,7 @@ class Recorder:
         keep: str = "all",
         *,
         half: bool = False,
-        save: Save | None = None,
+        save: Callable[[Path], object] | None = None,
         suffix: str = ".pt",
         config: dict[str, Any] | None = None,
         forward_fn: Any = None,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, _files
-from ..runs.folder import AnyPath
+from ..runs.folder import AnyPath, check_same
 from . import data, distributed
 from .recipe import Recipe
 
@@ -145,21 +145,19 @@ class Cached:
         """Return (log-probabilities (n, K),), or with top_k (log-probabilities, classes), both (n, top_k)."""
         folder, names = self._source.folder, ["log_probs"] if self._source.top_k is None else ["log_probs", "classes"]
         if folder is None:
-            return self._predict(view)
+            return self._predict(self._view(view))
         paths = [Path(folder) / f"view_{view:05d}.{name}.npy" for name in names]
         if not distributed.broadcast(all(p.exists() for p in paths)):
-            found = self._predict(view)
+            found = self._predict(self._view(view))
             if distributed.rank() == 0:
                 for path, array in zip(paths, found, strict=True):
                     _files.write_atomic(path, partial(np.save, arr=array.cpu().numpy()))
             distributed.barrier()
         return tuple(np.load(path, mmap_mode="r") for path in paths)
 
-    def _predict(self, view: int) -> tuple[Tensor, ...]:
+    def _predict(self, arrays: tuple[Any, ...]) -> tuple[Tensor, ...]:
         source = self._source
-        log_probs, _ = data.predict(
-            source.teacher, self._view(view), forward_fn=source.forward_fn, log=True, split=True
-        )
+        log_probs, _ = data.predict(source.teacher, arrays, forward_fn=source.forward_fn, log=True, split=True)
         return (log_probs,) if source.top_k is None else compressed(log_probs, source.top_k)
 
     def _view(self, view: int) -> tuple[Any, ...]:
@@ -186,14 +184,11 @@ class Cached:
 
 def _open_folder(folder: Path, identity: dict[str, Any]) -> None:
     """Create the folder with its targets.json, or refuse one that was made for another identity."""
-    path = folder / "targets.json"
+    path, content = folder / "targets.json", {"format": "fmn_ref.targets", "version": 1, **identity}
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _files.write_json(path, {"format": "fmn_ref.targets", "version": 1, **identity})
-    found = _files.read_json(path, "fmn_ref.targets")
-    for key, value in identity.items():
-        if found.get(key) != value:
-            raise ValueError(f"{key}: the targets in {folder} were made with {found.get(key)!r}, not {value!r}")
+        _files.write_json(path, content)
+    check_same(f"the targets in {folder} were", _files.read_json(path, "fmn_ref.targets"), content)
 
 
 def compressed(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
