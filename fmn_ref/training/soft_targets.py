@@ -188,7 +188,8 @@ def _open_folder(folder: Path, identity: dict[str, Any]) -> None:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         _files.write_json(path, content)
-    check_same(f"the targets in {folder} were", _files.read_json(path, "fmn_ref.targets"), content)
+    found = _files.read_json(path, "fmn_ref.targets")
+    check_same(f"the targets in {folder} were", {key: found.get(key) for key in content}, content)
 
 
 def compressed(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
