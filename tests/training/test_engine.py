@@ -13,9 +13,8 @@ from torch import nn
 
 import fmn_ref as fmn
 from fmn_ref.runs import checkpoints
-from fmn_ref.training import soft_targets
-from fmn_ref.training import writer as writer_module
-from fmn_ref.training.writer import Writer
+from fmn_ref.training import soft_targets, store
+from fmn_ref.training.store import Writer
 
 TRAIN, VAL, TEST = make_data()
 
@@ -133,7 +132,7 @@ class TestWriter:
         assert done == []
 
     def test_patience_has_an_end(self, monkeypatch):
-        monkeypatch.setattr(writer_module, "PAUSE", 0.001)
+        monkeypatch.setattr(store, "PAUSE", 0.001)
         tries = []
 
         def full():

@@ -19,7 +19,7 @@ from training_runs import fresh, same_weights, trained
 import fmn_ref as fmn
 from fmn_ref import _files
 from fmn_ref.runs import checkpoints
-from fmn_ref.training import data, writer
+from fmn_ref.training import data, store
 
 
 @pytest.fixture(scope="module")
@@ -502,7 +502,7 @@ def full_at(monkeypatch, when):
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", sometimes_full)
-    monkeypatch.setattr(writer, "PAUSE", 0.001)
+    monkeypatch.setattr(store, "PAUSE", 0.001)
 
 
 @pytest.mark.parametrize(
