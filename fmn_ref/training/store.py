@@ -127,11 +127,15 @@ class Store(contextlib.ExitStack):
         distributed.barrier()
 
     def load_final(self, model: nn.Module, epochs: int) -> bool:
-        """Load the last checkpoint of a finished run whose resume files were deleted; return whether it is one."""
+        """Load the last checkpoint of a finished run whose resume files were deleted.
+
+        Returns whether the run is such a one. A run of one epoch is trained again: it may have been killed between its
+        history and its resume state.
+        """
         path = None
         resumable = self.folder.resume.exists() or self.folder.previous_resume.exists()
-        if self.recorder is not None and not resumable and self.recorder.next_epoch == epochs:
-            path = self.recorder.run.checkpoints[-1]
+        if self.recorder is not None and not resumable and self.recorder.next_epoch == epochs > 1:
+            path = self.recorder.run.checkpoint(-1)
         path = distributed.broadcast(path)
         if path is not None:
             checkpoints.load_into(model, path)
@@ -140,7 +144,7 @@ class Store(contextlib.ExitStack):
     def load(self, names: set[str]) -> dict[str, Any] | None:
         """Load the newest intact resume state, and rewind the history to it.
 
-        If resume.pt is damaged, an error is logged and the state of the epoch before is taken. A damaged checkpoint is
+        A damaged resume.pt is logged and renamed, and the state of the epoch before is taken. A damaged checkpoint is
         logged and renamed, and `Run.kept` leaves it out.
 
         Parameters
@@ -158,16 +162,17 @@ class Store(contextlib.ExitStack):
         ValueError
             No state is intact, or the history does not match it. Nothing is changed then.
         """
-        state, faults = None, list[str]()
+        state, faults = None, dict[Path, str]()
         for path in (self.folder.resume, self.folder.previous_resume):
             if state is None and path.exists():
                 try:
                     state = _resume_state(path, names)
                 except ValueError as error:
-                    faults.append(str(error))
+                    faults[path] = str(error)
         if faults and state is None:
-            raise ValueError("; ".join(faults))
-        for fault in faults:
+            raise ValueError("; ".join(faults.values()))
+        for path, fault in faults.items():
+            path.replace(path.with_suffix(".damaged"))  # the next save would move it over the intact state
             logger.error("%s; going on from the state of the epoch before", fault)
         if self.recorder is not None:
             self._rewind(self.recorder, None if state is None else state["epoch"] + 1)
