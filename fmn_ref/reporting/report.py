@@ -35,8 +35,8 @@ MATRIX_ROWS, TABLE_ROWS = 200, 500  # longer ones show every k-th epoch
 CARDS, BARS = 24, 40
 # From nothing to much in one hue, so that only lightness counts. A ramp starts at the colour of the page.
 RAMPS = {
-    "light": ("f4f7fa", "b5d2ea", "5b9fd2", "1f69ae", "08306b"),
-    "dark": ("1c2126", "123f70", "2a74b8", "74b6f5", "eef6fd"),
+    "ramp_light": "#f4f7fa, #b5d2ea, #5b9fd2, #1f69ae, #08306b",
+    "ramp_dark": "#1c2126, #123f70, #2a74b8, #74b6f5, #eef6fd",
 }
 Int = NDArray[np.int64]
 Images = NDArray[Any] | None
@@ -101,19 +101,18 @@ def write_report(
     y = None if labels is None else _checked_labels(labels, history)
     pictures = None if images is None else _checked_images(images, history.n_samples)
     curves, samples = forgetting_curves(history), sample_statistics(history)
-    name = html.text(folder.resolve().name)
-    sections = [
-        _headline(name, history, curves, samples),
-        _curves_section(history, curves),
-        _matrix_section(history),
-        _samples_section(history, samples, y, pictures),
-        _plan_section(_given_or_found(plan, run.folder.plan), run),
-        _comparison_section(_given_or_found(comparison, *run.folder.comparisons)),
-        _settings_section(run),
-    ]
-    template = Template(Path(__file__).with_name("report.html.in").read_text("utf-8"))
-    ramps = {f"ramp_{name}": ", ".join(f"#{c}" for c in colours) for name, colours in RAMPS.items()}
-    page = template.substitute(title=f"{name}: what it forgot", body="\n".join(sections), **ramps)
+    page = Template(Path(__file__).with_name("report.html.in").read_text("utf-8")).substitute(
+        RAMPS,
+        name=html.text(folder.resolve().name),
+        n_epochs=html.count(len(history), "epoch"),
+        n_samples=html.count(history.n_samples, "sample"),
+        **_curve_parts(history, curves, int(samples.forgotten.sum())),
+        matrix=_matrix_section(history),
+        samples=_samples_section(history, samples, y, pictures),
+        plan=_plan_section(_given_or_found(plan, run.folder.plan), run),
+        comparison=_comparison_section(_given_or_found(comparison, *run.folder.comparisons)),
+        settings=_settings(run),
+    )
     _files.write_atomic(target, lambda file: file.write(page.encode()))
     return target
 
@@ -144,63 +143,37 @@ def _checked_images(images: Any, n: int) -> NDArray[Any]:
     return a
 
 
-# --- sections ---
+# --- parts of the page ---
 
 
-def _headline(name: str, history: CorrectnessHistory, c: ForgettingCurves, s: SampleStatistics) -> str:
+def _curve_parts(history: CorrectnessHistory, c: ForgettingCurves, n_forgotten: int) -> dict[str, str]:
+    """Tiles, the two charts and the table of the curves."""
     e, best, peak = history.epochs, int(c.accuracy.argmax()), int(c.forget.argmax())
-    n, n_forgotten = history.n_samples, int(s.forgotten.sum())
     gain, error = expected_gain(first_samples(history))
     tiles = [
         ("", "Final accuracy", f"{c.accuracy[-1]:.1%}", f"at epoch {e[-1]}"),
         ("", "Best accuracy", f"{c.accuracy[best]:.1%}", f"at epoch {e[best]}"),
         ("key", "Peak forget fraction", f"{c.forget[peak]:.1%}", f"at epoch {e[peak]}"),
-        ("", "Forgotten samples", f"{n_forgotten:,}", f"of {n:,}: right once, wrong at the end"),
+        ("", "Forgotten samples", f"{n_forgotten:,}", f"of {history.n_samples:,}: right once, wrong at the end"),
         ("", "Expected gain", f"{100 * gain:+.1f}", f"points from fusion, ± {100 * error:.1f} (rough)"),
     ]
-    cells = "".join(
-        f'<div class="{kind}"><dt>{title}</dt><dd>{value}<small>{more}</small></dd></div>'
-        for kind, title, value, more in tiles
-    )
-    return f"""<header><h1>What this run forgot</h1>
-<p class="muted">{name}: {html.count(len(e), "epoch")}, {html.count(n, "sample")}</p></header>
-<dl class="tiles">{cells}</dl>
-<p>The forget fraction F<sub>e</sub> of an epoch e is the share of samples that the network classifies correctly at
-epoch e and wrongly at the end. Accuracy can rise at the same time, because newly learned samples hide the forgotten
-ones. The checkpoints of earlier epochs still classify the forgotten samples correctly.</p>"""
-
-
-def _curves_section(history: CorrectnessHistory, c: ForgettingCurves) -> str:
-    e, best, peak = history.epochs, int(c.accuracy.argmax()), int(c.forget.argmax())
-    x = np.array(e, np.float64)
-    accuracy = html.chart(
-        x,
-        {"retained": c.retained, "accuracy": c.accuracy},
+    tile = '<div class="{}"><dt>{}</dt><dd>{}<small>{}</small></dd></div>'
+    accuracy = (
         f"Accuracy per epoch: {c.accuracy[0]:.1%} at epoch {e[0]}, at best {c.accuracy[best]:.1%} at epoch {e[best]}, "
         f"{c.accuracy[-1]:.1%} at the end. {c.retained[best]:.1%} of the samples are right at epoch {e[best]} and at "
-        "the end.",
-        (best, c.accuracy[best], "", f"{c.accuracy[best]:.1%} at epoch {e[best]}"),
+        "the end."
     )
-    forget = html.chart(
-        x,
-        {"forget": c.forget},
-        f"Forget fraction per epoch: at most {c.forget[peak]:.1%}, at epoch {e[peak]}; zero at the end by definition.",
-        (peak, c.forget[peak], "forget", f"{c.forget[peak]:.1%} at epoch {e[peak]}"),
-    )
-    columns = ("epoch", "accuracy", "F<sub>e</sub>", "L<sub>e</sub>", "retained")
+    forget = f"at most {c.forget[peak]:.1%}, at epoch {e[peak]}; zero at the end by definition."
     shown = sorted({*html.thinned(len(e), TABLE_ROWS), 0, best, peak})
     rows = [[str(e[i]), *(f"{v[i]:.2%}" for v in (c.accuracy, c.forget, c.learned, c.retained))] for i in shown]
-    table = html.scroll_table(columns, rows, "Numbers of each epoch", "tall")
-    return f"""<h2>Epoch by epoch</h2>
-<figure>{accuracy}
-<ul class="legend">
-<li class="accuracy"><i></i>accuracy</li>
-<li class="retained"><i></i>retained at the end</li>
-<li class="area"><i></i>the gap is F<sub>e</sub></li></ul></figure>
-<figure>{forget}
-<ul class="legend"><li class="forget"><i></i>forget fraction F<sub>e</sub></li></ul></figure>
-<details><summary>Numbers of each epoch{html.thinned_note(shown, e)}</summary>{table}
-<p class="muted">L<sub>e</sub>, the learned fraction: wrong at epoch e, right at the end.</p></details>"""
+    columns = ("epoch", "accuracy", "F<sub>e</sub>", "L<sub>e</sub>", "retained")
+    return {
+        "tiles": "".join(tile.format(*parts) for parts in tiles),
+        "accuracy": html.chart(e, {"retained": c.retained, "accuracy": c.accuracy}, accuracy, best),
+        "forget": html.chart(e, {"forget": c.forget}, f"Forget fraction per epoch: {forget}", peak),
+        "thinned": html.thinned_note(shown, e),
+        "numbers": html.scroll_table(columns, rows, "Numbers of each epoch", "tall"),
+    }
 
 
 def _matrix_section(history: CorrectnessHistory) -> str:
@@ -216,7 +189,7 @@ def _matrix_section(history: CorrectnessHistory) -> str:
     beyond = " or more" if share.max() > top else ""
     highest = f"At most {top:.1%} of the samples are right at an epoch and wrong at a later one: at {i} and {j}."
     pixels = np.rint(255 * np.minimum(share[::-1] / top, 1)).astype(np.uint8)  # epoch i upwards
-    light, dark = (html.data_uri(html.png(pixels, html.palette(RAMPS[name]))) for name in ("light", "dark"))
+    light, dark = (html.png(pixels, html.palette(ramp.split(", "))) for ramp in RAMPS.values())
     places = [((np.interp(k, e, range(len(e))) + 0.5) / len(e), html.short(k)) for k in html.ticks(e[0], e[-1], 5)]
     axes = "".join(html.axis_label("x", "left", *p) + html.axis_label("y", "bottom", *p) for p in places)
     return f"""{title}
@@ -254,12 +227,10 @@ def _sample_cards(
     cards = []
     for k, i in enumerate(chosen):
         kind = "" if y is None else f"class {y[i]}, "
-        picture = pictures[k] and f'<img {pictures[k]} alt="sample {i}">'
-        facts = (
-            f"right at {s.correctness[i]} of {len(history)} epochs, last at {history.epochs[int(s.last_correct[i])]}"
-        )
-        words = f"<div><b>sample {i}</b><br><span>{kind}{facts}</span></div>"
-        cards.append(f"<li>{picture}{words}{html.strip(right[:, k])}</li>")
+        last = history.epochs[int(s.last_correct[i])]
+        facts = f"{kind}right at {s.correctness[i]} of {len(history)} epochs, last at {last}"
+        words = f"<div><b>sample {i}</b><br><span>{facts}</span></div>"
+        cards.append(f"<li>{pictures[k]}{words}{html.strip(right[:, k])}</li>")
     return cards
 
 
@@ -363,7 +334,7 @@ best test accuracy is in bold.</p>
 {table}{remarks}"""
 
 
-def _read_comparison(source: Any) -> tuple[list[tuple[str, float, float, float]], list[Any], int, int]:
+def _read_comparison(source: Any) -> tuple[list[tuple[Any, ...]], list[Any], int, int]:
     """Rows (method, forward passes, selection and test accuracy), notes, and the sizes of the two sets."""
     where = os.fspath(source) if _is_path(source) else "comparison"
     try:
@@ -372,7 +343,11 @@ def _read_comparison(source: Any) -> tuple[list[tuple[str, float, float, float]]
             content = json.loads(source.to_json())
         elif _is_path(source):
             content = json.loads(Path(source).read_bytes())
-        rows = [_comparison_row(row) for row in content["rows"]]
+        rows = []
+        for row in content["rows"]:
+            passes = _check.number(row["forward_passes"], 0, 1e9, "forward_passes")
+            accuracies = (_check.number(row[k], 0, 1, k) for k in ("selection_accuracy", "test_accuracy"))
+            rows.append((html.text(row["method"], 80), passes, *accuracies))
         if not rows:
             raise ValueError("rows: expected at least one")
         n, n_test = (_check.number(content[k], 0, 2**62, k, int) for k in ("n_selection", "n_test"))
@@ -382,18 +357,10 @@ def _read_comparison(source: Any) -> tuple[list[tuple[str, float, float, float]]
         raise ValueError(f"{where}: not a comparison (Comparison.to_json, fmn-ref compare --json): {reason}") from None
 
 
-def _comparison_row(row: Any) -> tuple[str, float, float, float]:
-    passes = _check.number(row["forward_passes"], 0, 1e9, "forward_passes")
-    a, b = (_check.number(row[k], 0, 1, k) for k in ("selection_accuracy", "test_accuracy"))
-    return html.text(row["method"], 80), passes, a, b
-
-
-def _settings_section(run: Run) -> str:
-    rows, info = [], run.folder.read()
-    for part in (info.config, info.made_with):
-        for key, value in part.items():
-            shown = value if isinstance(value, str) else json.dumps(value)
-            rows.append((html.text(key, 80), html.text(shown)))
-    table = html.scroll_table(("setting", "value"), rows[:100], "Settings of the run", kind="settings")
-    return f"""<footer class="muted"><details><summary>Settings of the run</summary>{table}</details>
-<small>Made by fmn_ref. The forget fraction and Knowledge Fusion: arXiv 2507.08686.</small></footer>"""
+def _settings(run: Run) -> str:
+    info = run.folder.read()
+    rows = []
+    for key, value in (*info.config.items(), *info.made_with.items()):
+        shown = value if isinstance(value, str) else json.dumps(value)
+        rows.append((html.text(key, 80), html.text(shown)))
+    return html.scroll_table(("setting", "value"), rows[:100], "Settings of the run", kind="settings")
