@@ -18,6 +18,7 @@ LINE_BINS = 500  # bins of a long line; each is drawn by its lowest and highest 
 THUMBNAIL = 96  # largest side of a picture, in pixels
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
+Cells = Sequence[str]  # one row of a table
 
 
 # --- text and tables ---
@@ -60,17 +61,12 @@ def share_bar(share: float) -> str:
 
 
 def scroll_table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    name: str,
-    box: str = "",
-    kind: str = "",
-    best: Sequence[int] = (),
+    columns: Cells, rows: Iterable[Cells], name: str, box: str = "", kind: str = "", best: Sequence[int] = ()
 ) -> str:
     """Table in a box that scrolls. Cells are HTML; the last column of kind "bars" contains `share_bar`s."""
     bar = ' class="bar"' if kind.startswith("bars") else ""
 
-    def line(cells: Sequence[str], tag: str) -> str:
+    def line(cells: Cells, tag: str) -> str:
         return "".join(f"<{tag}>{cell}</{tag}>" for cell in cells[:-1]) + f"<{tag}{bar}>{cells[-1]}</{tag}>"
 
     marks = dict.fromkeys(best, ' class="best"')

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from ..metrics.curves import ForgettingCurves, forgetting_curves, forgetting_mat
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from ..metrics.overview import first_samples
 from ..metrics.samples import SampleStatistics, sample_statistics
-from ..runs import load
+from ..runs.load import load_array
 from ..runs.run import Run
 from . import html
 from .comparison import Comparison
@@ -122,12 +122,13 @@ def _given_or_found(given: Any, *paths: Path) -> Any:
     return given if given is not None else next((path for path in paths if path.is_file()), None)
 
 
-def _is_path(x: Any) -> bool:
-    return isinstance(x, (str, os.PathLike))
+def _loaded(given: Any, load: Callable[[str], Any]) -> Any:
+    """Load the file if a path is given; return anything else as it is."""
+    return load(os.fspath(given)) if isinstance(given, (str, os.PathLike)) else given
 
 
 def _checked_labels(labels: Any, history: CorrectnessHistory) -> Int:
-    y = _check.labels(load.load_array(os.fspath(labels), "labels") if _is_path(labels) else labels, history.n_samples)
+    y = _check.labels(_loaded(labels, lambda path: load_array(path, "labels")), history.n_samples)
     if history.digest not in (NO_LABELS, labels_digest(y)):
         raise ValueError("labels: not the labels (or not in the order) that the run was recorded with")
     return y
@@ -135,7 +136,7 @@ def _checked_labels(labels: Any, history: CorrectnessHistory) -> Int:
 
 def _checked_images(images: Any, n: int) -> NDArray[Any]:
     """Images with a checked shape; their values are read later, and only those of the samples shown."""
-    a = _check.array(load.load_array(os.fspath(images), "images") if _is_path(images) else images, "images")
+    a = _check.array(_loaded(images, lambda path: load_array(path, "images")), "images")
     channels = a.ndim == 3 or (a.ndim == 4 and (a.shape[3] in (1, 3) or a.shape[1] in (1, 3)))
     if not channels or len(a) != n or 0 in a.shape:
         expected = f"({n}, h, w), ({n}, h, w, c) or ({n}, c, h, w) with c 1 or 3"
@@ -208,7 +209,7 @@ def _samples_section(history: CorrectnessHistory, s: SampleStatistics, y: Int | 
         return f"{title}\n<p>None: every sample that was right at some epoch is right at the end.</p>"
     # Right at most epochs and wrong at the end; among equals, first the one that was wrong for longest.
     chosen = forgotten[np.lexsort((s.last_correct[forgotten], -s.correctness[forgotten]))[:CARDS]]
-    cards = _sample_cards(history, s, chosen, y, images)
+    cards = _cards(history, s, chosen, y, images)
     shown, rest = cards[: CARDS // 2], cards[CARDS // 2 :]
     more = f'<details><summary>{len(rest)} more</summary><ul class="cards">{"".join(rest)}</ul></details>'
     return f"""{title}{"" if y is None else _class_table(s.forgotten, y)}
@@ -218,9 +219,7 @@ def _samples_section(history: CorrectnessHistory, s: SampleStatistics, y: Int | 
 {more if rest else ""}"""
 
 
-def _sample_cards(
-    history: CorrectnessHistory, s: SampleStatistics, chosen: Int, y: Int | None, images: Images
-) -> list[str]:
+def _cards(history: CorrectnessHistory, s: SampleStatistics, chosen: Int, y: Int | None, images: Images) -> list[str]:
     pictures = [""] * len(chosen) if images is None else html.thumbnails(images, chosen)
     epochs = np.array(html.thinned(len(history), MATRIX_ROWS))
     right = history.packed[np.ix_(epochs, chosen // 8)] >> (chosen % 8).astype(np.uint8) & 1
@@ -258,7 +257,7 @@ def _class_table(forgotten: NDArray[np.bool_], y: Int) -> str:
 def _plan_section(plan: Any, run: Run) -> str:
     if plan is None:
         return ""
-    p = FusionPlan.load(plan) if _is_path(plan) else plan
+    p = _loaded(plan, FusionPlan.load)
     if not isinstance(p, FusionPlan):
         raise TypeError(f"plan: expected a FusionPlan or a path, got {type(plan).__name__}")
     names, note = _plan_epochs(p, run)
@@ -268,13 +267,12 @@ def _plan_section(plan: Any, run: Run) -> str:
 
 def _plan_summary(p: FusionPlan) -> str:
     text = f"Method “{p.method}”: a weighted mean of {html.count(p.forward_passes, 'checkpoint')}."
+    final = f"{p.accuracy[0]:.2%}"
     if p.final_model_alone and p.method != "weights":
         text = f"The final model alone is best: no checkpoint that method “{p.method}” tried improves on it"
-        text += f" ({p.accuracy[0]:.2%} on the selection set)."
+        text += f" ({final} on the selection set)."
     elif p.method != "weights":  # a plan of given weights knows no accuracy
-        text += (
-            f" Its accuracy on the selection set is {p.accuracy[-1]:.2%}, that of the final model {p.accuracy[0]:.2%}."
-        )
+        text += f" Its accuracy on the selection set is {p.accuracy[-1]:.2%}, that of the final model {final}."
         text += " The plan was chosen on this set, so its accuracy there is too high."
     if p.cv_accuracy is not None:
         text += f"</p>\n<p>Cross-validated accuracy, on samples not used for the choice: {p.cv_accuracy:.2%}"
@@ -336,13 +334,10 @@ best test accuracy is in bold.</p>
 
 def _read_comparison(source: Any) -> tuple[list[tuple[Any, ...]], list[Any], int, int]:
     """Rows (method, forward passes, selection and test accuracy), notes, and the sizes of the two sets."""
-    where = os.fspath(source) if _is_path(source) else "comparison"
     try:
-        content = source
+        content = _loaded(source, lambda path: json.loads(Path(path).read_bytes()))
         if isinstance(source, Comparison):
             content = json.loads(source.to_json())
-        elif _is_path(source):
-            content = json.loads(Path(source).read_bytes())
         rows = []
         for row in content["rows"]:
             passes = _check.number(row["forward_passes"], 0, 1e9, "forward_passes")
@@ -354,6 +349,7 @@ def _read_comparison(source: Any) -> tuple[list[tuple[Any, ...]], list[Any], int
         return rows, list(content.get("notes", [])), n, n_test
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = f"missing {error}" if isinstance(error, KeyError) else error
+        where = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "comparison"
         raise ValueError(f"{where}: not a comparison (Comparison.to_json, fmn-ref compare --json): {reason}") from None
 
 
