@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import _check
 from ..fusion import baselines
@@ -17,9 +16,9 @@ from ..fusion.methods import AUTO, METHODS
 from ..fusion.mixtures import mixture
 from ..fusion.plan import FusionPlan
 from ..fusion.probabilities import ProbabilityReader
+from ..kernels.protocol import Int
 from .tables import csv_table, markdown_table
 
-Int = NDArray[np.int64]
 # Methods of `fuse` beside KF ("forget") and the plain means, which are controls at KF's cost.
 OTHER_METHODS = (*(m.name for m in METHODS.values() if not m.control and m.name != "forget"), AUTO)
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # per epoch; the decay with the best selection accuracy is scored

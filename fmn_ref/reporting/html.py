@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.protocol import Float, Int
+
 LINE_BINS = 500  # bins of a long line; each is drawn by its lowest and highest value
 THUMBNAIL = 96  # largest side of a picture, in pixels
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
 Cells = Sequence[str]  # one row of a table
 
 

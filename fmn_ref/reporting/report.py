@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from .. import _check, _files
 from ..fusion.expectation import expected_gain
 from ..fusion.plan import FusionPlan
+from ..kernels.protocol import Bool, Int
 from ..metrics.curves import ForgettingCurves, forgetting_curves, forgetting_matrix
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from ..metrics.overview import first_samples
@@ -38,7 +39,6 @@ RAMPS = {
     "ramp_light": "#f4f7fa, #b5d2ea, #5b9fd2, #1f69ae, #08306b",
     "ramp_dark": "#1c2126, #123f70, #2a74b8, #74b6f5, #eef6fd",
 }
-Int = NDArray[np.int64]
 Images = NDArray[Any] | None
 
 
@@ -179,13 +179,13 @@ def _curve_parts(history: CorrectnessHistory, c: ForgettingCurves, n_forgotten: 
 
 def _matrix_section(history: CorrectnessHistory) -> str:
     shown = html.thinned(len(history), MATRIX_ROWS)
-    e, title = [history.epochs[k] for k in shown], "<h2>Forgetting matrix</h2>"
+    e = [history.epochs[k] for k in shown]
     rows = history.packed[shown.start :: shown.step]  # a view: a large one is streamed
     counts = forgetting_matrix(SimpleNamespace(packed=rows, n_samples=history.n_samples))
     share, later = counts / history.n_samples, np.triu(counts, 1) / history.n_samples
     top = float(later.max())  # the forgotten shares set the scale: what the first epochs still learn is far more
     if not top:
-        return f"{title}\n<p>No sample was right at one of these epochs and wrong at a later one.</p>"
+        return "\n<p>No sample was right at one of these epochs and wrong at a later one.</p>"
     i, j = (e[k] for k in np.unravel_index(later.argmax(), later.shape))
     beyond = " or more" if share.max() > top else ""
     highest = f"At most {top:.1%} of the samples are right at an epoch and wrong at a later one: at {i} and {j}."
@@ -193,7 +193,7 @@ def _matrix_section(history: CorrectnessHistory) -> str:
     light, dark = (html.png(pixels, html.palette(ramp.split(", "))) for ramp in RAMPS.values())
     places = [((np.interp(k, e, range(len(e))) + 0.5) / len(e), html.short(k)) for k in html.ticks(e[0], e[-1], 5)]
     axes = "".join(html.axis_label("x", "left", *p) + html.axis_label("y", "bottom", *p) for p in places)
-    return f"""{title}
+    return f"""
 <div class="matrix"><figure><div class="plot"><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">
 <img src="{light}" alt="Heat map of the forgetting matrix. {highest}"></picture>{axes}
 <span class="xname">wrong at epoch j</span><span class="yname">right at epoch i</span></div></figure>
@@ -204,15 +204,14 @@ Forgotten samples are below the diagonal, learned samples above it. The last col
 
 def _samples_section(history: CorrectnessHistory, s: SampleStatistics, y: Int | None, images: Images) -> str:
     forgotten = np.flatnonzero(s.forgotten)
-    title = "<h2>Forgotten samples</h2>"
     if not len(forgotten):
-        return f"{title}\n<p>None: every sample that was right at some epoch is right at the end.</p>"
+        return "\n<p>None: every sample that was right at some epoch is right at the end.</p>"
     # Right at most epochs and wrong at the end; among equals, first the one that was wrong for longest.
     chosen = forgotten[np.lexsort((s.last_correct[forgotten], -s.correctness[forgotten]))[:CARDS]]
     cards = _cards(history, s, chosen, y, images)
     shown, rest = cards[: CARDS // 2], cards[CARDS // 2 :]
     more = f'<details><summary>{len(rest)} more</summary><ul class="cards">{"".join(rest)}</ul></details>'
-    return f"""{title}{"" if y is None else _class_table(s.forgotten, y)}
+    return f"""{"" if y is None else _class_table(s.forgotten, y)}
 <h3>Right for most epochs, wrong at the end</h3>
 <p class="muted">The bar shows the epochs at which the sample was right, from the first to the last.</p>
 <ul class="cards">{"".join(shown)}</ul>
@@ -233,7 +232,7 @@ def _cards(history: CorrectnessHistory, s: SampleStatistics, chosen: Int, y: Int
     return cards
 
 
-def _class_table(forgotten: NDArray[np.bool_], y: Int) -> str:
+def _class_table(forgotten: Bool, y: Int) -> str:
     """Share of each class that was forgotten; of many classes, the highest shares first."""
     names, member, size = np.unique(y, return_inverse=True, return_counts=True)
     n = np.bincount(member, forgotten).astype(np.int64)
