@@ -2,8 +2,9 @@
 
     fmn-ref report RUN_DIR -o report.html
 
-Lines are SVG and pictures are PNG, inside the file. CSS (report.html.in) adapts the page to the screen and to light or
-dark. The page has no script and escapes every text. Its content security policy forbids it to load anything.
+Lines are SVG and pictures are PNG, inside the file. The template report.html.in holds the fixed text, and the CSS that
+adapts the page to the screen and to light or dark. The page has no script and escapes every text. Its content security
+policy forbids it to load anything.
 """
 
 from __future__ import annotations
