@@ -1,4 +1,4 @@
-"""The methods of `fuse`: compared with brute force, within their bounds, with unbiased estimates, repeatable bit for bit."""
+"""The methods of `fuse`: equal to brute force, within their bounds, estimated without bias, repeatable to the bit."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def test_bounds(problem, plans, method, bound):
     used, free = (
         {"max_members": len(p.members), "max_forward_passes": p.forward_passes} for p in (plan, plans[method])
     )
-    assert 1 <= used[name] <= most
+    assert used[name] <= most
     assert free[name] > most or plan.accuracy == plans[method].accuracy  # a bound that does not bind changes nothing
 
 

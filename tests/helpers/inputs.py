@@ -1,6 +1,7 @@
 """Inputs that many tests use: correctness in awkward layouts, probabilities of a run, a history."""
 
 import importlib.util
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 import fmn_ref as fmn
 
+FORCED = os.environ.get("FMN_BACKEND")
 BACKENDS = [b for b in ("cpp", "numba", "numpy", "torch") if b != "numba" or importlib.util.find_spec("numba")]
+BACKENDS = [FORCED] if FORCED else BACKENDS  # `FMN_BACKEND=numpy pytest` tests one backend
 
 
 def awkward_correctness(rng):

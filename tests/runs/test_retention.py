@@ -22,6 +22,11 @@ def whole(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("whole"), epochs=8)
 
 
+@pytest.fixture(scope="module")
+def five_epochs(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("five"), epochs=5, keep="budget:2")
+
+
 def on_disk(folder):
     return sorted(int(p.stem[6:]) for p in (folder / "checkpoints").iterdir())
 
@@ -249,10 +254,6 @@ class TestKilled:
             for ours, theirs in zip(run.kept.checkpoints, unbroken.kept.checkpoints, strict=True):
                 assert ours.read_bytes() == theirs.read_bytes()
         assert moment > 30
-
-    @pytest.fixture(scope="class")
-    def five_epochs(self, tmp_path_factory):
-        return trained(tmp_path_factory.mktemp("five"), epochs=5, keep="budget:2")
 
     @pytest.mark.parametrize("stop", range(5))
     def test_after_any_epoch(self, five_epochs, tmp_path, monkeypatch, stop):

@@ -1,4 +1,4 @@
-"""Processes killed at random moments, also in the middle of a write, resume and end with the bits of an unbroken run."""
+"""Processes killed at random moments, also within a write, resume and end with the bits of an unbroken run."""
 
 import random
 
