@@ -67,7 +67,8 @@ def history_of(correct, path=None, labels=None, epochs=None):
     return history
 
 
-def softmax(logits):
-    """The softmax over the last axis, in double precision."""
-    p = np.exp(np.float64(logits) - np.float64(logits).max(-1, keepdims=True))
+def softmax(logits, dtype=np.float64):
+    """The softmax over the last axis, computed in `dtype`."""
+    z = np.asarray(logits, dtype)
+    p = np.exp(z - z.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)

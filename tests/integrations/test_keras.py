@@ -92,7 +92,7 @@ def test_history_plan_and_fused_predictions_are_those_of_dumped_predictions(last
 
     dumped, dumped_test = np.array(dump.outputs), np.array(dump_test.outputs)
     if last is None:
-        dumped, dumped_test = softmax(dumped), softmax(dumped_test)
+        dumped, dumped_test = (softmax(a, np.float32) for a in (dumped, dumped_test))
     weights = state_of(model)
     probs, test_probs = probabilities(run, model, x_val), probabilities(run, model, x_test)
     np.testing.assert_allclose(np.array(list(probs)), dumped, atol=1e-6)
@@ -391,7 +391,7 @@ def test_a_model_that_learns_its_shape_from_data():
         np.testing.assert_array_equal(np.array(a), np.array(b))
     run = fmn.Run.open("run")
     found = probabilities(run, unbuilt(), x_val)[1]
-    np.testing.assert_allclose(found, softmax(first.predict(x_val, verbose=0)), atol=1e-6)
+    np.testing.assert_allclose(found, softmax(first.predict(x_val, verbose=0), np.float32), atol=1e-6)
     uncompiled = keras.Sequential([keras.layers.Dense(8, "relu"), keras.layers.Dense(4)])
     with pytest.raises(ValueError, match="from_logits=True"):
         probabilities(run, uncompiled, x_val)[1]

@@ -10,7 +10,6 @@ from networks import RECIPE, make_data, make_model
 from torch import nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, TensorDataset
-from training_runs import same_weights
 
 import fmn_ref as fmn
 from fmn_ref.fusion import baselines
@@ -206,7 +205,9 @@ def test_a_last_batch_of_one_sample(tmp_path):
     joined = fmn.averaged_model(run, {0: 1.0}, one, batch_size=64)
     torch.testing.assert_close(joined.get_buffer("1.running_mean"), joined.get_submodule("0")(one[0]).mean(0))
     left_out = fmn.averaged_model(run, {0: 1.0}, DataLoader(TensorDataset(*one), 64))
-    assert same_weights(left_out, fmn.averaged_model(run, {0: 1.0}, even, batch_size=64))
+    without = fmn.averaged_model(run, {0: 1.0}, even, batch_size=64)
+    for name in ("1.running_mean", "1.running_var"):
+        assert torch.equal(left_out.get_buffer(name), without.get_buffer(name))
 
 
 def test_average_refuses_a_checkpoint_that_does_not_fit(tmp_path):
