@@ -20,7 +20,6 @@ from fmn_ref.benchmarks.experiments.pieces import Piece
 from fmn_ref.benchmarks.speed import fusion
 from fmn_ref.cli import main
 from fmn_ref.fusion.methods import method_names
-from fmn_ref.training.augmentation import crop_flip
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "paper"
 
@@ -54,12 +53,6 @@ def everything(tmp_path_factory):
     return piece, out, suite.run_piece(piece, Path(), out)
 
 
-def assert_says_how_it_was_made(result):
-    assert {"fmn_ref", "torch", "numpy", "python", "device"} <= set(result["made_with"])
-    assert result["piece"] == f"{result['setting']}-{result['seed']}"
-    assert len(result["curves"]["accuracy"]) == result["epochs"]
-
-
 def test_a_piece_holds_every_method(everything):
     _, _, result = everything
     rows = tables.rows_of(result)
@@ -78,14 +71,16 @@ def test_a_piece_holds_every_method(everything):
     assert {"generation 3, distilled", "averaged auto", "auto, 16-bit checkpoints", "top at auto's cost"} <= set(rows)
     assert len(rows) == len(result["rows"])
     for row in rows.values():
-        assert 0 <= row["test_accuracy"] <= 1
+        assert 0 < round(120 * row["test_accuracy"]) == pytest.approx(120 * row["test_accuracy"]) < 120  # samples
         assert row["forward_passes"] >= 1
     assert rows["top at auto's cost"]["forward_passes"] == rows["auto"]["forward_passes"]
     assert rows["5 networks"]["training_runs"] == 5
     fusions = [method for method in rows if method in measurement.FUSIONS]
     assert fusions[:2] == ["KF", "KF exact"]
     assert fusions[2:] == [name for name in method_names() if name != "forget"]
-    assert_says_how_it_was_made(result)
+    assert {"fmn_ref", "torch", "numpy", "python", "device"} <= set(result["made_with"])
+    assert result["piece"] == f"{result['setting']}-{result['seed']}"
+    assert len(result["curves"]["accuracy"]) == result["epochs"]
     assert result["share_of_wrong_labels"] == 0.4
     assert result["recovery"]["auto"]["samples"] == 120
 
@@ -188,21 +183,6 @@ def test_damaged_data_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"test\.bin"):
         datasets.cifar100(tmp_path)
-
-
-def test_augmentation_crops_and_flips():
-    """Every augmented image is a crop of the padded image, mirrored or not. Equal seeds give equal images."""
-    x = torch.arange(4 * 3 * 6 * 6, dtype=torch.float32).reshape(4, 3, 6, 6) + 1
-    torch.manual_seed(0)
-    once = crop_flip(2)(x.repeat(20, 1, 1, 1))
-    torch.manual_seed(0)
-    assert torch.equal(once, crop_flip(2)(x.repeat(20, 1, 1, 1)))
-    padded = torch.nn.functional.pad(x, (2,) * 4)
-    crops = [padded[..., i : i + 6, j : j + 6] for i in range(5) for j in range(5)]
-    kinds = {(c if f == 0 else c.flip(-1))[k].numpy().tobytes() for c in crops for f in (0, 1) for k in range(4)}
-    got = {image.numpy().tobytes() for image in once}
-    assert got <= kinds
-    assert len(got) > 40
 
 
 def test_the_gpu_scale_on_a_tiny_network(tmp_path):
@@ -314,10 +294,6 @@ class TestCommittedResults:
         rule = tables.fit_rule(results)
         assert rule["coefficients"] == fmn.expectation.RULE
         assert rule["error"] == fmn.expectation.ERROR
-
-    def test_pieces_say_how_they_were_made(self, results):
-        for result in results:
-            assert_says_how_it_was_made(result)
 
     def test_double_descent_is_drawn_from_its_numbers(self):
         result = json.loads((RESULTS.parent / "double_descent.json").read_text())

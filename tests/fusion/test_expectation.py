@@ -1,7 +1,8 @@
-"""The gain to expect: what is looked at, and the rule."""
+"""The expected gain: the rule, and the features that it reads."""
 
 import numpy as np
 import pytest
+from inputs import history_of
 
 import fmn_ref as fmn
 from fmn_ref.fusion import expectation
@@ -14,14 +15,15 @@ def test_features_against_a_loop(rng):
     churn = [sum(correct[e] & ~correct[e + 1]) / 50 for e in range(5)]
     expected = {"peak": max(forget), "churn": np.mean(churn), "drop": max(accuracy) - accuracy[-1]}
     assert expectation.features(correct) == pytest.approx(expected)
-    history = fmn.CorrectnessHistory(50)
-    for row in correct:
-        history.append(row)
-    assert expectation.features(history) == expectation.features(correct)
+    assert expectation.features(history_of(correct)) == expectation.features(correct)
 
 
 def test_a_single_epoch_has_nothing_to_gain():
     assert expectation.features([[1, 0, 1]]) == {"peak": 0, "churn": 0, "drop": 0}
+
+
+# Of [[1, 1, 1, 0], [1, 0, 0, 1]]: epoch 0 has 3 samples right, of which the final epoch has lost 2.
+BY_HAND = {"constant": 1, "peak": 0.5, "churn": 0.5, "drop": 0.25}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,10 @@ def test_the_rule_is_linear_and_a_share(monkeypatch, constant, peak, churn, drop
 
 
 def test_the_fitted_rule():
-    gain, error = fmn.expected_gain([[1, 1, 1, 0], [1, 0, 0, 1]])
+    """The more a run forgets, the more it gains; the error is small enough to tell the two runs apart."""
     assert expectation.RULE.keys() == {"constant", *expectation.features([[1]])}
-    assert 0 <= gain <= 1
-    assert error >= 0
+    forgets, error = fmn.expected_gain([[1, 1, 1, 0], [1, 0, 0, 1]])
+    keeps, same_error = fmn.expected_gain([[1, 0, 0, 0], [1, 1, 0, 1]])
+    assert keeps < 0.02 < forgets - error
+    assert forgets == pytest.approx(sum(expectation.RULE[k] * v for k, v in BY_HAND.items()))
+    assert 0 < error == same_error

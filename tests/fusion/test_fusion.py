@@ -8,8 +8,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import random_probs
 from hypothesis import given, settings
+from inputs import history_of, random_probs
 
 import fmn_ref as fmn
 from fmn_ref.fusion.mixtures import mixture
@@ -127,9 +127,7 @@ def test_exact_is_not_below_the_grid_where_rounding_decides(seed):
 
 def test_a_history_of_other_samples_is_refused(rng):
     p, labels = random_probs(rng)
-    history = fmn.CorrectnessHistory(60, labels=labels)
-    for row in fmn.correctness(p, labels):
-        history.append(row)
+    history = history_of(fmn.correctness(p, labels), labels=labels)
     assert fmn.fuse(p, labels, correct=history) == fmn.fuse(p, labels)
     with pytest.raises(ValueError, match="other labels"):
         fmn.fuse(p, labels[::-1], correct=history)

@@ -51,7 +51,7 @@ def work(job, folder, kill=None, seconds=None):
     return report
 
 
-def contents(folder):
+def final_files(folder):
     """Read every file of a run except run.json; .pt files as tensors. Raises an error for a half-written file."""
     files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and p.name != "run.json"}
     return {name: torch.load(p) if p.suffix == ".pt" else p.read_bytes() for name, p in files.items()}
@@ -83,7 +83,7 @@ def kill_often(job, folder, kills, draw):
     from those of the undisturbed run.
     """
     calls, duration = work(job, folder / "unbroken")
-    expected = contents(folder / "unbroken")
+    expected = final_files(folder / "unbroken")
     kinds, hits, differ, n_runs = Counter(), [], [], 0
     while len(hits) < kills:
         n_runs += 1
@@ -101,7 +101,7 @@ def kill_often(job, folder, kills, draw):
                 where = f"after {seconds:.3f} s" if kill is None else f"{kind} {kill[1]}, {report}"
                 kinds[kind] += 1
                 hits.append(f"epoch {next_epoch(killed)}: {where}")
-            found = contents(killed)
+            found = final_files(killed)
         names = sorted(expected.keys() | found.keys())
         differ += [f"{killed.name}/{n}" for n in names if not identical(expected.get(n), found.get(n))]
     return {"kills": dict(sorted(kinds.items())), "runs": n_runs, "different": differ, "hits": hits}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from networks import RECIPE, make_data, make_model
 from tqdm import tqdm
+from training_runs import fresh
 
 import fmn_ref as fmn
 from fmn_ref.runs import checkpoints
@@ -23,8 +24,7 @@ EPOCHS = 30
 def training(folder):
     """Train, fuse and save the plan. Every checkpoint is kept."""
     train_set, val, _ = make_data()
-    torch.manual_seed(1)
-    run = fmn.train(make_model(), train_set, val, epochs=EPOCHS, run_dir=folder, augment=jitter, **RECIPE)
+    run = fmn.train(fresh(), train_set, val, epochs=EPOCHS, run_dir=folder, augment=jitter, **RECIPE)
     fmn.fuse(run.probabilities(val), val[1], correct=run.history).save(folder / "plan.json")
 
 
@@ -32,11 +32,10 @@ def distillation(folder, trained):
     """Distil the run that `training` left in `trained`, with every file that `distill` can write."""
     train_set, val, _ = make_data()
     plan, run = fmn.FusionPlan.load(trained / "plan.json"), fmn.Run.open(trained, make_model())
-    torch.manual_seed(2)
     options = {"targets": "cached-views", "views": 3, "top_k": 2, "augment": jitter, "kd_weight": 0.7}
     recorded = {"val_data": val, "keep": "budget:3", "ema_decay": 0.9, "patience": EPOCHS, "run_dir": folder}
     student = fmn.distill(
-        make_model(), fmn.FusedModel(plan, run), train_set, epochs=EPOCHS, **options, **recorded, **RECIPE
+        fresh(2), fmn.FusedModel(plan, run), train_set, epochs=EPOCHS, **options, **recorded, **RECIPE
     )
     checkpoints.save_state(student, folder / "student.pt")
 

@@ -2,13 +2,14 @@
 
 import doctest
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("sklearn")
+from inputs import history_of
+from pages import blocks, n_lines
 from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.ensemble import (
     AdaBoostClassifier,
@@ -142,9 +143,7 @@ def test_history_curves_plan_and_fusion_are_the_core_functions():
     dumped = np.array([p.astype(np.float32) for p in model.staged_predict_proba(x_val)])
     probs = staged_probabilities(model, x_val)
     right = dumped.argmax(-1) == y_val
-    history = fmn.CorrectnessHistory(len(y_val))
-    for row in fmn.correctness(probs, y_val):
-        history.append(row)
+    history = history_of(fmn.correctness(probs, y_val))
     np.testing.assert_array_equal(history.packed, np.packbits(right, axis=1, bitorder="little"))
     forget = np.array([(row & ~right[-1]).mean() for row in right])
     np.testing.assert_array_equal(fmn.forget_fraction(history), forget)
@@ -197,11 +196,11 @@ def test_lightgbm_models_that_are_refused():
 def test_the_guide(capsys):
     (x, y), (x_select, y_select) = data("digits")
     x_test, y_test = (a[450:] for a in load_digits(return_X_y=True))
-    block = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL).group(1)
-    assert len(block.strip().splitlines()) <= 10
+    (code,) = blocks(DOCS.read_text())
+    assert n_lines(code) <= 10
     model = HistGradientBoostingClassifier(max_iter=20, early_stopping=False).fit(x, y)
     names = {"model": model, "x_select": x_select, "y_select": y_select, "x_test": x_test}
-    exec(block, names)
+    exec(code, names)
     assert names["fused"].shape == (len(y_test), 10)
     assert (names["fused"].argmax(1) == y_test).mean() > 0.5
     assert doctest.testmod(boosting).failed == 0

@@ -19,7 +19,10 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 keras = pytest.importorskip("keras")
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # a subprocess has no conftest
 
-from second_process import record_in_another_process  # noqa: E402
+from folders import full_disk  # noqa: E402
+from fresh_process import record_in_another_process  # noqa: E402
+from inputs import softmax  # noqa: E402
+from pages import blocks, n_lines  # noqa: E402
 
 import fmn_ref as fmn  # noqa: E402
 from fmn_ref.integrations.keras import RecorderCallback, probabilities  # noqa: E402
@@ -67,11 +70,6 @@ def state_of(model):
     return [*model.get_weights(), *(np.array(v) for v in model.optimizer.variables)]
 
 
-def softmax(z):
-    p = np.exp(z - z.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
-
-
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -94,7 +92,7 @@ def test_history_plan_and_fused_predictions_are_those_of_dumped_predictions(last
 
     dumped, dumped_test = np.array(dump.outputs), np.array(dump_test.outputs)
     if last is None:
-        dumped, dumped_test = softmax(dumped), softmax(dumped_test)
+        dumped, dumped_test = (softmax(a, np.float32) for a in (dumped, dumped_test))
     weights = state_of(model)
     probs, test_probs = probabilities(run, model, x_val), probabilities(run, model, x_test)
     np.testing.assert_allclose(np.array(list(probs)), dumped, atol=1e-6)
@@ -206,11 +204,7 @@ def test_a_write_that_fails_leaves_everything_before(monkeypatch):
     model, callback = make_model(), RecorderCallback("run", x_val, y_val)
     fit(model, [callback], epochs=2)
     before = Path("run", "history.fmnh").read_bytes()
-
-    def fails(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fails)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         fit(model, [callback], epochs=3, initial_epoch=2)
     assert Path("run", "history.fmnh").read_bytes() == before
@@ -397,7 +391,7 @@ def test_a_model_that_learns_its_shape_from_data():
         np.testing.assert_array_equal(np.array(a), np.array(b))
     run = fmn.Run.open("run")
     found = probabilities(run, unbuilt(), x_val)[1]
-    np.testing.assert_allclose(found, softmax(first.predict(x_val, verbose=0)), atol=1e-6)
+    np.testing.assert_allclose(found, softmax(first.predict(x_val, verbose=0), np.float32), atol=1e-6)
     uncompiled = keras.Sequential([keras.layers.Dense(8, "relu"), keras.layers.Dense(4)])
     with pytest.raises(ValueError, match="from_logits=True"):
         probabilities(run, uncompiled, x_val)[1]
@@ -434,18 +428,14 @@ def test_what_is_said_when_something_is_missing(missing):
     assert expected in process.stderr
 
 
-def blocks():
-    return re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-
-
-FIRST, FUSING, BACKUP = blocks()
+FIRST, FUSING, BACKUP = blocks(DOCS.read_text())
 
 
 @pytest.mark.parametrize("block", [FIRST + FUSING, BACKUP])
 def test_the_guide(block, capsys):
     """Twice: the second time resumes, or says that the run is complete."""
     (x, y), (x_val, y_val), (x_test, _) = make_data()
-    assert len(FIRST.strip().splitlines()) <= 10
+    assert n_lines(FIRST) <= 10
     names = {"x": x, "y": y, "x_val": x_val, "y_val": y_val, "x_test": x_test, "model": make_model()}
     exec(block, names)
     assert len(names["callback"].run.history) == 5

@@ -19,9 +19,10 @@ L = pytest.importorskip("lightning")
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # a subprocess has no conftest
 
 import torch  # noqa: E402
+from fresh_process import record_in_another_process  # noqa: E402
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402
 from networks import make_data, make_model  # noqa: E402
-from second_process import record_in_another_process  # noqa: E402
+from pages import block, n_lines  # noqa: E402
 from torch.optim.swa_utils import get_ema_avg_fn  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
@@ -305,7 +306,9 @@ def test_a_forward_fn_and_outputs_of(tmp_path):
     probs = recorder.run.probabilities(val)
     np.testing.assert_array_equal(fmn.correctness(list(probs), VAL[1]), recorder.run.history.correct())
     plan = fmn.fuse(probs, VAL[1], correct=recorder.run.history)
-    assert len(fmn.FusedModel(plan, recorder.run).members) >= 1
+    log_probs, labels = fmn.FusedModel(plan, recorder.run)._fmn_forward_batch(next(iter(val)), options["forward_fn"])
+    assert labels.tolist() == VAL[1][:64].tolist()
+    np.testing.assert_allclose(log_probs.exp(), plan.apply(probs)[:64], atol=1e-6)
 
 
 def test_weights_are_those_that_were_validated(tmp_path):
@@ -492,16 +495,13 @@ def test_the_peak_is_logged_and_can_be_monitored(tmp_path):
     assert peaks[-1] > 0 == max(peaks[:-1])
 
 
-def block(after):
-    return re.search(r"```python\n(.*?)```", GUIDE.read_text().split(after, 1)[1], re.DOTALL).group(1)
-
-
 @pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training")
 def test_the_guide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = block("# PyTorch Lightning")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    page = GUIDE.read_text()
+    code = block(page, "# PyTorch Lightning")
+    assert n_lines(code) <= 10
     names = {"module": make_net(), "epochs": 4, "y_val": VAL[1], "torch": torch}
     names |= {"train_loader": loader(TRAIN), "val_loader": loader(VAL, 50)}
     exec(code, names)
@@ -509,7 +509,7 @@ def test_the_guide(tmp_path, monkeypatch):
     np.testing.assert_array_equal(names["run"].history.correct(), correct)
     assert names["fused"](VAL[0]).shape == (237, 4)
 
-    exec(block("## Distil in Lightning"), names)
+    exec(block(page, "## Distil in Lightning"), names)
 
     class Student(names["Student"]):
         def validation_step(self, batch, batch_idx):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from networks import make_data, make_model
+from pages import block
 from torch.utils.data import DataLoader, TensorDataset
 
 import fmn_ref as fmn
@@ -54,10 +55,8 @@ def test_script(script, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_guide_shows_lines_of_the_script(script):
     source = (DOCS / "examples" / f"{script}.py").read_text()
-    code = re.search(
-        rf"\[{script}\.py\].*?```python\n(.*?)```", (DOCS / "integrations" / "loops.md").read_text(), re.DOTALL
-    )
-    lines = [line for line in code.group(1).splitlines() if line]  # formatted without the function around them
+    code = block((DOCS / "integrations" / "loops.md").read_text(), f"[{script}.py]")
+    lines = [line for line in code.splitlines() if line]  # formatted without the function around them
     assert len(lines) <= 10
     indented = textwrap.indent("\n".join(lines), "    ")
     assert indented in "\n".join(line for line in source.splitlines() if line)

@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import pickle
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,9 @@ import pytest
 torchmetrics = pytest.importorskip("torchmetrics")
 
 import torch  # noqa: E402
-from conftest import random_probs  # noqa: E402
+from inputs import random_probs  # noqa: E402
 from networks import make_data, make_model  # noqa: E402
+from pages import block, n_lines  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 from torchmetrics.classification import MulticlassAccuracy  # noqa: E402
 
@@ -249,11 +249,8 @@ def test_the_guide_in_lightning(tmp_path, monkeypatch):
     for each in (trainer, fit(5, alone=True)[2]):  # the recorder logs the same under this name
         assert each.callback_metrics["peak_forget_fraction"] == np.float32(peak) > 0
     plan = fmn.fuse(recorder.run.probabilities(val), val[1], correct=recorder.run.history)
-    assert len(fmn.FusedModel(plan, recorder.run).members) >= 1  # the metric's history in the weights does no harm
-
-
-def block(text, after):
-    return re.search(r"```python\n(.*?)```", text.split(after, 1)[1], re.DOTALL).group(1)
+    fused = fmn.FusedModel(plan, recorder.run)  # the metric's history is among the weights, and does no harm
+    np.testing.assert_allclose(fused(val[0]).exp(), plan.apply(recorder.run.probabilities(val)), atol=1e-6)
 
 
 def test_the_guide_in_a_loop(capsys):
@@ -261,7 +258,7 @@ def test_the_guide_in_a_loop(capsys):
     names = {"model": make_model().eval(), "epochs": 2, "train_one_epoch": lambda model: None}
     names["val_loader"] = DataLoader(TensorDataset(*val), 64)
     code = block(GUIDE.read_text(), "In a loop")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    assert n_lines(code) <= 10
     exec(code, names)
     assert capsys.readouterr().out.splitlines() == ["0.0", "0.0"]
     assert len(names["metric"].history) == 2

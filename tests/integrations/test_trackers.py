@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ pytest.importorskip("matplotlib")
 import torch  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger  # noqa: E402
 from networks import make_data, make_model  # noqa: E402
+from pages import block  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import fmn_ref as fmn  # noqa: E402
@@ -106,7 +106,7 @@ def test_mlflow(tmp_path, monkeypatch, store):
 
 def guide(**names):
     """The guide's lines as they are written, but for the tracker that is not there."""
-    code = re.search(r"```python\n(.*?)```", GUIDE.read_text().split("## Trackers", 1)[1], re.DOTALL).group(1)
+    code = block(GUIDE.read_text(), "## Trackers")
     lines = [line for line in code.splitlines() if "experiment" not in line or line.split(".")[0] in names]
     assert len(lines) == 6
     exec("\n".join(lines), {"fmn": fmn, **names})

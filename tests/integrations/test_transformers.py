@@ -23,8 +23,9 @@ pytest.importorskip("accelerate")
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # a subprocess has no conftest
 
 import torch  # noqa: E402
+from fresh_process import record_in_another_process  # noqa: E402
+from pages import blocks, n_lines  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from second_process import record_in_another_process  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
@@ -625,14 +626,10 @@ def test_two_processes(tmp_path):
     assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
 
 
-def blocks():
-    return re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
-
-
 def test_the_guide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    training, fusing, use, averaging, lm, existing = blocks()
-    assert len([line for line in training.splitlines() if line]) <= 10
+    training, fusing, use, averaging, lm, existing = blocks(GUIDE)
+    assert n_lines(training) <= 10
     names = {"model": classifier(), "args": arguments(tmp_path), "train_set": TRAIN, "val_set": VAL, "Trainer": Trainer}
     exec(training, names)
     exec(fusing, names)

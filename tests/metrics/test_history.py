@@ -1,17 +1,18 @@
-"""The history: what comes back is what went in, and what a crash or a liar leaves is told apart."""
+"""The history: rows come back as they were appended; a torn last record is dropped, other damage is an error."""
 
-import errno
 import os
 import struct
+import zlib
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from folders import flip_bit, full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis.extra.numpy import arrays
+from inputs import history_of
 
 import fmn_ref as fmn
-from fmn_ref.metrics import history as module
 from fmn_ref.metrics.history import CorrectnessHistory
 
 CORRECT = np.random.default_rng(3).random((5, 77)) < 0.5
@@ -19,10 +20,7 @@ RECORD = 64 + 64  # 77 bits fit one padded row
 
 
 def filled(path, correct=CORRECT):
-    h = CorrectnessHistory(correct.shape[1], path)
-    for row in correct:
-        h.append(row)
-    return h
+    return history_of(correct, path)
 
 
 @pytest.fixture
@@ -96,18 +94,14 @@ def test_last_record_of_zeros_is_a_torn_one(path):
 @pytest.mark.parametrize("at", [0, 4, 8, 64, 73])
 def test_corruption_elsewhere_is_an_error_that_names_the_offset(path, at):
     filled(path)
-    raw = bytearray(path.read_bytes())
-    raw[64 + 2 * RECORD + at] ^= 0x40
-    path.write_bytes(raw)
+    flip_bit(path, 64 + 2 * RECORD + at, 0x40)
     with pytest.raises(ValueError, match=rf"history\.fmnh.*offset {64 + 2 * RECORD}"):
         CorrectnessHistory.open(path)
 
 
 def test_without_verifying_only_headers_are_read(path):
     filled(path)
-    raw = bytearray(path.read_bytes())
-    raw[64 + 2 * RECORD + 64] ^= 1
-    path.write_bytes(raw)
+    flip_bit(path, 64 + 2 * RECORD + 64)
     assert len(CorrectnessHistory.open(path, verify=False)) == 5
 
 
@@ -122,13 +116,17 @@ def test_not_a_history(path, content):
         CorrectnessHistory.open(path)
 
 
+def write_with_checksum(path, raw):
+    """Write a history whose header was changed, with the header's new checksum."""
+    raw[56:60] = struct.pack("<I", zlib.crc32(bytes(raw[:56])))
+    path.write_bytes(raw)
+
+
 def test_a_newer_version_is_refused(path):
     filled(path)
     raw = bytearray(path.read_bytes())
     raw[8] = 2
-    header = bytes(raw[:56])
-    raw[56:60] = struct.pack("<I", module.zlib.crc32(header))
-    path.write_bytes(raw)
+    write_with_checksum(path, raw)
     with pytest.raises(ValueError, match="version 2"):
         CorrectnessHistory.open(path)
 
@@ -139,8 +137,7 @@ def test_bits_past_the_last_sample_are_refused(path):
     h.append(np.ones(80, bool))
     raw = bytearray(path.read_bytes())
     raw[16:24] = struct.pack("<Q", 77)
-    raw[56:60] = struct.pack("<I", module.zlib.crc32(bytes(raw[:56])))
-    path.write_bytes(raw)
+    write_with_checksum(path, raw)
     with pytest.raises(ValueError, match="past the last sample"):
         CorrectnessHistory.open(path)
 
@@ -148,11 +145,7 @@ def test_bits_past_the_last_sample_are_refused(path):
 def test_a_full_disk_leaves_the_history_as_it_was(path, monkeypatch):
     h = filled(path)
     before = path.read_bytes()
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match=r"No space.*history\.fmnh"):
         h.append(CORRECT[0])
     monkeypatch.undo()
@@ -222,9 +215,7 @@ def test_concatenate(tmp_path):
 
 
 def test_select(path):
-    on_disk = CorrectnessHistory(77, path, labels=np.arange(77))
-    for epoch, row in zip((0, 2, 3, 7, 9), CORRECT, strict=True):
-        on_disk.append(row, epoch)
+    on_disk = history_of(CORRECT, path, np.arange(77), (0, 2, 3, 7, 9))
     for rows, chosen in (
         ([1, 3, 4], [1, 3, 4]),
         ((1, 3, -1), [1, 3, 4]),

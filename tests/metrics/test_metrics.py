@@ -8,9 +8,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, awkward, use_backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis.extra.numpy import arrays
+from inputs import BACKENDS, awkward, history_of
 
 import fmn_ref as fmn
 from fmn_ref.kernels import reference as oracle
@@ -54,7 +54,7 @@ def test_golden_samples(each_backend, convention, events):
 
 
 @pytest.mark.parametrize("correct", awkward(np.random.default_rng(7)))
-def test_backends_are_bit_identical(correct, monkeypatch, rng):
+def test_backends_are_bit_identical(correct, use_backend, rng):
     """Values of every metric, on every layout, equal those of the oracle on a plain copy."""
     plain = np.ascontiguousarray(np.asarray(correct).astype(bool))
     n_epochs, n_samples = plain.shape
@@ -68,11 +68,9 @@ def test_backends_are_bit_identical(correct, monkeypatch, rng):
         oracle.sample_counts(plain, n_samples),
         np.array([[(a & ~b).sum() for b in plain] for a in plain]),
     ]
-    history = fmn.CorrectnessHistory(n_samples)
-    for row in plain:
-        history.append(row)
+    history = history_of(plain)
     for backend, form in itertools.product(BACKENDS, (correct, history)):
-        use_backend(monkeypatch, backend)
+        use_backend(backend)
         stats = fmn.sample_statistics(form)
         got = [
             fmn.forgetting_curves(form, reference=reference).counts,

@@ -1,26 +1,21 @@
-"""Matrices larger than memory, on several machines, on an accelerator, in threads: the same numbers every way."""
+"""The same numbers for matrices larger than memory, in parts, on an accelerator, in any layout and type."""
 
 import mmap
-import subprocess
 import sys
-import threading
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS, use_backend
+from fresh_process import python
 from hypothesis import HealthCheck, given, settings
 from hypothesis.extra.numpy import arrays
+from inputs import BACKENDS, history_of
 
 import fmn_ref as fmn
 from fmn_ref import _check
-from fmn_ref.cli import main
 from fmn_ref.kernels.backend import import_kernels
 from fmn_ref.metrics import matrix
-from fmn_ref.runs import load
 
 
 def everything(correct, groups, weights):
@@ -53,9 +48,7 @@ def test_a_mapped_file_in_blocks_gives_the_same_bits(each_backend, small_blocks,
     expected = everything(correct, groups, weights)
     path = tmp_path / "c.npy"
     if form == "history":
-        history = fmn.CorrectnessHistory(5003, tmp_path / "h.fmnh")
-        for row in correct:
-            history.append(row)
+        history_of(correct, tmp_path / "h.fmnh")
         mapped = fmn.CorrectnessHistory.open(tmp_path / "h.fmnh")
     elif form == "rows":
         np.save(path, np.repeat(correct, 2, axis=0)[::-1])
@@ -89,10 +82,11 @@ def test_pages_that_hold_data_are_not_dropped(small_blocks, tmp_path, correct):
             private.close()
 
 
-def test_a_mapped_file_may_end_with_a_page(small_blocks, tmp_path):
+def test_a_mapped_file_may_end_with_a_page(small_blocks, tmp_path, rng):
     """The reader requests no page past its end."""
     a = np.memmap(tmp_path / "a", bool, "w+", shape=(4, 4096))
-    assert fmn.forgetting_curves(a).counts.sum() == 0
+    a[:] = rng.random(a.shape) < 0.6
+    np.testing.assert_array_equal(fmn.forgetting_curves(a).counts, fmn.forgetting_curves(np.array(a)).counts)
 
 
 def test_a_wrong_value_in_a_late_block_is_an_error(small_blocks, tmp_path):
@@ -103,60 +97,18 @@ def test_a_wrong_value_in_a_late_block_is_an_error(small_blocks, tmp_path):
         fmn.forget_fraction(np.load(tmp_path / "c.npy", mmap_mode="r"))
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_members_of_npz_files(tmp_path, capsys, correct, save):
-    path = tmp_path / "c.npz"
-    save(path, labels=np.zeros(3), correct=np.asfortranarray(correct))
-    np.save(tmp_path / "c.npy", correct)
-    np.testing.assert_array_equal(load.load_array(str(path), "correct"), correct)
-    assert main(["metric", str(tmp_path / "c.npy"), "--csv"]) == 0
-    expected = capsys.readouterr().out
-    assert main(["metric", str(path), "--csv"]) == 0
-    assert capsys.readouterr().out == expected
-
-
-def test_members_are_checked(tmp_path, correct):
-    path = tmp_path / "c.npz"
-    np.savez(path, correct=correct)
-    content = bytearray(path.read_bytes())
-    content[5000] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="CRC"):
-        load.load_array(str(path), "correct")
-
-
-def test_members_of_other_names(tmp_path, correct):
-    np.save(tmp_path / "c.npy", correct)
-    with zipfile.ZipFile(tmp_path / "c.npz", "w") as z:
-        z.write(tmp_path / "c.npy", "correct")
-    np.testing.assert_array_equal(load.load_array(str(tmp_path / "c.npz"), "correct"), correct)
-
-
-@pytest.mark.parametrize(
-    ("array", "words"),
-    [(np.array(True), "n_epochs, n_samples"), (np.zeros((2, 3, 4), int), "n_epochs, n_samples")],
-)
-def test_metric_names_the_file_of_a_wrong_shape(tmp_path, capsys, array, words):
-    np.save(tmp_path / "wrong.npy", array)
-    assert main(["metric", str(tmp_path / "wrong.npy")]) == 1
-    error = capsys.readouterr().err
-    assert "wrong.npy" in error
-    assert words in error
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_resident_memory_is_bounded(tmp_path):
-    """A (sparse) file of 3 GB is streamed in less than 300 MB."""
+    """A (sparse) file of 1.2 GB is streamed in less than 300 MB."""
     path = tmp_path / "c.npy"
-    np.lib.format.open_memmap(path, "w+", bool, (300, 10_000_000)).flush()
+    np.lib.format.open_memmap(path, "w+", bool, (300, 4_000_000)).flush()
     code = (
         "import numpy as np, fmn_ref as fmn, re, sys\n"
         "curves = fmn.forgetting_curves(np.load(sys.argv[1], mmap_mode='r'))\n"
-        "assert (curves.counts == 0).all() and curves.n_samples == 10_000_000\n"
+        "assert (curves.counts == 0).all() and curves.n_samples == 4_000_000\n"
         "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
     )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 300_000  # KiB
+    assert int(python(code, path)) < 300_000  # KiB
 
 
 def test_parts_of_several_machines_add_up(each_backend, rng, correct):
@@ -197,14 +149,6 @@ def test_tensors_on_an_accelerator_take_the_torch_path(monkeypatch, rng, correct
         fmn.correctness(torch.tensor([[0.0, np.nan]]), [0])
 
 
-def test_autocast_does_not_round_counts(monkeypatch, rng):
-    correct = rng.random((3, 100_001)) < 0.9
-    expected = fmn.forgetting_matrix(correct)
-    use_backend(monkeypatch, "torch")
-    with torch.autocast("cpu", torch.bfloat16):
-        np.testing.assert_array_equal(fmn.forgetting_matrix(correct), expected)
-
-
 def test_unsigned_numbers_past_int64(each_backend):
     np.testing.assert_array_equal(fmn.correctness(np.array([2**64 - 1, 3], np.uint64), [1, 3]), [False, True])
     with pytest.raises(ValueError, match="labels"):
@@ -217,35 +161,6 @@ def test_nan_is_found_in_every_type(each_backend):
     for s in (scores, scores.astype("f2"), scores.astype(">f8"), torch.tensor(scores), torch.tensor(scores).bfloat16()):
         with pytest.raises(ValueError, match=r"NaN at index \(2, 1, 3\)"):
             fmn.correctness(s, [0, 1, 2, 3])
-
-
-@pytest.mark.parametrize("backend", ["cpp", "numba"])
-def test_eight_threads_at_once(backend, monkeypatch, rng):
-    use_backend(monkeypatch, backend)
-    matrices = [rng.random((20, 300_000)) < 0.5 for _ in range(8)]
-    fmn.forgetting_curves(matrices[0])  # compiled before the threads start
-    with ThreadPoolExecutor(8) as pool:
-        curves = list(pool.map(fmn.forgetting_curves, matrices))
-    for c, m in zip(curves, matrices, strict=True):
-        np.testing.assert_array_equal(c.counts[1], (m & ~m[-1]).sum(1))
-
-
-def test_kernels_release_the_gil(monkeypatch, rng):
-    """Python code runs while a kernel does."""
-    use_backend(monkeypatch, "cpp")
-    correct = rng.random((400, 400_000)) < 0.5
-    rounds, while_busy = 0, []
-
-    def work():
-        before = rounds
-        fmn.forgetting_matrix(correct)
-        while_busy.append(rounds - before)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    while thread.is_alive():
-        rounds += 1
-    assert while_busy[0] > 10_000
 
 
 def layouts(rng, a):
@@ -281,7 +196,7 @@ def test_correctness_of_every_dtype(each_backend, rng, dtype):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(data=st.data())
-def test_any_view_gives_the_counts_of_the_definition(data, monkeypatch):
+def test_any_view_gives_the_counts_of_the_definition(data, use_backend):
     """Every backend, on any strided view of any small matrix."""
     shape = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 140)))
     base = data.draw(arrays(data.draw(st.sampled_from(["?", "i1", "u8", ">i4"])), shape, elements=st.integers(0, 1)))
@@ -289,7 +204,7 @@ def test_any_view_gives_the_counts_of_the_definition(data, monkeypatch):
     view = base[:: data.draw(steps), :: data.draw(steps)]
     c = view != 0
     for backend in BACKENDS:
-        use_backend(monkeypatch, backend)
+        use_backend(backend)
         counts = fmn.forgetting_curves(view).counts
         np.testing.assert_array_equal(counts, [c.sum(1), (c & ~c[-1]).sum(1), (~c & c[-1]).sum(1), (c & c[-1]).sum(1)])
         matrix = fmn.forgetting_matrix(view)

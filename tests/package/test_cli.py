@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import random_probs
+from inputs import history_of, random_probs
 
 import fmn_ref as fmn
 from fmn_ref.cli import SUITES, main
@@ -26,9 +26,7 @@ def files(tmp_path, monkeypatch):
     np.save("labels.npy", labels[:40])
     np.savez("test.npz", probs=p[:, 40:], labels=labels[40:])
     np.save("correct.npy", fmn.correctness(p[:, :40], labels[:40]))
-    history = fmn.CorrectnessHistory(40, "history.fmnh", labels=labels[:40])
-    for row in fmn.correctness(p[:, :40], labels[:40]):
-        history.append(row)
+    history_of(fmn.correctness(p[:, :40], labels[:40]), "history.fmnh", labels[:40])
     return tmp_path
 
 
@@ -206,9 +204,7 @@ def test_metric_says_what_to_expect(files, capsys, monkeypatch):
     assert f"may add about {100 * gain:.0f} ± 2 points " in text
     large = np.random.default_rng(0).random((3, 70_001)) < 0.5
     large[0, 65536:], large[1:, 65536:] = True, False
-    history = fmn.CorrectnessHistory(70_001, "large.fmnh")
-    for row in large:
-        history.append(row)
+    history_of(large, "large.fmnh")
     np.save("large.npy", large)
     for name in ("large.npy", "large.fmnh"):
         content = json.loads(run(capsys, "metric", name, "--json"))
@@ -338,6 +334,18 @@ def test_bad_input_is_one_line_on_stderr(files, capsys, args, words):
     assert shown.err.count("\n") == 1
     assert words in shown.err
     assert sorted(files.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [(np.array(True), "n_epochs, n_samples"), (np.zeros((2, 3, 4), int), "n_epochs, n_samples")],
+)
+def test_metric_names_the_file_of_a_wrong_shape(tmp_path, capsys, array, words):
+    np.save(tmp_path / "wrong.npy", array)
+    assert main(["metric", str(tmp_path / "wrong.npy")]) == 1
+    error = capsys.readouterr().err
+    assert "wrong.npy" in error
+    assert words in error
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs a folder that nobody can write to")

@@ -26,10 +26,13 @@ def needs(*programs):
     return pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)}")
 
 
-def run(*command, allowed=(0,), **env):
+def run(*command, skip_status=None, **env):
+    """Run a command, which must succeed; return what it prints, or None if it exits with `skip_status`."""
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(command, **both, timeout=600, env=os.environ | {"PATH": PATH} | env, check=False)
-    assert done.returncode in allowed, f"{' '.join(map(str, command))}: status {done.returncode}\n{done.stdout}"
+    if done.returncode == skip_status:
+        return None
+    assert done.returncode == 0, f"{' '.join(map(str, command))}: status {done.returncode}\n{done.stdout}"
     return done.stdout
 
 
@@ -39,10 +42,15 @@ def build(folder, *options, target="all"):
     return folder
 
 
-def check(isa, *command, **kwargs):
-    """Runs the library's test; it exits with 77 where another instruction set than `isa` would have run."""
-    printed = run(*command, FMN_ISA=isa, **kwargs).splitlines()
-    assert not printed or (len(printed) == 2 and isa in printed[0] and printed[1] == "ok"), "\n".join(printed)
+def check(isa, *command, may_skip=False):
+    """Run the library's test on an instruction set. It exits with 77 if the processor lacks it; tell whether it ran."""
+    printed = run(*command, FMN_ISA=isa, skip_status=77 if may_skip else None)
+    if printed is None:
+        return False
+    first, last = printed.splitlines()
+    assert isa in first
+    assert last == "ok"
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +93,8 @@ def test_sanitizers(sanitizers, tmp_path):
     if subprocess.run(trial, shell=True, cwd=tmp_path, capture_output=True, check=False).returncode:
         pytest.skip(f"-fsanitize={sanitizers} does not work here")
     test = build(tmp_path / "build", f"-DFMN_SANITIZE={sanitizers}", target="test_fmn") / "test_fmn"
-    for isa in ("base", "avx2", "avx512", "neon"):
-        check(isa, test, "1000", allowed=(0, 77))
+    ran = [isa for isa in ("base", "avx2", "avx512", "neon") if check(isa, test, "1000", may_skip=True)]
+    assert "base" in ran
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs an x86-64 processor")

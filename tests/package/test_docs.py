@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_probs
+from inputs import history_of, random_probs
 from networks import make_data, make_model
+from pages import block, blocks
 
 import fmn_ref as fmn
 from fmn_ref import demo
@@ -26,16 +27,6 @@ TUTORIAL = ROOT / "docs" / "tutorial.ipynb"
 
 def page(name):
     return next((ROOT / "docs").rglob(f"{name}.md")).read_text()
-
-
-def blocks(text, language="python"):
-    """Code blocks of a language in order; those of "" show commands and what a program prints."""
-    fences = re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return [code for info, code in fences if info == language]
-
-
-def block(text, after, language="python"):
-    return blocks(text.split(after, 1)[1], language)[0]
 
 
 def commands(text):
@@ -86,6 +77,7 @@ def test_readme_and_quickstart(capsys):
                 check_output(printed, blocks(section, "")[0])
             else:  # a table, of which the page shows some rows
                 shown, whole = (re.findall(r"^(\| [^|]+)", text, re.MULTILINE) for text in (section, printed))
+                assert shown
                 assert set(shown) <= set(whole)
     for command in commands(text):
         assert main(command) == 0, capsys.readouterr().err
@@ -182,9 +174,7 @@ def test_arrays_and_command_line(capsys):
     np.testing.assert_array_equal(names["fused"], fmn.FusionPlan.load("plan.json").apply(p[:, 30:]))
     whole = names["samples"]
     np.save("correct.npy", names["correct"])
-    history = fmn.CorrectnessHistory(30, "history.fmnh")
-    for row in names["correct"]:
-        history.append(row)
+    history_of(names["correct"], "history.fmnh")
     exec(larger, names)
     expected = names["curves"]
     exec(parts, names)
@@ -232,9 +222,7 @@ def test_reading_a_history(rng, capsys):
 
 def test_reading_a_history_without_the_package(rng):
     correct = rng.random((5, 1000)) < 0.5
-    history = fmn.CorrectnessHistory(1000, "history.fmnh")
-    for row in correct:
-        history.append(row)
+    history_of(correct, "history.fmnh")
     names = {}
     exec(block((ROOT / "docs" / "reference" / "formats.md").read_text(), "## history.fmnh", "python"), names)
     np.testing.assert_array_equal(names["correct"], correct)
@@ -250,7 +238,9 @@ def test_the_readme_quotes_its_sources():
     assert 1 <= len(rows) <= 6
     for _, *cells, source in rows:
         text = (ROOT / re.search(r"\((.+)\)", source).group(1)).read_text()
-        for number in re.findall(r"\d+\.\d", " ".join(cells)):
+        numbers = re.findall(r"\d+\.\d", " ".join(cells))
+        assert numbers, source
+        for number in numbers:
             assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", text), f"{source}: {number}"
 
 

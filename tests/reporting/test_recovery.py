@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 import pytest
-from conftest import random_probs
+from inputs import history_of, random_probs
 
 import fmn_ref as fmn
 
@@ -65,9 +65,7 @@ def test_what_is_gained_and_lost_adds_up(data):
 
 def test_kinds_of_histories(data):
     correct, labels, predictions, _ = data
-    history = fmn.CorrectnessHistory(200, labels=labels)
-    for row in correct:
-        history.append(row)
+    history = history_of(correct, labels=labels)
     expected = fmn.recovery(correct, predictions, labels).counts()
     for given in (history, correct.astype(int), correct.tolist()):
         assert fmn.recovery(given, predictions, labels).counts() == expected

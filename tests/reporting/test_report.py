@@ -19,6 +19,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from inputs import history_of
 
 import fmn_ref as fmn
 from fmn_ref import demo
@@ -84,10 +85,7 @@ def picture(uri):
 def write_run(folder, correct, labels=None, config=None, epochs=None):
     """A run directory with this history."""
     fmn.Recorder(folder, config=config)
-    history = fmn.CorrectnessHistory(len(correct[0]), folder / "history.fmnh", labels=labels)
-    for i, row in enumerate(correct):
-        history.append(row, None if epochs is None else epochs[i])
-    return history
+    return history_of(correct, folder / "history.fmnh", labels, epochs)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +131,7 @@ def test_headline_and_curves(digits, report):
 
 def test_lines_are_drawn_where_the_numbers_are(digits, report):
     """Points of a line, converted back with the labels of the axis, are the numbers."""
-    curves = fmn.forgetting_curves(digits[0].history)
+    curves, drawn = fmn.forgetting_curves(digits[0].history), []
     for plot in [d for d in Page(report).root.iter("div") if d.get("role") == "img"]:
         ticks = [float(s.text.rstrip("%")) / 100 for s in plot.iter("span") if s.get("class") == "y"]
         for path in plot.iter("path"):
@@ -142,11 +140,13 @@ def test_lines_are_drawn_where_the_numbers_are(digits, report):
             )
             if values is None:
                 continue
+            drawn.append(path.get("class"))
             points = np.array([p.split() for p in path.get("d")[1:].split("L")], float) / 1000
             np.testing.assert_allclose(points[:, 0], np.linspace(0, 1, len(values)), atol=1e-4)
             np.testing.assert_allclose(
                 ticks[-1] - points[:, 1] * (ticks[-1] - ticks[0]), values, atol=1e-4 * (ticks[-1] - ticks[0])
             )
+    assert sorted(drawn) == ["accuracy", "forget", "retained"]
 
 
 def test_heat_map_is_the_forgetting_matrix(digits, report):
@@ -308,7 +308,8 @@ def test_large_pictures_shrink(tmp_path):
     assert (small[:37] == 200).all()
     assert (small[38:] == 0).all()
     for shape in ((2, 1, 5000), (2, 5000, 1, 3), (2, 97, 97)):
-        write_report(tmp_path / "run", tmp_path / "r.html", images=np.ones(shape))
+        page = Page(write_report(tmp_path / "run", tmp_path / "r.html", images=np.ones(shape)))
+        assert max(picture(page.root.find(".//li/img").get("src")).shape) <= 96
 
 
 # --- nothing from elsewhere, nothing trusted ---

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+from folders import contents
+from fresh_process import record_in_another_process
 from torch import nn
 
 import fmn_ref as fmn
@@ -17,31 +19,22 @@ from fmn_ref.runs import folder as module
 from fmn_ref.runs.folder import RunFolder, RunLock
 
 LABELS = [0, 1, 1]
-RECORD = """
+HOLD = """
 import sys, time, fmn_ref as fmn
 recorder = fmn.Recorder(sys.argv[1])
-recorder.record(recorder.next_epoch, [0, 1, 1], [0, 1, 1])
+recorder.record(0, [0, 1, 1], [0, 1, 1])
 print("recorded", flush=True)
-time.sleep(float(sys.argv[2]))
+time.sleep(60)
 """
 
 
 @contextlib.contextmanager
 def another_process(folder):
-    """A process that has recorded one epoch and goes on holding the folder until it is killed."""
-    command = [sys.executable, "-c", RECORD, str(folder), "60"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    """A process that has recorded epoch 0, and holds the folder's lock until it is killed."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "recorded\n"
         yield process
         process.kill()
-
-
-def record_in_another_process(folder):
-    subprocess.run([sys.executable, "-c", RECORD, str(folder), "0"], check=True, stdout=subprocess.DEVNULL)
-
-
-def contents(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def network(value):
@@ -74,7 +67,7 @@ class TestTwoProcesses:
         assert fmn.Run.open(tmp_path).history.epochs == (0, 1)
 
     def test_the_end_of_a_process_leaves_no_lock_file(self, tmp_path):
-        record_in_another_process(tmp_path)
+        assert record_in_another_process(tmp_path, 0, LABELS) == ""
         assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "history.fmnh", "run.json"]
 
     def test_a_forked_worker_does_not_hold_it(self, tmp_path):
@@ -84,7 +77,7 @@ class TestTwoProcesses:
         worker = multiprocessing.get_context("fork").Process(target=done.wait, args=(60,))
         worker.start()
         recorder.close()
-        record_in_another_process(tmp_path)
+        assert record_in_another_process(tmp_path, 1, LABELS) == ""
         done.set()
         worker.join()
         assert worker.exitcode == 0
@@ -127,12 +120,12 @@ class TestOneProcess:
             failed = error  # its traceback holds the frames of `train`
         assert (failed is None) == (factor == 1)
         assert not (tmp_path / ".lock").exists()
-        record_in_another_process(tmp_path)
+        assert record_in_another_process(tmp_path, 9, LABELS) == ""
 
     def test_it_is_a_context_manager(self, tmp_path):
         with fmn.Recorder(tmp_path) as recorder:
             recorder.record(0, LABELS, LABELS)
-        record_in_another_process(tmp_path)
+        assert record_in_another_process(tmp_path, 1, LABELS) == ""
 
     def test_a_refused_claim_leaves_no_lock(self, tmp_path):
         fmn.Recorder(tmp_path, config={"lr": 1}).record(0, LABELS, LABELS)
@@ -167,8 +160,8 @@ class TestLock:
         assert not (tmp_path / ".lock").exists()
 
 
-def test_paths_are_those_of_the_documentation(tmp_path):
-    """docs/reference/formats.md and the folder agree on every file of a run."""
+def test_names_of_files_stay(tmp_path):
+    """Runs that older versions wrote have these names."""
     folder = RunFolder(tmp_path)
     named = [folder.run_json, folder.history, folder.resume, folder.previous_resume, folder.targets]
     assert [p.name for p in named] == ["run.json", "history.fmnh", "resume.pt", "resume.previous.pt", "targets"]

@@ -8,14 +8,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import random_probs
+from inputs import random_probs, softmax
 
 import fmn_ref as fmn
-
-
-def softmax(z):
-    p = np.exp(np.float64(z) - np.float64(z).max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
 
 
 class TestLogits:

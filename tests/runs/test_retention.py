@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, on how much disk; the same ones, with the same bits, wherever it was killed."""
+"""The checkpoints that a run keeps. A killed and resumed run keeps the same ones, with the same bits."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from networks import RECIPE, make_data, make_model
-from torch import nn
+from training_runs import fresh, same_weights, trained
 
 import fmn_ref as fmn
 from fmn_ref.runs import checkpoints
@@ -16,36 +16,32 @@ from fmn_ref.runs.retention import Keep, values
 TRAIN, VAL, TEST = make_data()
 
 
-def trained(folder, epochs=5, **options):
-    torch.manual_seed(1)
-    return fmn.train(make_model(), TRAIN, VAL, epochs=epochs, run_dir=folder, **RECIPE | options)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that keeps every checkpoint."""
+    return trained(tmp_path_factory.mktemp("whole"), epochs=8)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Everything is kept."""
-    return trained(tmp_path_factory.mktemp("whole"), epochs=8)
+def five_epochs(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("five"), epochs=5, keep="budget:2")
 
 
 def on_disk(folder):
     return sorted(int(p.stem[6:]) for p in (folder / "checkpoints").iterdir())
 
 
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
 def by_hand(correct, n):
-    """The kept epochs after each epoch: while there are more than n + 1, the one worth least goes."""
+    """Epochs kept after each epoch, in a slow loop: while there are more than n + 1, discard the one of least value."""
     kept, after = [], []
     for e in range(len(correct)):
         kept = [*kept, e]
         while len(kept) > n + 1:
-            worth = [
+            values_of_kept = [
                 sum(1 / sum(correct[k][i] for k in kept) for i in range(len(correct[j])) if correct[j][i])
                 for j in kept[:-1]
             ]
-            kept.remove(kept[int(np.argmin(np.round(worth, 9)))])
+            kept.remove(kept[int(np.argmin(np.round(values_of_kept, 9)))])
         after.append(kept)
     return after
 
@@ -56,22 +52,21 @@ class TestRule:
         np.testing.assert_allclose(values(correct), [1 / 3 + 1, 1 / 3 + 1])
         np.testing.assert_array_equal(values(np.zeros((3, 4), bool)), [0, 0])
 
-    def test_of_equal_ones_the_earliest_goes(self):
+    def test_of_equal_values_the_earliest_epoch_is_discarded(self):
         assert Keep.of("budget:2").dropped([3, 5, 8, 9], np.ones((4, 5), bool)) == [3]
 
     def test_several_go_at_once_after_the_budget_was_cut(self, rng):
         correct = rng.random((7, 60)) < 0.5
         kept = list(range(7))
         for _ in range(4):
-            worth = values(correct[kept])
-            del kept[int(worth.argmin())]
-        assert kept[:2] not in ([0, 1], [4, 5])  # or this would show little
+            del kept[int(values(correct[kept]).argmin())]
+        assert kept[:2] not in ([0, 1], [4, 5])  # otherwise the last two would do
         assert set(Keep.of("budget:2").dropped(range(7), correct)) == set(range(7)) - set(kept)
         assert Keep.of("every:3").dropped(range(7), correct) == [0, 1, 3, 4]
         assert Keep.of("budget:6").dropped(range(7), correct) == []
 
     @pytest.mark.parametrize("text", ["all", "none", "every:1", "every:10", "budget:3"])
-    def test_what_is_understood(self, text):
+    def test_rules_that_are_read(self, text):
         rule, _, n = text.partition(":")
         assert Keep.of(text) == (rule, int(n or 0))
 
@@ -79,7 +74,7 @@ class TestRule:
         "text",
         ["", "some", "budget", "budget:", "budget:0", "budget:-1", "every:1.5", "every:x", "all:3", "every: ", 3, None],
     )
-    def test_what_is_not(self, text, tmp_path):
+    def test_rules_that_are_refused(self, text, tmp_path):
         with pytest.raises(ValueError, match="keep: expected"):
             fmn.Recorder(tmp_path, keep=text)
         assert not list(tmp_path.iterdir())
@@ -87,7 +82,7 @@ class TestRule:
 
 class TestRecorder:
     def recorded(self, folder, correct, keep, epochs=None):
-        """After each epoch: what is on disk. Checkpoints hold the number of their epoch."""
+        """Record epochs; return the epochs on disk after each. A checkpoint holds the number of its epoch."""
         after = []
         for row, epoch in zip(correct, epochs or range(len(correct)), strict=True):
             recorder = fmn.Recorder(folder, keep=keep, save=lambda path, e=epoch: path.write_text(f"{e}"))
@@ -108,7 +103,7 @@ class TestRecorder:
         expected = [[k for k in range(e + 1) if (k + 1) % n == 0 or k == e] for e in range(9)]
         assert self.recorded(tmp_path, correct, f"every:{n}") == expected
 
-    def test_what_alone_knows_a_sample_stays(self, tmp_path):
+    def test_the_only_epoch_right_on_a_sample_stays(self, tmp_path):
         correct = np.zeros((7, 10), bool)
         correct[:, 3:] = True
         correct[1] = ~correct[1]  # three samples, where the others know seven: but the same seven
@@ -146,7 +141,7 @@ class TestRecorder:
         recorder.record(1, [1, 1, 1, 1], [1, 1, 1, 1])
         assert [p.exists() for p in recorder.run.checkpoints] == [True, False]
 
-    def test_what_a_crash_left_does_not_count(self, tmp_path, rng):
+    def test_a_checkpoint_that_a_crash_left_does_not_count(self, tmp_path, rng):
         correct = rng.random((8, 40)) < 0.5
         self.recorded(tmp_path, correct[:6], "budget:2")
         (tmp_path / "checkpoints" / "epoch_00006.pt").write_text("saved, but not in the history")
@@ -198,11 +193,11 @@ class TestKept:
 
 
 class Killed(BaseException):
-    """No cleaning up after this one: every later operation on the disk raises it too."""
+    """Raised by the disk operation at which the process would die, and by every later one."""
 
 
-class Disk:
-    """Counts what is done to the disk, and dies before a given operation."""
+class CountedDisk:
+    """Counts disk operations, and raises Killed before a given one."""
 
     def __init__(self, monkeypatch, folder, dies_at=None):
         self.operations, self.dies_at, self.most = 0, dies_at, 0  # most files at any moment, half-written ones too
@@ -221,10 +216,10 @@ class Disk:
         return operation
 
 
-def lived(monkeypatch, dies_at, folder, work):
-    """Whether `work` came to its end; and that there were never too many files."""
+def survived(monkeypatch, dies_at, folder, work):
+    """Tell whether `work` ended before the kill. Check that there were never too many checkpoints."""
     with monkeypatch.context() as patch:
-        disk = Disk(patch, folder, dies_at)
+        disk = CountedDisk(patch, folder, dies_at)
         try:
             work(folder)
             return True
@@ -236,12 +231,11 @@ def lived(monkeypatch, dies_at, folder, work):
 
 class TestKilled:
     def test_at_any_operation_on_the_disk(self, tmp_path, monkeypatch):
-        """Killed there, killed once more while it resumes, resumed: as if nothing had been."""
+        """Killed at an operation, killed again while it resumes, then resumed: the same files and weights."""
 
         def work(folder):
-            torch.manual_seed(1)
             some = TRAIN[0][:64], TRAIN[1][:64]
-            return fmn.train(make_model(), some, VAL, epochs=4, run_dir=folder, keep="budget:1", **RECIPE)
+            return fmn.train(fresh(), some, VAL, epochs=4, run_dir=folder, keep="budget:1", **RECIPE)
 
         unbroken = work(tmp_path / "unbroken")
         expected = on_disk(unbroken.run_dir)
@@ -249,9 +243,9 @@ class TestKilled:
         assert expected == [1, 3]  # not the last two, or this would show little
         for moment in range(200):
             folder = tmp_path / str(moment)
-            if lived(monkeypatch, moment, folder, work):
+            if survived(monkeypatch, moment, folder, work):
                 break
-            lived(monkeypatch, moment % 5, folder, work)
+            survived(monkeypatch, moment % 5, folder, work)
             run = work(folder)
             assert on_disk(folder) == expected
             np.testing.assert_array_equal(run.history.packed, unbroken.history.packed)
@@ -262,7 +256,7 @@ class TestKilled:
         assert moment > 30
 
     @pytest.mark.parametrize("stop", range(5))
-    def test_after_any_epoch(self, tmp_path, monkeypatch, stop):
+    def test_after_any_epoch(self, five_epochs, tmp_path, monkeypatch, stop):
         """Interrupted with the history one epoch ahead of resume.pt; at most n + 1 files after each epoch."""
         real, after = checkpoints.save, []
 
@@ -275,52 +269,16 @@ class TestKilled:
 
         monkeypatch.setattr(checkpoints, "save", save)
         with pytest.raises(KeyboardInterrupt):
-            trained(tmp_path / "a", keep="budget:2")
-        run = trained(tmp_path / "a", keep="budget:2")
+            trained(tmp_path / "a", epochs=5, keep="budget:2")
+        run = trained(tmp_path / "a", epochs=5, keep="budget:2")
         monkeypatch.undo()
         assert max(map(len, after)) <= 3
-        unbroken = trained(tmp_path / "b", keep="budget:2")
-        assert on_disk(tmp_path / "a") == on_disk(tmp_path / "b") == after[-1]
-        np.testing.assert_array_equal(run.history.packed, unbroken.history.packed)
-        assert same_weights(run.model, unbroken.model)
+        assert on_disk(tmp_path / "a") == on_disk(five_epochs.run_dir) == after[-1]
+        np.testing.assert_array_equal(run.history.packed, five_epochs.history.packed)
+        assert same_weights(run.model, five_epochs.model)
 
 
 class TestHalf:
-    def test_half_the_disk_and_a_rounding(self, tmp_path):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(100, 200), nn.BatchNorm1d(200))
-        checkpoints.save_state(model, tmp_path / "whole.pt")
-        checkpoints.save_state(model, tmp_path / "half.pt", half=True)
-        assert (tmp_path / "half.pt").stat().st_size < 0.6 * (tmp_path / "whole.pt").stat().st_size
-        assert model[0].weight.dtype == torch.float32
-        stored = checkpoints.load(tmp_path / "half.pt")
-        assert {k: v.dtype for k, v in stored.items()} == {
-            k: torch.float16 if v.is_floating_point() else torch.int64 for k, v in model.state_dict().items()
-        }
-        torch.manual_seed(1)
-        loaded = checkpoints.load_into(nn.Sequential(nn.Linear(100, 200), nn.BatchNorm1d(200)), tmp_path / "half.pt")
-        for ours, given in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
-            assert ours.dtype == given.dtype
-            torch.testing.assert_close(ours, given, rtol=2**-11, atol=2**-24)
-
-    def test_what_does_not_fit_stays_whole(self, tmp_path):
-        model = nn.BatchNorm1d(3)
-        model.running_var[:] = torch.tensor([1.0, 1e5, 0.1])
-        model.running_mean[:] = torch.tensor([torch.nan, torch.inf, 0.5])
-        model.num_batches_tracked += 100_000
-        checkpoints.save_state(model.double(), tmp_path / "a.pt", half=True)
-        stored = checkpoints.load(tmp_path / "a.pt")
-        assert (stored["running_var"].dtype, stored["running_mean"].dtype) == (torch.float64, torch.float16)
-        loaded = checkpoints.load_into(nn.BatchNorm1d(3).double(), tmp_path / "a.pt")
-        torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0, equal_nan=True)
-
-    def test_names_and_versions_stay(self, tmp_path):
-        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-        checkpoints.save_state(nn.DataParallel(model), tmp_path / "a.pt", half=True)
-        stored = checkpoints.load(tmp_path / "a.pt")
-        assert list(stored) == list(model.state_dict())
-        assert stored._metadata == model.state_dict()._metadata
-
     def test_a_run_is_the_same_but_for_its_checkpoints(self, whole, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):  # and resumes with all bits
             trained(tmp_path, epochs=8, half=True, augment=interrupted_in_epoch(tmp_path, 3))

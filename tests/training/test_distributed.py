@@ -13,7 +13,7 @@ import fmn_ref as fmn
 from fmn_ref.runs import checkpoints
 from fmn_ref.training import data, distributed
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "processes.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "two_processes.py"
 VAL = tuple(a[:-3] for a in make_data()[1])
 
 

@@ -1,38 +1,23 @@
-"""Tests of FusedModel, averaged_model and distill; the oracles are torch's swa_utils and sums by hand."""
+"""FusedModel, averaged_model and lazy probabilities, compared with torch's swa_utils and with sums by hand."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fresh_process import python
 from networks import RECIPE, make_data, make_model
 from torch import nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, TensorDataset
-from training_runs import fresh, trained
 
 import fmn_ref as fmn
 from fmn_ref.fusion import baselines
 from fmn_ref.runs import checkpoints
 from fmn_ref.training import ensemble, predictions
-from fmn_ref.training.distill import distillation_loss
 
 TRAIN, VAL, TEST = make_data()
 PLAN_OF_ONE = fmn.FusionPlan.from_weights({0: 1.0}, 1)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("run"), epochs=12, init_seed=2)
-
-
-@pytest.fixture(scope="module")
-def plan(run):
-    plan = fmn.fuse(run.probabilities(VAL), VAL[1], correct=run.history)
-    assert plan.members  # without members the tests below would show little
-    return plan
 
 
 def test_probabilities_are_lazy_and_right(run):
@@ -84,7 +69,8 @@ def test_fused_model_opens_from_disk_in_a_fresh_process(run, plan, tmp_path):
     model = fmn.FusedModel(plan, run)
     torch.save(model.state_dict(), tmp_path / "state.pt")
     script = (
-        "import sys, torch, numpy as np, fmn_ref as fmn; from networks import *\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'helpers')!r})\n"
+        "import torch, numpy as np, fmn_ref as fmn; from networks import *\n"
         "run = fmn.Run.open(sys.argv[1], make_model())\n"
         "model = fmn.FusedModel(fmn.FusionPlan.load(sys.argv[2] + '/plan.json'), run)\n"
         "first = model(make_data()[2][0])\n"
@@ -92,8 +78,7 @@ def test_fused_model_opens_from_disk_in_a_fresh_process(run, plan, tmp_path):
         "assert torch.equal(first, model(make_data()[2][0]))\n"
         "np.save(sys.argv[2] + '/out.npy', first)\n"
     )
-    here = Path(__file__).parents[1] / "helpers"
-    subprocess.run([sys.executable, "-c", script, run.run_dir, tmp_path], check=True, cwd=here)
+    python(script, run.run_dir, tmp_path)
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), model(TEST[0]), atol=1e-6)
 
 
@@ -214,10 +199,15 @@ def test_forward_fn_is_asked_for_each_member(tmp_path):
 
 
 def test_a_last_batch_of_one_sample(tmp_path):
-    one = tuple(a[:129] for a in TRAIN)
+    """BatchNorm cannot use it alone: arrays join it to the batch before, a DataLoader's is left out."""
+    one, even = (tuple(a[:n] for a in TRAIN) for n in (129, 128))
     run = fmn.train(make_model(), one, VAL, epochs=1, run_dir=tmp_path, **RECIPE | {"batch_size": 128})
-    fmn.averaged_model(run, {0: 1.0}, one, batch_size=64)
-    fmn.averaged_model(run, {0: 1.0}, DataLoader(TensorDataset(*one), 64))
+    joined = fmn.averaged_model(run, {0: 1.0}, one, batch_size=64)
+    torch.testing.assert_close(joined.get_buffer("1.running_mean"), joined.get_submodule("0")(one[0]).mean(0))
+    left_out = fmn.averaged_model(run, {0: 1.0}, DataLoader(TensorDataset(*one), 64))
+    without = fmn.averaged_model(run, {0: 1.0}, even, batch_size=64)
+    for name in ("1.running_mean", "1.running_var"):
+        assert torch.equal(left_out.get_buffer(name), without.get_buffer(name))
 
 
 def test_average_refuses_a_checkpoint_that_does_not_fit(tmp_path):
@@ -287,113 +277,3 @@ def test_a_fused_model_of_networks_without_logits_is_refused(tmp_path, last, wor
     assert recorder.run.probabilities(VAL)[0].shape == (240, 4)
     with pytest.raises(ValueError, match=words):
         fmn.FusedModel(PLAN_OF_ONE, recorder.run)(VAL[0])
-
-
-class TestDistill:
-    def test_the_loss_against_a_sum_by_hand(self):
-        logits, teacher = torch.randn(5, 3), torch.randn(5, 3).softmax(1)
-        labels = torch.tensor([0, 1, 2, 0, 1])
-        t, w = 3.0, 0.7
-        total = 0.0
-        for z, p, y in zip(logits, teacher, labels, strict=True):
-            soft = (p.log() / t).softmax(0)
-            student = (z / t).softmax(0)
-            kl = sum(s * (s.log() - q.log()) for s, q in zip(soft, student, strict=True))
-            total += w * t**2 * kl - (1 - w) * z.log_softmax(0)[y]
-        loss = distillation_loss(logits, (labels, teacher.log()), temperature=t, kd_weight=w)
-        torch.testing.assert_close(loss, total / 5)
-
-    @pytest.mark.parametrize("temperature", [0.01, 100.0])
-    def test_extreme_temperatures_do_not_overflow(self, temperature):
-        log_probs = torch.tensor([[0.0, -120.0, -300.0]])
-        soft = (log_probs.double() / temperature).softmax(1)
-        z = torch.zeros(1, 3)
-        loss = distillation_loss(z, (torch.tensor([0]), log_probs), temperature=temperature, kd_weight=1.0)
-        expected = temperature**2 * (torch.special.xlogy(soft, soft).sum() + np.log(3))
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
-
-    def test_a_teacher_of_probabilities_is_refused(self):
-        teacher = nn.Sequential(nn.Linear(6, 4), nn.Softmax(1))
-        for options in ({}, {"augment": lambda x: x}):
-            with pytest.raises(ValueError, match="model: expected logits or log-probabilities, got probabilities"):
-                fmn.distill(make_model(), teacher, TRAIN, epochs=1, **RECIPE | options)
-
-    def test_the_teacher_is_left_as_it_was(self):
-        teacher = make_model().train()
-        teacher[1].eval()
-        fmn.distill(make_model(), teacher, TRAIN, epochs=1, **RECIPE)
-        assert [m.training for m in teacher] == [True, False, True, True, True]
-
-    def test_another_teacher_is_refused_in_the_same_folder(self, tmp_path):
-        for ok in (True, False):
-            options = {"epochs": 1, "run_dir": tmp_path, **RECIPE}
-            if ok:
-                fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)
-                assert sorted(p.name for p in tmp_path.iterdir()) == ["resume.pt", "run.json", "targets"]
-            else:
-                with pytest.raises(ValueError, match="teacher"):
-                    fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)
-
-    def test_a_student_becomes_its_teacher(self, run, plan):
-        teacher = fmn.FusedModel(plan, run)
-        student = fmn.distill(fresh(0), teacher, TRAIN, epochs=60, **RECIPE)
-        agreement = (student(TEST[0]).argmax(1) == teacher(TEST[0]).argmax(1)).float().mean()
-        assert agreement > 0.85
-        assert not student.training
-
-    def test_without_soft_targets_it_is_training(self, run, tmp_path):
-        student = fmn.distill(fresh(2), nn.Linear(6, 4), TRAIN, epochs=12, kd_weight=0.0, **RECIPE)
-        for ours, theirs in zip(student.parameters(), run.model.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs)
-
-    def test_online_teacher_sees_what_the_student_sees(self):
-        class Spy(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.seen, self.net = [], nn.Linear(6, 4)
-
-            def forward(self, x):
-                self.seen.append(x)
-                return self.net(x)
-
-        teacher, student = Spy().train(), Spy()
-        marked = {"augment": lambda x: x + 100}
-        fmn.distill(student, teacher, TRAIN, epochs=1, **RECIPE | {"lr": 1e-6}, **marked)
-        _, *seen = teacher.seen  # the first call checks for logits
-        assert all(torch.equal(a, b) and a.min() > 50 for a, b in zip(seen, student.seen, strict=True))
-        assert teacher.training  # restored
-        assert teacher.net.weight.grad is None
-
-    def test_cached_and_online_agree_without_augmentation(self, run, plan):
-        students = []
-        for data in (TRAIN, TensorDataset(*TRAIN)):
-            torch.manual_seed(4)
-            net = nn.Linear(6, 4)
-            loader = data if data is TRAIN else DataLoader(data, 240)
-            options = RECIPE | {"batch_size": 240, "lr": 0.5}
-            students.append(fmn.distill(net, fmn.FusedModel(plan, run), loader, epochs=5, temperature=2.0, **options))
-        torch.testing.assert_close(students[0].weight, students[1].weight)
-
-    @pytest.mark.parametrize(
-        ("options", "error", "words"),
-        [
-            ({"temperature": 0}, ValueError, "temperature"),
-            ({"temperature": "hot"}, TypeError, "temperature"),
-            ({"kd_weight": 1.5}, ValueError, "kd_weight"),
-            ({"epochs": 0}, ValueError, "epochs"),
-            ({"teacher": nn.Linear(6, 5)}, ValueError, "teacher"),
-        ],
-    )
-    def test_bad_input(self, options, error, words):
-        options = {"teacher": nn.Linear(6, 4), "epochs": 1} | RECIPE | options
-        with pytest.raises(error, match=words):
-            fmn.distill(make_model(), options.pop("teacher"), TRAIN, **options)
-
-    def test_another_configuration_is_refused(self, tmp_path):
-        for weight in (1.0, 0.5):
-            options = {"epochs": 1, "run_dir": tmp_path, "kd_weight": weight, **RECIPE}
-            if weight == 1:
-                fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)
-            else:
-                with pytest.raises(ValueError, match="kd_weight"):
-                    fmn.distill(make_model(), nn.Linear(6, 4), TRAIN, **options)

@@ -9,6 +9,7 @@ import torch
 from networks import RECIPE, make_data, make_model
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
+from training_runs import fresh
 
 import fmn_ref as fmn
 
@@ -17,8 +18,7 @@ torch.distributed.init_process_group("gloo")
 folder, kill = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None
 train_set, val, _ = make_data()
 val = val[0][:-3], val[1][:-3]  # a number that two processes cannot share evenly: the sampler repeats a sample
-torch.manual_seed(1)
-model = make_model()
+model = fresh()
 batches = 0
 
 

@@ -1,4 +1,4 @@
-"""The methods of `fuse`: against brute force, within their bounds, with honest estimates, replayed to the bit."""
+"""The methods of `fuse`: equal to brute force, within their bounds, estimated without bias, repeatable to the bit."""
 
 import json
 import re
@@ -8,12 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import random_probs, use_backend
+from inputs import random_probs
 
 import fmn_ref as fmn
 from fmn_ref.fusion.methods import method_names, summaries
 from fmn_ref.fusion.mixtures import mixture
-from fmn_ref.kernels import backend
 
 METHODS = method_names()
 
@@ -71,10 +70,13 @@ def test_plans_give_the_same_bits_in_a_fresh_process(problem, plans, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bound", [{"max_members": 2}, {"max_members": 1}, {"max_forward_passes": 4}])
-def test_bounds(problem, method, bound):
-    plan = fmn.fuse(*problem, method=method, **bound)
-    assert len(plan.members) <= bound.get("max_members", 99)
-    assert plan.forward_passes <= bound.get("max_forward_passes", 99)
+def test_bounds(problem, plans, method, bound):
+    plan, ((name, most),) = fmn.fuse(*problem, method=method, **bound), bound.items()
+    used, free = (
+        {"max_members": len(p.members), "max_forward_passes": p.forward_passes} for p in (plan, plans[method])
+    )
+    assert used[name] <= most
+    assert free[name] > most or plan.accuracy == plans[method].accuracy  # a bound that does not bind changes nothing
 
 
 @pytest.mark.parametrize("window", [0, 1, 2])
@@ -100,7 +102,6 @@ def test_no_window_may_be_affordable(problem, each_backend):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_summary(method):
     """One sentence, for the command line's help and the docs."""
-    assert summaries().keys() == set(METHODS)
     assert re.fullmatch(r"[A-Z][^\n]{20,150}\.", summaries()[method])
 
 
@@ -171,11 +172,9 @@ def test_auto_falls_back_on_the_final_model():
     assert plan.cv_accuracy == plan.accuracy[0]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"bagged", "auto"}))  # these two draw samples by number
 def test_weights_of_samples(problem, method):
     """A weight of two is the sample twice; a weight of zero is the sample left out."""
-    if method in ("bagged", "auto"):
-        return  # they draw samples by number
     p, labels = problem
     rng = np.random.default_rng(0)
     weight = rng.integers(0, 3, len(labels))
@@ -212,51 +211,15 @@ def test_every_type_gives_the_plan_of_its_values(problem, dtype):
 
 
 @pytest.mark.parametrize("method", ["forget", "greedy", "bagged", "auto"])
-def test_backends_agree(problem, plans, method, monkeypatch):
+def test_backends_agree(problem, plans, method, use_backend):
     for name in ("cpp", "numba", "numpy"):
-        use_backend(monkeypatch, name)
+        use_backend(name)
         plan = fmn.fuse(*problem, method=method)
         assert (plan, plan.cv_accuracy, plan.gain_interval) == (
             plans[method],
             plans[method].cv_accuracy,
             plans[method].gain_interval,
         )
-    backend.choose_again()
-
-
-@pytest.mark.parametrize("kind", ["floats", "ties"])
-def test_kernels_agree(kind, each_backend):
-    """Epsilons, weights and bounds of many small problems, bit for bit with the reference."""
-    from fmn_ref.kernels import reference
-
-    rng = np.random.default_rng(5)
-    kernels = backend.kernels()
-    for case in range(150):
-        n, k, e = (int(v) for v in rng.integers([1, 2, 1], [40, 20, 6]))
-        m = int(rng.choice([4, 10, 64]))
-        p = (
-            rng.dirichlet(np.ones(k), (e + 1, n))
-            if kind == "floats"
-            else rng.multinomial(m, np.ones(k) / k, (e + 1, n)) / m
-        )
-        dtype = [np.float64, np.float32, np.float16, np.uint16][case % 4]
-        epochs = [
-            (q.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) if dtype is np.uint16 else q.astype(dtype)
-            for q in p[1:]
-        ]
-        weights = None if case % 3 else rng.integers(0, 2**40, n) + (np.arange(n) == 0)
-        first = rng.integers(0, e, 3)
-        windows = np.stack([first, rng.integers(first, e)], axis=1)
-        grid = np.arange(101) / 100
-        args = p[0], epochs, rng.integers(0, k, n), weights
-        for got, expected in zip(
-            kernels.best_epsilons(*args, windows, grid, dtype is np.uint16),
-            reference.best_epsilons(*args, windows, grid, dtype is np.uint16),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(got, expected)
-        right = kernels.mixture_right(*args, grid, dtype is np.uint16)
-        np.testing.assert_array_equal(right, reference.mixture_right(*args, grid, dtype is np.uint16))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,39 @@
+"""The kernels that fusion uses, against the reference."""
+
+import numpy as np
+import pytest
+
+from fmn_ref.kernels import backend, reference
+
+
+@pytest.mark.parametrize("kind", ["floats", "ties"])
+def test_kernels_agree(kind, each_backend):
+    """Epsilons, weights and bounds of many small problems, bit for bit with the reference."""
+    rng = np.random.default_rng(5)
+    kernels = backend.kernels()
+    for case in range(150):
+        n, k, e = (int(v) for v in rng.integers([1, 2, 1], [40, 20, 6]))
+        m = int(rng.choice([4, 10, 64]))
+        p = (
+            rng.dirichlet(np.ones(k), (e + 1, n))
+            if kind == "floats"
+            else rng.multinomial(m, np.ones(k) / k, (e + 1, n)) / m
+        )
+        dtype = [np.float64, np.float32, np.float16, np.uint16][case % 4]
+        epochs = [
+            (q.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) if dtype is np.uint16 else q.astype(dtype)
+            for q in p[1:]
+        ]
+        weights = None if case % 3 else rng.integers(0, 2**40, n) + (np.arange(n) == 0)
+        first = rng.integers(0, e, 3)
+        windows = np.stack([first, rng.integers(first, e)], axis=1)
+        grid = np.arange(101) / 100
+        args = p[0], epochs, rng.integers(0, k, n), weights
+        for got, expected in zip(
+            kernels.best_epsilons(*args, windows, grid, dtype is np.uint16),
+            reference.best_epsilons(*args, windows, grid, dtype is np.uint16),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(got, expected)
+        right = kernels.mixture_right(*args, grid, dtype is np.uint16)
+        np.testing.assert_array_equal(right, reference.mixture_right(*args, grid, dtype is np.uint16))
