@@ -6,6 +6,7 @@ Metrics, history, fusion and noise need only NumPy. Names that train or evaluate
 from __future__ import annotations
 
 import importlib
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from .fusion.epsilon import best_epsilon
@@ -40,68 +41,29 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_LAZY_MODULES = {
-    "baselines": "fusion.baselines",
-    "checkpoints": "runs.checkpoints",
-    "expectation": "fusion.expectation",
-    "plot": "reporting.plot",
-    "report": "reporting.report",
-}
+# Names that load their module on first use; a module's own name stands for the module.
 _LAZY = {
-    "Comparison": "reporting.comparison",
-    "FusedModel": "training.ensemble",
-    "Probabilities": "training.predictions",
-    "Recipe": "training.recipe",
-    "Sweep": "training.distill",
-    "averaged_model": "training.ensemble",
-    "compare": "reporting.comparison",
-    "compare_probabilities": "reporting.comparison",
-    "crop_flip": "training.augmentation",
-    "distill": "training.distill",
-    "train": "training.train",
-    "tune_distillation": "training.distill",
+    "fusion.baselines": ("baselines",),
+    "fusion.expectation": ("expectation",),
+    "reporting.comparison": ("Comparison", "compare", "compare_probabilities"),
+    "reporting.plot": ("plot",),
+    "reporting.report": ("report",),
+    "runs.checkpoints": ("checkpoints",),
+    "training.augmentation": ("crop_flip",),
+    "training.distill": ("Sweep", "distill", "tune_distillation"),
+    "training.ensemble": ("FusedModel", "averaged_model"),
+    "training.predictions": ("Probabilities",),
+    "training.recipe": ("Recipe",),
+    "training.train": ("train",),
 }
 
-__all__ = [
-    "Backend",
-    "Comparison",
-    "CorrectnessHistory",
-    "ForgettingCurves",
-    "FusedModel",
-    "FusionPlan",
-    "Probabilities",
-    "Recipe",
-    "Recorder",
-    "Recovery",
-    "Run",
-    "SampleStatistics",
-    "Sweep",
-    "asymmetric_noise",
-    "averaged_model",
-    "backend",
-    "best_epsilon",
-    "compare",
-    "compare_probabilities",
-    "correctness",
-    "crop_flip",
-    "distill",
-    "epoch_files",
-    "expected_gain",
-    "forget_fraction",
-    "forgetting_curves",
-    "forgetting_matrix",
-    "from_cartography",
-    "from_logits",
-    "from_toneva",
-    "fuse",
-    "learned_fraction",
-    "recovery",
-    "sample_statistics",
-    "symmetric_noise",
-    "train",
-    "transition_noise",
-    "tune_distillation",
-]
+__all__ = ["Backend", "Comparison", "CorrectnessHistory", "ForgettingCurves", "FusedModel", "FusionPlan"]
+__all__ += ["Probabilities", "Recipe", "Recorder", "Recovery", "Run", "SampleStatistics", "Sweep"]
+__all__ += ["asymmetric_noise", "averaged_model", "backend", "best_epsilon", "compare", "compare_probabilities"]
+__all__ += ["correctness", "crop_flip", "distill", "epoch_files", "expected_gain", "forget_fraction"]
+__all__ += ["forgetting_curves", "forgetting_matrix", "from_cartography", "from_logits", "from_toneva", "fuse"]
+__all__ += ["learned_fraction", "recovery", "sample_statistics", "symmetric_noise", "train", "transition_noise"]
+__all__ += ["tune_distillation"]
 
 
 def _probabilities(run: Run, data: Any, **options: Any) -> Any:
@@ -114,14 +76,13 @@ Run.evaluate = staticmethod(_probabilities)  # the room of runs lies below the o
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_LAZY_MODULES})
+    return sorted({*globals(), *__all__, *itertools.chain(*_LAZY.values())})
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY_MODULES:
-        return importlib.import_module(f".{_LAZY_MODULES[name]}", __name__)
-    if name in _LAZY:
-        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-        globals()[name] = value
-        return value
+    for path, names in _LAZY.items():
+        if name in names:
+            module = importlib.import_module(f".{path}", __name__)
+            globals()[name] = value = getattr(module, name, module)
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -165,6 +165,3 @@ def number(value: Any, low: float, high: float, name: str, kind: type = float) -
     if not low <= value <= high:
         raise ValueError(f"{name}: expected a value in [{low}, {high}], got {value}")
     return kind(value)
-
-
-matrix, correctness = correct_matrix, bool_matrix  # old names, until the other rooms use the new ones

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import __version__, _files
 from .fusion.expectation import expected_gain
@@ -25,7 +24,7 @@ from .fusion.methods import method_names
 from .fusion.plan import FusionPlan
 from .kernels.backend import backend
 from .metrics.curves import correctness
-from .metrics.history import CorrectnessHistory, labels_digest
+from .metrics.history import labels_digest
 from .metrics.overview import curves_and_forgotten, first_samples
 from .metrics.samples import NEVER_LEARNED, sample_statistics
 from .reporting.comparison import compare_probabilities
@@ -62,9 +61,8 @@ def command_info(args: argparse.Namespace) -> None:
     Example: FMN_BACKEND=numpy fmn-ref info
     """
     b = backend()
-    content = {"version": __version__, **b._asdict()}
-    rows = [f"fmn_ref {__version__}", f"backend {b.name} ({b.reason})", f"instruction set {b.instruction_set}"]
-    print_result(args, content, "\n".join([*rows, f"threads {b.threads}"]))
+    text = f"fmn_ref {__version__}\nbackend {b.name} ({b.reason})\ninstruction set {b.instruction_set}\n"
+    print_result(args, {"version": __version__, **b._asdict()}, f"{text}threads {b.threads}")
 
 
 def command_metric(args: argparse.Namespace) -> None:
@@ -73,17 +71,17 @@ def command_metric(args: argparse.Namespace) -> None:
     Example: fmn-ref metric predictions.npy --labels labels.npy --csv
     """
     correct = load_correct(args.file, args.labels, verify=not args.no_verify)
-    epochs = np.array(correct.epochs if isinstance(correct, CorrectnessHistory) else range(len(correct)))
+    epochs = list(getattr(correct, "epochs", range(len(correct))))
     curves, n_forgotten = curves_and_forgotten(correct, reference=args.reference, progress=True)
     gain, error = expected_gain(first_samples(correct))
-    curve = {"accuracy": curves.accuracy, "forget_fraction": curves.forget, "learned_fraction": curves.learned}
-    curve["retained"] = curves.retained
-    columns = {"epoch": epochs.tolist(), **{name: values.tolist() for name, values in curve.items()}}
+    columns: dict[str, list[Any]] = {"epoch": epochs, "accuracy": curves.accuracy.tolist()}
+    columns |= {"forget_fraction": curves.forget.tolist(), "learned_fraction": curves.learned.tolist()}
+    columns["retained"] = curves.retained.tolist()
     peak = int(curves.forget.argmax())
     summary = {
         "n_samples": curves.n_samples,
         "peak_forget_fraction": float(curves.forget[peak]),
-        "peak_epoch": int(epochs[peak]),
+        "peak_epoch": epochs[peak],
         "forgotten_samples": n_forgotten,
         "expected_gain": gain,
         "expected_gain_error": error,
@@ -92,7 +90,7 @@ def command_metric(args: argparse.Namespace) -> None:
         write_per_sample(args, correct, epochs)
     if args.csv:
         return print(csv_table(list(columns), zip(*columns.values(), strict=True)), end="")
-    print_result(args, {**summary, **columns}, metric_text(columns, summary, int(epochs[args.reference])))
+    print_result(args, {**summary, **columns}, metric_text(columns, summary, epochs[args.reference]))
 
 
 def metric_text(columns: dict[str, list[Any]], summary: dict[str, Any], reference: int) -> str:
@@ -108,7 +106,7 @@ def metric_text(columns: dict[str, list[Any]], summary: dict[str, Any], referenc
     return "\n".join(lines)
 
 
-def write_per_sample(args: argparse.Namespace, correct: Any, epochs: NDArray[np.int64]) -> None:
+def write_per_sample(args: argparse.Namespace, correct: Any, epochs: list[int]) -> None:
     stats = sample_statistics(correct, never_learned=args.never_learned, progress=True)
     n = len(stats.forgotten)
     names = list(range(n)) if args.ids is None else Path(args.ids).read_text().splitlines()
@@ -116,7 +114,7 @@ def write_per_sample(args: argparse.Namespace, correct: Any, epochs: NDArray[np.
         raise ValueError(f"{args.ids}: expected {n} lines, one id per sample, got {len(names)}")
     columns = {"sample_id": names, **{k: v.tolist() for k, v in vars(stats).items()}}
     for k in ("first_learned", "last_correct"):  # from rows of the matrix to epochs; empty for never
-        columns[k] = ["" if np.isnan(row) else int(epochs[int(row)]) for row in vars(stats)[k]]
+        columns[k] = ["" if np.isnan(row) else epochs[int(row)] for row in vars(stats)[k]]
     text = csv_table(list(columns), zip(*columns.values(), strict=True))
     _files.write_atomic(args.per_sample, lambda f: f.write(text.encode()))
 
@@ -129,23 +127,14 @@ def command_fuse(args: argparse.Namespace) -> None:
     probs = load_epochs(args.probs, args.logits)
     labels = load_labels(args.labels, args.probs)
     correct = load_named(args.correct, "correct")[0] if args.correct else None
-    names = ("method", "window", "search", "max_members", "max_forward_passes", "folds")
-    options = {name: vars(args)[name] for name in names}
+    options = options_of(args, "method", "window", "search", "max_members", "max_forward_passes", "folds")
     plan = fuse(probs, labels, correct=correct, sample_weight="balanced" if args.balanced else None, **options)
     plan.save(args.output)
-    content = {
-        "output": args.output,
-        "members": plan.members,
-        "weights": plan.weights,
-        "selection_accuracy": plan.accuracy,
-        "method": plan.method,
-        "cv_accuracy": plan.cv_accuracy,
-        "gain_interval": plan.gain_interval,
-    }
-    rows = [
-        f"{'round':>6} {'epoch':>6} {'eps':>7} {'accuracy':>9}",
-        f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}",
-    ]
+    content = {"output": args.output, "members": plan.members, "weights": plan.weights}
+    content |= {"selection_accuracy": plan.accuracy, "method": plan.method}
+    content |= {"cv_accuracy": plan.cv_accuracy, "gain_interval": plan.gain_interval}
+    head = f"{'round':>6} {'epoch':>6} {'eps':>7} {'accuracy':>9}"
+    rows = [head, f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}"]
     for i, ((epoch, eps), accuracy) in enumerate(zip(plan.members, plan.accuracy[1:], strict=True), 1):
         rows.append(f"{i:6d} {epoch:6d} {eps:7.4f} {accuracy:9.4f}")
     print_result(args, content, "\n".join([*rows, str(plan), f"plan written to {args.output}"]))
@@ -183,8 +172,7 @@ def command_compare(args: argparse.Namespace) -> None:
     select, test = load_epochs(args.select, args.logits), load_epochs(args.test, args.logits)
     y = load_labels(args.select_labels, args.select, "--select-labels")
     y_test = load_labels(args.test_labels, args.test, "--test-labels")
-    options = {name: vars(args)[name] for name in ("window", "search", "allow_overlap")}
-    table = compare_probabilities(select, y, test, y_test, **options)
+    table = compare_probabilities(select, y, test, y_test, **options_of(args, "window", "search", "allow_overlap"))
     text = table.to_json() if args.json else table.to_csv() if args.csv else table.to_markdown()
     print(text.rstrip())
 
@@ -194,9 +182,9 @@ def command_report(args: argparse.Namespace) -> None:
 
     Example: fmn-ref report runs/mine --labels labels.npy --images images.npy
     """
-    names = ("labels", "images", "plan", "comparison")
     output = args.output or Path(args.run_dir, "report.html")
-    size = write_report(args.run_dir, output, **{name: vars(args)[name] for name in names}).stat().st_size
+    path = write_report(args.run_dir, output, **options_of(args, "labels", "images", "plan", "comparison"))
+    size = path.stat().st_size
     print_result(args, {"output": str(output), "bytes": size}, f"report written to {output} ({-(-size // 1000)} kB)")
 
 
@@ -210,7 +198,6 @@ def command_demo(args: argparse.Namespace) -> None:
     if not sys.stderr.isatty():  # no progress bar there: log a line per run
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     out = Path(args.output)
-    out.mkdir(parents=True, exist_ok=True)
     results = demo.run_demo(out, args.seeds, args.epochs)
     files = f"report: {out / 'report.md'}   numbers: {out / 'results.json'}"
     print_result(args, results, f"{demo.accuracy_table(results)}\n{files}")
@@ -249,6 +236,11 @@ def command_bench(args: argparse.Namespace) -> None:
     print_result(args, result, module.markdown(result).rstrip())
 
 
+def options_of(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options that a function takes under the same names."""
+    return {name: vars(args)[name] for name in names}
+
+
 def print_result(args: argparse.Namespace, content: dict[str, Any], text: str) -> None:
     print(json.dumps(content, indent=1) if args.json else text)
 
@@ -272,11 +264,8 @@ def metric_options(add: Add) -> None:
 
 
 def bench_options(add: Add) -> None:
-    add(
-        "suite",
-        choices=list(SUITES),
-        help="metric: kernels; fusion: searches; training: training loop; the others: experiments",
-    )
+    suites = "metric: kernels; fusion: searches; training: training loop; the others: experiments"
+    add("suite", choices=list(SUITES), help=suites)
     add("--epochs", type=int, default=200, help="metric: epochs of the large matrix (default 200)")
     add("--samples", type=int, default=1_281_167, help="metric: its samples (default 1281167)")
     add("--scale", choices=["cpu", "gpu"], default="cpu", help="paper: hours on two cores, or on a GPU")
@@ -338,10 +327,8 @@ def compare_options(add: Add) -> None:
 def report_options(add: Add) -> None:
     add("run_dir", help="run directory")
     add("--labels", help=f"{LABELS}: show the classes of the recorded samples")
-    images = (
-        "pictures of the recorded samples, (n_samples, h, w), (n_samples, h, w, c) or (n_samples, c, h, w), uint8 or"
-    )
-    add("--images", help=f"{images} floats: an .npy file, or an .npz file with 'images'")
+    shapes = "(n_samples, h, w), (n_samples, h, w, c) or (n_samples, c, h, w), uint8 or floats"
+    add("--images", help=f"pictures of the recorded samples, {shapes}: an .npy file, or an .npz file with 'images'")
     add("--plan", help="plan.json (default: the one in the run directory)")
     add("--comparison", help="output of `fmn-ref compare --json` (default: the run directory's comparison.json)")
     add("-o", "--output", help="file to write (default: report.html in the run directory)")
@@ -361,9 +348,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[Add], 
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "fmn-ref", description="Measure what a network forgot during training, and recover it from its checkpoints."
-    )
+    purpose = "Measure what a network forgot during training, and recover it from its checkpoints."
+    p = argparse.ArgumentParser("fmn-ref", description=purpose)
     p.add_argument("--version", action="version", version=__version__)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (run, add_options) in COMMANDS.items():

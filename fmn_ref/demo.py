@@ -41,8 +41,6 @@ FIGURES = {
     "per_class": "Share of forgotten samples per class (dashed line: all classes).",
 }
 
-Data = tuple[Tensor, Tensor]
-
 
 def make_model() -> nn.Module:
     """Two convolutions and two linear layers on 8 x 8 images: 70 000 weights, enough to memorise 800 labels."""
@@ -51,7 +49,7 @@ def make_model() -> nn.Module:
     return nn.Sequential(*features, nn.Flatten(), nn.Linear(32 * 16, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-def load_digits(seed: int, rate: float) -> tuple[Data, Data, Data]:
+def load_digits(seed: int, rate: float) -> tuple[tuple[Tensor, Tensor], ...]:
     """Training set (a share `rate` of its labels wrong), selection set and test set: disjoint, drawn with `seed`."""
     try:
         from sklearn.datasets import load_digits as load
@@ -62,11 +60,11 @@ def load_digits(seed: int, rate: float) -> tuple[Data, Data, Data]:
     y = torch.tensor(digits.target, dtype=torch.int64)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))
     rows = order[:N_TRAIN], order[N_TRAIN : N_TRAIN + N_SELECT], order[N_TRAIN + N_SELECT :]
-    train_set, select, test = ((x[r], y[r]) for r in rows)
-    return (train_set[0], torch.from_numpy(symmetric_noise(train_set[1], rate, 10, seed))), select, test
+    noisy = torch.from_numpy(symmetric_noise(y[rows[0]], rate, 10, seed))
+    return (x[rows[0]], noisy), *((x[r], y[r]) for r in rows[1:])
 
 
-def run_cell(folder: Path, rate: float, seed: int, epochs: int, progress: bool | None = False) -> dict[str, Any]:
+def run_cell(folder: Path, rate: float, seed: int, epochs: int) -> dict[str, Any]:
     """Run one noise rate and seed, or return the stored result."""
     done = folder / "cell.json"
     settings = {"rate": rate, "seed": seed, "epochs": epochs}
@@ -77,8 +75,8 @@ def run_cell(folder: Path, rate: float, seed: int, epochs: int, progress: bool |
         return cell
     train_set, select, test = load_digits(seed, rate)
     torch.manual_seed(seed)
-    run = train(make_model(), train_set, select, epochs=epochs, run_dir=folder, seed=seed, progress=progress, **RECIPE)
-    options = {"epochs": epochs, "seed": seed, "progress": progress, **RECIPE}
+    options = {"epochs": epochs, "seed": seed, "progress": False, **RECIPE}
+    run = train(make_model(), train_set, select, run_dir=folder, **options)
     table = compare(run, select, test, train_data=train_set, make_student=make_model, distill_options=options)
     table.plan.save(run.folder.plan)
     _save_figures(run, table, select[1], folder / "report")
@@ -102,13 +100,12 @@ def _save_figures(run: Run, table: Comparison, labels: Tensor, folder: Path) -> 
     plot.per_class(run.history, labels).savefig(folder / "per_class.png")
 
 
-def run_demo(out: Path, n_seeds: int = 5, epochs: int = 40, progress: bool | None = None) -> dict[str, Any]:
+def run_demo(out: Path, n_seeds: int = 5, epochs: int = 40) -> dict[str, Any]:
     """Run every noise rate and seed, write results.json and report.md to `out`, and return the results."""
     _check.number(n_seeds, 1, 10_000, "seeds", int)
     todo = [(rate, seed) for seed in range(n_seeds) for rate in RATES]
     cells: dict[float, list[dict[str, Any]]] = {rate: [] for rate in RATES}
-    hidden = None if progress is None else not progress
-    for i, (rate, seed) in enumerate(bar := tqdm(todo, "demo", unit="run", disable=hidden)):
+    for i, (rate, seed) in enumerate(bar := tqdm(todo, "demo", unit="run", disable=None)):
         bar.set_postfix_str(f"{rate:.0%} wrong labels, seed {seed}")
         cells[rate].append(run_cell(out / f"noise_{rate * 100:02.0f}" / f"seed_{seed}", rate, seed, epochs))
         logger.info("%d of %d done: %.0f%% wrong labels, seed %d", i + 1, len(todo), rate * 100, seed)
@@ -121,14 +118,11 @@ def run_demo(out: Path, n_seeds: int = 5, epochs: int = 40, progress: bool | Non
 
 def _over_seeds(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard error over the seeds of one noise rate, for each method and the peak forget fraction."""
-    methods = {}
-    for i, row in enumerate(cells[0]["rows"]):
-        rows = [cell["rows"][i] for cell in cells]
-        methods[row["method"]] = {
-            "test_accuracy": _mean_dict([r["test_accuracy"] for r in rows]),
-            "selection_accuracy": _mean_dict([r["selection_accuracy"] for r in rows]),
-            "forward_passes": float(np.mean([r["forward_passes"] for r in rows])),
-        }
+    methods: dict[str, Any] = {}
+    for rows in zip(*(cell["rows"] for cell in cells), strict=True):
+        accuracies = {name: _mean_dict([r[name] for r in rows]) for name in ("test_accuracy", "selection_accuracy")}
+        passes = float(np.mean([r["forward_passes"] for r in rows]))
+        methods[rows[0]["method"]] = accuracies | {"forward_passes": passes}
     return {"methods": methods, "peak_forget_fraction": _mean_dict([cell["peak_forget_fraction"] for cell in cells])}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fmn_ref import _files
+from fmn_ref.fusion.methods import method_names
 from fmn_ref.reporting.tables import csv_table, markdown_table, mean_and_error
 
 Result = dict[str, Any]  # of a piece
@@ -20,7 +21,7 @@ FORMAT = "fmn_ref.paper-piece"
 AGAINST = ("final", "KF", "auto")
 SHOWN = (
     *("final", "best epoch", "best window", "top", "Caruana", "top at auto's cost", "equally spaced at auto's cost"),
-    *("KF(1)", "KF", "KF exact", "greedy", "bagged", "likelihood", "coverage", "auto", "averaged auto"),
+    *("KF(1)", "KF", "KF exact", *(m for m in method_names() if m not in ("forget", "equal", "last")), "averaged auto"),
     *("EMA", "SWA", "snapshots", "FGE", "distilled final", "distilled KF", "distilled auto", "distilled EMA"),
     *("2 networks, early stopped", "3 networks, early stopped", "5 networks", "5 networks, early stopped"),
     "generations, stopped by selection",

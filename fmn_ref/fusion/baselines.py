@@ -65,7 +65,3 @@ def ema_weights(n_epochs: int, decay: float) -> Weights:
 def swa_weights(n_epochs: int) -> Weights:
     """The plain mean over the last quarter of the run (stochastic weight averaging)."""
     return last_epochs(n_epochs, max(1, n_epochs // 4))
-
-
-# Old names, until the other rooms, the benchmarks and the tests use the new ones.
-equal, last, top, ema, swa = equal_weights, last_epochs, top_epochs, ema_weights, swa_weights

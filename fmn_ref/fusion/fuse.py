@@ -8,6 +8,7 @@ docstrings state the decision. `methods.py` holds the methods.
 from __future__ import annotations
 
 from collections import deque
+from inspect import cleandoc
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..kernels.protocol import Bool, Float, Int
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from .epsilon import SEARCHES, Target, grid_of
-from .methods import AUTO, METHODS, Problem, auto_methods, method_names, problem_for, replay
+from .methods import AUTO, METHODS, Problem, auto_methods, method_names, problem_for, replay, summaries
 from .plan import FusionPlan
 from .probabilities import ProbabilityReader
 
@@ -52,21 +53,10 @@ def fuse(
     correct : (n_epochs, n_samples) bool or 0 and 1, optional
         Correctness history on the same samples. Default: computed from `probs`.
     method : str
-        Default: "forget". `fmn_ref.fusion.methods` holds one function and one table entry for each.
-
-        - "forget", the papers' method: each round takes the epoch that is right most often where the fused predictor is
-          wrong (ties: the earliest). It mixes the mean of the epoch's window in with the epsilon of the best selection
-          accuracy, and stops when accuracy no longer rises. An epoch may be chosen again.
-        - "greedy": each round tries every window with its exact epsilon and takes the best.
-        - "bagged": the mean of the plans of "greedy" on five bootstrap samples of the selection set.
-        - "likelihood": convex weights of all windows and the final model with the best log-likelihood of the labels.
-        - "coverage": marginal coverage (arXiv 2604.12044), of single epochs.
-        - "equal", "last", "top": the plain mean of k equally spaced epochs, of the last k, or of the k most accurate;
-          selection accuracy chooses k. They mix single epochs.
-        - "auto": "bagged", or another method if cross-validation finds it better by more than a standard error, or the
-          final model alone if nothing is better than it. Needs folds.
+        Default: "forget". A name in the table of `fmn_ref/fusion/methods.py`, or "auto", which needs folds.
     window : int >= 0
         Default: 1, as in the papers. Half width of a member's window, which is clipped at the first and last epoch.
+        "coverage" and the plain means mix single epochs.
     search : {"grid", "exact"}
         Default: "grid". How "forget" finds epsilon: see `best_epsilon`.
     step : float
@@ -121,6 +111,10 @@ def fuse(
     problem = Problem(reader, right, final, window, search, grid, *bounds)
     found = _cross_validate(problem, target, method, n_folds) if n_folds else _Estimate(method)
     return _planned(problem, target, found)
+
+
+_METHODS_DOC = "".join(f'\n    - "{name}": {text}' for name, text in summaries().items())
+fuse.__doc__ = cleandoc(fuse.__doc__ or "").replace("needs folds.\n", f"needs folds.\n{_METHODS_DOC}\n", 1)
 
 
 def _bound(value: Any, name: str) -> int:

@@ -69,7 +69,9 @@ def forget(problem: Problem, target: Target) -> Members:
     """The papers' Knowledge Fusion: each round mixes in the epoch that is right most often where the fused predictor is
     wrong.
 
-    arXiv 2412.12968, Algorithm 1; ties: the earliest epoch.
+    arXiv 2412.12968, Algorithm 1. The mean of the epoch's window is mixed in with the epsilon of the best selection
+    accuracy, until accuracy no longer rises. The earliest of equally good epochs is taken, and an epoch may be chosen
+    again (the paper leaves both open).
     """
     current, members = problem.final, list[tuple[int, float]]()
     best = target.score_of(current)
@@ -292,7 +294,8 @@ _ENTRIES = (
 METHODS = {method.name: method for method in _ENTRIES}
 AUTO = "auto"  # `fuse` chooses one of `auto_methods()` by cross-validation
 _AUTO_SUMMARY = (
-    "The method, or the final model alone, that cross-validation finds best; bagged where it finds no difference."
+    "The method that cross-validation finds best: bagged unless another is better by more than a standard error, "
+    "or the final model alone."
 )
 
 

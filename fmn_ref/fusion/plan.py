@@ -10,7 +10,6 @@ import numpy as np
 
 from .. import _check, _files
 from ..kernels.protocol import Float
-from . import mixtures
 from .methods import method_names
 from .mixtures import Members, members_from_weights, mix, window_epochs
 from .probabilities import ProbabilityReader
@@ -194,9 +193,3 @@ class FusionPlan:
         elif self.members and self.method != "weights":
             text += "; not cross-validated (folds=5 does it)"
         return text
-
-
-# Old names, until the other rooms, the benchmarks and the tests use the new ones.
-METHODS = (*method_names(), "weights")
-Epochs = ProbabilityReader
-mixture = mixtures.mixture

@@ -25,9 +25,6 @@ from .. import _check
 from ..kernels import backend
 from ..kernels.mixing import Scores
 from .matrix import Matrix
-from .samples import NEVER_LEARNED as NEVER_LEARNED  # these three names moved; until the other rooms import them there
-from .samples import SampleStatistics as SampleStatistics
-from .samples import sample_statistics as sample_statistics
 
 
 def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:

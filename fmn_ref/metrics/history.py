@@ -1,8 +1,8 @@
 """CorrectnessHistory: correctness of every sample and epoch as bits, in memory or in an append-only file. NumPy only.
 
-The file (docs/reference/formats.md) has a 64-byte header, then one record per epoch: a 64-byte record header, then the row of
-bits, padded with zeros to a multiple of 64 bytes. Every row is therefore aligned, and the whole file can be
-memory-mapped. All integers are little-endian.
+The file has a 64-byte header, then one record per epoch: a 64-byte record header, then the row of bits, padded with
+zeros to a multiple of 64 bytes. Every row is therefore aligned, and the whole file can be memory-mapped. All integers
+are little-endian. docs/reference/formats.md describes it.
 
     header  8s magic  u32 version  u32 zero  u64 n_samples  32s SHA-256 of the labels (zeros: unknown)
             u32 CRC-32 of the 56 bytes before it

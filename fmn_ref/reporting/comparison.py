@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, astuple, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import _check
 from ..fusion import baselines
@@ -17,16 +16,15 @@ from ..fusion.methods import AUTO, METHODS
 from ..fusion.mixtures import mixture
 from ..fusion.plan import FusionPlan
 from ..fusion.probabilities import ProbabilityReader
+from ..kernels.protocol import Int
 from .tables import csv_table, markdown_table
 
-Int = NDArray[np.int64]
 # Methods of `fuse` beside KF ("forget") and the plain means, which are controls at KF's cost.
 OTHER_METHODS = (*(m.name for m in METHODS.values() if not m.control and m.name != "forget"), AUTO)
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # per epoch; the decay with the best selection accuracy is scored
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Result of one method: accuracies in [0, 1], and the forward passes that one prediction costs."""
 
     method: str
@@ -52,25 +50,21 @@ class Comparison:
                 return row
         raise KeyError(f"{method!r}; there are {', '.join(r.method for r in self.rows)}")
 
-    def __str__(self) -> str:
-        return self.to_markdown()
-
     def to_markdown(self) -> str:
         columns = ["method", "forward passes", "selection accuracy", "test accuracy"]
-        rows = [
-            [r.method, str(r.forward_passes), f"{r.selection_accuracy:.2%}", f"{r.test_accuracy:.2%}"]
-            for r in self.rows
-        ]
+        rows = [[name, str(passes), *(f"{a:.2%}" for a in accuracies)] for name, passes, *accuracies in self.rows]
         counts = f"Chosen on {self.n_selection} samples, scored on {self.n_test}."
         return "\n".join([markdown_table(columns, rows), counts, *self.notes]) + "\n"
 
+    __str__ = to_markdown
+
     def to_csv(self) -> str:
-        return csv_table([f.name for f in fields(Row)], map(astuple, self.rows))
+        return csv_table(Row._fields, self.rows)
 
     def to_json(self) -> str:
         content = {
-            "rows": [asdict(r) for r in self.rows],
-            "members": [list(m) for m in self.plan.members],
+            "rows": [r._asdict() for r in self.rows],
+            "members": self.plan.members,
             "n_selection": self.n_selection,
             "n_test": self.n_test,
             "notes": self.notes,
@@ -116,39 +110,40 @@ def compare_probabilities(
         As `fuse`; also if more than 1 % of the samples are in both sets. Two samples count as the same when their
         predictions at the first and the last epoch are equal.
     """
-    select_probs = ProbabilityReader(select_probs, "select_probs")
-    test_probs = ProbabilityReader(test_probs, "test_probs")
+    select = ProbabilityReader(select_probs, "select_probs")
+    test = ProbabilityReader(test_probs, "test_probs")
     if not allow_overlap:
-        refuse_overlap(_prediction_bytes(select_probs), _prediction_bytes(test_probs), "test_probs")
-    rows, plans = _mixing_methods(select_probs, select_labels, test_probs, test_labels, correct, window, search)
-    return _with_notes(rows, plans["KF"], select_labels, test_labels, allow_overlap)
+        refuse_overlap(_prediction_bytes(select), _prediction_bytes(test), "test_probs")
+    options = {"window": window, "correct": correct}
+    return _mixing_methods(select, select_labels, test, test_labels, search, allow_overlap, **options)[0]
 
 
 def _mixing_methods(
-    select_probs: Any, select_labels: Any, test_probs: Any, test_labels: Any, correct: Any, window: int, search: str
-) -> tuple[list[Row], dict[str, FusionPlan]]:
-    """Rows of the methods that mix predictions, and the plans of those that fuse."""
-    plan = fuse(select_probs, select_labels, correct=correct, window=window, search=search, folds=0)
-    y = _check.labels(select_labels)
-    n = plan.n_epochs
-    n_test, n_classes = np.shape(test_probs[-1])
-    if (len(test_probs), n_classes) != (n, np.shape(select_probs[-1])[1]):
+    select: Any, labels: Any, test: Any, test_labels: Any, search: str, allow_overlap: bool, **options: Any
+) -> tuple[Comparison, dict[str, FusionPlan]]:
+    """Compare the methods that mix predictions; also return the plans of those that fuse."""
+    plan = fuse(select, labels, search=search, folds=0, **options)
+    y = _check.labels(labels)
+    n_test, n_classes = np.shape(test[-1])
+    if (len(test), n_classes) != (plan.n_epochs, np.shape(select[-1])[1]):
         raise ValueError("test_probs: expected as many epochs and classes as select_probs")
     y_test = _check.labels(test_labels, n_test, n_classes, "test_labels")
     rows = [
-        Row(name, len(w), _share_right(mixture(select_probs, w), y), _share_right(mixture(test_probs, w), y_test))
-        for name, w in _controls(select_probs, y, correct, window, len(plan.weights)).items()
+        Row(name, len(w), _share_right(mixture(select, w), y), _share_right(mixture(test, w), y_test))
+        for name, w in _controls(select, y, len(plan.weights), **options).items()
     ]
-    plans = {"KF(1)": FusionPlan(plan.members[:1], n, window, plan.accuracy[:2]), "KF": plan}
+    plans = {"KF(1)": FusionPlan(plan.members[:1], plan.n_epochs, plan.window, plan.accuracy[:2]), "KF": plan}
     for method in OTHER_METHODS:
-        folds = None if method == "auto" else 0
-        plans[method] = fuse(select_probs, y, correct=correct, method=method, window=window, folds=folds)
+        plans[method] = fuse(select, y, method=method, folds=None if method == AUTO else 0, **options)
     for name, p in plans.items():
-        rows.append(Row(name, p.forward_passes, p.accuracy[-1], _share_right(p.apply(test_probs), y_test)))
-    return rows, plans
+        rows.append(Row(name, p.forward_passes, p.accuracy[-1], _share_right(p.apply(test), y_test)))
+    notes = ["The test samples may include samples that the methods were selected on."] if allow_overlap else []
+    if plan.final_model_alone:
+        notes.append("The final model alone is best: no checkpoint improved its selection accuracy.")
+    return Comparison(rows, plan, len(y), len(y_test), notes), plans
 
 
-def _controls(probs: Any, y: Int, correct: Any, window: int, k: int) -> dict[str, dict[int, float]]:
+def _controls(probs: Any, y: Int, k: int, window: int, correct: Any = None) -> dict[str, dict[int, float]]:
     """Weights of the epochs in each control; k is the number of checkpoints in the plan of KF."""
     n = len(probs)
     right = np.stack([np.argmax(probs[e], 1) == y for e in range(n)]) if correct is None else correct
@@ -160,13 +155,6 @@ def _controls(probs: Any, y: Int, correct: Any, window: int, k: int) -> dict[str
         "equally spaced": baselines.equally_spaced(n, k),
         "top-k": baselines.top_epochs(right, k),
     }
-
-
-def _with_notes(rows: list[Row], plan: FusionPlan, y: Any, y_test: Any, allow_overlap: bool) -> Comparison:
-    notes = ["The test samples may include samples that the methods were selected on."] if allow_overlap else []
-    if plan.final_model_alone:
-        notes.append("The final model alone is best: no checkpoint improved its selection accuracy.")
-    return Comparison(rows, plan, len(y), len(y_test), notes)
 
 
 def compare(
@@ -216,58 +204,47 @@ def compare(
     """
     from ..training import data
     from ..training.ensemble import attached_model
+    from ..training.recipe import Recipe
 
     attached_model(run)
-    options = _distill_options(run, distill_options)
+    recipe = {"epochs", *(f.name for f in fields(Recipe))}
+    options = {k: v for k, v in run.config.items() if k in recipe} | (distill_options or {})
     if make_student is not None and (train_data is None or "epochs" not in options):
         raise ValueError("make_student: needs train_data, and distill_options with at least epochs")
     if not allow_overlap:
         refuse_overlap(data.fingerprints(select_data), data.fingerprints(test_data), "test_data")
     select, test = run.probabilities(select_data), run.probabilities(test_data)
-    y, y_test = select.labels, test.labels
-    rows, plans = _mixing_methods(select, y, test, y_test, None, window, search)
-    rows += [
-        Row(name, 1, _model_score(model, select_data, run, y), _model_score(model, test_data, run, y_test))
-        for name, model in _single_models(run, plans, select_data, y, train_data, make_student, options)
-    ]
-    return _with_notes(rows, plans["KF"], y, y_test, allow_overlap)
+    table, plans = _mixing_methods(select, select.labels, test, test.labels, search, allow_overlap, window=window)
+
+    def score(model: Any, samples: Any = select_data, labels: Int = select.labels) -> float:
+        scores = data.predict(model, samples, forward_fn=run.forward_fn)[0]
+        return _share_right(scores.cpu().numpy(), labels)
+
+    if train_data is not None:
+        models = _single_models(run, plans, train_data, make_student, options, score)
+        table.rows.extend(Row(name, 1, score(m), score(m, test_data, test.labels)) for name, m in models)
+    return table
 
 
 def _single_models(
-    run: Any,
-    plans: dict[str, FusionPlan],
-    select_data: Any,
-    y: Int,
-    train_data: Any,
-    make_student: Any,
-    options: dict[str, Any],
+    run: Any, plans: dict[str, FusionPlan], train_set: Any, make_student: Any, options: Any, score: Callable[..., float]
 ) -> Iterator[tuple[str, Any]]:
     """Controls whose prediction is that of a single network."""
     from ..training.distill import distill
     from ..training.ensemble import FusedModel, averaged_model
 
-    if train_data is None:
-        return
     plan = plans["KF"]
     n = plan.n_epochs
-    candidates = [averaged_model(run, baselines.ema_weights(n, d), train_data) for d in EMA_DECAYS]
-    yield "EMA", max(candidates, key=lambda m: _model_score(m, select_data, run, y))
-    yield "SWA", averaged_model(run, baselines.swa_weights(n), train_data)
-    yield "averaged KF", averaged_model(run, plan.weights, train_data)
+    candidates = [averaged_model(run, baselines.ema_weights(n, d), train_set) for d in EMA_DECAYS]
+    yield "EMA", max(candidates, key=score)
+    yield "SWA", averaged_model(run, baselines.swa_weights(n), train_set)
+    yield "averaged KF", averaged_model(run, plan.weights, train_set)
     if make_student is None:
         return
     final = FusionPlan((), n, 0, plan.accuracy[:1])
     for name, p in (("distilled last", final), ("distilled KF", plan), ("distilled auto", plans["auto"])):
         teacher = FusedModel(p, run)
-        yield name, distill(make_student(), teacher, train_data, forward_fn=run.forward_fn, **options)
-
-
-def _distill_options(run: Any, given: dict[str, Any] | None) -> dict[str, Any]:
-    """Keywords of `distill`: the run's own recipe, updated with the given ones."""
-    from ..training.recipe import Recipe
-
-    known = {"epochs", *(f.name for f in fields(Recipe))}
-    return {k: v for k, v in run.config.items() if k in known} | (given or {})
+        yield name, distill(make_student(), teacher, train_set, forward_fn=run.forward_fn, **options)
 
 
 def _prediction_bytes(probs: Any) -> set[bytes]:
@@ -285,9 +262,3 @@ def refuse_overlap(select: set[bytes], test: set[bytes], name: str) -> None:
 
 def _share_right(probs: Any, labels: Int) -> float:
     return float((np.asarray(probs).argmax(1) == labels).mean())
-
-
-def _model_score(model: Any, samples: Any, run: Any, labels: Int) -> float:
-    from ..training.data import predict
-
-    return _share_right(predict(model, samples, forward_fn=run.forward_fn)[0].cpu().numpy(), labels)

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..kernels.protocol import Float, Int
+
 LINE_BINS = 500  # bins of a long line; each is drawn by its lowest and highest value
 THUMBNAIL = 96  # largest side of a picture, in pixels
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
+Cells = Sequence[str]  # one row of a table
 
 
 # --- text and tables ---
@@ -60,19 +61,13 @@ def share_bar(share: float) -> str:
 
 
 def scroll_table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    name: str,
-    box: str = "",
-    kind: str = "",
-    best: Sequence[int] = (),
+    columns: Cells, rows: Iterable[Cells], name: str, box: str = "", kind: str = "", best: Sequence[int] = ()
 ) -> str:
     """Table in a box that scrolls. Cells are HTML; the last column of kind "bars" contains `share_bar`s."""
-    last = ' class="bar"' if kind.startswith("bars") else ""
+    bar = ' class="bar"' if kind.startswith("bars") else ""
 
-    def line(cells: Sequence[str], tag: str) -> str:
-        kinds = [""] * (len(cells) - 1) + [last]
-        return "".join(f"<{tag}{k}>{cell}</{tag}>" for k, cell in zip(kinds, cells, strict=True))
+    def line(cells: Cells, tag: str) -> str:
+        return "".join(f"<{tag}>{cell}</{tag}>" for cell in cells[:-1]) + f"<{tag}{bar}>{cells[-1]}</{tag}>"
 
     marks = dict.fromkeys(best, ' class="best"')
     body = "".join(f"<tr{marks.get(k, '')}>{line(cells, 'td')}</tr>\n" for k, cells in enumerate(rows))
@@ -84,21 +79,21 @@ def scroll_table(
 # --- lines, as SVG ---
 
 
-def chart(x: Float, lines: dict[str, Float], description: str, mark: tuple[int, float, str, str]) -> str:
+def chart(epochs: Sequence[int], lines: dict[str, Float], description: str, marked: int) -> str:
     """Draw lines over epochs and fill the area between the first two.
 
     The SVG is stretched to its box. Texts are HTML and keep their size.
 
     Parameters
     ----------
-    x : (n_epochs,) float64
+    epochs : (n_epochs,) integers
     lines : {CSS class: (n_epochs,) float64}
     description : str
         Text for screen readers.
-    mark : (row, height, CSS class, text)
-        One point to mark.
+    marked : int
+        Row to mark on the last line.
     """
-    forget = "forget" in lines
+    forget, x = "forget" in lines, np.array(epochs, np.float64)
     low, high, step = _axis(list(lines.values()), from_zero=forget)
     first, last = float(x[0]), float(x[-1]) if len(x) > 1 else float(x[0]) + 1
 
@@ -117,8 +112,9 @@ def chart(x: Float, lines: dict[str, Float], description: str, mark: tuple[int, 
     paths += [f'<path class="{name}" d="M{"L".join(p)}"/>' for name, p in drawn.items()]
     labels = [axis_label("x", "left", (k - first) / (last - first), short(k)) for k in ticks(first, last, 5)]
     labels += [axis_label("y", "bottom", (v - low) / (high - low), f"{round(100 * v, 6):g}%") for v in heights]
-    row, height, kind, note = mark
-    labels.append(_marked_point((x[row] - first) / (last - first), (height - low) / (high - low), kind, note))
+    height, kind = list(lines.values())[-1][marked], "forget" * forget
+    note = f"{height:.1%} at epoch {epochs[marked]}"
+    labels.append(_marked_point((x[marked] - first) / (last - first), (height - low) / (high - low), kind, note))
     svg = f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(paths)}</svg>'
     return f'<div class="plot{" low" * forget}" role="img" aria-label="{description}">{svg}{"".join(labels)}</div>'
 
@@ -179,7 +175,7 @@ def strip(right: NDArray[np.integer[Any]]) -> str:
 
 
 def thumbnails(images: NDArray[Any], chosen: Int) -> list[str]:
-    """Attributes of an <img> element for each of the chosen samples."""
+    """An <img> element for each of the chosen samples."""
     a = np.asarray(images[chosen])
     if a.ndim == 3:
         a = a[..., None]
@@ -188,7 +184,8 @@ def thumbnails(images: NDArray[Any], chosen: Int) -> list[str]:
     if a.dtype != np.uint8:
         a = _stretched(a.astype(np.float64), chosen)
     size = ' class="small"' if max(a.shape[1:3]) <= 64 else ""
-    return [f'src="{data_uri(png(np.rint(p).astype(np.uint8)))}"{size}' for p in _shrunk(a)]
+    pictures = (png(np.rint(p).astype(np.uint8)) for p in _shrunk(a))
+    return [f'<img src="{p}"{size} alt="sample {i}">' for p, i in zip(pictures, chosen, strict=True)]
 
 
 def _stretched(a: Float, chosen: Int) -> Float:
@@ -214,14 +211,14 @@ def _shrunk(a: NDArray[Any]) -> NDArray[Any]:
 
 
 def palette(colours: Sequence[str]) -> NDArray[np.uint8]:
-    """Interpolate 256 RGB colours between the given ones, (256, 3)."""
-    anchors = np.array([list(bytes.fromhex(c)) for c in colours], np.float64)
+    """Interpolate 256 RGB colours between the given ones ("#1f69ae"), (256, 3)."""
+    anchors = np.array([list(bytes.fromhex(c[1:])) for c in colours], np.float64)
     at = np.linspace(0, len(anchors) - 1, 256)
     return np.stack([np.interp(at, range(len(anchors)), anchors[:, k]) for k in range(3)], 1).round().astype(np.uint8)
 
 
-def png(pixels: NDArray[np.uint8], colours: NDArray[np.uint8] | None = None) -> bytes:
-    """Encode (h, w) indices of a palette, or (h, w, 1 or 3) grey or RGB values."""
+def png(pixels: NDArray[np.uint8], colours: NDArray[np.uint8] | None = None) -> str:
+    """Encode (h, w) indices of a palette, or (h, w, 1 or 3) grey or RGB values, as a data URI."""
     h, w = pixels.shape[:2]
     kind = 3 if colours is not None else {1: 0, 3: 2}[pixels.shape[2]]
     lines = np.zeros((h, 1 + pixels.size // h), np.uint8)  # each line begins with 0, for no filter
@@ -230,11 +227,8 @@ def png(pixels: NDArray[np.uint8], colours: NDArray[np.uint8] | None = None) -> 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, kind, 0, 0, 0))]
-    chunks += [] if colours is None else [chunk(b"PLTE", colours.tobytes())]
-    chunks += [chunk(b"IDAT", zlib.compress(lines.tobytes(), 9)), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-def data_uri(content: bytes) -> str:
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, kind, 0, 0, 0))
+    if colours is not None:
+        content += chunk(b"PLTE", colours.tobytes())
+    content += chunk(b"IDAT", zlib.compress(lines.tobytes(), 9)) + chunk(b"IEND", b"")
     return "data:image/png;base64," + base64.b64encode(content).decode()

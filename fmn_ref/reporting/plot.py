@@ -63,9 +63,8 @@ def matrix(correct: Any) -> Figure:
     c, epochs = np.asarray(correct), _epochs(correct)
     share = forgetting_matrix(c) / c.shape[1]
     figure, axes = _axes("Right at epoch i, wrong at epoch j", "epoch j", "epoch i", (4.8, 4.0))
-    most = (
-        np.triu(share).max() or 1
-    )  # forgotten shares set the scale: those an untrained epoch still learns are far larger
+    # Forgotten shares set the scale: those an untrained epoch still learns are far larger.
+    most = np.triu(share).max() or 1
     mesh = axes.pcolormesh(epochs, epochs, share, cmap="magma", vmin=0, vmax=most)
     figure.colorbar(mesh, ax=axes, label="share of samples", extend="max" if share.max() > most else "neither")
     return figure

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import _check
+from ..kernels.protocol import Bool, Int
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from .tables import csv_table, markdown_table
 
-Bool = NDArray[np.bool_]
 KINDS = ("samples", "final", "forgotten", "recovered", "new", "lost", "right")
-_COLUMNS = ("sample_id", "group", "final", "forgotten")  # first columns of the table per sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +35,7 @@ class Recovery:
     final: Bool
     forgotten: Bool
     right: dict[str, Bool]
-    groups: NDArray[np.int64] | None
+    groups: Int | None
     sample_ids: list[Any]
 
     def counts(self, group: int | None = None) -> dict[str, dict[str, int]]:
@@ -76,14 +74,14 @@ class Recovery:
 
     def to_markdown(self) -> str:
         """Table with a row per predictor and, if there are groups, per group."""
-        groups: list[int | None] = [None, *([] if self.groups is None else np.unique(self.groups).tolist())]
-        counts = {group: self.counts(group) for group in groups}
+        groups = [] if self.groups is None else np.unique(self.groups).tolist()
+        counts = {"all": self.counts()} | {str(group): self.counts(group) for group in groups}
         rows = []
         for name in self.right:
-            for group in groups:
-                label = [] if self.groups is None else ["all" if group is None else str(group)]
-                rows.append([name, *label, *map(str, counts[group][name].values())])
-        return markdown_table(["predictor", *([] if self.groups is None else ["group"]), *KINDS], rows)
+            for group, found in counts.items():
+                label = [group] if groups else []
+                rows.append([name, *label, *map(str, found[name].values())])
+        return markdown_table(["predictor", *(["group"] if groups else []), *KINDS], rows)
 
     def to_csv(self) -> str:
         """Table with a row per sample: id, group, and 0 or 1 for final, forgotten and each predictor."""
@@ -139,7 +137,7 @@ def recovery(
         raise ValueError("correct: a history of other labels, or in another order")
     right = {}
     for name, p in predictions.items():
-        if name in _COLUMNS:
+        if name in ("sample_id", "group", "final", "forgotten"):  # the first columns of `to_csv`
             raise ValueError(f"predictions: {name!r} is the name of another column; choose another")
         right[name] = correctness(p, y)
         if right[name].shape != (n,):

@@ -2,15 +2,16 @@
 
     fmn-ref report RUN_DIR -o report.html
 
-Lines are SVG and pictures are PNG, inside the file. CSS (report.html.in) adapts the page to the screen and to light or
-dark. The page has no script and escapes every text. Its content security policy forbids it to load anything.
+Lines are SVG and pictures are PNG, inside the file. The template report.html.in holds the fixed text, and the CSS that
+adapts the page to the screen and to light or dark. The page has no script and escapes every text. Its content security
+policy forbids it to load anything.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
 from types import SimpleNamespace
@@ -22,11 +23,12 @@ from numpy.typing import NDArray
 from .. import _check, _files
 from ..fusion.expectation import expected_gain
 from ..fusion.plan import FusionPlan
+from ..kernels.protocol import Bool, Int
 from ..metrics.curves import ForgettingCurves, forgetting_curves, forgetting_matrix
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from ..metrics.overview import first_samples
 from ..metrics.samples import SampleStatistics, sample_statistics
-from ..runs import load
+from ..runs.load import load_array
 from ..runs.run import Run
 from . import html
 from .comparison import Comparison
@@ -35,10 +37,9 @@ MATRIX_ROWS, TABLE_ROWS = 200, 500  # longer ones show every k-th epoch
 CARDS, BARS = 24, 40
 # From nothing to much in one hue, so that only lightness counts. A ramp starts at the colour of the page.
 RAMPS = {
-    "light": ("f4f7fa", "b5d2ea", "5b9fd2", "1f69ae", "08306b"),
-    "dark": ("1c2126", "123f70", "2a74b8", "74b6f5", "eef6fd"),
+    "ramp_light": "#f4f7fa, #b5d2ea, #5b9fd2, #1f69ae, #08306b",
+    "ramp_dark": "#1c2126, #123f70, #2a74b8, #74b6f5, #eef6fd",
 }
-Int = NDArray[np.int64]
 Images = NDArray[Any] | None
 
 
@@ -101,19 +102,18 @@ def write_report(
     y = None if labels is None else _checked_labels(labels, history)
     pictures = None if images is None else _checked_images(images, history.n_samples)
     curves, samples = forgetting_curves(history), sample_statistics(history)
-    name = html.text(folder.resolve().name)
-    sections = [
-        _headline(name, history, curves, samples),
-        _curves_section(history, curves),
-        _matrix_section(history),
-        _samples_section(history, samples, y, pictures),
-        _plan_section(_given_or_found(plan, run.folder.plan), run),
-        _comparison_section(_given_or_found(comparison, *run.folder.comparisons)),
-        _settings_section(run),
-    ]
-    template = Template(Path(__file__).with_name("report.html.in").read_text("utf-8"))
-    ramps = {f"ramp_{name}": ", ".join(f"#{c}" for c in colours) for name, colours in RAMPS.items()}
-    page = template.substitute(title=f"{name}: what it forgot", body="\n".join(sections), **ramps)
+    page = Template(Path(__file__).with_name("report.html.in").read_text("utf-8")).substitute(
+        RAMPS,
+        name=html.text(folder.resolve().name),
+        n_epochs=html.count(len(history), "epoch"),
+        n_samples=html.count(history.n_samples, "sample"),
+        **_curve_parts(history, curves, int(samples.forgotten.sum())),
+        matrix=_matrix_section(history),
+        samples=_samples_section(history, samples, y, pictures),
+        plan=_plan_section(_given_or_found(plan, run.folder.plan), run),
+        comparison=_comparison_section(_given_or_found(comparison, *run.folder.comparisons)),
+        settings=_settings(run),
+    )
     _files.write_atomic(target, lambda file: file.write(page.encode()))
     return target
 
@@ -123,12 +123,13 @@ def _given_or_found(given: Any, *paths: Path) -> Any:
     return given if given is not None else next((path for path in paths if path.is_file()), None)
 
 
-def _is_path(x: Any) -> bool:
-    return isinstance(x, (str, os.PathLike))
+def _loaded(given: Any, load: Callable[[str], Any]) -> Any:
+    """Load the file if a path is given; return anything else as it is."""
+    return load(os.fspath(given)) if isinstance(given, (str, os.PathLike)) else given
 
 
 def _checked_labels(labels: Any, history: CorrectnessHistory) -> Int:
-    y = _check.labels(load.load_array(os.fspath(labels), "labels") if _is_path(labels) else labels, history.n_samples)
+    y = _check.labels(_loaded(labels, lambda path: load_array(path, "labels")), history.n_samples)
     if history.digest not in (NO_LABELS, labels_digest(y)):
         raise ValueError("labels: not the labels (or not in the order) that the run was recorded with")
     return y
@@ -136,7 +137,7 @@ def _checked_labels(labels: Any, history: CorrectnessHistory) -> Int:
 
 def _checked_images(images: Any, n: int) -> NDArray[Any]:
     """Images with a checked shape; their values are read later, and only those of the samples shown."""
-    a = _check.array(load.load_array(os.fspath(images), "images") if _is_path(images) else images, "images")
+    a = _check.array(_loaded(images, lambda path: load_array(path, "images")), "images")
     channels = a.ndim == 3 or (a.ndim == 4 and (a.shape[3] in (1, 3) or a.shape[1] in (1, 3)))
     if not channels or len(a) != n or 0 in a.shape:
         expected = f"({n}, h, w), ({n}, h, w, c) or ({n}, c, h, w) with c 1 or 3"
@@ -144,82 +145,56 @@ def _checked_images(images: Any, n: int) -> NDArray[Any]:
     return a
 
 
-# --- sections ---
+# --- parts of the page ---
 
 
-def _headline(name: str, history: CorrectnessHistory, c: ForgettingCurves, s: SampleStatistics) -> str:
+def _curve_parts(history: CorrectnessHistory, c: ForgettingCurves, n_forgotten: int) -> dict[str, str]:
+    """Tiles, the two charts and the table of the curves."""
     e, best, peak = history.epochs, int(c.accuracy.argmax()), int(c.forget.argmax())
-    n, n_forgotten = history.n_samples, int(s.forgotten.sum())
     gain, error = expected_gain(first_samples(history))
     tiles = [
         ("", "Final accuracy", f"{c.accuracy[-1]:.1%}", f"at epoch {e[-1]}"),
         ("", "Best accuracy", f"{c.accuracy[best]:.1%}", f"at epoch {e[best]}"),
         ("key", "Peak forget fraction", f"{c.forget[peak]:.1%}", f"at epoch {e[peak]}"),
-        ("", "Forgotten samples", f"{n_forgotten:,}", f"of {n:,}: right once, wrong at the end"),
+        ("", "Forgotten samples", f"{n_forgotten:,}", f"of {history.n_samples:,}: right once, wrong at the end"),
         ("", "Expected gain", f"{100 * gain:+.1f}", f"points from fusion, ± {100 * error:.1f} (rough)"),
     ]
-    cells = "".join(
-        f'<div class="{kind}"><dt>{title}</dt><dd>{value}<small>{more}</small></dd></div>'
-        for kind, title, value, more in tiles
-    )
-    return f"""<header><h1>What this run forgot</h1>
-<p class="muted">{name}: {html.count(len(e), "epoch")}, {html.count(n, "sample")}</p></header>
-<dl class="tiles">{cells}</dl>
-<p>The forget fraction F<sub>e</sub> of an epoch e is the share of samples that the network classifies correctly at
-epoch e and wrongly at the end. Accuracy can rise at the same time, because newly learned samples hide the forgotten
-ones. The checkpoints of earlier epochs still classify the forgotten samples correctly.</p>"""
-
-
-def _curves_section(history: CorrectnessHistory, c: ForgettingCurves) -> str:
-    e, best, peak = history.epochs, int(c.accuracy.argmax()), int(c.forget.argmax())
-    x = np.array(e, np.float64)
-    accuracy = html.chart(
-        x,
-        {"retained": c.retained, "accuracy": c.accuracy},
+    tile = '<div class="{}"><dt>{}</dt><dd>{}<small>{}</small></dd></div>'
+    accuracy = (
         f"Accuracy per epoch: {c.accuracy[0]:.1%} at epoch {e[0]}, at best {c.accuracy[best]:.1%} at epoch {e[best]}, "
         f"{c.accuracy[-1]:.1%} at the end. {c.retained[best]:.1%} of the samples are right at epoch {e[best]} and at "
-        "the end.",
-        (best, c.accuracy[best], "", f"{c.accuracy[best]:.1%} at epoch {e[best]}"),
+        "the end."
     )
-    forget = html.chart(
-        x,
-        {"forget": c.forget},
-        f"Forget fraction per epoch: at most {c.forget[peak]:.1%}, at epoch {e[peak]}; zero at the end by definition.",
-        (peak, c.forget[peak], "forget", f"{c.forget[peak]:.1%} at epoch {e[peak]}"),
-    )
-    columns = ("epoch", "accuracy", "F<sub>e</sub>", "L<sub>e</sub>", "retained")
+    forget = f"at most {c.forget[peak]:.1%}, at epoch {e[peak]}; zero at the end by definition."
     shown = sorted({*html.thinned(len(e), TABLE_ROWS), 0, best, peak})
     rows = [[str(e[i]), *(f"{v[i]:.2%}" for v in (c.accuracy, c.forget, c.learned, c.retained))] for i in shown]
-    table = html.scroll_table(columns, rows, "Numbers of each epoch", "tall")
-    return f"""<h2>Epoch by epoch</h2>
-<figure>{accuracy}
-<ul class="legend">
-<li class="accuracy"><i></i>accuracy</li>
-<li class="retained"><i></i>retained at the end</li>
-<li class="area"><i></i>the gap is F<sub>e</sub></li></ul></figure>
-<figure>{forget}
-<ul class="legend"><li class="forget"><i></i>forget fraction F<sub>e</sub></li></ul></figure>
-<details><summary>Numbers of each epoch{html.thinned_note(shown, e)}</summary>{table}
-<p class="muted">L<sub>e</sub>, the learned fraction: wrong at epoch e, right at the end.</p></details>"""
+    columns = ("epoch", "accuracy", "F<sub>e</sub>", "L<sub>e</sub>", "retained")
+    return {
+        "tiles": "".join(tile.format(*parts) for parts in tiles),
+        "accuracy": html.chart(e, {"retained": c.retained, "accuracy": c.accuracy}, accuracy, best),
+        "forget": html.chart(e, {"forget": c.forget}, f"Forget fraction per epoch: {forget}", peak),
+        "thinned": html.thinned_note(shown, e),
+        "numbers": html.scroll_table(columns, rows, "Numbers of each epoch", "tall"),
+    }
 
 
 def _matrix_section(history: CorrectnessHistory) -> str:
     shown = html.thinned(len(history), MATRIX_ROWS)
-    e, title = [history.epochs[k] for k in shown], "<h2>Forgetting matrix</h2>"
+    e = [history.epochs[k] for k in shown]
     rows = history.packed[shown.start :: shown.step]  # a view: a large one is streamed
     counts = forgetting_matrix(SimpleNamespace(packed=rows, n_samples=history.n_samples))
     share, later = counts / history.n_samples, np.triu(counts, 1) / history.n_samples
     top = float(later.max())  # the forgotten shares set the scale: what the first epochs still learn is far more
     if not top:
-        return f"{title}\n<p>No sample was right at one of these epochs and wrong at a later one.</p>"
+        return "\n<p>No sample was right at one of these epochs and wrong at a later one.</p>"
     i, j = (e[k] for k in np.unravel_index(later.argmax(), later.shape))
     beyond = " or more" if share.max() > top else ""
     highest = f"At most {top:.1%} of the samples are right at an epoch and wrong at a later one: at {i} and {j}."
     pixels = np.rint(255 * np.minimum(share[::-1] / top, 1)).astype(np.uint8)  # epoch i upwards
-    light, dark = (html.data_uri(html.png(pixels, html.palette(RAMPS[name]))) for name in ("light", "dark"))
+    light, dark = (html.png(pixels, html.palette(ramp.split(", "))) for ramp in RAMPS.values())
     places = [((np.interp(k, e, range(len(e))) + 0.5) / len(e), html.short(k)) for k in html.ticks(e[0], e[-1], 5)]
     axes = "".join(html.axis_label("x", "left", *p) + html.axis_label("y", "bottom", *p) for p in places)
-    return f"""{title}
+    return f"""
 <div class="matrix"><figure><div class="plot"><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">
 <img src="{light}" alt="Heat map of the forgetting matrix. {highest}"></picture>{axes}
 <span class="xname">wrong at epoch j</span><span class="yname">right at epoch i</span></div></figure>
@@ -230,40 +205,35 @@ Forgotten samples are below the diagonal, learned samples above it. The last col
 
 def _samples_section(history: CorrectnessHistory, s: SampleStatistics, y: Int | None, images: Images) -> str:
     forgotten = np.flatnonzero(s.forgotten)
-    title = "<h2>Forgotten samples</h2>"
     if not len(forgotten):
-        return f"{title}\n<p>None: every sample that was right at some epoch is right at the end.</p>"
+        return "\n<p>None: every sample that was right at some epoch is right at the end.</p>"
     # Right at most epochs and wrong at the end; among equals, first the one that was wrong for longest.
     chosen = forgotten[np.lexsort((s.last_correct[forgotten], -s.correctness[forgotten]))[:CARDS]]
-    cards = _sample_cards(history, s, chosen, y, images)
+    cards = _cards(history, s, chosen, y, images)
     shown, rest = cards[: CARDS // 2], cards[CARDS // 2 :]
     more = f'<details><summary>{len(rest)} more</summary><ul class="cards">{"".join(rest)}</ul></details>'
-    return f"""{title}{"" if y is None else _class_table(s.forgotten, y)}
+    return f"""{"" if y is None else _class_table(s.forgotten, y)}
 <h3>Right for most epochs, wrong at the end</h3>
 <p class="muted">The bar shows the epochs at which the sample was right, from the first to the last.</p>
 <ul class="cards">{"".join(shown)}</ul>
 {more if rest else ""}"""
 
 
-def _sample_cards(
-    history: CorrectnessHistory, s: SampleStatistics, chosen: Int, y: Int | None, images: Images
-) -> list[str]:
+def _cards(history: CorrectnessHistory, s: SampleStatistics, chosen: Int, y: Int | None, images: Images) -> list[str]:
     pictures = [""] * len(chosen) if images is None else html.thumbnails(images, chosen)
     epochs = np.array(html.thinned(len(history), MATRIX_ROWS))
     right = history.packed[np.ix_(epochs, chosen // 8)] >> (chosen % 8).astype(np.uint8) & 1
     cards = []
     for k, i in enumerate(chosen):
         kind = "" if y is None else f"class {y[i]}, "
-        picture = pictures[k] and f'<img {pictures[k]} alt="sample {i}">'
-        facts = (
-            f"right at {s.correctness[i]} of {len(history)} epochs, last at {history.epochs[int(s.last_correct[i])]}"
-        )
-        words = f"<div><b>sample {i}</b><br><span>{kind}{facts}</span></div>"
-        cards.append(f"<li>{picture}{words}{html.strip(right[:, k])}</li>")
+        last = history.epochs[int(s.last_correct[i])]
+        facts = f"{kind}right at {s.correctness[i]} of {len(history)} epochs, last at {last}"
+        words = f"<div><b>sample {i}</b><br><span>{facts}</span></div>"
+        cards.append(f"<li>{pictures[k]}{words}{html.strip(right[:, k])}</li>")
     return cards
 
 
-def _class_table(forgotten: NDArray[np.bool_], y: Int) -> str:
+def _class_table(forgotten: Bool, y: Int) -> str:
     """Share of each class that was forgotten; of many classes, the highest shares first."""
     names, member, size = np.unique(y, return_inverse=True, return_counts=True)
     n = np.bincount(member, forgotten).astype(np.int64)
@@ -287,7 +257,7 @@ def _class_table(forgotten: NDArray[np.bool_], y: Int) -> str:
 def _plan_section(plan: Any, run: Run) -> str:
     if plan is None:
         return ""
-    p = FusionPlan.load(plan) if _is_path(plan) else plan
+    p = _loaded(plan, FusionPlan.load)
     if not isinstance(p, FusionPlan):
         raise TypeError(f"plan: expected a FusionPlan or a path, got {type(plan).__name__}")
     names, note = _plan_epochs(p, run)
@@ -297,13 +267,12 @@ def _plan_section(plan: Any, run: Run) -> str:
 
 def _plan_summary(p: FusionPlan) -> str:
     text = f"Method “{p.method}”: a weighted mean of {html.count(p.forward_passes, 'checkpoint')}."
+    final = f"{p.accuracy[0]:.2%}"
     if p.final_model_alone and p.method != "weights":
         text = f"The final model alone is best: no checkpoint that method “{p.method}” tried improves on it"
-        text += f" ({p.accuracy[0]:.2%} on the selection set)."
+        text += f" ({final} on the selection set)."
     elif p.method != "weights":  # a plan of given weights knows no accuracy
-        text += (
-            f" Its accuracy on the selection set is {p.accuracy[-1]:.2%}, that of the final model {p.accuracy[0]:.2%}."
-        )
+        text += f" Its accuracy on the selection set is {p.accuracy[-1]:.2%}, that of the final model {final}."
         text += " The plan was chosen on this set, so its accuracy there is too high."
     if p.cv_accuracy is not None:
         text += f"</p>\n<p>Cross-validated accuracy, on samples not used for the choice: {p.cv_accuracy:.2%}"
@@ -363,37 +332,31 @@ best test accuracy is in bold.</p>
 {table}{remarks}"""
 
 
-def _read_comparison(source: Any) -> tuple[list[tuple[str, float, float, float]], list[Any], int, int]:
+def _read_comparison(source: Any) -> tuple[list[tuple[Any, ...]], list[Any], int, int]:
     """Rows (method, forward passes, selection and test accuracy), notes, and the sizes of the two sets."""
-    where = os.fspath(source) if _is_path(source) else "comparison"
     try:
-        content = source
+        content = _loaded(source, lambda path: json.loads(Path(path).read_bytes()))
         if isinstance(source, Comparison):
             content = json.loads(source.to_json())
-        elif _is_path(source):
-            content = json.loads(Path(source).read_bytes())
-        rows = [_comparison_row(row) for row in content["rows"]]
+        rows = []
+        for row in content["rows"]:
+            passes = _check.number(row["forward_passes"], 0, 1e9, "forward_passes")
+            accuracies = (_check.number(row[k], 0, 1, k) for k in ("selection_accuracy", "test_accuracy"))
+            rows.append((html.text(row["method"], 80), passes, *accuracies))
         if not rows:
             raise ValueError("rows: expected at least one")
         n, n_test = (_check.number(content[k], 0, 2**62, k, int) for k in ("n_selection", "n_test"))
         return rows, list(content.get("notes", [])), n, n_test
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = f"missing {error}" if isinstance(error, KeyError) else error
+        where = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "comparison"
         raise ValueError(f"{where}: not a comparison (Comparison.to_json, fmn-ref compare --json): {reason}") from None
 
 
-def _comparison_row(row: Any) -> tuple[str, float, float, float]:
-    passes = _check.number(row["forward_passes"], 0, 1e9, "forward_passes")
-    a, b = (_check.number(row[k], 0, 1, k) for k in ("selection_accuracy", "test_accuracy"))
-    return html.text(row["method"], 80), passes, a, b
-
-
-def _settings_section(run: Run) -> str:
-    rows, info = [], run.folder.read()
-    for part in (info.config, info.made_with):
-        for key, value in part.items():
-            shown = value if isinstance(value, str) else json.dumps(value)
-            rows.append((html.text(key, 80), html.text(shown)))
-    table = html.scroll_table(("setting", "value"), rows[:100], "Settings of the run", kind="settings")
-    return f"""<footer class="muted"><details><summary>Settings of the run</summary>{table}</details>
-<small>Made by fmn_ref. The forget fraction and Knowledge Fusion: arXiv 2507.08686.</small></footer>"""
+def _settings(run: Run) -> str:
+    info = run.folder.read()
+    rows = []
+    for key, value in (*info.config.items(), *info.made_with.items()):
+        shown = value if isinstance(value, str) else json.dumps(value)
+        rows.append((html.text(key, 80), html.text(shown)))
+    return html.scroll_table(("setting", "value"), rows[:100], "Settings of the run", kind="settings")

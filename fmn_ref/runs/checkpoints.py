@@ -5,21 +5,20 @@ torch is imported inside the functions, so that runs without torch checkpoints d
 
 from __future__ import annotations
 
+import copy
 import io
-import os
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
+from .folder import AnyPath
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-AnyPath = str | os.PathLike[str]
 
 
 def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
@@ -95,22 +94,6 @@ def save(content: Any, path: AnyPath) -> None:
     _files.write_atomic(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def check(path: AnyPath) -> None:
-    """Raise ValueError, which names the file, if it is no zip archive, truncated, or a checksum does not match."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums it wrote
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, NotImplementedError) as error:
-        raise _unreadable(path, error) from None
-    if damaged is not None:
-        raise _unreadable(path, f"checksum of {damaged} does not match")
-
-
-def _unreadable(path: AnyPath, error: Exception | str) -> ValueError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return ValueError(f"{path}: not a readable checkpoint of tensors: {lines[0]}")
-
-
 def load(path: AnyPath) -> Any:
     """Load a file that `save` wrote, to the CPU.
 
@@ -123,11 +106,15 @@ def load(path: AnyPath) -> Any:
     """
     import torch
 
-    check(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums it wrote
+        if damaged is not None:
+            raise ValueError(f"checksum of {damaged} does not match")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise _unreadable(path, error) from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: not a readable checkpoint of tensors: {reason[0]}") from None
 
 
 def load_into(model: nn.Module, path: AnyPath) -> nn.Module:
@@ -142,24 +129,26 @@ def load_into(model: nn.Module, path: AnyPath) -> nn.Module:
 
 def to_cpu(content: Any, *, copy: bool = False) -> Any:
     """Copy nested dicts and lists with every tensor moved to the CPU; `copy` copies those that are there already."""
-    return _each_tensor(content, lambda t: t.detach().to("cpu", copy=copy))
+    return each_tensor(content, lambda t: t.detach().to("cpu", copy=copy))
 
 
 def snapshot(content: Any) -> Any:
     """Copy nested dicts and lists with a copy of every tensor, on its device."""
-    return _each_tensor(content, lambda t: t.detach().clone())
+    return each_tensor(content, lambda t: t.detach().clone())
 
 
-def _each_tensor(content: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def each_tensor(content: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Copy nested dicts, lists and tuples with `function` applied to every tensor."""
     import torch
 
     if isinstance(content, torch.Tensor):
         return function(content)
-    if isinstance(content, dict):
-        copied = type(content)((key, _each_tensor(value, function)) for key, value in content.items())
-        if hasattr(content, "_metadata"):  # versions of a state_dict's modules
-            copied._metadata = content._metadata  # type: ignore[attr-defined]
+    if isinstance(content, Mapping):
+        copied = copy.copy(content) if isinstance(content, dict) else dict(content)  # with a state_dict's _metadata
+        for key, value in content.items():
+            copied[key] = each_tensor(value, function)
         return copied
     if isinstance(content, (list, tuple)):
-        return type(content)(_each_tensor(value, function) for value in content)
+        parts = [each_tensor(value, function) for value in content]
+        return type(content)(*parts) if hasattr(content, "_fields") else type(content)(parts)
     return content

@@ -66,11 +66,6 @@ class RunFolder:
         self.comparisons = self.path / "comparison.json", self.path / "cell.json"
         self.targets = self.path / "targets"
 
-    @property
-    def begun(self) -> bool:
-        """Whether at least one epoch was stored here."""
-        return self.history.exists() or self.resume.exists()
-
     def check_recorded(self) -> None:
         """Raise FileNotFoundError, with a hint, unless the folder holds a run with a history."""
         if not self.run_json.is_file():
@@ -85,13 +80,12 @@ class RunFolder:
     def read(self) -> RunInfo:
         """Read run.json; ValueError that names the file where it is damaged."""
         content = _files.read_json(self.run_json, RUN_FORMAT)
-        config, suffix, made_with = content.get("config"), content.get("checkpoint_suffix", ".pt"), {}
+        config, made_with = content.get("config"), content.get("made_with")
         if not isinstance(config, dict):
             raise ValueError(f"{self.run_json}: has no configuration")
-        if isinstance(content.get("made_with"), dict):
-            made_with = content["made_with"]
         try:
-            return RunInfo(config, checked_suffix(suffix), made_with)
+            suffix = checked_suffix(content.get("checkpoint_suffix", ".pt"))
+            return RunInfo(config, suffix, made_with if isinstance(made_with, dict) else {})
         except ValueError as error:
             raise ValueError(f"{self.run_json}: checkpoint_{error}") from None
 
@@ -117,7 +111,7 @@ class RunFolder:
         if config is not None and not isinstance(config, dict):
             raise TypeError(f"config: expected a dict, got {type(config).__name__}")
         try:
-            plain = None if config is None else json.loads(json.dumps(config))
+            plain = json.loads(json.dumps(config))
         except TypeError as error:
             raise TypeError(f"config: {error}") from None
         self.path.mkdir(parents=True, exist_ok=True)
@@ -131,7 +125,7 @@ class RunFolder:
 
     def _settle(self, config: dict[str, Any] | None, resume: bool, suffix: str) -> None:
         """Write run.json of a run without epochs; compare the one of a run that was begun."""
-        if not self.begun:
+        if not (self.history.exists() or self.resume.exists()):
             if config is not None or not self.run_json.exists() or self.read().suffix != suffix:
                 # An attempt that failed before its first epoch may have left another run.json.
                 content = {"format": RUN_FORMAT, "version": 1, "config": config or {}, "made_with": versions()}
@@ -147,12 +141,8 @@ class RunFolder:
         if found.suffix != suffix:
             ends = f"the checkpoints in {self.path} end in {found.suffix!r}, not {suffix!r}"
             raise ValueError(f"suffix: {ends}; choose another folder")
-        given = found.config if config is None else config
-        for key in sorted(given.keys() | found.config.keys()):
-            was, now = found.config.get(key), given.get(key)
-            if was != now:
-                where = f"the run in {self.path} was made with {was!r}, not {now!r}"
-                raise ValueError(f"{key}: {where}; choose another folder")
+        if config is not None:
+            check_same(f"the run in {self.path} was", found.config, config)
 
     # --- checkpoints ---
 
@@ -187,6 +177,14 @@ def checked_suffix(suffix: Any) -> str:
     if not isinstance(suffix, str) or not re.fullmatch(r"(\.\w+)+", suffix, re.ASCII):
         raise ValueError(f"suffix: expected the end of a file's name, like '.pt', got {suffix!r}")
     return suffix
+
+
+def check_same(what: str, found: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise ValueError, which names the key, where a stored configuration differs from the one that is given."""
+    for key in sorted(given.keys() | found.keys()):
+        if found.get(key) != given.get(key):
+            differ = f"{what} made with {found.get(key)!r}, not {given.get(key)!r}"
+            raise ValueError(f"{key}: {differ}; choose another folder")
 
 
 def remove_checkpoint(path: Path) -> None:

@@ -72,8 +72,9 @@ def epoch_files(folder: str | Path, pattern: str = "*.npy") -> list[NDArray[Any]
     Parameters
     ----------
     folder : path
-    pattern : str, default "*.npy"
-        Names of the files. They are ordered by the numbers in them: "epoch_2" comes before "epoch_10".
+    pattern : str
+        Names of the files; default: all .npy files. They are ordered by the numbers in them: "epoch_2" comes before
+        "epoch_10".
 
     Returns
     -------
@@ -86,10 +87,15 @@ def epoch_files(folder: str | Path, pattern: str = "*.npy") -> list[NDArray[Any]
     ValueError
         A file is not an array of numbers; the message names the file.
     """
+    return [_open_numbers(path) for path in _in_order(folder, pattern)]
+
+
+def _in_order(folder: str | Path, pattern: str) -> list[Path]:
+    """List the files whose names match, ordered by the numbers in them; FileNotFoundError where there is none."""
     paths = sorted(Path(folder).glob(pattern), key=_natural)
     if not paths:
         raise FileNotFoundError(f"{folder}: no {pattern} there")
-    return [_open_numbers(path) for path in paths]
+    return paths
 
 
 def _open_numbers(path: Path) -> NDArray[Any]:
@@ -130,9 +136,7 @@ def from_cartography(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[n
         A malformed line, or samples, labels or numbers of classes that differ between files; the message names the
         file and the line or sample.
     """
-    paths = sorted(Path(folder).glob("dynamics_epoch_*.jsonl"), key=_natural)
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no dynamics_epoch_*.jsonl there")
+    paths = _in_order(folder, "dynamics_epoch_*.jsonl")
     epochs: list[dict[str, Row]] = []
     for path in paths:
         epochs.append(_read_dynamics(path))

@@ -55,9 +55,8 @@ def load_named(path: str, *names: str, verify: bool = True) -> tuple[Any, str]:
             raise ValueError("an .npz file; rename it to end in .npz")
         return array, ""
     except (ValueError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error)
-        if "pickle" in reason:  # NumPy suggests to unpickle the file
-            reason = "not an .npy file of numbers"
+        refused = "pickle" in str(error)  # NumPy suggests to unpickle the file
+        reason = "not an .npy file of numbers" if refused else str(error)
         raise ValueError(reason if path in reason else f"{path}: {reason}") from None
 
 

@@ -5,7 +5,6 @@ NumPy only: torch is loaded when the state of a torch model is saved. docs/refer
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ from typing import Any
 from .. import _check
 from ..metrics.curves import correctness, forget_fraction
 from ..metrics.history import CorrectnessHistory, labels_digest
-from .folder import RunFolder, RunLock, checked_suffix, remove_checkpoint
+from .folder import AnyPath, RunFolder, RunLock, checked_suffix, remove_checkpoint
 from .retention import Keep
 from .run import Run
-
-Save = Callable[[Path], object]
 
 
 class Recorder:
@@ -71,12 +68,12 @@ class Recorder:
 
     def __init__(
         self,
-        run_dir: str | os.PathLike[str],
+        run_dir: AnyPath,
         model: Any = None,
         keep: str = "all",
         *,
         half: bool = False,
-        save: Save | None = None,
+        save: Callable[[Path], object] | None = None,
         suffix: str = ".pt",
         config: dict[str, Any] | None = None,
         forward_fn: Any = None,
@@ -157,10 +154,8 @@ class Recorder:
             self._history.check_unchanged()
             if self._history.digest != labels_digest(labels):
                 was, now = self._history.n_samples, len(correct)
-                counts = "" if was == now else f": {now} samples, not {was}"
-                raise ValueError(
-                    f"labels: not the labels (or not in the order) that this run has recorded so far{counts}"
-                )
+                differ = "" if was == now else f": {now} samples, not {was}"
+                raise ValueError(f"labels: not the labels (or not in the order) that this run has recorded{differ}")
         if epoch < self.next_epoch:
             hint = f"go on with {self.next_epoch} (recorder.next_epoch), or drop it with recorder.rewind({epoch})"
             raise ValueError(f"epoch: {self.run_dir} is already recorded past {epoch}; {hint}")

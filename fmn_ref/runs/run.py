@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..metrics.history import CorrectnessHistory
-from .folder import RunFolder
+from .folder import AnyPath, RunFolder
 
 
 class Run:
@@ -38,7 +37,7 @@ class Run:
         self.config, self.suffix, _ = self.folder.read()
 
     @classmethod
-    def open(cls, run_dir: str | os.PathLike[str], model: Any = None, forward_fn: Any = None) -> Run:
+    def open(cls, run_dir: AnyPath, model: Any = None, forward_fn: Any = None) -> Run:
         """Open a run folder for reading.
 
         Raises

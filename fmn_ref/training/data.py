@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..runs import checkpoints
 from . import distributed
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+Augment = Callable[[Tensor], Tensor]
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -28,9 +30,10 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     The batch is (inputs, labels), or a dict of "labels" and the model's keyword arguments. The model returns logits, or
     an object with `.logits`.
     """
+    hint = "pass a forward_fn (Run.open takes it)"
     if isinstance(batch, Mapping):
         if "labels" not in batch:
-            hint = "rename the labels' key (a Trainer's loader does so), or pass a forward_fn (Run.open takes it)"
+            hint = f"rename the labels' key (a Trainer's loader does so), or {hint}"
             raise ValueError(f"batch: expected a key 'labels', got {sorted(batch)}; {hint}")
         output = model(**{k: v for k, v in batch.items() if k != "labels"})
         labels = batch["labels"]
@@ -38,9 +41,7 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         output, labels = model(batch[0]), batch[1]
     else:
         got = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}"
-        raise ValueError(
-            f"batch: expected (inputs, labels) or a dict, got {got}; pass a forward_fn (Run.open takes it)"
-        )
+        raise ValueError(f"batch: expected (inputs, labels) or a dict, got {got}; {hint}")
     if labels.is_floating_point() or labels.ndim != 1:
         raise TypeError(f"labels: expected integers of shape (n,), got {labels.dtype} of shape {tuple(labels.shape)}")
     return getattr(output, "logits", output), labels.long()
@@ -138,7 +139,8 @@ class Batches:
         self.source, self.is_split, self.arrays = data, self._world > 1, tuple[Tensor, ...]()
         if is_arrays(data):
             self.arrays = as_tensors(data)
-            if device.type != "cpu" and _fits(self.arrays, device):
+            size = sum(t.nbytes for t in self.arrays)  # accelerators other than CUDA do not report their free memory
+            if device.type == "cuda" and 2 * size <= torch.cuda.mem_get_info(device)[0]:
                 self.arrays = tuple(_resident(t, device) for t in self.arrays)
         elif isinstance(data, IterableDataset):
             if self.is_split:
@@ -155,7 +157,8 @@ class Batches:
                 yield tuple(_take(t, rows, self._shuffle or self.is_split, self.device) for t in self.arrays)
         else:
             for batch in self._loader():
-                yield to_device(batch, self.device)
+                moved = checkpoints.each_tensor(batch, lambda t: t.to(self.device, non_blocking=True))
+                yield tuple(moved) if isinstance(moved, list) else moved
 
     def _loader(self) -> Iterable[Any]:
         if not isinstance(self.source, Dataset):
@@ -195,13 +198,6 @@ class Batches:
         return rows.to(self.device)
 
 
-def _fits(arrays: tuple[Tensor, ...], device: torch.device) -> bool:
-    """Tell whether arrays take at most half of the free memory; accelerators other than CUDA do not report it."""
-    if device.type != "cuda":
-        return False
-    return 2 * sum(t.nbytes for t in arrays) <= torch.cuda.mem_get_info(device)[0]
-
-
 def _resident(t: Tensor, device: torch.device) -> Tensor:
     t = t.to(device)
     return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
@@ -218,18 +214,6 @@ def _take(t: Tensor, rows: Tensor, scattered: bool, device: torch.device) -> Ten
     if t.device.type == "cpu" and device.type == "cuda":
         taken = taken.pin_memory()
     return taken.to(device, non_blocking=True)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors in nested dicts, lists and tuples to the device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        moved = [to_device(v, device) for v in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else tuple(moved)  # a namedtuple stays one
-    return batch
 
 
 def reseed(data: Any, seed: int, epoch: int) -> None:
@@ -251,13 +235,17 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode; afterwards restore the mode of every module."""
-    modes = [(m, m.training) for m in model.modules()]
+def evaluating(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """Put the model into evaluation mode, on `device` if given; afterwards restore its device and every mode."""
+    modes, home = [(m, m.training) for m in model.modules()], device_of(model)
     model.eval()
     try:
+        if device is not None:
+            model.to(device)
         yield
     finally:
+        if device is not None:
+            model.to(home)
         for module, mode in modes:
             module.training = mode
 
@@ -323,11 +311,8 @@ def check_logits(logits: Any, hint: str) -> None:
     if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model: expected logits (n, n_classes), got {got}; {hint}")
-    if (
-        logits.numel()
-        and (logits >= 0).all()
-        and torch.allclose(logits.float().sum(-1), torch.ones(1, device=logits.device))
-    ):
+    sums = logits.float().sum(-1)
+    if logits.numel() and (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums)):
         raise ValueError(f"model: expected logits or log-probabilities, got probabilities; {hint}")
 
 

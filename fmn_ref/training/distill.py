@@ -5,10 +5,9 @@ student = fmn.distill(make_model(), fmn.FusedModel(plan, run), (x_train, y_train
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
-from ..runs.folder import RunFolder
+from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
 from . import data
 from .engine import Average, EarlyStopping, fit, hidden
 from .recipe import Recipe
 from .soft_targets import SoftTargets, Targets
 from .store import Store
-
-AnyPath = str | os.PathLike[str]
 
 
 def distill(
@@ -37,16 +34,16 @@ def distill(
     epochs: int,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
-    augment: Callable[[Tensor], Tensor] | None = None,
+    augment: data.Augment | None = None,
     forward_fn: data.Forward | None = None,
-    run_dir: str | os.PathLike[str] | None = None,
+    run_dir: AnyPath | None = None,
     val_data: Any = None,
     keep: str = "all",
     half: bool = False,
     targets: str = "auto",
     views: int = 8,
     top_k: int | None = None,
-    targets_dir: str | os.PathLike[str] | None = None,
+    targets_dir: AnyPath | None = None,
     ema_decay: float | None = None,
     patience: int | None = None,
     resume: bool = True,
@@ -143,69 +140,52 @@ def distill(
     """
     data.check_module(student, "student")
     data.check_module(teacher, "teacher")
-    if val_data is not None and run_dir is None:
-        raise ValueError("val_data: needs run_dir, where the history and the checkpoints go")
-    settings, folder = Recipe.of(recipe), _targets_folder(targets_dir, run_dir)
-    training = _Training(settings, epochs, temperature, kd_weight, ema_decay, patience, val_data, forward_fn)
-    views = min(_check.number(views, 1, 2**20, "views", int), training.epochs)
-    source = SoftTargets(teacher, train_data, settings, targets, views, top_k, augment, forward_fn, folder)
-    recorded = None if val_data is None else keep
-    options: dict[str, Any] = {"resume": resume, "half": half, "forward_fn": forward_fn, "disk_wait": disk_wait}
-    files = nullcontext() if run_dir is None else Store(run_dir, training.config(source), student, recorded, **options)
+    if targets_dir is None and run_dir is not None:
+        targets_dir = RunFolder(run_dir).targets
+    settings = Recipe.of(recipe)
+    setup = asdict(settings) | _checked_setup(epochs, temperature, kd_weight, ema_decay, patience, val_data, run_dir)
+    views = min(_check.number(views, 1, 2**20, "views", int), setup["epochs"])
+    source = SoftTargets(teacher, train_data, settings, targets, views, top_k, augment, forward_fn, targets_dir)
+    rule = None if val_data is None else keep
+    files = nullcontext() if run_dir is None else Store(run_dir, setup | source.identity, rule, resume, half, disk_wait)
     with files as store:
-        if store is None or not store.load_final(student, training.epochs):
-            _fit_student(student, source, training, store, progress)
+        if store is None or not store.load_final(student, setup["epochs"]):
+            _fit_student(student, source, setup, val_data, store, progress)
     return student.eval()
 
 
-@dataclass
-class _Training:
-    """Options for training and evaluating the student, checked."""
-
-    recipe: Recipe
-    epochs: int
-    temperature: float
-    kd_weight: float
-    ema_decay: float | None
-    patience: int | None
-    val_data: Any
-    forward_fn: data.Forward | None
-
-    def __post_init__(self) -> None:
-        self.epochs = _check.number(self.epochs, 1, 2**31, "epochs", int)
-        self.temperature = _check.number(self.temperature, 1e-3, 1e3, "temperature")
-        self.kd_weight = _check.number(self.kd_weight, 0, 1, "kd_weight")
-        if self.ema_decay is not None:
-            self.ema_decay = _check.number(self.ema_decay, 0, 1, "ema_decay")
-        if self.patience is not None:
-            self.patience = _check.number(self.patience, 1, 2**31, "patience", int)
-            if self.val_data is None:
-                raise ValueError("patience: needs val_data, whose accuracy decides")
-
-    def config(self, source: SoftTargets) -> dict[str, Any]:
-        """Describe the distillation for run.json."""
-        loss = {"epochs": self.epochs, "temperature": self.temperature, "kd_weight": self.kd_weight}
-        result = {"ema_decay": self.ema_decay, "patience": self.patience}
-        val = {} if self.val_data is None else {"val_data": data.arrays_digest(self.val_data)}
-        return {**loss, **asdict(self.recipe), **result, **source.identity, **val}
-
-
-def _targets_folder(targets_dir: AnyPath | None, run_dir: AnyPath | None) -> Path | None:
-    """Choose where soft targets are cached; None: in memory."""
-    if targets_dir is None:
-        return None if run_dir is None else RunFolder(run_dir).targets
-    return Path(targets_dir)
+def _checked_setup(
+    epochs: Any, temperature: Any, kd_weight: Any, ema_decay: Any, patience: Any, val_data: Any, run_dir: Any
+) -> dict[str, Any]:
+    """Check the options that decide, beside the recipe, how the student is trained; return them for run.json."""
+    if val_data is not None and run_dir is None:
+        raise ValueError("val_data: needs run_dir, where the history and the checkpoints go")
+    if ema_decay is not None:
+        ema_decay = _check.number(ema_decay, 0, 1, "ema_decay")
+    if patience is not None:
+        patience = _check.number(patience, 1, 2**31, "patience", int)
+        if val_data is None:
+            raise ValueError("patience: needs val_data, whose accuracy decides")
+    checked = {
+        "epochs": _check.number(epochs, 1, 2**31, "epochs", int),
+        "temperature": _check.number(temperature, 1e-3, 1e3, "temperature"),
+        "kd_weight": _check.number(kd_weight, 0, 1, "kd_weight"),
+        "ema_decay": ema_decay,
+        "patience": patience,
+    }
+    return checked if val_data is None else {**checked, "val_data": data.arrays_digest(val_data)}
 
 
 def _fit_student(
-    student: nn.Module, source: SoftTargets, training: _Training, store: Store | None, progress: bool | None
+    student: nn.Module, source: SoftTargets, setup: dict[str, Any], val_data: Any, store: Any, progress: bool | None
 ) -> None:
     """Train the student in place, with the teacher on its device."""
     device, evaluate, notes = data.device_of(student), None, {}
-    with _teacher_on(device, source.teacher):
-        if training.val_data is not None:
-            val = data.Batches(training.val_data, 256, device, split=True)
-            evaluate = partial(data.predict, data=val, forward_fn=training.forward_fn)
+    decay, patience = setup["ema_decay"], setup["patience"]
+    with data.evaluating(source.teacher, device):
+        if val_data is not None:
+            val = data.Batches(val_data, 256, device, split=True)
+            evaluate = partial(data.predict, data=val, forward_fn=source.forward_fn)
             if not hidden(progress):
                 probs, labels = evaluate(source.teacher)
                 notes = {"teacher": f"{(probs.argmax(1) == labels).double().mean():.2%}"}
@@ -213,31 +193,19 @@ def _fit_student(
         fit(
             student,
             targets.batches,
-            training.epochs,
-            training.recipe,
+            setup["epochs"],
+            source.recipe,
             step=targets.step,
-            loss_fn=partial(distillation_loss, temperature=training.temperature, kd_weight=training.kd_weight),
+            loss_fn=partial(distillation_loss, temperature=setup["temperature"], kd_weight=setup["kd_weight"]),
             augment=targets.augment,
             evaluate=evaluate,
             store=store,
-            average=None if training.ema_decay is None else Average(student, training.ema_decay),
-            stopping=None if training.patience is None else EarlyStopping(training.patience),
+            average=None if decay is None else Average(student, decay),
+            stopping=None if patience is None else EarlyStopping(patience),
             progress=progress,
             names=("distill", "student"),
             notes=notes,
         )
-
-
-@contextmanager
-def _teacher_on(device: torch.device, teacher: nn.Module) -> Iterator[None]:
-    """Move the teacher to the device, in evaluation mode; afterwards restore its device and its modes."""
-    home = data.device_of(teacher)
-    teacher.to(device)
-    try:
-        with data.evaluating(teacher):
-            yield
-    finally:
-        teacher.to(home)
 
 
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:
@@ -298,7 +266,7 @@ def tune_distillation(
     val_data: Any,
     *,
     epochs: int,
-    run_dir: str | os.PathLike[str],
+    run_dir: AnyPath,
     temperatures: Sequence[float] = (1.0, 2.0, 4.0),
     kd_weights: Sequence[float] = (1.0, 0.7),
     **options: Any,
@@ -351,24 +319,18 @@ def tune_distillation(
     if not trials:
         raise ValueError("temperatures, kd_weights: expected at least one of each")
     options = {"targets_dir": Path(run_dir) / "targets", **options, "epochs": epochs, "val_data": val_data}
-    rows, best = list[dict[str, float]](), None
+    rows = list[dict[str, float]]()
     for temperature, kd_weight in trials:
         folder = Path(run_dir) / f"temperature_{temperature:g}_kd_weight_{kd_weight:g}"
         options |= {"temperature": temperature, "kd_weight": kd_weight, "run_dir": folder}
-        run = _trial(make_student, teacher, train_data, options)
+        with torch.random.fork_rng():
+            torch.manual_seed(options.get("seed", 0))
+            student = make_student()
+        distill(student, teacher, train_data, **options)
+        run = Run.open(folder, student, options.get("forward_fn"))
         accuracies = run.history.correct().mean(1)
         accuracy = float(accuracies.max() if options.get("patience") else accuracies[-1])
-        if best is None or accuracy > max(row["accuracy"] for row in rows):
+        if all(accuracy > row["accuracy"] for row in rows):
             best = Sweep(temperature, kd_weight, run, rows)
         rows.append({"temperature": temperature, "kd_weight": kd_weight, "accuracy": accuracy})
-    assert best is not None
     return best
-
-
-def _trial(make_student: Callable[[], nn.Module], teacher: nn.Module, train_data: Any, options: dict[str, Any]) -> Run:
-    """Distil once, with the keywords of `distill`."""
-    with torch.random.fork_rng():
-        torch.manual_seed(options.get("seed", 0))
-        student = make_student()
-    distill(student, teacher, train_data, **options)
-    return Run.open(options["run_dir"], student, options.get("forward_fn"))

@@ -60,9 +60,8 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     """Wrap the model in DistributedDataParallel, which averages gradients over the ranks; unchanged on a single one."""
     if world_size() == 1 or isinstance(model, DistributedDataParallel):
         return model
-    parameter = next(model.parameters(), None)
-    on_gpu = parameter is not None and parameter.device.type == "cuda"
-    return DistributedDataParallel(model, device_ids=[parameter.device] if on_gpu and parameter is not None else None)
+    gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return DistributedDataParallel(model, device_ids=list(gpus) or None)
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 Loss = Callable[[Tensor, Any], Tensor]
 Step = Callable[[nn.Module, Any], tuple[Tensor, Any]]  # (model, batch) -> outputs, targets
 Evaluate = Callable[[nn.Module], tuple[Tensor, Tensor]]  # probabilities (n, n_classes) and labels (n,)
-Augment = Callable[[Tensor], Tensor]
 
 
 class Average:
@@ -35,13 +34,10 @@ class Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.averaged = AveragedModel(checkpoints.unwrap(model), multi_avg_fn=average, use_buffers=True)
-
-    @property
-    def model(self) -> nn.Module:
-        return self.averaged.module
+        self.model: nn.Module = self.averaged.module
 
     def update(self, model: nn.Module) -> None:
-        self.averaged.update_parameters(checkpoints.unwrap(model))
+        self.averaged.update_parameters(model)
 
     def state_dict(self) -> dict[str, Any]:
         return {"weights": self.model.state_dict(), "steps": self.averaged.n_averaged}
@@ -56,42 +52,46 @@ class EarlyStopping:
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
-        self.epoch, self.accuracy, self.weights = -1, -1.0, dict[str, Any]()
+        self.best: dict[str, Any] = {"epoch": -1, "accuracy": -1.0, "weights": {}}
 
     def update(self, epoch: int, accuracy: float, model: nn.Module) -> None:
-        if accuracy > self.accuracy:
-            self.epoch, self.accuracy = epoch, accuracy
-            self.weights = checkpoints.snapshot(model.state_dict())
+        if accuracy > self.best["accuracy"]:
+            weights = checkpoints.snapshot(model.state_dict())
+            self.best = {"epoch": epoch, "accuracy": accuracy, "weights": weights}
 
     def exhausted(self, epoch: int) -> bool:
         """Return whether training should stop after this epoch."""
-        return self.epoch >= 0 and epoch - self.epoch >= self.patience
+        best: int = self.best["epoch"]
+        return 0 <= best <= epoch - self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "accuracy": self.accuracy, "weights": self.weights}
+        return self.best
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.accuracy, self.weights = state["epoch"], state["accuracy"], state["weights"]
+        self.best = {name: state[name] for name in self.best}
 
 
-class _Loop:
-    """A network with everything that changes while it trains; `parts` is what a resume state holds."""
+class Loop:
+    """A network with everything that changes while it trains.
+
+    `stepped` is the network that takes the steps: wrapped for several processes, and compiled. `result` is the one to
+    evaluate: the averaged one if there is one. A resume state holds `parts`.
+    """
 
     def __init__(
         self, model: nn.Module, recipe: Recipe, epochs: int, average: Average | None, stopping: EarlyStopping | None
     ) -> None:
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model, self.average, self.stopping = checkpoints.unwrap(model), average, stopping
+        self.model, self.recipe = checkpoints.unwrap(model), recipe
+        self.average, self.stopping = average, stopping
+        self.result = self.model if average is None else average.model
+        wrapped = distributed.wrap_ddp(model)
+        self.stepped: Any = wrapped if recipe.compile == "none" else torch.compile(wrapped, mode=recipe.compile)
         self.optimizer = recipe.make_optimizer(model)
         self.scheduler = recipe.make_scheduler(self.optimizer, epochs)
         self.parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
         self.parts |= {k: v for k, v in {"average": average, "stopping": stopping}.items() if v is not None}
-
-    @property
-    def result(self) -> nn.Module:
-        """The network to evaluate: the averaged one, where there is one."""
-        return self.model if self.average is None else self.average.model
 
     def state(self, epoch: int) -> dict[str, Any]:
         return {"epoch": epoch, **{name: part.state_dict() for name, part in self.parts.items()}}
@@ -107,8 +107,8 @@ class _Loop:
 
     def finish(self) -> None:
         """Leave the result in the model: the best epoch's weights, or the average."""
-        if self.stopping is not None and self.stopping.weights:
-            self.model.load_state_dict(self.stopping.weights)
+        if self.stopping is not None and self.stopping.best["weights"]:
+            self.model.load_state_dict(self.stopping.best["weights"])
         elif self.average is not None:
             self.model.load_state_dict(self.average.model.state_dict())
 
@@ -121,7 +121,7 @@ def fit(
     *,
     step: Step = data.default_forward,
     loss_fn: Loss = F.cross_entropy,
-    augment: Augment | None = None,
+    augment: data.Augment | None = None,
     evaluate: Evaluate | None = None,
     store: Store | None = None,
     average: Average | None = None,
@@ -142,8 +142,8 @@ def fit(
     notes : dict, optional
         Shown at the end of the bar.
     """
-    loop, device = _Loop(model, recipe, epochs, average, stopping), data.device_of(model)
-    start, stepped = _resume(loop.parts, store), _prepared(model, recipe)
+    loop, device = Loop(model, recipe, epochs, average, stopping), data.device_of(model)
+    start = _resume(loop.parts, store)
     bar = tqdm(range(start, epochs), names[0], epochs, initial=start, disable=hidden(progress), unit="epoch")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
         for epoch in bar:
@@ -151,7 +151,7 @@ def fit(
                 break
             todo = batches(epoch) if callable(batches) else batches
             data.reseed(todo.source, recipe.seed, epoch)
-            loss = train_one_epoch(stepped, todo, loop.optimizer, recipe, step, loss_fn, augment, average)
+            loss = train_one_epoch(loop, todo, step, loss_fn, augment)
             if not torch.isfinite(loss):  # of the last batch
                 raise FloatingPointError(f"epoch {epoch}: the loss is {loss.item()}; lower lr?")
             loop.scheduler.step()
@@ -167,35 +167,22 @@ def fit(
     loop.finish()
 
 
-def _prepared(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Wrap the model for several processes, and compile it."""
-    wrapped = distributed.wrap_ddp(model)
-    return wrapped if recipe.compile == "none" else torch.compile(wrapped, mode=recipe.compile)  # type: ignore[return-value]
-
-
 def train_one_epoch(
-    model: nn.Module,
-    batches: data.Batches,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    step: Step,
-    loss_fn: Loss,
-    augment: Augment | None,
-    average: Average | None,
+    loop: Loop, batches: data.Batches, step: Step, loss_fn: Loss, augment: data.Augment | None
 ) -> Tensor:
     """Take one pass over the batches; return the loss of the last one."""
-    model.train()
+    loop.stepped.train()
     loss = None
     for batch in batches:
         if augment is not None:
             batch = (augment(batch[0]), *batch[1:])
-        with torch.autocast(batches.device.type, torch.bfloat16, enabled=recipe.amp):
-            loss = _loss(loss_fn, *step(model, batch))
-        optimizer.zero_grad()
+        with torch.autocast(batches.device.type, torch.bfloat16, enabled=loop.recipe.amp):
+            loss = _loss(loss_fn, *step(loop.stepped, batch))
+        loop.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        if average is not None:
-            average.update(model)
+        loop.optimizer.step()
+        if loop.average is not None:
+            loop.average.update(loop.model)
     if loss is None:
         raise ValueError("train_data: expected at least one batch")
     return loss.detach()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable
-from functools import reduce
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,28 +86,23 @@ class FusedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute log-probabilities (batch, n_classes) from what a single network takes."""
 
-        def logits(member: nn.Module) -> Tensor:
+        def logits(member: nn.Module, batch: None) -> tuple[Tensor, Any]:
             output = member(*args, **kwargs)
-            return cast(Tensor, getattr(output, "logits", output))
+            return getattr(output, "logits", output), None
 
-        return self._mix(logits)
+        return self._fmn_forward_batch(None, logits)[0]
 
     def _fmn_forward_batch(self, batch: Any, forward_fn: data.Forward) -> tuple[Tensor, Tensor]:
-        """Compute (log-probabilities, labels) of a batch; `forward_fn` gives (logits, labels) for a single member."""
-        labels: list[Tensor] = []
+        """Compute (log sum_e weight_e softmax(logits of member e), labels), one member after the other.
 
-        def logits(member: nn.Module) -> Tensor:
-            output, y = forward_fn(member, batch)
-            labels[:] = [y]
-            return output
-
-        return self._mix(logits), labels[0]
-
-    def _mix(self, logits: Callable[[nn.Module], Tensor]) -> Tensor:
-        """Compute log sum_e weight_e softmax(logits of member e), one member after the other."""
-        parts = (w * self._checked_softmax(logits(m)) for w, m in zip(self.weights, self.members, strict=True))
-        mixed: Tensor = reduce(torch.add, parts)
-        return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
+        `forward_fn` gives (logits, labels) of the batch for a single member.
+        """
+        mixed: Any = None
+        for weight, member in zip(self.weights, self.members, strict=True):
+            logits, labels = forward_fn(member, batch)
+            part = weight * self._checked_softmax(logits)
+            mixed = part if mixed is None else mixed + part
+        return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log(), labels
 
     def _checked_softmax(self, logits: Tensor) -> Tensor:
         """Softmax in float32; the first logits with values are checked."""
@@ -161,10 +155,9 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     ----------
     arXiv 2507.08686 ("averaged KF"); Izmailov et al. 2018, arXiv 1803.05407 (SWA).
     """
-    shares = _shares(weights, len(check_run(run).history))
     model = copy.deepcopy(attached_model(run))
     mean: dict[str, Tensor] = {}
-    for epoch, share in shares:
+    for epoch, share in _shares(weights, len(run.history)):
         state = checkpoints.load_into(model, run.checkpoint(epoch)).state_dict()
         for name, value in state.items():
             if isinstance(value, Tensor) and value.is_floating_point():
@@ -216,19 +209,8 @@ def recompute_batchnorm(
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
-    if not _update_running_stats(model, norms, data.Batches(train_data, batch_size, data.device_of(model)), forward_fn):
-        raise ValueError("train_data: expected at least one batch of two or more samples, for BatchNorm")
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
-
-
-def _update_running_stats(
-    model: nn.Module, norms: list[Any], batches: data.Batches, forward_fn: data.Forward | None
-) -> int:
-    """Make one pass over the batches; return the number of samples that were used."""
     seen = 0
-    for batch in batches:
+    for batch in data.Batches(train_data, batch_size, data.device_of(model)):
         n = len(data.inputs_of(batch)[0])
         for norm in norms:
             norm.momentum = n / (seen + n)
@@ -239,31 +221,30 @@ def _update_running_stats(
                 raise
             continue  # torch refuses a single value per channel: it has no variance
         seen += n
-    return seen
+    if not seen:
+        raise ValueError("train_data: expected at least one batch of two or more samples, for BatchNorm")
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
 
 
 def plan_checkpoints(plan: Any, run: Any) -> tuple[nn.Module, dict[int, Path]]:
     """Check that a plan fits a run; return the run's model and the checkpoint file of each row that the plan uses."""
     if not isinstance(plan, FusionPlan):
         raise TypeError(f"plan: expected a FusionPlan, got {type(plan).__name__}")
-    if plan.n_epochs != len(check_run(run).history):
+    model = attached_model(run)
+    if plan.n_epochs != len(run.history):
         raise ValueError(f"plan: made for {plan.n_epochs} epochs, the run has {len(run.history)}")
-    return attached_model(run), {row: run.checkpoint(row) for row in plan.weights}
-
-
-def check_run(run: Any) -> Run:
-    """Return `run` if it is a Run, or raise a TypeError."""
-    if not isinstance(run, Run):
-        raise TypeError(f"run: expected a Run, got {type(run).__name__}")
-    return run
+    return model, {row: run.checkpoint(row) for row in plan.weights}
 
 
 def attached_model(run: Any) -> nn.Module:
     """Return the torch model of a Run, without wrappers, or raise an error that says how to attach one."""
-    model = check_run(run).model
-    if not isinstance(model, nn.Module):
+    if not isinstance(run, Run):
+        raise TypeError(f"run: expected a Run, got {type(run).__name__}")
+    if not isinstance(run.model, nn.Module):
         hint = f"use Run.open({str(run.run_dir)!r}, model=...)"
         if run.suffix != ".pt":
             hint = f"this is for networks of torch, and its checkpoints are {run.suffix} files"
         raise ValueError(f"run: no model attached; {hint}")
-    return checkpoints.unwrap(model)
+    return checkpoints.unwrap(run.model)

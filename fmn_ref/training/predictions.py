@@ -132,8 +132,6 @@ class Probabilities(StoredPredictions):
         probs, labels = predict(self._model, self._batches, forward_fn=self._run.forward_fn, amp=self._amp)
         y = labels.cpu().numpy().astype(np.int64)
         if self._labels is not None and not np.array_equal(y, self._labels):
-            raise ValueError(
-                "data: labels or their order changed since the last pass; evaluation data must not shuffle"
-            )
+            raise ValueError("data: labels or their order changed since the last pass; its loader must not shuffle")
         self._labels = y
         return probs.cpu().numpy()

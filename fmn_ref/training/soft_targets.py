@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, _files
+from ..runs.folder import AnyPath, check_same
 from . import data, distributed
 from .recipe import Recipe
 
 Targets = tuple[Tensor, Tensor]  # labels (B,), the teacher's log-probabilities (B, K)
-Augment = Callable[[Tensor], Tensor]
 CHUNK = 512  # images that are augmented in one call; fixed, because it decides what the generator draws
 
 
@@ -44,7 +43,7 @@ class SoftTargets:
         Keep the k largest log-probabilities of each sample in 16 bits (`compressed`).
     augment : callable, optional
     forward_fn : callable(model, batch) -> (logits, labels), optional
-    folder : Path, optional
+    folder : path, optional
         Where cached targets are stored; default: in memory.
 
     Raises
@@ -59,9 +58,9 @@ class SoftTargets:
     targets: str = "auto"
     views: int = 1
     top_k: int | None = None
-    augment: Augment | None = None
+    augment: data.Augment | None = None
     forward_fn: data.Forward | None = None
-    folder: Path | None = None
+    folder: AnyPath | None = None
 
     def __post_init__(self) -> None:
         _check.choice(self.targets, ("auto", "cached", "cached-views", "online"), "targets")
@@ -137,7 +136,7 @@ class Cached:
     def __init__(self, source: SoftTargets, device: torch.device) -> None:
         self._source, self._device = source, device
         if source.folder is not None and distributed.rank() == 0:
-            _open_folder(source.folder, source.identity)
+            _open_folder(Path(source.folder), source.identity)
         distributed.barrier()
         self._arrays = data.Batches(source.train_data, source.recipe.batch_size, device).arrays
         self._targets = [self._load_or_predict(view) for view in range(len(source.view_seeds))]
@@ -146,21 +145,19 @@ class Cached:
         """Return (log-probabilities (n, K),), or with top_k (log-probabilities, classes), both (n, top_k)."""
         folder, names = self._source.folder, ["log_probs"] if self._source.top_k is None else ["log_probs", "classes"]
         if folder is None:
-            return self._predict(view)
-        paths = [folder / f"view_{view:05d}.{name}.npy" for name in names]
+            return self._predict(self._view(view))
+        paths = [Path(folder) / f"view_{view:05d}.{name}.npy" for name in names]
         if not distributed.broadcast(all(p.exists() for p in paths)):
-            found = self._predict(view)
+            found = self._predict(self._view(view))
             if distributed.rank() == 0:
                 for path, array in zip(paths, found, strict=True):
                     _files.write_atomic(path, partial(np.save, arr=array.cpu().numpy()))
             distributed.barrier()
         return tuple(np.load(path, mmap_mode="r") for path in paths)
 
-    def _predict(self, view: int) -> tuple[Tensor, ...]:
+    def _predict(self, arrays: tuple[Any, ...]) -> tuple[Tensor, ...]:
         source = self._source
-        log_probs, _ = data.predict(
-            source.teacher, self._view(view), forward_fn=source.forward_fn, log=True, split=True
-        )
+        log_probs, _ = data.predict(source.teacher, arrays, forward_fn=source.forward_fn, log=True, split=True)
         return (log_probs,) if source.top_k is None else compressed(log_probs, source.top_k)
 
     def _view(self, view: int) -> tuple[Any, ...]:
@@ -187,14 +184,12 @@ class Cached:
 
 def _open_folder(folder: Path, identity: dict[str, Any]) -> None:
     """Create the folder with its targets.json, or refuse one that was made for another identity."""
-    path = folder / "targets.json"
+    path, content = folder / "targets.json", {"format": "fmn_ref.targets", "version": 1, **identity}
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _files.write_json(path, {"format": "fmn_ref.targets", "version": 1, **identity})
+        _files.write_json(path, content)
     found = _files.read_json(path, "fmn_ref.targets")
-    for key, value in identity.items():
-        if found.get(key) != value:
-            raise ValueError(f"{key}: the targets in {folder} were made with {found.get(key)!r}, not {value!r}")
+    check_same(f"the targets in {folder} were", {key: found.get(key) for key in content}, content)
 
 
 def compressed(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -6,23 +6,86 @@ writer thread gives it to the run's `Recorder`, which writes checkpoint and hist
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
-import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..runs import checkpoints
-from ..runs.folder import RunFolder, RunLock
+from ..runs.folder import AnyPath, RunFolder
 from ..runs.recorder import Recorder
-from . import data, distributed
-from .writer import Writer
+from . import distributed
 
 logger = logging.getLogger(__name__)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+PAUSE = 1.0  # seconds between two attempts on a full disk
+Job = Callable[[], object]
 
 
-class Store:
+class Writer:
+    """Run jobs in order, in a thread. `put` waits for the state before, so that memory stays bounded.
+
+    Parameters
+    ----------
+    patience : float
+        Seconds to wait for free space on a full disk before its error is raised.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._pool = ThreadPoolExecutor(1, "fmn-writer")
+        self._last: Future[None] | None = None
+        self._hurry = threading.Event()
+
+    def put(self, *jobs: Job) -> None:
+        """Queue jobs that run one after the other and may be tried again. Raises the error of an earlier one."""
+        self.wait()
+        self._last = self._pool.submit(self._run, jobs)
+
+    def wait(self) -> None:
+        """Wait until every job is done; raise its error."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Finish the queued jobs; after an error, without waiting for free space."""
+        if kind is not None:
+            self._hurry.set()
+        hidden = () if kind is None else (BaseException,)  # a later error would hide the first one
+        with self._pool, contextlib.suppress(*hidden):
+            self.wait()
+
+    def _run(self, jobs: tuple[Job, ...]) -> None:
+        for job in jobs:
+            self._retry_while_full(job)
+
+    def _retry_while_full(self, job: Job) -> None:
+        end, logged = time.monotonic() + self._patience, False
+        while True:
+            try:
+                job()
+                return
+            except OSError as error:
+                if error.errno not in DISK_FULL or self._hurry.is_set() or time.monotonic() >= end:
+                    raise
+                if not logged:
+                    logger.error("%s: %s; the run waits for free space", error.filename, error.strerror)
+                    logged = True
+                self._hurry.wait(PAUSE)
+
+
+class Store(contextlib.ExitStack):
     """Files of a training or a distillation, and the thread that writes them; only rank zero reads and writes.
 
     It is a context manager: leaving it waits for the thread and releases the folder's lock.
@@ -32,12 +95,11 @@ class Store:
     run_dir : path
     config : dict
         Configuration of the run. A folder that holds a run with another one is refused.
-    model : nn.Module
     keep : str or None
         As for `Recorder`; None records neither history nor checkpoints, and keeps the resume state alone.
     resume : bool
         Whether a run that is in the folder may go on.
-    half, forward_fn
+    half : bool
         As for `Recorder`.
     disk_wait : float
         Seconds to wait for free space on a full disk.
@@ -51,45 +113,29 @@ class Store:
     """
 
     def __init__(
-        self,
-        run_dir: str | os.PathLike[str],
-        config: dict[str, Any],
-        model: nn.Module,
-        keep: str | None,
-        *,
-        resume: bool = True,
-        half: bool = False,
-        forward_fn: data.Forward | None = None,
-        disk_wait: float = 3600.0,
+        self, run_dir: AnyPath, config: dict[str, Any], keep: str | None, resume: bool, half: bool, disk_wait: float
     ) -> None:
-        self.folder, self.peak = RunFolder(run_dir), 0.0
-        self._all, self._writer = keep == "all", Writer(disk_wait)
+        super().__init__()
+        self.folder, self.peak, self._all = RunFolder(run_dir), 0.0, keep == "all"
         self.recorder: Recorder | None = None
-        self._lock: RunLock | None = None
         if distributed.rank() == 0:
             self._lock = self.folder.claim(config, resume=resume)
+            self.callback(self._lock.release)
             if keep is not None:
-                self.recorder = Recorder(run_dir, model, keep, half=half, forward_fn=forward_fn)
+                self.recorder = self.enter_context(Recorder(run_dir, keep=keep, half=half))
+        self._writer = self.enter_context(Writer(disk_wait))
         distributed.barrier()
 
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        try:
-            self._writer.__exit__(*error)
-        finally:
-            if self.recorder is not None:
-                self.recorder.close()
-            if self._lock is not None:
-                self._lock.release()
-
     def load_final(self, model: nn.Module, epochs: int) -> bool:
-        """Load the last checkpoint of a finished run whose resume files were deleted; return whether it is one."""
+        """Load the last checkpoint of a finished run whose resume files were deleted.
+
+        Returns whether the run is such a one. A run of one epoch is trained again: it may have been killed between its
+        history and its resume state.
+        """
         path = None
         resumable = self.folder.resume.exists() or self.folder.previous_resume.exists()
-        if self.recorder is not None and not resumable and self.recorder.next_epoch == epochs:
-            path = self.recorder.run.checkpoints[-1]
+        if self.recorder is not None and not resumable and self.recorder.next_epoch == epochs > 1:
+            path = self.recorder.run.checkpoint(-1)
         path = distributed.broadcast(path)
         if path is not None:
             checkpoints.load_into(model, path)
@@ -98,7 +144,7 @@ class Store:
     def load(self, names: set[str]) -> dict[str, Any] | None:
         """Load the newest intact resume state, and rewind the history to it.
 
-        If resume.pt is damaged, an error is logged and the state of the epoch before is taken. A damaged checkpoint is
+        A damaged resume.pt is logged and renamed, and the state of the epoch before is taken. A damaged checkpoint is
         logged and renamed, and `Run.kept` leaves it out.
 
         Parameters
@@ -116,16 +162,17 @@ class Store:
         ValueError
             No state is intact, or the history does not match it. Nothing is changed then.
         """
-        state, faults = None, list[str]()
+        state, faults = None, dict[Path, str]()
         for path in (self.folder.resume, self.folder.previous_resume):
             if state is None and path.exists():
                 try:
                     state = _resume_state(path, names)
                 except ValueError as error:
-                    faults.append(str(error))
+                    faults[path] = str(error)
         if faults and state is None:
-            raise ValueError("; ".join(faults))
-        for fault in faults:
+            raise ValueError("; ".join(faults.values()))
+        for path, fault in faults.items():
+            path.replace(path.with_suffix(".damaged"))  # the next save would move it over the intact state
             logger.error("%s; going on from the state of the epoch before", fault)
         if self.recorder is not None:
             self._rewind(self.recorder, None if state is None else state["epoch"] + 1)
@@ -180,7 +227,7 @@ class Store:
     def _save_resume(self, state: dict[str, Any]) -> None:
         content = checkpoints.to_cpu(state)
         if self.folder.resume.exists():
-            os.replace(self.folder.resume, self.folder.previous_resume)
+            self.folder.resume.replace(self.folder.previous_resume)
         checkpoints.save(content, self.folder.resume)
 
 

@@ -9,13 +9,12 @@ and ends with the same bits as an uninterrupted one.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .. import _check
 from ..runs.run import Run
@@ -35,7 +34,7 @@ def train(
     resume: bool = True,
     keep: str = "all",
     half: bool = False,
-    augment: Callable[[Tensor], Tensor] | None = None,
+    augment: data.Augment | None = None,
     forward_fn: data.Forward | None = None,
     loss_fn: Loss = F.cross_entropy,
     disk_wait: float = 3600.0,
@@ -124,10 +123,9 @@ def train(
     data.check_module(model, "model")
     digests = {"data": data.arrays_digest(train_data), "val_data": data.arrays_digest(val_data)}
     config = {"epochs": epochs, **asdict(settings), **digests}
-    options: dict[str, Any] = {"resume": resume, "half": half, "forward_fn": forward_fn, "disk_wait": disk_wait}
     device = data.device_of(model)
     val = data.Batches(val_data, 256, device, split=True)
-    with Store(run_dir, config, model, keep, **options) as store:
+    with Store(run_dir, config, keep, resume, half, disk_wait) as store:
         if not store.load_final(model, epochs):
             fit(
                 model,
@@ -142,4 +140,4 @@ def train(
                 progress=progress,
             )
     model.eval()
-    return Run.open(run_dir, model, forward_fn) if store.recorder is None else store.recorder.run
+    return Run.open(run_dir, model, forward_fn)

@@ -13,7 +13,7 @@ from networks import RECIPE, make_data, make_model
 import fmn_ref as fmn
 from fmn_ref.fusion import baselines
 from fmn_ref.fusion.mixtures import mixture
-from fmn_ref.reporting import plot
+from fmn_ref.reporting import comparison, plot
 
 TRAIN, VAL, TEST = make_data()
 
@@ -97,7 +97,7 @@ def test_bad_probabilities(change, words):
     rng = np.random.default_rng(0)
     given = {"select_probs": rng.dirichlet(np.ones(3), (3, 4)), "test_probs": rng.dirichlet(np.ones(3), (3, 4))}
     given |= {"select_labels": [0, 1, 2, 0], "test_labels": [0, 1, 2, 0]}
-    assert len(fmn.compare_probabilities(**given).rows) == 13
+    assert len(fmn.compare_probabilities(**given).rows) == 8 + len(comparison.OTHER_METHODS)
     as_tensors = {k: torch.tensor(v) for k, v in given.items()}
     assert fmn.compare_probabilities(**as_tensors).rows == fmn.compare_probabilities(**given).rows
     with pytest.raises((ValueError, TypeError), match=f"^{words}"):

@@ -17,7 +17,7 @@ from training_runs import fresh, interrupted_at, same_weights, trained
 
 import fmn_ref as fmn
 from fmn_ref.runs import checkpoints
-from fmn_ref.training import data, writer
+from fmn_ref.training import data, store
 
 
 def test_a_run_holds_every_epoch(unbroken):
@@ -252,7 +252,7 @@ def full_at(monkeypatch, when):
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", sometimes_full)
-    monkeypatch.setattr(writer, "PAUSE", 0.001)
+    monkeypatch.setattr(store, "PAUSE", 0.001)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from training_runs import trained
 
 from fmn_ref.runs import checkpoints
-from fmn_ref.training import writer as writer_module
-from fmn_ref.training.writer import Writer
+from fmn_ref.training import store
+from fmn_ref.training.store import Writer
 
 
 def test_writes_in_order_beside_the_caller():
@@ -37,7 +37,7 @@ def test_an_error_reaches_the_caller_and_stops_what_follows():
 
 
 def test_patience_has_an_end(monkeypatch):
-    monkeypatch.setattr(writer_module, "PAUSE", 0.001)
+    monkeypatch.setattr(store, "PAUSE", 0.001)
     tries = []
 
     def full():
