@@ -134,8 +134,7 @@ def _number_of_folds(folds: Any, method: str, reader: ProbabilityReader, n_sampl
 
 def _from_probs(reader: ProbabilityReader, y: Int) -> Bool:
     """Correctness of every epoch, from its probabilities."""
-    stored = (reader.stored(e) for e in range(len(reader)))
-    return np.stack([correctness(p.widened() if p.bfloat16 else p.values, y) for p in stored])
+    return np.stack([correctness(reader.stored(e), y) for e in range(len(reader))])
 
 
 def _checked(correct: Any, n_epochs: int, y: Int, final: Float) -> Bool:

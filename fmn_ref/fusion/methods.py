@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..kernels.mixing import Scores
-from ..kernels.protocol import Bool, Float, Int
+from ..kernels.mixing import widened
+from ..kernels.protocol import Array, Bool, Float
 from . import baselines
 from .epsilon import SEARCHES, Target
 from .mixtures import Members, members_from_weights, mix, mixture, window_epochs
@@ -111,7 +111,7 @@ def greedy(problem: Problem, target: Target) -> Members:
 
 
 def _best_candidate(
-    problem: Problem, target: Target, current: Float, epochs: list[Scores], candidates: list[int], best: int
+    problem: Problem, target: Target, current: Float, epochs: list[Array], candidates: list[int], best: int
 ) -> tuple[int, float, int] | None:
     """Epoch, epsilon and weight right of the best window; None if no window is better than `best`."""
     windows = np.array([[r[0], r[-1]] for r in map(problem.window_of, candidates)], np.int64).reshape(-1, 2)
@@ -154,7 +154,8 @@ def likelihood(problem: Problem, target: Target) -> Members:
     its bounds.
     """
     n = problem.n_epochs
-    p = np.stack([_of_label(scores, target.labels) for scores in problem.probs.alike(range(n))])
+    at_label = np.arange(len(target.labels)), target.labels
+    p = np.stack([widened(probs[at_label]) for probs in problem.probs.alike(range(n))])
     parts = [problem.window_of(e) for e in range(n)] + [range(n - 1, n)]
     components = np.stack([p[part.start : part.stop].mean(0) for part in parts])
     w = target.each / target.each.max()
@@ -171,11 +172,6 @@ def likelihood(problem: Problem, target: Target) -> Members:
             break
     weights = {i: float(v) for i, v in zip(alive, q, strict=True)}
     return members_from_weights(weights, n, final=weights.pop(n, 0.0))
-
-
-def _of_label(scores: Scores, labels: Int) -> Float:
-    """Probability of each sample's label, (n_samples,)."""
-    return Scores(scores.values[np.arange(len(labels)), labels], scores.bfloat16).widened()
 
 
 def _em(components: Float, w: Float) -> Float:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from .. import _check
 from ..kernels import backend
-from ..kernels.mixing import Scores
+from ..kernels.mixing import widened
 from .matrix import Matrix
 
 
@@ -57,9 +57,9 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     >>> correctness([[0.9, 0.1], [0.5, 0.5]], [0, 1])
     array([ True, False])
     """
-    given = _predictions_or_scores(predictions_or_scores)
-    a, shape, kernels = given.values, tuple(given.values.shape), backend.kernels_for(given.values)
-    if _check.kind(a) == "i" and not given.bfloat16:
+    a = _predictions_or_scores(predictions_or_scores)
+    shape, kernels = tuple(a.shape), backend.kernels_for(a)
+    if _check.kind(a) == "i":
         y = _check.labels(labels)
         if a.ndim < 1 or shape[-1] != len(y):
             raise ValueError(f"predictions: expected shape (..., {len(y)}) as labels, got shape {shape}")
@@ -71,22 +71,22 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     y = _check.labels(labels, shape[-2], shape[-1])
     out = np.empty(shape[:-1], bool)
     for epoch in np.ndindex(shape[:-2]):
-        row = kernels.pack_scores(_native(a[epoch]), y, given.bfloat16)
+        row = kernels.pack_scores(_native(a[epoch]), y)
         if row is None:
-            at = (*epoch, *_first_nan(Scores(a[epoch], given.bfloat16)))
+            at = (*epoch, *_first_nan(a[epoch]))
             raise ValueError(f"scores: expected numbers, got NaN at index {at}")
         out[epoch] = kernels.unpack(row[None], len(y))[0]
     return out
 
 
-def _predictions_or_scores(x: Any) -> Scores:
+def _predictions_or_scores(x: Any) -> Any:
     """Integers or floats of any shape, as an array or as a tensor on its accelerator."""
     name = "predictions_or_scores"
-    given = Scores(x.detach()) if _check.on_device(x) else Scores.of(x, name)
-    if _check.kind(given.values) == "b":
+    a = x.detach() if _check.on_device(x) else _check.array(x, name, bfloat16=True)
+    if _check.kind(a) == "b":
         hint = "is it correctness already? Classes are integers"
         raise TypeError(f"{name}: expected class numbers or scores, got bool; {hint}")
-    return given
+    return a
 
 
 def _native(a: Any) -> Any:
@@ -97,11 +97,10 @@ def _native(a: Any) -> Any:
     return a if a.size < 2 or a.shape[-1] == 1 or a.strides[-1] == a.itemsize else np.ascontiguousarray(a)
 
 
-def _first_nan(scores: Scores) -> tuple[int, ...]:
+def _first_nan(scores: Any) -> tuple[int, ...]:
     """Index of the first NaN, in scores that have one."""
-    a = scores.values
-    nan = (a & 0x7FFF) > 0x7F80 if scores.bfloat16 else a != a
-    return tuple(int(i) for i in np.unravel_index(int((nan * 1).reshape(-1).argmax()), tuple(a.shape)))
+    a = widened(scores) if isinstance(scores, np.ndarray) else scores
+    return tuple(int(i) for i in np.unravel_index(int(((a != a) * 1).reshape(-1).argmax()), tuple(a.shape)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,11 +243,8 @@ def forgetting_curves(
     w = None if sample_weight is None else _check.weights(sample_weight, n)
     sums: NDArray[Any] = np.zeros((4, len(names), m.n_epochs), np.int64 if w is None else np.float64)
     for part, rows in m.blocks(progress):
-        n_part, g = part.stop - part.start, member[part]
-        if w is None:
-            m.kernels.group_counts(rows, n_part, r, g, len(names), sums)
-        else:
-            m.kernels.group_sums(rows, n_part, r, g, len(names), w[part], sums)
+        of_part = None if w is None else w[part]
+        m.kernels.group_sums(rows, part.stop - part.start, r, member[part], len(names), of_part, sums)
     size, total = np.bincount(member), np.bincount(member, w)
     if groups is None:
         return ForgettingCurves(sums[:, 0], n, total[0], r)
