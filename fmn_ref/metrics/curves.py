@@ -139,10 +139,9 @@ class ForgettingCurves:
         return f"ForgettingCurves({n} epochs, {np.sum(self.n_samples)} samples{groups}, {peak})"
 
     def _fraction(self, row: int) -> NDArray[np.float64]:
-        if self.groups is None:
-            return np.asarray(self.counts[row] / self.total)
+        total = self.total if self.groups is None else self.total[:, None]
         with np.errstate(invalid="ignore"):  # 0 / 0 in an empty group
-            return np.asarray(self.counts[row] / self.total[:, None])
+            return np.asarray(self.counts[row] / total)
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
@@ -175,26 +174,21 @@ class ForgettingCurves:
             raise ValueError("ForgettingCurves: can only add curves of the same epochs and reference")
         if (self.groups is None) != (other.groups is None):
             raise ValueError("ForgettingCurves: can only add curves that both have groups, or both have none")
-        a, b, groups = self, other, None
-        if self.groups is not None and other.groups is not None:
-            groups = np.union1d(self.groups, other.groups)
-            a, b = _spread(self, self.groups, groups), _spread(other, other.groups, groups)
-        return ForgettingCurves(
-            a.counts + b.counts, a.n_samples + b.n_samples, a.total + b.total, self.reference, groups
-        )
+        if self.groups is None or other.groups is None:
+            n_samples, total = self.n_samples + other.n_samples, self.total + other.total
+            return ForgettingCurves(self.counts + other.counts, n_samples, total, self.reference)
+        groups = np.union1d(self.groups, other.groups)
+        of_self, of_other = np.searchsorted(groups, self.groups), np.searchsorted(groups, other.groups)
 
+        def added(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+            out = np.zeros((*a.shape[:-1], len(groups)), np.result_type(a, b))
+            out[..., of_self] += a
+            out[..., of_other] += b
+            return out
 
-def _spread(curves: ForgettingCurves, names: NDArray[Any], groups: NDArray[Any]) -> ForgettingCurves:
-    """The same curves, with an empty group for each label of `groups` that is not in `names`."""
-    at = np.searchsorted(groups, names)
-
-    def spread(a: NDArray[Any], axis: int) -> NDArray[Any]:
-        out = np.zeros((*a.shape[:axis], len(groups), *a.shape[axis + 1 :]), a.dtype)
-        out[(slice(None),) * axis + (at,)] = a
-        return out
-
-    n, total = spread(curves.n_samples, 0), spread(curves.total, 0)
-    return ForgettingCurves(spread(curves.counts, 1), n, total, curves.reference, groups)
+        counts = added(self.counts.swapaxes(1, 2), other.counts.swapaxes(1, 2)).swapaxes(1, 2)
+        n_samples, total = added(self.n_samples, other.n_samples), added(self.total, other.total)
+        return ForgettingCurves(np.ascontiguousarray(counts), n_samples, total, self.reference, groups)
 
 
 def forgetting_curves(
@@ -238,7 +232,10 @@ def forgetting_curves(
     r = _check.index(reference, m.n_epochs, "reference")
     n = m.n_samples
     if groups is None and sample_weight is None:
-        return ForgettingCurves(_counts(m, r, progress), n, n, r)
+        counts = np.zeros((4, m.n_epochs), np.int64)
+        for part, rows in m.blocks(progress):
+            m.kernels.curve_counts(rows, part.stop - part.start, r, counts)
+        return ForgettingCurves(counts, n, n, r)
     names, member = _groups(np.zeros(n, np.int64) if groups is None else groups, n)
     w = None if sample_weight is None else _check.weights(sample_weight, n)
     sums: NDArray[Any] = np.zeros((4, len(names), m.n_epochs), np.int64 if w is None else np.float64)
@@ -249,13 +246,6 @@ def forgetting_curves(
     if groups is None:
         return ForgettingCurves(sums[:, 0], n, total[0], r)
     return ForgettingCurves(sums, size, size if w is None else total, r, names)
-
-
-def _counts(m: Matrix, reference: int, progress: bool) -> NDArray[np.int64]:
-    counts = np.zeros((4, m.n_epochs), np.int64)
-    for part, rows in m.blocks(progress):
-        m.kernels.curve_counts(rows, part.stop - part.start, reference, counts)
-    return counts
 
 
 def _groups(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
