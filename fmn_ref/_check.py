@@ -15,9 +15,10 @@ BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # the bits of a type that NumPy 
 Bool = NDArray[np.bool_]
 Int = NDArray[np.int64]
 Float = NDArray[np.float64]
+Array = NDArray[Any]  # of any type; for probabilities a floating-point type, BFLOAT16 included
 
 
-def array(x: Any, name: str, bfloat16: bool = False) -> NDArray[Any]:
+def array(x: Any, name: str, bfloat16: bool = False) -> Array:
     """View anything that NumPy can view; copy only tensors on an accelerator or of a type that NumPy lacks.
 
     A bfloat16 tensor becomes float32. With `bfloat16` it becomes an array of dtype BFLOAT16, without a copy.

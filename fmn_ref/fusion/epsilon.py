@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from .. import _check
+from .._check import Array, Bool, Float, Int
 from ..kernels import mixing
 from ..kernels.backend import kernels
-from ..kernels.protocol import Array, Bool, Float, Int
 from ..metrics.curves import correctness
 from .probabilities import stored_probabilities
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _check
-from ..kernels.protocol import Bool, Float, Int
+from .._check import Bool, Float, Int
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from .epsilon import SEARCHES, Target, grid_of

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .._check import Array, Bool, Float, Int
 from ..kernels.mixing import widened
-from ..kernels.protocol import Array, Bool, Float, Int
 from . import baselines
 from .epsilon import SEARCHES, Target
 from .mixtures import Members, members_from_weights, mix, mixture, window_epochs

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import _check
-from ..kernels.protocol import Float
+from .._check import Float
 from .probabilities import ProbabilityReader
 
 Members = tuple[tuple[int, float], ...]  # (epoch, eps) in the order of mixing

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import _check, _files
-from ..kernels.protocol import Float
+from .._check import Float
 from .methods import method_names
 from .mixtures import Members, members_from_weights, replay, window_epochs
 from .probabilities import ProbabilityReader

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from .. import _check
+from .._check import Array, Float
 from ..kernels.backend import kernels
 from ..kernels.mixing import mean, widened
-from ..kernels.protocol import Array, Float
 
 
 class ProbabilityReader:

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .._check import BFLOAT16
-from .protocol import Array, Bool, Float, Int
+from .._check import BFLOAT16, Array, Bool, Float, Int
 
 _ROUNDING = 4e-15  # bounds the error of a difference of two mixed probabilities, and of a crossing times its slope
 _BLOCK = 1 << 16  # elements of (n_samples, n_classes) per block: the fastest of 2^12, 2^14, 2^16 and 2^20

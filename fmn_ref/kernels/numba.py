@@ -8,8 +8,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from .._check import Array, Bool, Float, Int
 from . import mixing
-from .protocol import Array, Bool, Float, Int, Rows
+from .protocol import Rows
 from .reference import check_probabilities, mixture_right, pack, pack_predictions, pack_scores, threads, unpack  # noqa: F401
 
 reads_bits = False

@@ -20,11 +20,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Bool = NDArray[np.bool_]
+from .._check import Array, Bool, Float, Int
+
 Bits = NDArray[np.uint8]
-Int = NDArray[np.int64]
-Float = NDArray[np.float64]
-Array = NDArray[Any]  # probabilities of any floating-point type, `_check.BFLOAT16` included
 Rows = Any  # an array of bool or of bits; a tensor on an accelerator
 
 

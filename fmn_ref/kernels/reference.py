@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._check import BFLOAT16
+from .._check import BFLOAT16, Array, Bool, Float, Int
 from . import mixing
-from .protocol import Array, Bits, Bool, Float, Int, Rows
+from .protocol import Bits, Rows
 
 reads_bits = False
 

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._check import BFLOAT16
-from .protocol import Array, Bits, Bool, Float, Int
+from .._check import BFLOAT16, Array, Bool, Float, Int
+from .protocol import Bits
 from .reference import best_epsilons, check_probabilities, four_outcomes, mixture_right  # noqa: F401
 
 reads_bits = False

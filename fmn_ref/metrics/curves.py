@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .. import _check
 from ..kernels import backend
 from ..kernels.mixing import widened
-from .matrix import Matrix
+from .matrix import Matrix, adjacent
 
 
 def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
@@ -63,7 +63,7 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
         y = _check.labels(labels)
         if a.ndim < 1 or shape[-1] != len(y):
             raise ValueError(f"predictions: expected shape (..., {len(y)}) as labels, got shape {shape}")
-        bits = kernels.pack_predictions(_native(a.reshape(-1, len(y))), y)
+        bits = kernels.pack_predictions(adjacent(a.reshape(-1, len(y))), y)
         return np.asarray(kernels.unpack(bits, len(y))).reshape(shape)
     if a.ndim < 2 or shape[-1] == 0:
         hint = "; for one score a sample give classes, score > 0 as integers" if a.ndim == 1 else ""
@@ -71,7 +71,7 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     y = _check.labels(labels, shape[-2], shape[-1])
     out = np.empty(shape[:-1], bool)
     for epoch in np.ndindex(shape[:-2]):
-        row = kernels.pack_scores(_native(a[epoch]), y)
+        row = kernels.pack_scores(adjacent(a[epoch]), y)
         if row is None:
             at = (*epoch, *_first_nan(a[epoch]))
             raise ValueError(f"scores: expected numbers, got NaN at index {at}")
@@ -87,14 +87,6 @@ def _predictions_or_scores(x: Any) -> Any:
         hint = "is it correctness already? Classes are integers"
         raise TypeError(f"{name}: expected class numbers or scores, got bool; {hint}")
     return a
-
-
-def _native(a: Any) -> Any:
-    """The same array with native bytes and adjacent values along the last axis; tensors unchanged."""
-    if not isinstance(a, np.ndarray):
-        return a
-    a = a.astype(a.dtype.newbyteorder("="), copy=False)
-    return a if a.size < 2 or a.shape[-1] == 1 or a.strides[-1] == a.itemsize else np.ascontiguousarray(a)
 
 
 def _first_nan(scores: Any) -> tuple[int, ...]:

@@ -34,9 +34,9 @@ _PAD = 64
 NO_LABELS = bytes(32)
 
 
-def labels_digest(labels: Any) -> bytes:
+def labels_digest(labels: Any, n_samples: int | None = None) -> bytes:
     """SHA-256 of the labels as little-endian int64: equal for two files of the same samples in the same order."""
-    return hashlib.sha256(_check.labels(labels).astype("<i8").tobytes()).digest()
+    return hashlib.sha256(_check.labels(labels, n_samples).astype("<i8").tobytes()).digest()
 
 
 class CorrectnessHistory:
@@ -82,9 +82,7 @@ class CorrectnessHistory:
 
     def __init__(self, n_samples: int, path: str | os.PathLike[str] | None = None, *, labels: Any = None) -> None:
         self.n_samples: int = _check.number(n_samples, 1, 2**48, "n_samples", int)
-        self.digest = NO_LABELS if labels is None else labels_digest(labels)
-        if labels is not None:
-            _check.labels(labels, self.n_samples)
+        self.digest = NO_LABELS if labels is None else labels_digest(labels, self.n_samples)
         self.path = None if path is None else Path(path)
         self.epochs: tuple[int, ...] = ()
         self._width = -(-self.n_samples // 8)
