@@ -30,8 +30,8 @@ def mean(epochs: list[Array]) -> Float:
     total = widened(epochs[0])
     for e in epochs[1:]:
         total += widened(e)
-    out: Float = total / len(epochs)
-    return out
+    total /= len(epochs)
+    return total
 
 
 def blocks(n_samples: int, n_classes: int) -> list[slice]:

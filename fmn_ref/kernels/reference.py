@@ -93,8 +93,7 @@ def pack_scores(scores: Array, labels: Int) -> Bits | None:
     a = mixing.widened(scores) if scores.dtype == BFLOAT16 else scores
     if np.isnan(a).any():
         return None
-    row: Bits = pack((a.argmax(-1) == labels)[None], len(labels))[0]
-    return row
+    return np.packbits(a.argmax(-1) == labels, bitorder="little")
 
 
 def check_probabilities(scores: Array, tolerance: float) -> bool:

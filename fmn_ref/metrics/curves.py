@@ -57,7 +57,11 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     >>> correctness([[0.9, 0.1], [0.5, 0.5]], [0, 1])
     array([ True, False])
     """
-    a = _predictions_or_scores(predictions_or_scores)
+    x, name = predictions_or_scores, "predictions_or_scores"
+    a = x.detach() if _check.on_device(x) else _check.array(x, name, bfloat16=True)
+    if _check.kind(a) == "b":
+        hint = "is it correctness already? Classes are integers"
+        raise TypeError(f"{name}: expected class numbers or scores, got bool; {hint}")
     shape, kernels = tuple(a.shape), backend.kernels_for(a)
     if _check.kind(a) == "i":
         y = _check.labels(labels)
@@ -77,16 +81,6 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
             raise ValueError(f"scores: expected numbers, got NaN at index {at}")
         out[epoch] = kernels.unpack(row[None], len(y))[0]
     return out
-
-
-def _predictions_or_scores(x: Any) -> Any:
-    """Integers or floats of any shape, as an array or as a tensor on its accelerator."""
-    name = "predictions_or_scores"
-    a = x.detach() if _check.on_device(x) else _check.array(x, name, bfloat16=True)
-    if _check.kind(a) == "b":
-        hint = "is it correctness already? Classes are integers"
-        raise TypeError(f"{name}: expected class numbers or scores, got bool; {hint}")
-    return a
 
 
 def _first_nan(scores: Any) -> tuple[int, ...]:
