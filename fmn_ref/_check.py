@@ -11,17 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOLERANCE = 1e-2  # of the sum of a row of probabilities: bfloat16 rounds that much
+BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # the bits of a type that NumPy lacks
 Bool = NDArray[np.bool_]
 Int = NDArray[np.int64]
 Float = NDArray[np.float64]
+Array = NDArray[Any]  # of any type; for probabilities a floating-point type, BFLOAT16 included
 
 
-def array(x: Any, name: str) -> NDArray[Any]:
-    """View anything that NumPy can view; copy only tensors on an accelerator or of a type that NumPy lacks."""
+def array(x: Any, name: str, bfloat16: bool = False) -> Array:
+    """View anything that NumPy can view; copy only tensors on an accelerator or of a type that NumPy lacks.
+
+    A bfloat16 tensor becomes float32. With `bfloat16` it becomes an array of dtype BFLOAT16, without a copy.
+    """
     if is_tensor(x):
         x = x.detach().cpu()
-        if is_bfloat16_tensor(x):
-            x = x.float()
+        if str(x.dtype) == "torch.bfloat16":
+            import torch
+
+            x = x.view(torch.int16).numpy().view(BFLOAT16) if bfloat16 else x.float()
     elif hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
         x = np.from_dlpack(x)
     try:
@@ -30,7 +37,7 @@ def array(x: Any, name: str) -> NDArray[Any]:
         raise TypeError(f"{name}: expected an array, got {type(x).__name__} ({error})") from None
     if a.dtype.name == "bfloat16":  # from ml_dtypes, which JAX uses
         a = a.astype(np.float32)
-    if a.dtype.kind not in "biuf":
+    if a.dtype.kind not in "biuf" and not (bfloat16 and a.dtype == BFLOAT16):
         raise TypeError(f"{name}: expected booleans or numbers, got {type(x).__name__} of dtype {a.dtype}")
     return a
 
@@ -40,20 +47,15 @@ def is_tensor(x: Any) -> bool:
     return not isinstance(x, np.ndarray) and hasattr(x, "detach") and hasattr(x, "cpu")
 
 
-def is_bfloat16_tensor(x: Any) -> bool:
-    """Whether `x` is a torch tensor of bfloat16, a type that NumPy lacks."""
-    return is_tensor(x) and str(x.dtype) == "torch.bfloat16"
-
-
 def on_device(x: Any) -> bool:
     """Whether `x` is a torch tensor on an accelerator."""
     return is_tensor(x) and x.device.type != "cpu"
 
 
 def kind(a: Any) -> str:
-    """Kind of an array's or a tensor's dtype: "b", "i" (signed or not) or "f"."""
+    """Kind of an array's or a tensor's dtype: "b", "i" (signed or not) or "f" (BFLOAT16 too)."""
     if isinstance(a, np.ndarray):
-        return "i" if a.dtype.kind == "u" else str(a.dtype.kind)
+        return {"b": "b", "i": "i", "u": "i"}.get(a.dtype.kind, "f")
     return "f" if a.dtype.is_floating_point else "b" if str(a.dtype) == "torch.bool" else "i"
 
 

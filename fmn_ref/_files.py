@@ -39,12 +39,12 @@ def replacing(path: str | os.PathLike[str], ending: str = "") -> Iterator[Path]:
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        sync_folder(target.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename = str(target)  # the error of a full disk has no file name
         raise
-    sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -53,9 +53,6 @@ def sync_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
-        except OSError as error:
-            error.filename = str(folder)
-            raise
         finally:
             os.close(descriptor)
 

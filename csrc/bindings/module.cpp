@@ -57,7 +57,7 @@ void curve_counts(const py::array& rows, int64_t n_samples, int64_t reference, A
 }
 
 void group_counts(const py::array& rows, int64_t n_samples, int64_t reference, const Array<int64_t>& groups,
-                  int64_t n_groups, Array<int64_t> counts) {
+                  int64_t n_groups, const py::none&, Array<int64_t> counts) {
     const auto m = matrix(rows, n_samples);
     const auto* g = vector(groups, n_samples, "groups");
     auto* out = output(counts, 4 * n_groups * m.n_epochs, "counts");
@@ -104,10 +104,9 @@ py::array unpack(const py::array& rows, int64_t n_samples) {
     return out;
 }
 
-fmn_type type_of(const py::dtype& dtype, bool bfloat16) {
-    if (bfloat16) return FMN_BFLOAT16;
+fmn_type type_of(const py::dtype& dtype) {  // bfloat16 comes as a structured type of two bytes
     const std::string name = std::string(1, dtype.kind()) + std::to_string(dtype.itemsize());
-    const char* names[] = {"i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "", "f4", "f8"};
+    const char* names[] = {"i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "V2", "f4", "f8"};
     for (int type = 0; type < 12; ++type)
         if (name == names[type]) return static_cast<fmn_type>(type);
     throw py::type_error("expected integers, or floats of 16 to 64 bits");
@@ -122,7 +121,7 @@ py::array pack_predictions(const py::array& predictions, const Array<int64_t>& l
     check_rows(predictions);
     const int64_t n_epochs = predictions.shape(0), n = predictions.shape(1), width = (n + 7) / 8;
     const auto* y = vector(labels, n, "labels");
-    const auto type = type_of(predictions.dtype(), false);
+    const auto type = type_of(predictions.dtype());
     py::array_t<uint8_t> out({n_epochs, width});
     auto* p = out.mutable_data();
     run([&] {
@@ -131,11 +130,11 @@ py::array pack_predictions(const py::array& predictions, const Array<int64_t>& l
     return out;
 }
 
-py::object pack_scores(const py::array& scores, const Array<int64_t>& labels, bool bfloat16) {
+py::object pack_scores(const py::array& scores, const Array<int64_t>& labels) {
     check_rows(scores);
     const int64_t n = scores.shape(0), n_classes = scores.shape(1);
     const auto* y = vector(labels, n, "labels");
-    const auto type = type_of(scores.dtype(), bfloat16);
+    const auto type = type_of(scores.dtype());
     py::array_t<uint8_t> out((n + 7) / 8);
     auto* p = out.mutable_data();
     const auto status =
@@ -143,9 +142,9 @@ py::object pack_scores(const py::array& scores, const Array<int64_t>& labels, bo
     return status == FMN_OK ? py::object(out) : py::none();
 }
 
-bool check_probabilities(const py::array& scores, double tolerance, bool bfloat16) {
+bool check_probabilities(const py::array& scores, double tolerance) {
     if (scores.ndim() != 2 || !(scores.flags() & py::array::c_style)) throw py::value_error("expected two axes, adjacent values");
-    const auto type = type_of(scores.dtype(), bfloat16);
+    const auto type = type_of(scores.dtype());
     int sound = 0;
     run([&] {
         return fmn_check_probabilities(scores.data(), type, scores.shape(0), scores.shape(1), tolerance, 0, &sound);
@@ -156,20 +155,20 @@ bool check_probabilities(const py::array& scores, double tolerance, bool bfloat1
 // An fmn_mixture, and the arrays that it points to: epochs is a list of (n_samples, n_classes) arrays of one type.
 struct Mixture {
     Mixture(const py::array& current, const std::vector<py::array>& epochs, const Array<int64_t>& labels,
-            const py::object& weights, bool bfloat16)
+            const py::object& weights)
         : arrays(epochs) {
         if (current.ndim() != 2 || epochs.empty() || !(current.flags() & py::array::c_style))
             throw py::value_error("current: expected two axes, adjacent values; at least one epoch");
         const int64_t n = current.shape(0), n_classes = current.shape(1);
         for (const auto& a : epochs) {
-            const bool same = a.ndim() == 2 && a.shape(0) == n && a.shape(1) == n_classes && a.dtype().is(epochs[0].dtype());
+            const bool same = a.ndim() == 2 && a.shape(0) == n && a.shape(1) == n_classes && a.dtype().equal(epochs[0].dtype());
             if (!same || !(a.flags() & py::array::c_style)) throw py::value_error("epochs: expected adjacent values, alike");
             data.push_back(a.data());
         }
         if (!weights.is_none()) given = weights.cast<Array<int64_t>>();
         const int64_t* w = weights.is_none() ? nullptr : vector(given, n, "weights");
-        m = {current.data(), data.data(), static_cast<int64_t>(data.size()), type_of(current.dtype(), false),
-             type_of(epochs[0].dtype(), bfloat16), n, n_classes, vector(labels, n, "labels"), w};
+        m = {current.data(), data.data(), static_cast<int64_t>(data.size()), type_of(current.dtype()),
+             type_of(epochs[0].dtype()), n, n_classes, vector(labels, n, "labels"), w};
     }
     Mixture(const Mixture&) = delete;
 
@@ -180,8 +179,8 @@ struct Mixture {
 };
 
 py::array mixture_right(const py::array& current, const std::vector<py::array>& epochs, const Array<int64_t>& labels,
-                        const py::object& weights, const Array<double>& epsilon, bool bfloat16) {
-    const Mixture mixture(current, epochs, labels, weights, bfloat16);
+                        const py::object& weights, const Array<double>& epsilon) {
+    const Mixture mixture(current, epochs, labels, weights);
     py::array_t<int64_t> right(epsilon.size());
     auto* out = right.mutable_data();
     std::fill_n(out, epsilon.size(), 0);
@@ -191,8 +190,8 @@ py::array mixture_right(const py::array& current, const std::vector<py::array>& 
 }
 
 py::tuple best_epsilons(const py::array& current, const std::vector<py::array>& epochs, const Array<int64_t>& labels,
-                        const py::object& weights, const Array<int64_t>& windows, const Array<double>& grid, bool bfloat16) {
-    const Mixture mixture(current, epochs, labels, weights, bfloat16);
+                        const py::object& weights, const Array<int64_t>& windows, const Array<double>& grid) {
+    const Mixture mixture(current, epochs, labels, weights);
     if (windows.ndim() != 2 || windows.shape(1) != 2) throw py::value_error("windows: expected shape (n_windows, 2)");
     const int64_t n = windows.shape(0);
     py::array_t<double> epsilon(n);
@@ -210,8 +209,8 @@ PYBIND11_MODULE(_kernels, m) {
     using namespace py::literals;
     m.doc() = "Compiled kernels of fmn_ref; see protocol.py.";
     m.def("curve_counts", curve_counts, "rows"_a, "n_samples"_a, "reference"_a, "counts"_a.noconvert());
-    m.def("group_counts", group_counts, "rows"_a, "n_samples"_a, "reference"_a, "groups"_a, "n_groups"_a,
-          "counts"_a.noconvert());
+    m.def("group_sums", group_counts, "rows"_a, "n_samples"_a, "reference"_a, "groups"_a, "n_groups"_a, "weights"_a,
+          "sums"_a.noconvert());
     m.def("group_sums", group_sums, "rows"_a, "n_samples"_a, "reference"_a, "groups"_a, "n_groups"_a, "weights"_a,
           "sums"_a.noconvert());
     m.def("sample_counts", sample_counts, "rows"_a, "n_samples"_a);
@@ -219,11 +218,10 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("pack", pack, "rows"_a, "n_samples"_a);
     m.def("unpack", unpack, "rows"_a, "n_samples"_a);
     m.def("pack_predictions", pack_predictions, "predictions"_a, "labels"_a);
-    m.def("pack_scores", pack_scores, "scores"_a, "labels"_a, "bfloat16"_a = false);
-    m.def("check_probabilities", check_probabilities, "scores"_a, "tolerance"_a, "bfloat16"_a = false);
-    m.def("mixture_right", mixture_right, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "epsilon"_a, "bfloat16"_a = false);
-    m.def("best_epsilons", best_epsilons, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "windows"_a, "grid"_a,
-          "bfloat16"_a = false);
+    m.def("pack_scores", pack_scores, "scores"_a, "labels"_a);
+    m.def("check_probabilities", check_probabilities, "scores"_a, "tolerance"_a);
+    m.def("mixture_right", mixture_right, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "epsilon"_a);
+    m.def("best_epsilons", best_epsilons, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "windows"_a, "grid"_a);
     m.attr("reads_bits") = true;
     m.def("instruction_set", fmn_instruction_set);
     m.def("threads", fmn_threads);

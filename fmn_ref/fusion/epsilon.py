@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from .. import _check
+from .._check import Array, Bool, Float, Int
 from ..kernels import mixing
 from ..kernels.backend import kernels
-from ..kernels.mixing import Scores
-from ..kernels.protocol import Array, Bool, Float, Int
 from ..metrics.curves import correctness
 from .probabilities import stored_probabilities
 
@@ -61,15 +60,13 @@ class Target:
         """Weight of the samples whose arg-max is the label."""
         return self.score(probs.argmax(1) == self.labels)
 
-    def mixture_right(self, current: Array, epochs: list[Scores], epsilon: Float) -> Int:
+    def mixture_right(self, current: Array, epochs: list[Array], epsilon: Float) -> Int:
         """Weight that is right for each epsilon, with the mean of `epochs` mixed into `current`."""
-        arrays, bfloat16 = [e.values for e in epochs], epochs[0].bfloat16
-        return kernels().mixture_right(current, arrays, self.labels, self.weights, epsilon, bfloat16)
+        return kernels().mixture_right(current, epochs, self.labels, self.weights, epsilon)
 
-    def best_epsilons(self, current: Array, epochs: list[Scores], windows: Int, grid: Float) -> tuple[Float, Int, Int]:
+    def best_epsilons(self, current: Array, epochs: list[Array], windows: Int, grid: Float) -> tuple[Float, Int, Int]:
         """For windows of `epochs`, which have one type: the results of `Kernels.best_epsilons`."""
-        arrays, bfloat16 = [e.values for e in epochs], epochs[0].bfloat16
-        return kernels().best_epsilons(current, arrays, self.labels, self.weights, windows, grid, bfloat16)
+        return kernels().best_epsilons(current, epochs, self.labels, self.weights, windows, grid)
 
 
 def grid_of(step: float) -> Float:
@@ -80,14 +77,14 @@ def grid_of(step: float) -> Float:
     return np.asarray(np.arange(n_steps + 1) / n_steps)
 
 
-def best_on_grid(current: Array, epochs: list[Scores], target: Target, grid: Float) -> tuple[float, int]:
+def best_on_grid(current: Array, epochs: list[Array], target: Target, grid: Float) -> tuple[float, int]:
     """The first best point of the grid for the mean of `epochs`, and the weight that is right there."""
     right = target.mixture_right(current, epochs, grid)
     best = int(np.argmax(right))
     return float(grid[best]), int(right[best])
 
 
-def best_exactly(current: Array, epochs: list[Scores], target: Target, grid: Float) -> tuple[float, int]:
+def best_exactly(current: Array, epochs: list[Array], target: Target, grid: Float) -> tuple[float, int]:
     """The same over [0, 1], never below the grid; epsilon is 0 if nothing is better than `current`."""
     all_epochs = np.array([[0, len(epochs) - 1]])
     found, bound, on_grid = target.best_epsilons(current, epochs, all_epochs, grid)
@@ -95,8 +92,7 @@ def best_exactly(current: Array, epochs: list[Scores], target: Target, grid: Flo
     at_zero = target.score(correctness(current, target.labels))
     eps, best = (float(found[0]), right) if right > at_zero else (0.0, at_zero)
     if max(int(bound[0]), int(on_grid[0])) > best:  # equal scores, which rounding may decide: look closer
-        candidate = mixing.mean([e.values for e in epochs], epochs[0].bfloat16)
-        return _closer(mixing.widened(current), candidate, target, grid, (eps, best))
+        return _closer(mixing.widened(current), mixing.mean(epochs), target, grid, (eps, best))
     return eps, best
 
 
@@ -117,7 +113,7 @@ def _closer(
     for i in np.lexsort((tried, np.arange(len(bound)) >= len(middles), -bound)):
         if bound[i] <= right:
             break
-        now = target.mixture_right(current, [Scores(candidate)], tried[i : i + 1])
+        now = target.mixture_right(current, [candidate], tried[i : i + 1])
         if now[0] > right:
             eps, right = float(tried[i]), int(now[0])
     return eps, right
@@ -165,8 +161,7 @@ def best_epsilon(
     (0.636, 1.0)
     """
     find, grid = SEARCHES[_check.choice(search, tuple(SEARCHES), "search")], grid_of(step)
-    given = stored_probabilities(current, None, "current")
-    now = given.widened() if given.bfloat16 else given.values
+    now = stored_probabilities(current, None, "current")
     then = stored_probabilities(candidate, now.shape, "candidate")
     target = Target(_check.labels(labels, *now.shape), sample_weight)
     eps, right = find(now, [then], target, grid)

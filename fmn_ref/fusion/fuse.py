@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _check
-from ..kernels.protocol import Bool, Float, Int
+from .._check import Bool, Float, Int
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from .epsilon import SEARCHES, Target, grid_of
-from .methods import AUTO, METHODS, Problem, auto_methods, method_names, problem_for, replay, summaries
+from .methods import AUTO, METHODS, Problem, auto_methods, method_names, problem_for, summaries
+from .mixtures import replay
 from .plan import FusionPlan
 from .probabilities import ProbabilityReader
 
@@ -107,8 +108,7 @@ def fuse(
     y = _check.labels(labels, *final.shape)
     target = Target(y, sample_weight)
     n_folds = _number_of_folds(folds, method, reader, len(y))
-    right = _from_probs(reader, y) if correct is None else _checked(correct, len(reader), y, final)
-    problem = Problem(reader, right, final, window, search, grid, *bounds)
+    problem = Problem(reader, _correctness_of(reader, correct, y, final), final, window, search, grid, *bounds)
     found = _cross_validate(problem, target, method, n_folds) if n_folds else _Estimate(method)
     return _planned(problem, target, found)
 
@@ -132,20 +132,16 @@ def _number_of_folds(folds: Any, method: str, reader: ProbabilityReader, n_sampl
     return 0
 
 
-def _from_probs(reader: ProbabilityReader, y: Int) -> Bool:
-    """Correctness of every epoch, from its probabilities."""
-    stored = (reader.stored(e) for e in range(len(reader)))
-    return np.stack([correctness(p.widened() if p.bfloat16 else p.values, y) for p in stored])
-
-
-def _checked(correct: Any, n_epochs: int, y: Int, final: Float) -> Bool:
-    """The given correctness history, after checks that it was recorded on these samples."""
+def _correctness_of(reader: ProbabilityReader, correct: Any, y: Int, final: Float) -> Bool:
+    """Correctness of every epoch: from its probabilities, or as given, after checks that it is of these samples."""
+    if correct is None:
+        return np.stack([correctness(reader.stored(e), y) for e in range(len(reader))])
     if isinstance(correct, CorrectnessHistory) and correct.digest not in (NO_LABELS, labels_digest(y)):
         counts = f" ({correct.n_samples} samples, not {len(y)})" if correct.n_samples != len(y) else ""
         raise ValueError(f"correct: a history of other labels, or in another order{counts}")
     right = _check.bool_matrix(correct)
-    if right.shape != (n_epochs, len(y)):
-        raise ValueError(f"correct: expected shape {(n_epochs, len(y))} as probs, got shape {right.shape}")
+    if right.shape != (len(reader), len(y)):
+        raise ValueError(f"correct: expected shape {(len(reader), len(y))} as probs, got shape {right.shape}")
     top = np.sort(final, axis=1)[:, -2:]
     decided = top[:, -1] - top[:, 0] > 0.02  # closer scores may differ by rounding: half precision, another device
     differ = int(((right[-1] != (final.argmax(1) == y)) & decided).sum())
@@ -179,7 +175,8 @@ def _planned(problem: Problem, target: Target, found: _Estimate) -> FusionPlan:
     """The plan of a method on the whole selection set."""
     method, seen = METHODS[found.method], problem_for(problem, found.method)
     members = () if found.final_is_best else method.choose(seen, target)
-    accuracy = tuple(target.score_of(p) / target.total for p in replay(seen, members))
+    mixtures = replay(seen.final, seen.probs, members, seen.window)
+    accuracy = tuple(target.score_of(p) / target.total for p in mixtures)
     search, digest = "exact" if method.exact else problem.search, labels_digest(target.labels).hex()
     estimate = found.accuracy, found.gain_interval
     return FusionPlan(members, problem.n_epochs, seen.window, accuracy, method.name, search, digest, *estimate)
@@ -193,7 +190,7 @@ def _right_unseen(problem: Problem, target: Target, method: str, folds: int) -> 
     for k in range(folds):
         hidden = fold == k
         members = METHODS[method].choose(seen, target.weighted(np.where(hidden, 0, target.each)))
-        fused = deque(replay(seen, members), maxlen=1)[0]
+        fused = deque(replay(seen.final, seen.probs, members, seen.window), maxlen=1)[0]
         right[hidden] = fused[hidden].argmax(1) == y[hidden]
     return right
 

@@ -6,14 +6,15 @@ plan's checks, the command line, comparisons, benchmarks, docs and tests read `M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from ..kernels.mixing import Scores
-from ..kernels.protocol import Bool, Float, Int
+from .._check import Array, Bool, Float, Int
+from ..kernels.mixing import widened
 from . import baselines
 from .epsilon import SEARCHES, Target
 from .mixtures import Members, members_from_weights, mix, mixture, window_epochs
@@ -46,10 +47,6 @@ class Problem:
         """The epochs of a member."""
         return window_epochs(epoch, self.window, self.n_epochs)
 
-    def mixed(self, current: Float, epoch: int, eps: float) -> Float:
-        """`current` with one more member."""
-        return mix(current, self.probs.mean(self.window_of(epoch)), eps)
-
     def affordable(self, members: Iterable[tuple[int, float]], epoch: int) -> bool:
         """Whether one more member stays within the forward passes."""
         final = float(not any(eps == 1 for _, eps in members))
@@ -58,11 +55,29 @@ class Problem:
     def within(self, epochs: Iterable[int], final: float) -> bool:
         """Whether windows, and the final model if it has weight, stay within the forward passes."""
         used = {self.n_epochs - 1} if final > 0 else set[int]()
-        return len(used.union(*map(self.window_of, epochs))) <= self.max_forward_passes
+        within = self.max_forward_passes >= self.n_epochs
+        return within or len(used.union(*map(self.window_of, epochs))) <= self.max_forward_passes
 
     def most_epochs(self) -> int:
         """Most single epochs that a plan may hold."""
         return min(self.n_epochs, self.max_forward_passes, self.max_members)
+
+
+_Found = tuple[int, float, int]  # an epoch, its epsilon, and the weight that is then right
+
+
+def _in_rounds(problem: Problem, target: Target, find: Callable[[Float, list[int], int], _Found | None]) -> Members:
+    """Mix in what `find` finds for the fused predictor among the affordable epochs, until it finds nothing better."""
+    current, members, best = problem.final, list[tuple[int, float]](), target.score_of(problem.final)
+    while len(members) < problem.max_members:
+        candidates = [e for e in range(problem.n_epochs) if problem.affordable(members, e)]
+        found = find(current, candidates, best) if candidates else None
+        if found is None:
+            break
+        epoch, eps, best = found
+        current = mix(current, problem.probs.mean(problem.window_of(epoch)), eps)
+        members.append((epoch, eps))
+    return tuple(members)
 
 
 def forget(problem: Problem, target: Target) -> Members:
@@ -73,48 +88,29 @@ def forget(problem: Problem, target: Target) -> Members:
     accuracy, until accuracy no longer rises. The earliest of equally good epochs is taken, and an epoch may be chosen
     again (the paper leaves both open).
     """
-    current, members = problem.final, list[tuple[int, float]]()
-    best = target.score_of(current)
-    while len(members) < problem.max_members:
+
+    def most_forgotten(current: Float, candidates: list[int], best: int) -> _Found | None:
         wrong = current.argmax(1) != target.labels
         forgotten = problem.right[:, wrong] @ target.each[wrong]  # n * F_e against the current predictor
-        for e in range(problem.n_epochs):
-            if problem.max_forward_passes < problem.n_epochs and not problem.affordable(members, e):
-                forgotten[e] = -1
-        epoch = int(forgotten.argmax())
-        if forgotten[epoch] < 0:
-            break
+        epoch = max(candidates, key=forgotten.__getitem__)
         window = problem.probs.alike(problem.window_of(epoch))
         eps, right = SEARCHES[problem.search](current, window, target, problem.grid)
-        if right <= best:
-            break
-        best = right
-        current = problem.mixed(current, epoch, eps)
-        members.append((epoch, eps))
-    return tuple(members)
+        return (epoch, eps, right) if right > best else None
+
+    return _in_rounds(problem, target, most_forgotten)
 
 
 def greedy(problem: Problem, target: Target) -> Members:
     """Each round tries every window with its exact epsilon and mixes in the best (ties: the earliest)."""
     epochs = problem.probs.alike(range(problem.n_epochs))
-    current, members = problem.final, list[tuple[int, float]]()
-    best = target.score_of(current)
-    while len(members) < problem.max_members:
-        candidates = [e for e in range(problem.n_epochs) if problem.affordable(members, e)]
-        found = _best_candidate(problem, target, current, epochs, candidates, best)
-        if found is None:
-            break
-        epoch, eps, best = found
-        current = problem.mixed(current, epoch, eps)
-        members.append((epoch, eps))
-    return tuple(members)
+    return _in_rounds(problem, target, partial(_best_candidate, problem, target, epochs))
 
 
 def _best_candidate(
-    problem: Problem, target: Target, current: Float, epochs: list[Scores], candidates: list[int], best: int
-) -> tuple[int, float, int] | None:
-    """Epoch, epsilon and weight right of the best window; None if no window is better than `best`."""
-    windows = np.array([[r[0], r[-1]] for r in map(problem.window_of, candidates)], np.int64).reshape(-1, 2)
+    problem: Problem, target: Target, epochs: list[Array], current: Float, candidates: list[int], best: int
+) -> _Found | None:
+    """The best window with its exact epsilon; None if no window is better than `best`."""
+    windows = np.array([[r[0], r[-1]] for r in map(problem.window_of, candidates)], np.int64)
     eps, bound, _ = target.best_epsilons(current, epochs, windows, np.empty(0))
     found = None
     for c in np.argsort(-bound, kind="stable"):
@@ -154,7 +150,8 @@ def likelihood(problem: Problem, target: Target) -> Members:
     its bounds.
     """
     n = problem.n_epochs
-    p = np.stack([_of_label(scores, target.labels) for scores in problem.probs.alike(range(n))])
+    at_label = np.arange(len(target.labels)), target.labels
+    p = np.stack([widened(probs[at_label]) for probs in problem.probs.alike(range(n))])
     parts = [problem.window_of(e) for e in range(n)] + [range(n - 1, n)]
     components = np.stack([p[part.start : part.stop].mean(0) for part in parts])
     w = target.each / target.each.max()
@@ -171,11 +168,6 @@ def likelihood(problem: Problem, target: Target) -> Members:
             break
     weights = {i: float(v) for i, v in zip(alive, q, strict=True)}
     return members_from_weights(weights, n, final=weights.pop(n, 0.0))
-
-
-def _of_label(scores: Scores, labels: Int) -> Float:
-    """Probability of each sample's label, (n_samples,)."""
-    return Scores(scores.values[np.arange(len(labels)), labels], scores.bfloat16).widened()
 
 
 def _em(components: Float, w: Float) -> Float:
@@ -206,33 +198,28 @@ def coverage(problem: Problem, target: Target) -> Members:
     return members_from_weights({int(e): float(share[e]) for e in kept}, problem.n_epochs)
 
 
-def _best_mean(problem: Problem, target: Target, choices: Iterable[dict[int, float]]) -> Members:
-    """The plain mean with the best selection accuracy; the first of equal ones."""
+def _best_mean(problem: Problem, target: Target, choices: Iterable[tuple[dict[int, float], Float]]) -> Members:
+    """The (weights, probabilities) with the best selection accuracy; the first of equal ones."""
     best, found = target.score_of(problem.final), dict[int, float]()
-    for weights in choices:
-        right = target.score_of(mixture(problem.probs, weights))
+    for weights, probs in choices:
+        right = target.score_of(probs)
         if right > best:
             best, found = right, weights
     return members_from_weights(found, problem.n_epochs) if found else ()
 
 
-def _best_prefix(problem: Problem, target: Target, order: Iterable[int]) -> Members:
-    """The plain mean of the first k epochs of an order, with the k of the best selection accuracy (ties: the least)."""
-    best, found = target.score_of(problem.final), list[int]()
-    total, taken = np.zeros_like(problem.final), list[int]()
-    for e in list(order)[: problem.most_epochs()]:
-        total += problem.probs[e]
-        taken.append(int(e))
-        right = target.score_of(total)
-        if right > best:
-            best, found = right, list(taken)
-    return members_from_weights(dict.fromkeys(found, 1.0), problem.n_epochs) if found else ()
+def _prefixes(problem: Problem, order: Sequence[int] | Int) -> Iterator[tuple[dict[int, float], Float]]:
+    """Equal weights, and the sum of the probabilities, of the first k epochs of an order, for each k."""
+    total = np.zeros_like(problem.final)
+    for k in range(1, problem.most_epochs() + 1):
+        total += problem.probs[order[k - 1]]
+        yield dict.fromkeys(order[:k], 1.0), total
 
 
 def _sizes(problem: Problem) -> list[int]:
     """Numbers of epochs to try: all up to eight, then each a quarter above the one before."""
     most = problem.most_epochs()
-    sizes = [k for k in range(1, 9) if k <= most]
+    sizes = list(range(1, min(8, most) + 1))
     while sizes[-1] < most:
         sizes.append(min(most, sizes[-1] * 5 // 4))
     return sizes
@@ -240,18 +227,19 @@ def _sizes(problem: Problem) -> list[int]:
 
 def best_spaced(problem: Problem, target: Target) -> Members:
     """The plain mean of k equally spaced epochs ("fixed jumps"), with the best k."""
-    return _best_mean(problem, target, (baselines.equally_spaced(problem.n_epochs, k) for k in _sizes(problem)))
+    spaced = (baselines.equally_spaced(problem.n_epochs, k) for k in _sizes(problem))
+    return _best_mean(problem, target, ((weights, mixture(problem.probs, weights)) for weights in spaced))
 
 
 def best_last(problem: Problem, target: Target) -> Members:
     """The plain mean of the last k epochs ("horizontal"), with the best k."""
-    return _best_prefix(problem, target, range(problem.n_epochs)[::-1])
+    return _best_mean(problem, target, _prefixes(problem, range(problem.n_epochs)[::-1]))
 
 
 def best_top(problem: Problem, target: Target) -> Members:
     """The plain mean of the k epochs with the best selection accuracy, with the best k."""
     order = np.argsort(-(problem.right @ target.each), kind="stable")
-    return _best_prefix(problem, target, order)
+    return _best_mean(problem, target, _prefixes(problem, order))
 
 
 class Method(NamedTuple):
@@ -319,12 +307,3 @@ def auto_methods() -> tuple[str, ...]:
 def problem_for(problem: Problem, method: str) -> Problem:
     """The problem as a method sees it: without windows if its members are single epochs."""
     return problem if METHODS[method].windowed else replace(problem, window=0)
-
-
-def replay(problem: Problem, members: Members) -> Iterator[Float]:
-    """Fused probabilities on the selection set: of the final model, then after each member."""
-    current = problem.final
-    yield current
-    for epoch, eps in members:
-        current = problem.mixed(current, epoch, eps)
-        yield current

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from .. import _check
-from ..kernels.protocol import Float
+from .._check import Float
 from .probabilities import ProbabilityReader
 
 Members = tuple[tuple[int, float], ...]  # (epoch, eps) in the order of mixing
@@ -21,6 +22,14 @@ def window_epochs(epoch: int, window: int, n_epochs: int) -> range:
 def mix(current: Float, candidate: Float, eps: float) -> Float:
     """One mixing step (arXiv 2412.12968, Algorithm 1)."""
     return eps * candidate + (1 - eps) * current
+
+
+def replay(current: Float, probs: ProbabilityReader, members: Members, window: int) -> Iterator[Float]:
+    """Fused probabilities: `current`, those of the last epoch, then the mixture after each member."""
+    yield current
+    for epoch, eps in members:
+        current = mix(current, probs.mean(window_epochs(epoch, window, len(probs))), eps)
+        yield current
 
 
 def mixture(probs: Any, weights: dict[int, float]) -> Float:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .. import _check, _files
-from ..kernels.protocol import Float
+from .._check import Float
 from .methods import method_names
-from .mixtures import Members, members_from_weights, mix, window_epochs
+from .mixtures import Members, members_from_weights, replay, window_epochs
 from .probabilities import ProbabilityReader
 
 
@@ -135,10 +136,8 @@ class FusionPlan:
         reader = ProbabilityReader.of(probs)
         if len(reader) != self.n_epochs:
             raise ValueError(f"probs: expected {self.n_epochs} epochs as in the plan, got {len(reader)}")
-        fused = reader[self.n_epochs - 1]
-        for epoch, eps in self.members:
-            fused = mix(fused, reader.mean(window_epochs(epoch, self.window, self.n_epochs)), eps)
-        return fused
+        mixtures = replay(reader[self.n_epochs - 1], reader, self.members, self.window)
+        return deque(mixtures, maxlen=1)[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON (docs/reference/formats.md)."""

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from .. import _check
+from .._check import Array, Float
 from ..kernels.backend import kernels
-from ..kernels.mixing import Scores, mean
-from ..kernels.protocol import Float
+from ..kernels.mixing import mean, widened
 
 
 class ProbabilityReader:
@@ -41,7 +41,7 @@ class ProbabilityReader:
         self._probs, self._name = probs, name
         self._shape: tuple[int, int] | None = None
         self.in_memory = shape is not None or isinstance(probs, (list, tuple))
-        self._checked: dict[int, Scores] = {}
+        self._checked: dict[int, Array] = {}
 
     @classmethod
     def of(cls, probs: Any, name: str = "probs") -> ProbabilityReader:
@@ -52,48 +52,44 @@ class ProbabilityReader:
         return len(self._probs)
 
     def __getitem__(self, epoch: int) -> Float:
-        return self.stored(epoch).widened()
+        return widened(self.stored(epoch))
 
     def __iter__(self) -> Iterator[Float]:
         return (self[e] for e in range(len(self)))
 
-    def stored(self, epoch: int) -> Scores:
+    def stored(self, epoch: int) -> Array:
         """The probabilities of one epoch in the type in which they are stored."""
         epoch = _check.index(epoch, len(self), "epoch")
         if epoch in self._checked:
             return self._checked[epoch]
         p = stored_probabilities(self._probs[epoch], self._shape, f"{self._name}[{epoch}]")
-        self._shape = (p.values.shape[0], p.values.shape[1])
-        if self.in_memory and not p.values.flags.owndata:  # a view: keeping it needs no memory
+        self._shape = (p.shape[0], p.shape[1])
+        if self.in_memory and not p.flags.owndata:  # a view: keeping it needs no memory
             self._checked[epoch] = p
         return p
 
-    def alike(self, epochs: Iterable[int]) -> list[Scores]:
+    def alike(self, epochs: Iterable[int]) -> list[Array]:
         """The probabilities of several epochs in one type: as stored, or float64 if their types differ."""
         found = [self.stored(e) for e in epochs]
-        if len({(p.values.dtype, p.bfloat16) for p in found}) == 1:
-            return found
-        return [Scores(p.widened()) for p in found]
+        return found if len({p.dtype for p in found}) == 1 else [widened(p) for p in found]
 
     def mean(self, epochs: Sequence[int]) -> Float:
         """Mean probabilities of several epochs."""
-        found = self.alike(epochs)
-        return mean([p.values for p in found], found[0].bfloat16)
+        return mean(self.alike(epochs))
 
 
-def stored_probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "probs") -> Scores:
+def stored_probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "probs") -> Array:
     """Probabilities of 16 to 64 bits, (n_samples, n_classes), contiguous; the checks are `_check.probabilities`'s.
 
     `shape` is the expected shape, or None for any.
     """
-    given = Scores.of(x, name)
-    a, bfloat16 = given.values, given.bfloat16
+    a = _check.array(x, name, bfloat16=True)
     if a.dtype.kind == "f" and a.dtype.itemsize > 8:
         a = a.astype(np.float64)
-    valid = (a.dtype.kind == "f" or bfloat16) and a.ndim == 2 and 0 not in a.shape and shape in (None, a.shape)
+    valid = _check.kind(a) == "f" and a.ndim == 2 and 0 not in a.shape and shape in (None, a.shape)
     if valid:
         a = np.ascontiguousarray(a.astype(a.dtype.newbyteorder("="), copy=False))
-        valid = kernels().check_probabilities(a, _check.TOLERANCE, bfloat16)
+        valid = kernels().check_probabilities(a, _check.TOLERANCE)
     if not valid:
         _check.probabilities(x, shape, name)  # raises the error that says why
-    return Scores(a, bfloat16)
+    return a

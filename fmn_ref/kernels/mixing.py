@@ -8,58 +8,30 @@ IV, searches a grid instead).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .. import _check
-from .protocol import Array, Bool, Float, Int
+from .._check import BFLOAT16, Array, Bool, Float, Int
 
 _ROUNDING = 4e-15  # bounds the error of a difference of two mixed probabilities, and of a crossing times its slope
 _BLOCK = 1 << 16  # elements of (n_samples, n_classes) per block: the fastest of 2^12, 2^14, 2^16 and 2^20
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Scores in the type in which they are stored.
-
-    Attributes
-    ----------
-    values : array
-        Floats; with `bfloat16` the bit patterns in uint16, since NumPy has no such type.
-    bfloat16 : bool
-    """
-
-    values: Any
-    bfloat16: bool = False
-
-    @classmethod
-    def of(cls, x: Any, name: str) -> Scores:
-        """View anything that NumPy can view, or a bfloat16 tensor; a copy only from an accelerator."""
-        if not _check.is_bfloat16_tensor(x):
-            return cls(_check.array(x, name))
-        import torch
-
-        return cls(x.detach().cpu().view(torch.int16).numpy().view(np.uint16), True)
-
-    def widened(self) -> Float:
-        """The same numbers as a new float64 array."""
-        return widened(self.values, self.bfloat16)
+def widened(values: Array) -> Float:
+    """Any floating-point type, BFLOAT16 included, as float64; always a copy."""
+    if values.dtype == BFLOAT16:
+        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float64)
 
 
-def widened(values: Array, bfloat16: bool = False) -> Float:
-    """Any floating-point type as float64, always a copy."""
-    return ((values.astype(np.uint32) << 16).view(np.float32) if bfloat16 else values).astype(np.float64)
-
-
-def mean(epochs: list[Array], bfloat16: bool = False) -> Float:
+def mean(epochs: list[Array]) -> Float:
     """Mean of arrays: the sum in order, divided by their number, as every backend computes it."""
-    total = widened(epochs[0], bfloat16)
+    total = widened(epochs[0])
     for e in epochs[1:]:
-        total += widened(e, bfloat16)
-    out: Float = total / len(epochs)
-    return out
+        total += widened(e)
+    total /= len(epochs)
+    return total
 
 
 def blocks(n_samples: int, n_classes: int) -> list[slice]:
@@ -123,7 +95,6 @@ def best_epsilons(
     weights: Int | None,
     windows: Int,
     grid: Float,
-    bfloat16: bool = False,
 ) -> tuple[Float, Int, Int]:
     """The kernel `Kernels.best_epsilons`, with `intervals` or a faster function of the same results."""
     if weights is not None:  # a sample without weight changes nothing
@@ -134,7 +105,7 @@ def best_epsilons(
     for i, (first, last) in enumerate(windows):
         parts = []
         for block in blocks(*current.shape):
-            then = mean([e[block] for e in epochs[first : last + 1]], bfloat16)
+            then = mean([e[block] for e in epochs[first : last + 1]])
             parts.append(find_intervals(widened(current[block]), then, labels[block]))
         lo, hi, widest_lo, widest_hi = np.concatenate(parts, axis=1)
         epsilon[i], right[i] = _best_stretch(lo, hi, w)

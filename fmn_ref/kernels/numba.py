@@ -8,8 +8,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from .._check import Array, Bool, Float, Int
 from . import mixing
-from .protocol import Bool, Float, Int, Rows
+from .protocol import Rows
 from .reference import check_probabilities, mixture_right, pack, pack_predictions, pack_scores, threads, unpack  # noqa: F401
 
 reads_bits = False
@@ -128,14 +129,11 @@ def curve_counts(rows: Rows, n_samples: int, reference: int, counts: Int) -> Non
     _add_curves(_unpacked(rows, n_samples), reference, counts)
 
 
-def group_counts(rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, counts: Int) -> None:
-    _add_groups(_unpacked(rows, n_samples), reference, groups, np.ones(n_samples, np.int64), counts)
-
-
 def group_sums(
-    rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, weights: Float, sums: Float
+    rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, weights: Float | None, sums: Array
 ) -> None:
-    _add_groups(_unpacked(rows, n_samples), reference, groups, weights, sums)
+    w = np.ones(n_samples, np.int64) if weights is None else weights
+    _add_groups(_unpacked(rows, n_samples), reference, groups, w, sums)
 
 
 def sample_counts(rows: Rows, n_samples: int) -> NDArray[np.int32]:

@@ -20,11 +20,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Bool = NDArray[np.bool_]
+from .._check import Array, Bool, Float, Int
+
 Bits = NDArray[np.uint8]
-Int = NDArray[np.int64]
-Float = NDArray[np.float64]
-Array = NDArray[Any]  # probabilities of any floating-point type
 Rows = Any  # an array of bool or of bits; a tensor on an accelerator
 
 
@@ -43,13 +41,14 @@ class Kernels(Protocol):
     def curve_counts(self, rows: Rows, n_samples: int, reference: int, counts: Int) -> None:
         """Add right, forgotten, learned and retained samples to `counts` (4, n_epochs)."""
 
-    def group_counts(self, rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, counts: Int) -> None:
-        """Add the same counts within each group to `counts` (4, n_groups, n_epochs); `groups` (n_samples,)."""
-
     def group_sums(
-        self, rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, weights: Float, sums: Float
+        self, rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, weights: Float | None, sums: Array
     ) -> None:
-        """Add `weights` (n_samples,) instead of ones to `sums` (4, n_groups, n_epochs), in the order of the samples."""
+        """Add the weights of the same samples, by group, to `sums` (4, n_groups, n_epochs).
+
+        `groups` (n_samples,) numbers from 0. `weights` (n_samples,) are added to float64 sums in the order of the
+        samples; None adds 1 each to int64 sums.
+        """
 
     def sample_counts(self, rows: Rows, n_samples: int) -> NDArray[np.int32]:
         """Five values per sample, (5, n_samples): first and last epoch right, number of right-to-wrong changes, number
@@ -67,40 +66,26 @@ class Kernels(Protocol):
     def pack_predictions(self, predictions: Any, labels: Int) -> Bits:
         """Bits (n_epochs, ceil(n_samples / 8)): whether predictions (n_epochs, n_samples) equal the labels."""
 
-    def pack_scores(self, scores: Any, labels: Int, bfloat16: bool = False) -> Bits | None:
+    def pack_scores(self, scores: Any, labels: Int) -> Bits | None:
         """Bits (ceil(n_samples / 8),): whether the arg-max of scores (n_samples, n_classes) is the label.
 
-        The first of equal scores is the arg-max. None if a score is NaN. With `bfloat16`, `scores` are the bit patterns
-        in uint16.
+        The first of equal scores is the arg-max. None if a score is NaN.
         """
 
-    def check_probabilities(self, scores: Array, tolerance: float, bfloat16: bool = False) -> bool:
+    def check_probabilities(self, scores: Array, tolerance: float) -> bool:
         """Whether each row of (n_samples, n_classes) is finite, not negative, and sums to 1 within `tolerance`."""
 
     def mixture_right(
-        self,
-        current: Array,
-        epochs: list[Array],
-        labels: Int,
-        weights: Int | None,
-        epsilon: Float,
-        bfloat16: bool = False,
+        self, current: Array, epochs: list[Array], labels: Int, weights: Int | None, epsilon: Float
     ) -> Int:
         """Weight of the samples that eps * mean(epochs) + (1 - eps) * current classifies correctly, per epsilon.
 
-        `current` and each of `epochs` are (n_samples, n_classes) probabilities. All epochs have one dtype; with
-        `bfloat16` they are bit patterns in uint16. `weights` (n_samples,) or None for 1 each. Returns (n_epsilons,).
+        `current` and each of `epochs` are (n_samples, n_classes) probabilities. All epochs have one dtype.
+        `weights` (n_samples,) or None for 1 each. Returns (n_epsilons,).
         """
 
     def best_epsilons(
-        self,
-        current: Array,
-        epochs: list[Array],
-        labels: Int,
-        weights: Int | None,
-        windows: Int,
-        grid: Float,
-        bfloat16: bool = False,
+        self, current: Array, epochs: list[Array], labels: Int, weights: Int | None, windows: Int, grid: Float
     ) -> tuple[Float, Int, Int]:
         """The best epsilon in [0, 1] for each window, the weight that is right there, and a bound for the grid.
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._check import BFLOAT16, Array, Bool, Float, Int
 from . import mixing
-from .protocol import Array, Bits, Bool, Float, Int, Rows
+from .protocol import Bits, Rows
 
 reads_bits = False
 
@@ -42,17 +43,13 @@ def curve_counts(rows: Rows, n_samples: int, reference: int, counts: Int) -> Non
     counts += np.stack([c.sum(1, dtype=np.int64) for c in outcomes])
 
 
-def group_counts(rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, counts: Int) -> None:
-    for row, c in enumerate(four_outcomes(correct_of(rows, n_samples), reference)):
-        counts[row] += np.array([np.bincount(groups[of_epoch], minlength=n_groups) for of_epoch in c]).T
-
-
 def group_sums(
-    rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, weights: Float, sums: Float
+    rows: Rows, n_samples: int, reference: int, groups: Int, n_groups: int, weights: Float | None, sums: Array
 ) -> None:
+    w = np.ones(n_samples, np.int64) if weights is None else weights
     for row, c in enumerate(four_outcomes(correct_of(rows, n_samples), reference)):
         for e, of_epoch in enumerate(c):
-            np.add.at(sums[row, :, e], groups, weights * of_epoch)
+            np.add.at(sums[row, :, e], groups, w * of_epoch)
 
 
 def sample_counts(rows: Rows, n_samples: int) -> NDArray[np.int32]:
@@ -92,30 +89,27 @@ def pack_predictions(predictions: Array, labels: Int) -> Bits:
     return pack(predictions == labels, len(labels))
 
 
-def pack_scores(scores: Array, labels: Int, bfloat16: bool = False) -> Bits | None:
-    a = mixing.widened(scores, True) if bfloat16 else scores
+def pack_scores(scores: Array, labels: Int) -> Bits | None:
+    a = mixing.widened(scores) if scores.dtype == BFLOAT16 else scores
     if np.isnan(a).any():
         return None
-    row: Bits = pack((a.argmax(-1) == labels)[None], len(labels))[0]
-    return row
+    return np.packbits(a.argmax(-1) == labels, bitorder="little")
 
 
-def check_probabilities(scores: Array, tolerance: float, bfloat16: bool = False) -> bool:
+def check_probabilities(scores: Array, tolerance: float) -> bool:
     for block in mixing.blocks(*scores.shape):
-        p = mixing.widened(scores[block], bfloat16)
+        p = mixing.widened(scores[block])
         sums = np.einsum("ij->i", p)
         if not (p.min() >= 0 and sums.min() >= 1 - tolerance and sums.max() <= 1 + tolerance):
             return False
     return True
 
 
-def mixture_right(
-    current: Array, epochs: list[Array], labels: Int, weights: Int | None, epsilon: Float, bfloat16: bool = False
-) -> Int:
+def mixture_right(current: Array, epochs: list[Array], labels: Int, weights: Int | None, epsilon: Float) -> Int:
     w = np.ones(len(labels), np.int64) if weights is None else weights
     right = np.zeros(len(epsilon), np.int64)
     for block in mixing.blocks(*current.shape):
-        then = mixing.mean([e[block] for e in epochs], bfloat16)
+        then = mixing.mean([e[block] for e in epochs])
         for i, eps in enumerate(epsilon):
             mixed = eps * then + (1 - eps) * mixing.widened(current[block])
             right[i] += w[block][mixed.argmax(1) == labels[block]].sum()

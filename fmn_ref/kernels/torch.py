@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .protocol import Bits, Bool, Float, Int
+from .._check import BFLOAT16, Array, Bool, Float, Int
+from .protocol import Bits
 from .reference import best_epsilons, check_probabilities, four_outcomes, mixture_right  # noqa: F401
 
 reads_bits = False
@@ -44,23 +45,16 @@ def curve_counts(rows: Any, n_samples: int, reference: int, counts: Int) -> None
     counts += torch.stack([c.sum(1) for c in four_outcomes(_tensor_of(rows, n_samples), reference)]).cpu().numpy()
 
 
-def group_counts(rows: Any, n_samples: int, reference: int, groups: Int, n_groups: int, counts: Int) -> None:
-    _add_by_group(_tensor_of(rows, n_samples), reference, groups, np.ones(n_samples, np.int64), counts)
-
-
 def group_sums(
-    rows: Any, n_samples: int, reference: int, groups: Int, n_groups: int, weights: Float, sums: Float
+    rows: Any, n_samples: int, reference: int, groups: Int, n_groups: int, weights: Float | None, sums: Array
 ) -> None:
     """Add in double but in the device's order: integer weights are exact, others agree up to rounding."""
     correct = _tensor_of(rows, n_samples)
-    if correct.device.type == "mps":  # MPS has no doubles
+    if weights is not None and correct.device.type == "mps":  # MPS has no doubles
         correct = correct.cpu()
-    _add_by_group(correct, reference, groups, weights, sums)
-
-
-def _add_by_group(correct: Tensor, reference: int, groups: Int, weights: NDArray[Any], sums: NDArray[Any]) -> None:
-    g, w = (torch.from_numpy(a.copy()).to(correct.device) for a in (groups, weights))
-    added = torch.zeros((4, len(correct), sums.shape[1]), dtype=w.dtype, device=correct.device)
+    one_each = np.ones(n_samples, np.int64)
+    g, w = (torch.from_numpy(a.copy()).to(correct.device) for a in (groups, one_each if weights is None else weights))
+    added = torch.zeros((4, len(correct), n_groups), dtype=w.dtype, device=correct.device)
     for row, c in enumerate(four_outcomes(correct, reference)):
         for e in range(len(c)):
             added[row, e].index_add_(0, g, w * c[e])
@@ -107,10 +101,13 @@ def pack_predictions(predictions: Any, labels: Int) -> Bits:
     return _bits_of(p == torch.from_numpy(labels).to(p.device))
 
 
-def pack_scores(scores: Any, labels: Int, bfloat16: bool = False) -> Bits | None:
-    s = scores if isinstance(scores, Tensor) else torch.from_numpy(np.array(scores))
-    if bfloat16 and s.dtype != torch.bfloat16:
-        s = s.view(torch.bfloat16)
+def pack_scores(scores: Any, labels: Int) -> Bits | None:
+    if isinstance(scores, Tensor):
+        s = scores
+    elif scores.dtype == BFLOAT16:
+        s = torch.from_numpy(np.array(scores).view(np.int16)).view(torch.bfloat16)
+    else:
+        s = torch.from_numpy(np.array(scores))
     y = torch.from_numpy(labels).to(s.device)[:, None]
     at_label = s.gather(1, y)
     before = torch.arange(s.shape[1], device=s.device) < y

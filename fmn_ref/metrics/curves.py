@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from .. import _check
 from ..kernels import backend
-from ..kernels.mixing import Scores
-from .matrix import Matrix
+from ..kernels.mixing import widened
+from .matrix import Matrix, adjacent
 
 
 def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
@@ -57,13 +57,17 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     >>> correctness([[0.9, 0.1], [0.5, 0.5]], [0, 1])
     array([ True, False])
     """
-    given = _predictions_or_scores(predictions_or_scores)
-    a, shape, kernels = given.values, tuple(given.values.shape), backend.kernels_for(given.values)
-    if _check.kind(a) == "i" and not given.bfloat16:
+    x, name = predictions_or_scores, "predictions_or_scores"
+    a = x.detach() if _check.on_device(x) else _check.array(x, name, bfloat16=True)
+    if _check.kind(a) == "b":
+        hint = "is it correctness already? Classes are integers"
+        raise TypeError(f"{name}: expected class numbers or scores, got bool; {hint}")
+    shape, kernels = tuple(a.shape), backend.kernels_for(a)
+    if _check.kind(a) == "i":
         y = _check.labels(labels)
         if a.ndim < 1 or shape[-1] != len(y):
             raise ValueError(f"predictions: expected shape (..., {len(y)}) as labels, got shape {shape}")
-        bits = kernels.pack_predictions(_native(a.reshape(-1, len(y))), y)
+        bits = kernels.pack_predictions(adjacent(a.reshape(-1, len(y))), y)
         return np.asarray(kernels.unpack(bits, len(y))).reshape(shape)
     if a.ndim < 2 or shape[-1] == 0:
         hint = "; for one score a sample give classes, score > 0 as integers" if a.ndim == 1 else ""
@@ -71,37 +75,18 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     y = _check.labels(labels, shape[-2], shape[-1])
     out = np.empty(shape[:-1], bool)
     for epoch in np.ndindex(shape[:-2]):
-        row = kernels.pack_scores(_native(a[epoch]), y, given.bfloat16)
+        row = kernels.pack_scores(adjacent(a[epoch]), y)
         if row is None:
-            at = (*epoch, *_first_nan(Scores(a[epoch], given.bfloat16)))
+            at = (*epoch, *_first_nan(a[epoch]))
             raise ValueError(f"scores: expected numbers, got NaN at index {at}")
         out[epoch] = kernels.unpack(row[None], len(y))[0]
     return out
 
 
-def _predictions_or_scores(x: Any) -> Scores:
-    """Integers or floats of any shape, as an array or as a tensor on its accelerator."""
-    name = "predictions_or_scores"
-    given = Scores(x.detach()) if _check.on_device(x) else Scores.of(x, name)
-    if _check.kind(given.values) == "b":
-        hint = "is it correctness already? Classes are integers"
-        raise TypeError(f"{name}: expected class numbers or scores, got bool; {hint}")
-    return given
-
-
-def _native(a: Any) -> Any:
-    """The same array with native bytes and adjacent values along the last axis; tensors unchanged."""
-    if not isinstance(a, np.ndarray):
-        return a
-    a = a.astype(a.dtype.newbyteorder("="), copy=False)
-    return a if a.size < 2 or a.shape[-1] == 1 or a.strides[-1] == a.itemsize else np.ascontiguousarray(a)
-
-
-def _first_nan(scores: Scores) -> tuple[int, ...]:
+def _first_nan(scores: Any) -> tuple[int, ...]:
     """Index of the first NaN, in scores that have one."""
-    a = scores.values
-    nan = (a & 0x7FFF) > 0x7F80 if scores.bfloat16 else a != a
-    return tuple(int(i) for i in np.unravel_index(int((nan * 1).reshape(-1).argmax()), tuple(a.shape)))
+    a = widened(scores) if isinstance(scores, np.ndarray) else scores
+    return tuple(int(i) for i in np.unravel_index(int(((a != a) * 1).reshape(-1).argmax()), tuple(a.shape)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,10 +125,9 @@ class ForgettingCurves:
         return f"ForgettingCurves({n} epochs, {np.sum(self.n_samples)} samples{groups}, {peak})"
 
     def _fraction(self, row: int) -> NDArray[np.float64]:
-        if self.groups is None:
-            return np.asarray(self.counts[row] / self.total)
+        total = self.total if self.groups is None else self.total[:, None]
         with np.errstate(invalid="ignore"):  # 0 / 0 in an empty group
-            return np.asarray(self.counts[row] / self.total[:, None])
+            return np.asarray(self.counts[row] / total)
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
@@ -176,26 +160,21 @@ class ForgettingCurves:
             raise ValueError("ForgettingCurves: can only add curves of the same epochs and reference")
         if (self.groups is None) != (other.groups is None):
             raise ValueError("ForgettingCurves: can only add curves that both have groups, or both have none")
-        a, b, groups = self, other, None
-        if self.groups is not None and other.groups is not None:
-            groups = np.union1d(self.groups, other.groups)
-            a, b = _spread(self, self.groups, groups), _spread(other, other.groups, groups)
-        return ForgettingCurves(
-            a.counts + b.counts, a.n_samples + b.n_samples, a.total + b.total, self.reference, groups
-        )
+        if self.groups is None or other.groups is None:
+            n_samples, total = self.n_samples + other.n_samples, self.total + other.total
+            return ForgettingCurves(self.counts + other.counts, n_samples, total, self.reference)
+        groups = np.union1d(self.groups, other.groups)
+        of_self, of_other = np.searchsorted(groups, self.groups), np.searchsorted(groups, other.groups)
 
+        def added(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+            out = np.zeros((*a.shape[:-1], len(groups)), np.result_type(a, b))
+            out[..., of_self] += a
+            out[..., of_other] += b
+            return out
 
-def _spread(curves: ForgettingCurves, names: NDArray[Any], groups: NDArray[Any]) -> ForgettingCurves:
-    """The same curves, with an empty group for each label of `groups` that is not in `names`."""
-    at = np.searchsorted(groups, names)
-
-    def spread(a: NDArray[Any], axis: int) -> NDArray[Any]:
-        out = np.zeros((*a.shape[:axis], len(groups), *a.shape[axis + 1 :]), a.dtype)
-        out[(slice(None),) * axis + (at,)] = a
-        return out
-
-    n, total = spread(curves.n_samples, 0), spread(curves.total, 0)
-    return ForgettingCurves(spread(curves.counts, 1), n, total, curves.reference, groups)
+        counts = added(self.counts.swapaxes(1, 2), other.counts.swapaxes(1, 2)).swapaxes(1, 2)
+        n_samples, total = added(self.n_samples, other.n_samples), added(self.total, other.total)
+        return ForgettingCurves(np.ascontiguousarray(counts), n_samples, total, self.reference, groups)
 
 
 def forgetting_curves(
@@ -239,27 +218,20 @@ def forgetting_curves(
     r = _check.index(reference, m.n_epochs, "reference")
     n = m.n_samples
     if groups is None and sample_weight is None:
-        return ForgettingCurves(_counts(m, r, progress), n, n, r)
+        counts = np.zeros((4, m.n_epochs), np.int64)
+        for part, rows in m.blocks(progress):
+            m.kernels.curve_counts(rows, part.stop - part.start, r, counts)
+        return ForgettingCurves(counts, n, n, r)
     names, member = _groups(np.zeros(n, np.int64) if groups is None else groups, n)
     w = None if sample_weight is None else _check.weights(sample_weight, n)
     sums: NDArray[Any] = np.zeros((4, len(names), m.n_epochs), np.int64 if w is None else np.float64)
     for part, rows in m.blocks(progress):
-        n_part, g = part.stop - part.start, member[part]
-        if w is None:
-            m.kernels.group_counts(rows, n_part, r, g, len(names), sums)
-        else:
-            m.kernels.group_sums(rows, n_part, r, g, len(names), w[part], sums)
+        of_part = None if w is None else w[part]
+        m.kernels.group_sums(rows, part.stop - part.start, r, member[part], len(names), of_part, sums)
     size, total = np.bincount(member), np.bincount(member, w)
     if groups is None:
         return ForgettingCurves(sums[:, 0], n, total[0], r)
     return ForgettingCurves(sums, size, size if w is None else total, r, names)
-
-
-def _counts(m: Matrix, reference: int, progress: bool) -> NDArray[np.int64]:
-    counts = np.zeros((4, m.n_epochs), np.int64)
-    for part, rows in m.blocks(progress):
-        m.kernels.curve_counts(rows, part.stop - part.start, reference, counts)
-    return counts
 
 
 def _groups(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -34,9 +34,9 @@ _PAD = 64
 NO_LABELS = bytes(32)
 
 
-def labels_digest(labels: Any) -> bytes:
+def labels_digest(labels: Any, n_samples: int | None = None) -> bytes:
     """SHA-256 of the labels as little-endian int64: equal for two files of the same samples in the same order."""
-    return hashlib.sha256(_check.labels(labels).astype("<i8").tobytes()).digest()
+    return hashlib.sha256(_check.labels(labels, n_samples).astype("<i8").tobytes()).digest()
 
 
 class CorrectnessHistory:
@@ -82,12 +82,12 @@ class CorrectnessHistory:
 
     def __init__(self, n_samples: int, path: str | os.PathLike[str] | None = None, *, labels: Any = None) -> None:
         self.n_samples: int = _check.number(n_samples, 1, 2**48, "n_samples", int)
-        self.digest = NO_LABELS if labels is None else labels_digest(labels)
-        if labels is not None:
-            _check.labels(labels, self.n_samples)
+        self.digest = NO_LABELS if labels is None else labels_digest(labels, self.n_samples)
         self.path = None if path is None else Path(path)
-        self._epochs: list[int] = []
-        self._rows = np.zeros((0, -(-self.n_samples // 8)), np.uint8)  # of a history in memory; grows by doubling
+        self.epochs: tuple[int, ...] = ()
+        self._width = -(-self.n_samples // 8)
+        self._rows = np.zeros((0, self._width), np.uint8)  # of a history in memory; grows by doubling
+        self._record_size: int = _PAD + -(-self._width // _PAD) * _PAD
         if self.path is not None:
             if self.path.exists():
                 raise FileExistsError(f"{self.path} exists; CorrectnessHistory.open continues it")
@@ -117,61 +117,50 @@ class CorrectnessHistory:
         ValueError
             The file is no history, of a newer version, or corrupt; the message names the file and the offset.
         """
-        self = cls.__new__(cls)
-        self.path = Path(path)
-        with open(self.path, "rb") as file:
-            self.n_samples, self.digest = _read_header(file.read(_PAD), self.path)
-        self._rows = np.zeros((0, -(-self.n_samples // 8)), np.uint8)
-        self._epochs = self._scan(verify)
+        with open(path, "rb") as file:
+            n_samples, digest = _read_header(file.read(_PAD), path)
+        self = cls(n_samples)
+        self.path, self.digest = Path(path), digest
+        self._size = self.path.stat().st_size
+        self._scan(verify)
         return self
 
-    @property
-    def _record_size(self) -> int:
-        n_bytes: int = self._rows.shape[1]
-        return _PAD + -(-n_bytes // _PAD) * _PAD
-
-    def _scan(self, verify: bool) -> list[int]:
-        """Epoch numbers of the intact records."""
-        assert self.path is not None
-        self._size = self.path.stat().st_size
-        size = self._size - _PAD
-        n = size // self._record_size
-        torn = "incomplete" if size % self._record_size else ""
+    def _scan(self, verify: bool) -> None:
+        """Read the epoch numbers of the intact records."""
+        n, rest = divmod(self._size - _PAD, self._record_size)
         epochs: list[int] = []
+        fault = ""
         records = self._map(n)
         mapping = _files.mapping(records)
-        for i, record in enumerate(records):
-            fault = _record_fault(record, self.n_samples, epochs[-1] if epochs else None, verify)
-            if fault and i == n - 1 and not torn:
-                torn = fault
-                break
+        for record in records:
+            fault = _record_fault(record, self.n_samples, epochs, verify)
             if fault:
-                raise ValueError(f"{self.path}: corrupt record at offset {_PAD + i * self._record_size}: {fault}")
+                break
             epochs.append(_RECORD.unpack(record[:16].tobytes())[2])
             _files.drop_pages(mapping)
-        if torn:
-            offset = _PAD + len(epochs) * self._record_size
-            message = (
-                f"{self.path}: dropped the torn last record at offset {offset} ({torn}); {len(epochs)} epochs kept"
-            )
-            warnings.warn(message, stacklevel=4)
-        return epochs
+        self.epochs = tuple(epochs)
+        kept, offset = len(epochs), self._end(len(epochs))
+        if fault and (rest or kept < n - 1):
+            raise ValueError(f"{self.path}: corrupt record at offset {offset}: {fault}")
+        if fault or rest:
+            torn = f"dropped the torn last record at offset {offset} ({fault or 'incomplete'})"
+            warnings.warn(f"{self.path}: {torn}; {kept} epochs kept", stacklevel=4)
+
+    def _end(self, n: int) -> int:
+        """Size of the file with n records."""
+        return _PAD + n * self._record_size
 
     def _map(self, n: int) -> NDArray[np.uint8]:
-        """The first n records, (n, record_size) uint8."""
+        """The first n records of the file, (n, record_size)."""
         if n == 0:
             return np.zeros((0, self._record_size), np.uint8)
         assert self.path is not None
         return np.memmap(self.path, np.uint8, "r", offset=_PAD, shape=(n, self._record_size))
 
     @property
-    def epochs(self) -> tuple[int, ...]:
-        return tuple(self._epochs)
-
-    @property
     def packed(self) -> NDArray[np.uint8]:
-        n, width = len(self), self._rows.shape[1]
-        rows = self._rows[:n] if self.path is None else self._map(n)[:, _PAD : _PAD + width]
+        n = len(self)
+        rows = self._rows[:n] if self.path is None else self._map(n)[:, _PAD : _PAD + self._width]
         rows = rows.view(np.ndarray)
         rows.flags.writeable = False
         return rows
@@ -197,7 +186,7 @@ class CorrectnessHistory:
         row = _check.bool_matrix(a[None] if a.ndim == 1 else a)
         if row.shape != (1, self.n_samples):
             raise ValueError(f"correct: expected shape ({self.n_samples},), got shape {a.shape}")
-        last = self._epochs[-1] if self._epochs else -1
+        last = self.epochs[-1] if self.epochs else -1
         epoch = last + 1 if epoch is None else _check.number(epoch, 0, 2**62, "epoch", int)
         if epoch <= last:
             raise ValueError(f"epoch: expected a number above {last}, the last epoch of this history, got {epoch}")
@@ -206,29 +195,26 @@ class CorrectnessHistory:
             self._append_in_memory(packed)
         else:
             self._append_to_file(packed, epoch)
-        self._epochs.append(epoch)
+        self.epochs += (epoch,)
 
     def _append_in_memory(self, packed: NDArray[np.uint8]) -> None:
         n = len(self)
         if n == len(self._rows):
-            grown = np.zeros((max(16, 2 * n), self._rows.shape[1]), np.uint8)
-            grown[:n] = self._rows
-            self._rows = grown
+            self._rows = np.concatenate([self._rows, np.zeros((max(16, n), self._width), np.uint8)])
         self._rows[n] = packed
 
     def _append_to_file(self, packed: NDArray[np.uint8], epoch: int) -> None:
         assert self.path is not None
-        record = bytearray(self._record_size)
-        record[_PAD : _PAD + len(packed)] = packed.tobytes()
-        crc = _checksum(epoch, bytes(record[_PAD:]))
-        _RECORD.pack_into(record, 0, _RECORD_MAGIC, crc, epoch)
-        end = _PAD + len(self) * self._record_size
+        self.check_unchanged()
+        record = np.zeros(self._record_size, np.uint8)
+        record[_PAD : _PAD + self._width] = packed
+        _RECORD.pack_into(record.data, 0, _RECORD_MAGIC, _checksum(epoch, record), epoch)
+        end = self._end(len(self))
         with open(self.path, "r+b", buffering=0) as file:
-            self._check_size(os.fstat(file.fileno()).st_size)
             file.truncate(end)  # removes a torn record
             file.seek(end)
             try:
-                if file.write(record) != len(record):
+                if file.write(record.data) != record.size:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
             except OSError as error:
@@ -243,20 +229,16 @@ class CorrectnessHistory:
         n: int = _check.number(n_epochs, 0, len(self), "n_epochs", int)
         if self.path is not None:
             self.check_unchanged()
-            kept = self.path.read_bytes()[: _PAD + n * self._record_size]
+            kept = self.path.read_bytes()[: self._end(n)]
             # A new file, so that views of the old one stay valid.
             _files.write_atomic(self.path, lambda file: file.write(kept))
             self._size = len(kept)
         self._rows = self._rows.copy()  # views of the old rows keep their values
-        del self._epochs[n:]
+        self.epochs = self.epochs[:n]
 
     def check_unchanged(self) -> None:
         """Raise ValueError if another writer changed the file since it was opened here."""
-        if self.path is not None:
-            self._check_size(self.path.stat().st_size)
-
-    def _check_size(self, size: int) -> None:
-        if size != self._size:
+        if self.path is not None and self.path.stat().st_size != self._size:
             raise ValueError(f"{self.path}: changed since it was opened here; a history has one writer")
 
     def correct(self) -> NDArray[np.bool_]:
@@ -285,8 +267,7 @@ class CorrectnessHistory:
             raise ValueError("histories: expected the same epochs in all")
         joined = cls(sum(h.n_samples for h in histories), path)
         for i, epoch in enumerate(histories[0].epochs):
-            parts = [np.unpackbits(h.packed[i], count=h.n_samples, bitorder="little") for h in histories]
-            joined.append(np.concatenate(parts), epoch)
+            joined.append(np.concatenate([h[i] for h in histories]), epoch)
         return joined
 
     def select(self, rows: Any) -> CorrectnessHistory:
@@ -303,11 +284,11 @@ class CorrectnessHistory:
         part = CorrectnessHistory(self.n_samples)
         part.digest = self.digest
         part._rows = np.ascontiguousarray(self.packed[chosen])
-        part._epochs = [self._epochs[i] for i in chosen]
+        part.epochs = tuple(self.epochs[i] for i in chosen)
         return part
 
     def __len__(self) -> int:
-        return len(self._epochs)
+        return len(self.epochs)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -319,30 +300,29 @@ class CorrectnessHistory:
         return f"CorrectnessHistory(n_epochs={len(self)}, n_samples={self.n_samples}, {where})"
 
 
-def _checksum(epoch: int, row: bytes | memoryview) -> int:
-    return zlib.crc32(row, zlib.crc32(struct.pack("<q", epoch)))
+def _checksum(epoch: int, record: NDArray[np.uint8]) -> int:
+    return zlib.crc32(record[_PAD:].data, zlib.crc32(struct.pack("<q", epoch)))
 
 
-def _read_header(header: bytes, path: Path) -> tuple[int, bytes]:
+def _read_header(header: bytes, path: str | os.PathLike[str]) -> tuple[int, bytes]:
     if len(header) < _PAD or not header.startswith(_MAGIC):
         raise ValueError(f"{path}: not a history file (bad magic or shorter than its header, offset 0)")
     _, version, _, n_samples, digest = _HEADER.unpack(header[: _HEADER.size])
-    if (
-        zlib.crc32(header[: _HEADER.size]) != struct.unpack_from("<I", header, _HEADER.size)[0]
-        or not 1 <= n_samples <= 2**48
-    ):
+    crc = struct.unpack_from("<I", header, _HEADER.size)[0]
+    if zlib.crc32(header[: _HEADER.size]) != crc or not 1 <= n_samples <= 2**48:
         raise ValueError(f"{path}: corrupt header (CRC-32, offset 0)")
     if version != 1:
         raise ValueError(f"{path}: history version {version} is not known to this release")
     return int(n_samples), digest
 
 
-def _record_fault(record: NDArray[np.uint8], n_samples: int, last: int | None, verify: bool) -> str:
-    """Describe the fault of a record; empty if it is intact."""
+def _record_fault(record: NDArray[np.uint8], n_samples: int, before: Sequence[int], verify: bool) -> str:
+    """Describe the fault of a record after the epochs `before`; empty if it is intact."""
     magic, crc, epoch = _RECORD.unpack(record[:16].tobytes())
+    last = before[-1] if before else None
     if magic != _RECORD_MAGIC:
         return "bad magic"
-    if verify and _checksum(epoch, record[_PAD:].data) != crc:
+    if verify and _checksum(epoch, record) != crc:
         return "CRC-32 does not match"
     if epoch < 0 or (last is not None and epoch <= last):
         return f"epoch {epoch} after {last}"

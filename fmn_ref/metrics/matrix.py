@@ -14,7 +14,6 @@ import numpy as np
 
 from .. import _check, _files
 from ..kernels.backend import kernels_for
-from ..kernels.protocol import Kernels
 
 _BLOCK_BYTES = 1 << 26
 _LEAST_SAMPLES = 1 << 14  # of a block, for any number of epochs: short reads from a disk are slow
@@ -25,17 +24,13 @@ class Matrix:
 
     def __init__(self, correct: Any) -> None:
         self.bits = hasattr(correct, "packed") and hasattr(correct, "n_samples")  # a history
-        self.source: Any  # an array, or a tensor on an accelerator
-        if self.bits:
-            self.source, self.n_samples = correct.packed, int(correct.n_samples)
-            self.n_epochs = len(self.source)
-        else:
-            self.source = _check.correct_matrix(correct)
-            self.n_epochs, self.n_samples = self.source.shape
-        if not self.n_epochs or not self.n_samples:
-            shape = (self.n_epochs, self.n_samples)
+        # an array, or a tensor on an accelerator
+        self.source: Any = correct.packed if self.bits else _check.correct_matrix(correct)
+        shape = len(self.source), int(correct.n_samples if self.bits else self.source.shape[1])
+        if 0 in shape:
             raise ValueError(f"correct: expected at least one epoch and one sample, got shape {shape}")
-        self.kernels: Kernels = kernels_for(self.source)
+        self.n_epochs, self.n_samples = shape
+        self.kernels = kernels_for(self.source)
 
     def blocks(self, progress: bool = False) -> Iterator[tuple[slice, Any]]:
         """Yield (samples, rows) pairs that make up the matrix."""
@@ -55,11 +50,7 @@ class Matrix:
                 bar.update(part.stop - start)
 
     def _checked(self, rows: Any) -> Any:
-        if not self.bits:
-            rows = _check.zeros_and_ones(rows, "correct")
-        if not isinstance(rows, np.ndarray) or rows.shape[1] <= 1 or rows.strides[1] == rows.itemsize:
-            return rows
-        return np.ascontiguousarray(rows)
+        return adjacent(rows if self.bits else _check.zeros_and_ones(rows, "correct"))
 
     def _rows(self, start: int, step: int) -> tuple[slice, Any]:
         stop = min(start + step, self.n_samples)
@@ -71,6 +62,14 @@ class Matrix:
         if self.bits and self.kernels.reads_bits:
             cells *= 8  # other kernels unpack a block
         return max(_LEAST_SAMPLES, cells // self.n_epochs // 512 * 512)
+
+
+def adjacent(a: Any) -> Any:
+    """The same array with native bytes and adjacent values along the last axis; tensors unchanged."""
+    if not isinstance(a, np.ndarray):
+        return a
+    a = a.astype(a.dtype.newbyteorder("="), copy=False)
+    return a if a.size < 2 or a.shape[-1] == 1 or a.strides[-1] == a.itemsize else np.ascontiguousarray(a)
 
 
 def _progress_bar(total: int, progress: bool) -> Any:

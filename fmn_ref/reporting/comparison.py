@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _check
+from .._check import Int
 from ..fusion import baselines
 from ..fusion.fuse import fuse
 from ..fusion.methods import AUTO, METHODS
 from ..fusion.mixtures import mixture
 from ..fusion.plan import FusionPlan
 from ..fusion.probabilities import ProbabilityReader
-from ..kernels.protocol import Int
 from .tables import csv_table, markdown_table
 
 # Methods of `fuse` beside KF ("forget") and the plain means, which are controls at KF's cost.

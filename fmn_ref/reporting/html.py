@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.protocol import Float, Int
+from .._check import Float, Int
 
 LINE_BINS = 500  # bins of a long line; each is drawn by its lowest and highest value
 THUMBNAIL = 96  # largest side of a picture, in pixels

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import _check
-from ..kernels.protocol import Bool, Int
+from .._check import Bool, Int
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from .tables import csv_table, markdown_table

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check, _files
+from .._check import Bool, Int
 from ..fusion.expectation import expected_gain
 from ..fusion.plan import FusionPlan
-from ..kernels.protocol import Bool, Int
 from ..metrics.curves import ForgettingCurves, forgetting_curves, forgetting_matrix
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from ..metrics.overview import first_samples

@@ -199,7 +199,7 @@ def test_balanced_accuracy():
     assert balanced >= np.mean([right[labels == c].mean() for c in range(4)])
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, "bfloat16"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ">f4", np.float64, "bfloat16"])
 def test_every_type_gives_the_plan_of_its_values(problem, dtype):
     p, labels = problem
     given = torch.from_numpy(p).bfloat16() if dtype == "bfloat16" else p.astype(dtype)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fmn_ref._check import BFLOAT16
 from fmn_ref.kernels import backend, reference
 
 
@@ -19,9 +20,9 @@ def test_kernels_agree(kind, each_backend):
             if kind == "floats"
             else rng.multinomial(m, np.ones(k) / k, (e + 1, n)) / m
         )
-        dtype = [np.float64, np.float32, np.float16, np.uint16][case % 4]
+        dtype = [np.float64, np.float32, np.float16, BFLOAT16][case % 4]
         epochs = [
-            (q.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) if dtype is np.uint16 else q.astype(dtype)
+            (q.astype("f4").view("u4") >> 16).astype("u2").view(dtype) if dtype is BFLOAT16 else q.astype(dtype)
             for q in p[1:]
         ]
         weights = None if case % 3 else rng.integers(0, 2**40, n) + (np.arange(n) == 0)
@@ -30,10 +31,10 @@ def test_kernels_agree(kind, each_backend):
         grid = np.arange(101) / 100
         args = p[0], epochs, rng.integers(0, k, n), weights
         for got, expected in zip(
-            kernels.best_epsilons(*args, windows, grid, dtype is np.uint16),
-            reference.best_epsilons(*args, windows, grid, dtype is np.uint16),
+            kernels.best_epsilons(*args, windows, grid),
+            reference.best_epsilons(*args, windows, grid),
             strict=True,
         ):
             np.testing.assert_array_equal(got, expected)
-        right = kernels.mixture_right(*args, grid, dtype is np.uint16)
-        np.testing.assert_array_equal(right, reference.mixture_right(*args, grid, dtype is np.uint16))
+        right = kernels.mixture_right(*args, grid)
+        np.testing.assert_array_equal(right, reference.mixture_right(*args, grid))

@@ -63,7 +63,7 @@ def test_backends_are_bit_identical(correct, use_backend, rng):
     names, member = np.unique(groups, return_inverse=True)
     expected = [
         added(oracle.curve_counts, (4, n_epochs), plain, n_samples, reference),
-        added(oracle.group_counts, (4, len(names), n_epochs), plain, n_samples, reference, member, len(names)),
+        added(oracle.group_sums, (4, len(names), n_epochs), plain, n_samples, reference, member, len(names), None),
         added(oracle.group_sums, (4, len(names), n_epochs), plain, n_samples, reference, member, len(names), weights),
         oracle.sample_counts(plain, n_samples),
         np.array([[(a & ~b).sum() for b in plain] for a in plain]),
@@ -96,7 +96,7 @@ def test_backends_are_bit_identical(correct, use_backend, rng):
 
 def added(kernel, shape, *args):
     """Output of a counting kernel that starts from zeros: float64 for sums of weights, else int64."""
-    out = np.zeros(shape, np.float64 if kernel is oracle.group_sums else np.int64)
+    out = np.zeros(shape, np.float64 if kernel is oracle.group_sums and args[-1] is not None else np.int64)
     kernel(*args, out)
     return out
 
