@@ -172,7 +172,7 @@ def curve_cases(modules: Modules, c: Array, bits: Array, rng: np.random.Generato
 
         yield case("four curves", lambda k, r: on_zeros(k.curve_counts, (4, n_epochs), r, n, last))
         if kind == "bool":
-            yield case("100 groups", lambda k, r: on_zeros(k.group_counts, of_groups, r, n, last, groups, 100))
+            yield case("100 groups", lambda k, r: on_zeros(k.group_sums, of_groups, r, n, last, groups, 100, None))
             yield case(
                 "100 groups, weighted",
                 lambda k, r: on_zeros(k.group_sums, of_groups, r, n, last, groups, 100, weights, dtype=float),
