@@ -250,7 +250,7 @@ class Method(NamedTuple):
     name : str
         Value of `fuse(method=...)` and of `FusionPlan.method`.
     choose : callable(Problem, Target) -> Members
-        Its docstring's first sentence is the method's summary in the command line's help and in the docs.
+        The first sentence of its docstring describes the method in the docstring of `fuse`.
     windowed : bool
         Whether members are means of windows. Otherwise they are single epochs, and `window` has no effect.
     control : bool
