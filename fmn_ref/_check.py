@@ -43,12 +43,12 @@ def array(x: Any, name: str, bfloat16: bool = False) -> Array:
 
 
 def is_tensor(x: Any) -> bool:
-    """Whether `x` is a torch tensor; does not import torch."""
+    """Tell whether `x` is a torch tensor, without importing torch."""
     return not isinstance(x, np.ndarray) and hasattr(x, "detach") and hasattr(x, "cpu")
 
 
 def on_device(x: Any) -> bool:
-    """Whether `x` is a torch tensor on an accelerator."""
+    """Tell whether `x` is a torch tensor on an accelerator."""
     return is_tensor(x) and x.device.type != "cpu"
 
 

@@ -17,7 +17,7 @@ _TOTAL = 1 << 58  # sum of the weights as integers: their sums are exact in any 
 
 
 class Target:
-    """What a fusion maximises: the weight of the samples that are right.
+    """Objective of a fusion: the total weight of the samples that are right.
 
     Weights are integers, so that sums are exact. Samples of weight zero do not count: so cross-validation hides a fold.
 

@@ -48,12 +48,12 @@ class Problem:
         return window_epochs(epoch, self.window, self.n_epochs)
 
     def affordable(self, members: Iterable[tuple[int, float]], epoch: int) -> bool:
-        """Whether one more member stays within the forward passes."""
+        """Tell whether one more member stays within the forward passes."""
         final = float(not any(eps == 1 for _, eps in members))
         return self.within([*(e for e, _ in members), epoch], final)
 
     def within(self, epochs: Iterable[int], final: float) -> bool:
-        """Whether windows, and the final model if it has weight, stay within the forward passes."""
+        """Tell whether windows, and the final model if it has weight, stay within the forward passes."""
         used = {self.n_epochs - 1} if final > 0 else set[int]()
         within = self.max_forward_passes >= self.n_epochs
         return within or len(used.union(*map(self.window_of, epochs))) <= self.max_forward_passes
@@ -288,7 +288,7 @@ _AUTO_SUMMARY = (
 
 
 def method_names() -> tuple[str, ...]:
-    """What `fuse(method=...)` accepts."""
+    """Values that `fuse(method=...)` accepts."""
     return (*METHODS, AUTO)
 
 

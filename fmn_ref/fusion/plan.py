@@ -96,7 +96,7 @@ class FusionPlan:
 
     @property
     def final_model_alone(self) -> bool:
-        """Whether no member helped: the fused model is the final one."""
+        """True if no member helped: the fused model is the final one."""
         return not self.members
 
     @property

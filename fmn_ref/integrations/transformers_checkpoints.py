@@ -166,7 +166,7 @@ def _score_model(model: nn.Module, batches: Iterable[Any], forward_fn: data.Forw
 
 
 def _is_recorded(run: Run, steps: list[int], correct: NDArray[np.bool_], labels: Any) -> bool:
-    """Whether `run` holds these steps, and for the last one this correctness and the weights of `run.model`."""
+    """Tell whether `run` holds these steps, and for the last one this correctness and the weights of `run.model`."""
     history = run.history
     if history.digest != labels_digest(labels) or not set(steps) <= set(history.epochs):
         return False

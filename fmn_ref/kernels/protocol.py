@@ -27,10 +27,10 @@ Rows = Any  # an array of bool or of bits; a tensor on an accelerator
 
 
 class Kernels(Protocol):
-    """What a backend computes. All backends return the same bits."""
+    """Functions of a backend. All backends return the same bits."""
 
     reads_bits: bool
-    """Whether the kernels count packed bits as they are. Otherwise they unpack a block first, to 8 times its size."""
+    """True if the kernels count packed bits as they are. Others unpack a block first, to 8 times its size."""
 
     def instruction_set(self) -> str:
         """Name of the instruction set, or of the library that chooses it."""
@@ -73,7 +73,7 @@ class Kernels(Protocol):
         """
 
     def check_probabilities(self, scores: Array, tolerance: float) -> bool:
-        """Whether each row of (n_samples, n_classes) is finite, not negative, and sums to 1 within `tolerance`."""
+        """Tell whether each row of (n_samples, n_classes) is finite, not negative, and sums to 1 within `tolerance`."""
 
     def mixture_right(
         self, current: Array, epochs: list[Array], labels: Int, weights: Int | None, epsilon: Float

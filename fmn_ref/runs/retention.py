@@ -27,7 +27,7 @@ class Keep(NamedTuple):
 
     @property
     def limited(self) -> bool:
-        """Whether checkpoints are deleted while the run goes on."""
+        """True if checkpoints are deleted while the run goes on."""
         return self.rule in ("every", "budget")
 
     def dropped(self, epochs: Iterable[int], correct: NDArray[np.bool_]) -> list[int]:

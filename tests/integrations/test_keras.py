@@ -52,7 +52,7 @@ def make_model(last="softmax", n_outputs=4, loss=None):
 
 
 class Dump(keras.callbacks.Callback):
-    """What each epoch predicts, written down by hand."""
+    """Write down by hand what each epoch predicts."""
 
     def __init__(self, x):
         super().__init__()

@@ -562,7 +562,7 @@ def test_without_lightning():
 
 
 def main(folder, devices=1, accident=None):
-    """What `script` runs: a training in one or two processes; each leaves what it predicted."""
+    """Program of `script`: a training in one or two processes; each leaves what it predicted."""
     torch.set_num_threads(1)
     module, callbacks = make_net(), [] if accident is None else [Accident(accident)]
     several = {"devices": int(devices), "strategy": "ddp"} if int(devices) > 1 else {}

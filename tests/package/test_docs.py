@@ -153,7 +153,7 @@ def test_training_guide(capsys):
 
 
 def test_several_processes(data, monkeypatch):
-    """Of one process; test_distributed.py has several."""
+    """One process; test_distributed.py has several."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
     data |= {"train": (data["x_train"], data["y_train"]), "val": (data["x_val"], data["y_val"])}

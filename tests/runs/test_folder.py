@@ -111,7 +111,7 @@ class TestOneProcess:
 
     @pytest.mark.parametrize("factor", [1.0, float("nan")])
     def test_a_training_releases_the_folder(self, tmp_path, factor):
-        """Whether it ends or fails."""
+        """A training that ends, and one that fails."""
         x, failed = (torch.randn(3, 2), torch.tensor(LABELS)), None
         try:
             loss_fn = lambda logits, labels: factor * nn.functional.cross_entropy(logits, labels)  # noqa: E731
