@@ -1,4 +1,4 @@
-"""Values that trackers have in their own files after a training with RecorderCallback, read back with their own readers."""
+"""Values in the files of trackers after a training with RecorderCallback, read back with their own readers."""
 
 import csv
 import logging
