@@ -210,7 +210,7 @@ PYBIND11_MODULE(_kernels, m) {
     m.doc() = "Compiled kernels of fmn_ref; see protocol.py.";
     m.def("curve_counts", curve_counts, "rows"_a, "n_samples"_a, "reference"_a, "counts"_a.noconvert());
     m.def("group_sums", group_counts, "rows"_a, "n_samples"_a, "reference"_a, "groups"_a, "n_groups"_a, "weights"_a,
-          "sums"_a.noconvert());
+          "sums"_a.noconvert());  // with None for the weights
     m.def("group_sums", group_sums, "rows"_a, "n_samples"_a, "reference"_a, "groups"_a, "n_groups"_a, "weights"_a,
           "sums"_a.noconvert());
     m.def("sample_counts", sample_counts, "rows"_a, "n_samples"_a);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,9 +53,6 @@ class ProbabilityReader:
 
     def __getitem__(self, epoch: int) -> Float:
         return widened(self.stored(epoch))
-
-    def __iter__(self) -> Iterator[Float]:
-        return (self[e] for e in range(len(self)))
 
     def stored(self, epoch: int) -> Array:
         """The probabilities of one epoch in the type in which they are stored."""
