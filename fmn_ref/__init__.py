@@ -66,13 +66,13 @@ __all__ += ["learned_fraction", "recovery", "sample_statistics", "symmetric_nois
 __all__ += ["tune_distillation"]
 
 
-def _probabilities(run: Run, data: Any, **options: Any) -> Any:
+def _evaluate_run(run: Run, data: Any, **options: Any) -> Any:
     from .training.predictions import Probabilities
 
     return Probabilities(run, data, **options)
 
 
-Run.evaluate = staticmethod(_probabilities)  # the room of runs lies below the one that evaluates networks
+Run.evaluate = staticmethod(_evaluate_run)  # the room of runs lies below the one that evaluates networks
 
 
 def __dir__() -> list[str]:
