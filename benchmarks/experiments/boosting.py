@@ -142,7 +142,7 @@ def _settings_table(result: dict[str, Any]) -> str:
         values = [peaks, *(accuracies(setting, method) for method in SHOWN)]
         gains = [accuracies(setting, "auto") - accuracies(setting, m) for m in ("final round", "early stopping")]
         names = [setting["dataset"], f"{setting['rate']:.0%}", setting["library"]]
-        rows.append([*names, *(_mean_text(v) for v in values), *(_mean_text(v, "+") for v in gains)])
+        rows.append([*names, *(_percent_and_error(v) for v in values), *(_percent_and_error(v, "+") for v in gains)])
     return markdown_table(columns, rows, 3)
 
 
@@ -151,7 +151,7 @@ def _gains_table(result: dict[str, Any]) -> str:
     rows = []
     for method in result["cells"][0]["seeds"][0]["test_accuracy"]:
         if method != "auto":
-            rows.append([method, *(_mean_text(_mean_gains(result, method, rate), "+", 2) for rate in RATES)])
+            rows.append([method, *(_percent_and_error(_mean_gains(result, method, rate), "+", 2) for rate in RATES)])
     return markdown_table(["auto minus", *(f"{rate:.0%} wrong labels" for rate in RATES)], rows)
 
 
@@ -161,7 +161,7 @@ def _mean_gains(result: dict[str, Any], method: str, rate: float) -> Array:
     return np.asarray(np.mean([accuracies(s, "auto") - accuracies(s, method) for s in settings], axis=0))
 
 
-def _mean_text(values: Array, sign: str = "", digits: int = 1) -> str:
+def _percent_and_error(values: Array, sign: str = "", digits: int = 1) -> str:
     """Mean ± standard error over the seeds."""
     mean, error = mean_and_error(values.tolist())
     return f"{mean:{sign}.{digits}f} ± {error or 0.0:.{digits}f}"

@@ -39,7 +39,7 @@ def markdown(result: dict[str, Any]) -> str:
         "Memory of a process that trains for two epochs, in MiB.",
         _memory_table(result["memory"]),
         "Test accuracy after the last epoch in %, mean ± standard error over the seeds.",
-        _accuracy_table(result["accuracy"]),
+        _test_accuracy_table(result["accuracy"]),
         f"Machine: {json.dumps(result['machine'])}",
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
@@ -88,7 +88,7 @@ def _memory_table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(["program", "before", "peak", "peak on the GPU"], cells)
 
 
-def _accuracy_table(rows: list[dict[str, Any]]) -> str:
+def _test_accuracy_table(rows: list[dict[str, Any]]) -> str:
     cells = [
         [r["dataset"], str(len(r["accuracies"]["plain"])), *map(_percent_text, r["mean_and_error"].values())]
         for r in rows
