@@ -6,27 +6,19 @@ No other file joins paths inside a run folder. docs/reference/formats.md describ
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import logging
 import os
 import platform
 import re
 import shutil
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import _files
+from .lock import RunLock
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-logger = logging.getLogger(__name__)
 AnyPath = str | os.PathLike[str]
 RUN_FORMAT = "fmn_ref.run"
 _FRAMEWORKS = ("lightning", "transformers", "keras", "jax")  # run.json keeps their versions where they are loaded
@@ -115,11 +107,11 @@ class RunFolder:
         except TypeError as error:
             raise TypeError(f"config: {error}") from None
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(self.path)
+        lock = RunLock.of(self.path)
         try:
             self._settle(plain, resume, suffix)
         except BaseException:
-            lock.release()
+            del lock  # the error's traceback holds this frame
             raise
         return lock
 
@@ -206,58 +198,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
-
-
-class RunLock:
-    """A process's right to write in a run folder; ValueError where another process has it.
-
-    Locks of one process share it: a notebook may make a second Recorder, and `CorrectnessHistory` notices where
-    both write. The lock is released with its last holder, by `release`, garbage collection, or the end of the process,
-    a kill included. Readers need none. Windows, and file systems without locks, have no protection but the history's.
-    """
-
-    _held: dict[Path, tuple[int, int]] = {}  # noqa: RUF012  # folder: (file descriptor, holders), of this process
-
-    def __init__(self, folder: Path) -> None:
-        key = folder.resolve()
-        descriptor, holders = self._held.get(key, (-1, 0))
-        if not holders:
-            descriptor = _locked(key / ".lock")
-        self._held[key] = descriptor, holders + 1
-        self.release = weakref.finalize(self, RunLock._release, key, os.getpid())
-
-    @classmethod
-    def _release(cls, key: Path, owner: int) -> None:
-        if owner != os.getpid():  # a forked child has no lock of its own
-            return
-        descriptor, holders = cls._held.pop(key)
-        if holders > 1:
-            cls._held[key] = descriptor, holders - 1
-        elif descriptor >= 0:
-            with contextlib.suppress(OSError):  # the folder may be gone
-                (key / ".lock").unlink(missing_ok=True)
-            os.close(descriptor)
-
-
-def _locked(path: Path) -> int:
-    """Descriptor of the lock file, locked; -1 where there are no locks."""
-    if fcntl is None:
-        return -1
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by forked workers, unlike flock
-            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
-                return descriptor
-        except FileNotFoundError:
-            pass  # its holder deleted it while we opened it: try again
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                owner = os.read(descriptor, 200).decode(errors="replace") or "another process"
-                os.close(descriptor)
-                raise ValueError(f"run_dir: {owner} writes in {path.parent}; a run has one writer") from None
-            logger.warning("%s: %s; nothing keeps a second process from writing here", path, error.strerror)
-            return descriptor
-        os.close(descriptor)

@@ -12,7 +12,8 @@ from typing import Any
 from .. import _check
 from ..metrics.curves import correctness, forget_fraction
 from ..metrics.history import CorrectnessHistory, labels_digest
-from .folder import AnyPath, RunFolder, RunLock, checked_suffix, remove_checkpoint
+from .folder import AnyPath, RunFolder, checked_suffix, remove_checkpoint
+from .lock import RunLock
 from .retention import Keep
 from .run import Run
 
@@ -161,8 +162,8 @@ class Recorder:
             raise ValueError(f"epoch: {self.run_dir} is already recorded past {epoch}; {hint}")
 
     def _take_lock(self) -> None:
-        if self._lock is None:  # after `close`
-            self._lock = RunLock(self.run_dir)
+        if self._lock is None or not self._lock.valid:  # after `close`, in a copy or a forked child
+            self._lock = RunLock.of(self.run_dir)
 
     def _write(self, path: Path, weights: dict[str, Any] | None) -> None:
         if self._save is not None:
@@ -200,9 +201,10 @@ class Recorder:
 
     def close(self) -> None:
         """Release the folder's lock; a later `record` or `rewind` takes it again."""
-        if self._lock is not None:
-            self._lock.release()
         self._lock = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_lock": None}  # a copy takes the lock when it writes
 
     def __enter__(self) -> Recorder:
         return self

@@ -120,7 +120,7 @@ class Store(contextlib.ExitStack):
         self.recorder: Recorder | None = None
         if distributed.rank() == 0:
             self._lock = self.folder.claim(config, resume=resume)
-            self.callback(self._lock.release)
+            self.callback(setattr, self, "_lock", None)  # lets go of it
             if keep is not None:
                 self.recorder = self.enter_context(Recorder(run_dir, keep=keep, half=half))
         self._writer = self.enter_context(Writer(disk_wait))

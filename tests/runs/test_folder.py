@@ -1,12 +1,16 @@
 """One owner of a run folder: layout, run.json, and the lock that keeps a second writer out."""
 
 import contextlib
+import copy
 import errno
 import gc
 import multiprocessing
 import os
+import pickle
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,8 +19,9 @@ from fresh_process import record_in_another_process
 from torch import nn
 
 import fmn_ref as fmn
-from fmn_ref.runs import folder as module
-from fmn_ref.runs.folder import RunFolder, RunLock
+from fmn_ref.runs import lock as module
+from fmn_ref.runs.folder import RunFolder
+from fmn_ref.runs.lock import RunLock
 
 LABELS = [0, 1, 1]
 HOLD = """
@@ -140,23 +145,96 @@ class TestLock:
         target.write_text("mine")
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / ".lock").symlink_to(target)
-        with pytest.raises(OSError, match=r"\.lock"):
+        with pytest.raises(ValueError, match=r"\.lock: expected a regular file"):
             fmn.Recorder(tmp_path / "run")
         assert target.read_text() == "mine"
+
+    @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+    def test_something_else_in_its_place_is_named(self, tmp_path, make):
+        make(tmp_path / ".lock")
+        with pytest.raises(ValueError, match=r"\.lock: expected a regular file"):
+            fmn.Recorder(tmp_path)
 
     def test_a_file_system_without_locks_is_named(self, tmp_path, monkeypatch, caplog):
         def no_locks(*args):
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-        monkeypatch.setattr(module.fcntl, "lockf", no_locks)
+        monkeypatch.setattr(module.fcntl, "flock", no_locks)
         fmn.Recorder(tmp_path).record(0, LABELS, LABELS)
         assert f"{tmp_path}/.lock: No locks available" in caplog.text
         assert "nothing keeps a second process from writing here" in caplog.text
 
-    def test_a_folder_that_is_deleted_meanwhile(self, tmp_path):
-        lock = RunLock(tmp_path)
-        (tmp_path / ".lock").unlink()
-        lock.release()
+    def test_a_folder_to_read_from_needs_none(self, tmp_path, monkeypatch):
+        fmn.Recorder(tmp_path).record(0, LABELS, LABELS)
+
+        def refused(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+        monkeypatch.setattr(module, "_opened", refused)
+        assert fmn.Recorder(tmp_path).next_epoch == 1
+
+    def test_a_folder_that_is_made_again_is_locked_again(self, tmp_path):
+        """As in a notebook that deletes the run and goes on."""
+        old = fmn.Recorder(tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+        new = fmn.Recorder(tmp_path / "run")
+        new.record(0, LABELS, LABELS)
+        del old
+        assert "a run has one writer" in record_in_another_process(tmp_path / "run", 1, LABELS)
+
+    def test_the_lock_of_another_process_is_not_deleted(self, tmp_path):
+        old = fmn.Recorder(tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+        with another_process(tmp_path / "run"):
+            old.close()
+            with pytest.raises(ValueError, match="a run has one writer"):
+                fmn.Recorder(tmp_path / "run")
+
+    def test_reading_the_file_does_not_release_it(self, tmp_path):
+        recorder = fmn.Recorder(tmp_path / "run")
+        recorder.record(0, LABELS, LABELS)
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        assert "a run has one writer" in record_in_another_process(tmp_path / "run", 1, LABELS)
+
+    def test_a_forked_child_is_another_process(self, tmp_path):
+        recorder = fmn.Recorder(tmp_path)
+        recorder.record(0, LABELS, LABELS)
+
+        def record_too(refused):
+            for make in (lambda: recorder, lambda: fmn.Recorder(tmp_path)):
+                with contextlib.suppress(ValueError):
+                    make().record(1, LABELS, LABELS)
+                    return
+            refused.set()
+
+        fork = multiprocessing.get_context("fork")
+        refused = fork.Event()
+        child = fork.Process(target=record_too, args=(refused,))
+        child.start()
+        child.join()
+        assert refused.is_set()
+        recorder.record(1, LABELS, LABELS)
+
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])
+    def test_a_copy_takes_the_lock_when_it_writes(self, tmp_path, copied):
+        recorder = fmn.Recorder(tmp_path)
+        recorder.record(0, LABELS, LABELS)
+        again = copied(recorder)
+        del recorder
+        gc.collect()
+        assert not (tmp_path / ".lock").exists()
+        again.record(1, LABELS, LABELS)
+        assert (tmp_path / ".lock").exists()
+
+    def test_threads_share_it(self, tmp_path):
+        def hold(k):
+            return [RunLock.of(tmp_path) for _ in range(50)]
+
+        with ThreadPoolExecutor(4) as pool:
+            held = list(pool.map(hold, range(4)))
+        assert len({id(lock) for locks in held for lock in locks}) == 1
+        del held
+        gc.collect()
         assert not (tmp_path / ".lock").exists()
 
 

@@ -1,0 +1,123 @@
+"""RunLock: the right of one process to write in a run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import platform
+import stat
+import threading
+import weakref
+from pathlib import Path
+from typing import ClassVar
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class RunLock:
+    """A locked `.lock` file in a run folder; `RunLock.of` makes or shares it.
+
+    All holders in a process share one lock per folder: a notebook may make a second Recorder, and `CorrectnessHistory`
+    notices if both write. The lock ends with the last reference to it, or with the process, a kill included. A forked
+    child does not have it. Readers need none.
+    """
+
+    _of_process: ClassVar[weakref.WeakValueDictionary[Path, RunLock]] = weakref.WeakValueDictionary()
+    _mutex: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._descriptor, self._owner = path, _lock_file(path), os.getpid()
+        weakref.finalize(self, _unlock, path, self._descriptor, self._owner)
+
+    @classmethod
+    def of(cls, folder: Path) -> RunLock:
+        """Lock a folder for this process; ValueError if another process has it."""
+        path = folder.resolve() / ".lock"
+        with cls._mutex:
+            lock = cls._of_process.get(path)
+            if lock is None or not lock.valid:
+                lock = cls._of_process[path] = cls(path)
+            return lock
+
+    @property
+    def valid(self) -> bool:
+        """False in a forked child, and if the folder was deleted since."""
+        return self._owner == os.getpid() and (self._descriptor < 0 or _is_open_at(self._descriptor, self.path))
+
+    @classmethod
+    def forget(cls) -> None:
+        """Close the files that a forked child inherited: the lock would live as long as the child."""
+        for lock in cls._of_process.values():
+            if lock._descriptor >= 0:
+                os.close(lock._descriptor)
+        cls._of_process, cls._mutex = weakref.WeakValueDictionary(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=RunLock.forget)
+
+
+def _lock_file(path: Path) -> int:
+    """Open and lock the file; return its descriptor, or -1 where nothing can be locked."""
+    if fcntl is None:
+        return -1
+    while True:
+        try:
+            descriptor = _opened(path)
+        except OSError as error:
+            if error.errno in _NO_PERMISSION:  # a folder to read from: whatever writes there fails by itself
+                return -1
+            raise
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                logger.warning("%s: %s; nothing keeps a second process from writing here", path, error.strerror)
+                return descriptor
+            owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise ValueError(f"run_dir: {owner} writes in {path.parent}; a run has one writer") from None
+        if _is_open_at(descriptor, path):
+            with contextlib.suppress(OSError):  # a full disk; the text only serves the message above
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+            return descriptor
+        os.close(descriptor)  # its holder deleted the file while we opened it: try again
+
+
+def _opened(path: Path) -> int:
+    """Descriptor of a regular file; links are not followed, and a FIFO does not block."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.ELOOP):
+            raise
+    raise ValueError(f"{path}: expected a regular file, the lock of the run; remove what is there")
+
+
+def _is_open_at(descriptor: int, path: Path) -> bool:
+    """Tell whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def _unlock(path: Path, descriptor: int, owner: int) -> None:
+    if owner == os.getpid() and descriptor >= 0:
+        if _is_open_at(descriptor, path):  # not the lock of another process in a folder of the same name
+            with contextlib.suppress(OSError):
+                path.unlink()
+        os.close(descriptor)
