@@ -116,8 +116,11 @@ def _is_open_at(descriptor: int, path: Path) -> bool:
 
 
 def _unlock(path: Path, descriptor: int, owner: int) -> None:
-    if owner == os.getpid() and descriptor >= 0:
+    if owner != os.getpid() or descriptor < 0:
+        return
+    try:
         if _is_open_at(descriptor, path):  # not the lock of another process in a folder of the same name
             with contextlib.suppress(OSError):
-                path.unlink()
+                os.unlink(path)
+    finally:  # an interrupt may come in between
         os.close(descriptor)
