@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -199,7 +200,7 @@ def _resume(parts: dict[str, Any], store: Store | None) -> int:
     """Load the state after the last finished epoch, in every process; return the number of the next."""
     if store is None:
         return 0
-    state = distributed.broadcast(store.load(set(parts)) if distributed.rank() == 0 else None)
+    state = distributed.on_rank_zero(partial(store.load, set(parts)))
     if state is None:
         return 0
     try:
