@@ -24,14 +24,14 @@ from .metrics.curves import (
 )
 from .metrics.history import CorrectnessHistory
 from .metrics.samples import SampleStatistics, sample_statistics
-from .reporting.recovery import Recovery, recovery
-from .runs.importers import epoch_files, from_cartography, from_logits, from_toneva
 from .runs.recorder import Recorder
 from .runs.run import Run
 from .training.noise import asymmetric_noise, symmetric_noise, transition_noise
 
 if TYPE_CHECKING:
     from .reporting.comparison import Comparison, compare, compare_probabilities
+    from .reporting.recovery import Recovery, recovery
+    from .runs.importers import epoch_files, from_cartography, from_logits, from_toneva
     from .training.augmentation import crop_flip
     from .training.distill import Sweep, distill, tune_distillation
     from .training.ensemble import FusedModel, averaged_model
@@ -47,8 +47,10 @@ _LAZY = {
     "fusion.expectation": ("expectation",),
     "reporting.comparison": ("Comparison", "compare", "compare_probabilities"),
     "reporting.plot": ("plot",),
+    "reporting.recovery": ("Recovery", "recovery"),
     "reporting.report": ("report",),
     "runs.checkpoints": ("checkpoints",),
+    "runs.importers": ("epoch_files", "from_cartography", "from_logits", "from_toneva"),
     "training.augmentation": ("crop_flip",),
     "training.distill": ("Sweep", "distill", "tune_distillation"),
     "training.ensemble": ("FusedModel", "averaged_model"),

@@ -55,7 +55,8 @@ def on_device(x: Any) -> bool:
 def kind(a: Any) -> str:
     """Kind of an array's or a tensor's dtype: "b", "i" (signed or not) or "f" (BFLOAT16 too)."""
     if isinstance(a, np.ndarray):
-        return {"b": "b", "i": "i", "u": "i"}.get(a.dtype.kind, "f")
+        k = a.dtype.kind
+        return k if k in "bi" else "i" if k == "u" else "f"
     return "f" if a.dtype.is_floating_point else "b" if str(a.dtype) == "torch.bool" else "i"
 
 

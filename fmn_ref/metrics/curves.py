@@ -125,9 +125,10 @@ class ForgettingCurves:
         return f"ForgettingCurves({n} epochs, {np.sum(self.n_samples)} samples{groups}, {peak})"
 
     def _fraction(self, row: int) -> NDArray[np.float64]:
-        total = self.total if self.groups is None else self.total[:, None]
+        if self.groups is None:
+            return np.asarray(self.counts[row] / self.total)
         with np.errstate(invalid="ignore"):  # 0 / 0 in an empty group
-            return np.asarray(self.counts[row] / total)
+            return np.asarray(self.counts[row] / self.total[:, None])
 
     @property
     def accuracy(self) -> NDArray[np.float64]:

@@ -200,7 +200,9 @@ class CorrectnessHistory:
     def _append_in_memory(self, packed: NDArray[np.uint8]) -> None:
         n = len(self)
         if n == len(self._rows):
-            self._rows = np.concatenate([self._rows, np.zeros((max(16, n), self._width), np.uint8)])
+            grown = np.zeros((max(16, 2 * n), self._width), np.uint8)  # pages past n are not touched yet
+            grown[:n] = self._rows
+            self._rows = grown
         self._rows[n] = packed
 
     def _append_to_file(self, packed: NDArray[np.uint8], epoch: int) -> None:

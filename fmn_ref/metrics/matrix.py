@@ -68,7 +68,8 @@ def adjacent(a: Any) -> Any:
     """The same array with native bytes and adjacent values along the last axis; tensors unchanged."""
     if not isinstance(a, np.ndarray):
         return a
-    a = a.astype(a.dtype.newbyteorder("="), copy=False)
+    if not a.dtype.isnative:
+        a = a.astype(a.dtype.newbyteorder("="))
     return a if a.size < 2 or a.shape[-1] == 1 or a.strides[-1] == a.itemsize else np.ascontiguousarray(a)
 
 

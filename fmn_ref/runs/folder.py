@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import re
 import shutil
 import sys
@@ -193,7 +192,7 @@ def versions() -> dict[str, str]:
     """Versions of what computes, read from the packages' metadata: importing torch for it would take a second."""
     from importlib import metadata  # slow to import, and needed once a run
 
-    found = {"python": platform.python_version()}
+    found = {"python": sys.version.split()[0]}
     for name in ("fmn_ref", "numpy", "torch", *(name for name in _FRAMEWORKS if name in sys.modules)):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
-import platform
 import stat
 import threading
 import weakref
@@ -18,7 +16,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-logger = logging.getLogger(__name__)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -80,7 +77,10 @@ def _lock_file(path: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                logger.warning("%s: %s; nothing keeps a second process from writing here", path, error.strerror)
+                import logging  # slow to import
+
+                text = "%s: %s; nothing keeps a second process from writing here"
+                logging.getLogger(__name__).warning(text, path, error.strerror)
                 return descriptor
             owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
@@ -88,7 +88,7 @@ def _lock_file(path: Path) -> int:
         if _is_open_at(descriptor, path):
             with contextlib.suppress(OSError):  # a full disk; the text only serves the message above
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+                os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
             return descriptor
         os.close(descriptor)  # its holder deleted the file while we opened it: try again
 
