@@ -1,6 +1,7 @@
 """fmn_ref: measure what a network forgot during training, and recover it from the run's own checkpoints.
 
-Metrics, history, fusion and noise need only NumPy. Names that train or evaluate networks load torch on first use.
+Metrics, history, fusion and noise need only NumPy. Names that train or evaluate networks load torch on first use; the
+rooms above `runs` load when one of their names is used.
 """
 
 from __future__ import annotations
@@ -9,10 +10,6 @@ import importlib
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from .fusion.epsilon import best_epsilon
-from .fusion.expectation import expected_gain
-from .fusion.fuse import fuse
-from .fusion.plan import FusionPlan
 from .kernels.backend import Backend, backend
 from .metrics.curves import (
     ForgettingCurves,
@@ -26,15 +23,19 @@ from .metrics.history import CorrectnessHistory
 from .metrics.samples import SampleStatistics, sample_statistics
 from .runs.recorder import Recorder
 from .runs.run import Run
-from .training.noise import asymmetric_noise, symmetric_noise, transition_noise
 
 if TYPE_CHECKING:
+    from .fusion.epsilon import best_epsilon
+    from .fusion.expectation import expected_gain
+    from .fusion.fuse import fuse
+    from .fusion.plan import FusionPlan
     from .reporting.comparison import Comparison, compare, compare_probabilities
     from .reporting.recovery import Recovery, recovery
     from .runs.importers import epoch_files, from_cartography, from_logits, from_toneva
     from .training.augmentation import crop_flip
     from .training.distill import Sweep, distill, tune_distillation
     from .training.ensemble import FusedModel, averaged_model
+    from .training.noise import asymmetric_noise, symmetric_noise, transition_noise
     from .training.predictions import Probabilities
     from .training.recipe import Recipe
     from .training.train import train
@@ -44,7 +45,10 @@ __version__ = "0.1.0"
 # Names that load their module on first use; a module's own name stands for the module.
 _LAZY = {
     "fusion.baselines": ("baselines",),
-    "fusion.expectation": ("expectation",),
+    "fusion.epsilon": ("best_epsilon",),
+    "fusion.expectation": ("expectation", "expected_gain"),
+    "fusion.fuse": ("fuse",),
+    "fusion.plan": ("FusionPlan",),
     "reporting.comparison": ("Comparison", "compare", "compare_probabilities"),
     "reporting.plot": ("plot",),
     "reporting.recovery": ("Recovery", "recovery"),
@@ -54,6 +58,7 @@ _LAZY = {
     "training.augmentation": ("crop_flip",),
     "training.distill": ("Sweep", "distill", "tune_distillation"),
     "training.ensemble": ("FusedModel", "averaged_model"),
+    "training.noise": ("asymmetric_noise", "symmetric_noise", "transition_noise"),
     "training.predictions": ("Probabilities",),
     "training.recipe": ("Recipe",),
     "training.train": ("train",),
