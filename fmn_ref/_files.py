@@ -62,15 +62,15 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     write_atomic(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
-def read_json(path: str | os.PathLike[str], format: str) -> dict[str, Any]:
-    """Read a JSON object with {"format": format, "version": 1}; a ValueError names a file that is none."""
+def read_json(path: str | os.PathLike[str], format: str, newest: int = 1) -> dict[str, Any]:
+    """Read a JSON object of the format, of version 1 to `newest`; a ValueError names a file that is none."""
     try:
         content = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a {format} file: {error}") from None
     if not isinstance(content, dict) or content.get("format") != format:
         raise ValueError(f"{path}: not a {format} file")
-    if content.get("version") != 1:
+    if content.get("version") not in range(1, newest + 1):
         raise ValueError(f"{path}: {format} version {content.get('version')!r} is not known to this release")
     return content
 

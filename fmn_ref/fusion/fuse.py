@@ -18,12 +18,11 @@ from .._check import Bool, Float, Int
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from .epsilon import SEARCHES, Target, grid_of
-from .methods import AUTO, METHODS, Problem, auto_methods, method_names, problem_for, summaries
+from .methods import AUTO, METHODS, UNBOUNDED, Problem, auto_methods, method_names, problem_for, summaries
 from .mixtures import replay
 from .plan import FusionPlan
 from .probabilities import ProbabilityReader
 
-_UNBOUNDED = 2**31
 _DRAWS = 2000  # of the bootstrap
 
 
@@ -57,13 +56,13 @@ def fuse(
         Default: "forget". A name in the table of `fmn_ref/fusion/methods.py`, or "auto", which needs folds.
     window : int >= 0
         Default: 1, as in the papers. Half width of a member's window, which is clipped at the first and last epoch.
-        "coverage" and the plain means mix single epochs.
+        "pool", "coverage" and the plain means take single epochs.
     search : {"grid", "exact"}
         Default: "grid". How "forget" finds epsilon: see `best_epsilon`.
     step : float
         Default: 0.01. Distance of the grid's points.
     max_members : int >= 1, optional
-        Most members. Default: no bound, "KF(inf)" in the papers; 1 is "KF(1)".
+        Most members. Default: ten for "pool", else no bound, "KF(inf)" in the papers; 1 is "KF(1)".
     max_forward_passes : int >= 1, optional
         Most checkpoints that a prediction runs: every epoch of a window counts, and the final model if it has weight.
         Default: no bound.
@@ -118,7 +117,7 @@ fuse.__doc__ = cleandoc(fuse.__doc__ or "").replace("needs folds.\n", f"needs fo
 
 
 def _bound(value: Any, name: str) -> int:
-    return _UNBOUNDED if value is None else int(_check.number(value, 1, _UNBOUNDED, name, int))
+    return UNBOUNDED if value is None else int(_check.number(value, 1, UNBOUNDED, name, int))
 
 
 def _number_of_folds(folds: Any, method: str, reader: ProbabilityReader, n_samples: int) -> int:
@@ -175,11 +174,11 @@ def _planned(problem: Problem, target: Target, found: _Estimate) -> FusionPlan:
     """The plan of a method on the whole selection set."""
     method, seen = METHODS[found.method], problem_for(problem, found.method)
     members = () if found.final_is_best else method.choose(seen, target)
-    mixtures = replay(seen.final, seen.probs, members, seen.window)
+    mixtures = replay(seen.probs, members, seen.window, method.combine)
     accuracy = tuple(target.score_of(p) / target.total for p in mixtures)
     search, digest = "exact" if method.exact else problem.search, labels_digest(target.labels).hex()
-    estimate = found.accuracy, found.gain_interval
-    return FusionPlan(members, problem.n_epochs, seen.window, accuracy, method.name, search, digest, *estimate)
+    kind = accuracy, method.name, search, digest, method.combine
+    return FusionPlan(members, problem.n_epochs, seen.window, *kind, found.accuracy, found.gain_interval)
 
 
 def _right_unseen(problem: Problem, target: Target, method: str, folds: int) -> Bool:
@@ -190,7 +189,7 @@ def _right_unseen(problem: Problem, target: Target, method: str, folds: int) -> 
     for k in range(folds):
         hidden = fold == k
         members = METHODS[method].choose(seen, target.weighted(np.where(hidden, 0, target.each)))
-        fused = deque(replay(seen.final, seen.probs, members, seen.window), maxlen=1)[0]
+        fused = deque(replay(seen.probs, members, seen.window, METHODS[method].combine), maxlen=1)[0]
         right[hidden] = fused[hidden].argmax(1) == y[hidden]
     return right
 

@@ -1,4 +1,4 @@
-"""The methods of `fuse`: each looks at a selection set and chooses members, (epoch, eps) in order. NumPy only.
+"""The methods of `fuse`: each looks at a selection set and chooses members. NumPy only.
 
 To add a method: write a function (Problem, Target) -> Members, and give it one entry in `_ENTRIES`, below. `fuse`, the
 plan's checks, the command line, comparisons, benchmarks, docs and tests read `METHODS`.
@@ -18,12 +18,15 @@ from ..kernels.mixing import widened
 from . import baselines
 from .epsilon import SEARCHES, Target
 from .mixtures import Members, members_from_weights, mix, mixture, window_epochs
+from .pool import pool_weights
 from .probabilities import ProbabilityReader
 
 MIN_WEIGHT = 0.01  # "bagged" and "likelihood" drop members below this weight
 MIN_COVERAGE = 0.005  # "coverage" drops checkpoints that add a smaller share of the samples
 EM_STEPS = 100
 BAGS = 5
+POOL_MEMBERS = 10  # "pool" drops others, unless another bound is given
+UNBOUNDED = 2**31
 
 
 @dataclass
@@ -143,6 +146,21 @@ def bagged(problem: Problem, target: Target) -> Members:
     return members_from_weights({int(e): float(total[e]) for e in kept}, n, final=final) if kept else ()
 
 
+def pool(problem: Problem, target: Target) -> Members:
+    """The log-linear pool: the weighted geometric mean of ten epochs that has the best log-likelihood of the labels.
+
+    Genest and Zidek 1986. `pool_weights` has the objective and its guard against few samples. A sample's weight counts
+    it several times; the weights are scaled to a mean of 1.
+    """
+    most = problem.most_epochs()
+    if problem.max_members == UNBOUNDED:
+        most = min(most, POOL_MEMBERS)
+    counted = target.each[target.each > 0]
+    count = target.each * (len(counted) / counted.sum())
+    weights = pool_weights(problem.probs.alike(range(problem.n_epochs)), target.labels, count, max_members=most)
+    return tuple(sorted(weights.items(), key=lambda item: -item[1]))
+
+
 def likelihood(problem: Problem, target: Target) -> Members:
     """The convex weights of all windows and the final model with the best log-likelihood of the labels.
 
@@ -257,6 +275,8 @@ class Method(NamedTuple):
         Whether it is a plain mean of k epochs, a control for the others.
     exact : bool
         Whether it always searches epsilon exactly, whatever `search` is.
+    combine : {"linear", "geometric"}
+        How the members combine, and so what `choose` returns: (epoch, eps) in the order of mixing, or (epoch, weight).
     auto_rank : int, optional
         Rank among the methods that "auto" tries: of equally good ones the lowest wins. Default: not tried.
     """
@@ -266,10 +286,12 @@ class Method(NamedTuple):
     windowed: bool = False
     control: bool = False
     exact: bool = False
+    combine: str = "linear"
     auto_rank: int | None = None
 
 
 _ENTRIES = (
+    Method("pool", pool, combine="geometric", auto_rank=0),
     Method("forget", forget, windowed=True, auto_rank=3),
     Method("greedy", greedy, windowed=True, exact=True, auto_rank=4),
     Method("bagged", bagged, windowed=True, auto_rank=5),

@@ -1,4 +1,4 @@
-"""FusionPlan, the result of a fusion: the epochs and their weights, as a value and as a file. NumPy only."""
+"""FusionPlan, the result of a fusion: epochs, weights and how they combine, as a value and as a file. NumPy only."""
 
 from __future__ import annotations
 
@@ -12,30 +12,36 @@ import numpy as np
 from .. import _check, _files
 from .._check import Float
 from .methods import method_names
-from .mixtures import Members, members_from_weights, replay, window_epochs
+from .mixtures import COMBINATIONS, Members, log_linear_pool, members_from_weights, replay, window_epochs
 from .probabilities import ProbabilityReader
+
+MOST_WEIGHT = 1e6  # of a member of a log-linear pool
+_VALUE = {"linear": "eps", "geometric": "weight"}  # what a member has beside its epoch, in the file
 
 
 @dataclass(frozen=True)
 class FusionPlan:
-    """The epochs that a fusion chose, with the epsilon and the order of each, and an estimate of the gain.
+    """The epochs that a fusion chose, how they combine, and an estimate of the gain.
 
     Attributes
     ----------
-    members : tuple of (epoch, eps)
-        In the order of mixing: fused <- eps * mean of the window around epoch + (1 - eps) * fused, starting from the
-        last epoch (arXiv 2412.12968, Algorithm 1). Epochs are rows of the probabilities, from 0. Empty if the final
-        model alone is best.
+    members : tuple of (epoch, eps), or of (epoch, weight) if `combine` is "geometric"
+        Linear members are in the order of mixing: fused <- eps * mean of the window around epoch + (1 - eps) * fused,
+        starting from the last epoch (arXiv 2412.12968, Algorithm 1). Geometric members are single epochs with the
+        weights of a log-linear pool, the heaviest first. Epochs are rows of the probabilities, from 0. Empty if the
+        final model alone is best.
     n_epochs : int
         Number of epochs that the plan chose from.
     window : int
         A member is the mean over epochs A - window .. A + window, clipped to the range.
     accuracy : tuple of float
-        Accuracy on the selection set: of the final model, then after each member.
+        Accuracy on the selection set: of the final model, then after each linear member, or of the pool.
     method, search : str
         As in `fuse`. After "auto" the method that it chose; "weights" for a plan made by `from_weights`.
     labels_sha256 : str
         Digest of the selection labels, with which a user of the plan can refuse to score on the selection set.
+    combine : {"linear", "geometric"}
+        Whether the fused prediction is sum_e weight_e * p_e, or proportional to exp(sum_e weight_e * log p_e).
     cv_accuracy : float, optional
         Accuracy by cross-validation inside the selection set.
     gain_interval : (float, float), optional
@@ -49,19 +55,24 @@ class FusionPlan:
     method: str = "forget"
     search: str = "grid"
     labels_sha256: str = ""
+    combine: str = "linear"
     cv_accuracy: float | None = field(default=None, compare=False)
     gain_interval: tuple[float, float] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         n_epochs = _check.number(self.n_epochs, 1, 2**31, "n_epochs", int)
         _check.number(self.window, 0, 2**31, "window", int)
-        for epoch, eps in self.members:
+        linear = _check.choice(self.combine, COMBINATIONS, "combine") == "linear"
+        for epoch, value in self.members:
             _check.number(epoch, 0, n_epochs - 1, "epoch", int)
-            _check.number(eps, 0, 1, "eps")
+            _check.number(value, 0, 1 if linear else MOST_WEIGHT, "eps" if linear else "weight")
+        if not linear and (self.window or len(dict(self.members)) < len(self.members)):
+            raise ValueError("members: a geometric plan has single epochs, each once, and window 0")
         for value in (*self.accuracy, *([] if self.cv_accuracy is None else [self.cv_accuracy])):
             _check.number(value, 0, 1, "accuracy")
-        if len(self.accuracy) != len(self.members) + 1:
-            raise ValueError("accuracy: expected one more value than members")
+        steps = len(self.members) if linear else min(1, len(self.members))
+        if len(self.accuracy) != steps + 1:
+            raise ValueError(f"accuracy: expected {steps + 1} values, got {len(self.accuracy)}")
         if self.gain_interval is not None:
             low, high = self.gain_interval
             _check.number(high, _check.number(low, -1, 1, "gain_interval"), 1, "gain_interval")
@@ -69,15 +80,17 @@ class FusionPlan:
         _check.choice(self.search, ("grid", "exact"), "search")
 
     @classmethod
-    def from_weights(cls, weights: dict[int, float], n_epochs: int) -> FusionPlan:
-        """Make a plan of any convex combination of epochs. Its selection accuracy is unknown and set to 0.
+    def from_weights(cls, weights: dict[int, float], n_epochs: int, combine: str = "linear") -> FusionPlan:
+        """Make a plan of given weights of the epochs. Its selection accuracy is unknown and set to 0.
 
         Parameters
         ----------
         weights : {epoch: weight}
-            Not negative; scaled to sum 1.
+            Not negative. Linear weights are scaled to sum 1; geometric ones are taken as they are.
         n_epochs : int
             Number of epochs of the run.
+        combine : {"linear", "geometric"}
+            Default: "linear".
 
         Raises
         ------
@@ -91,7 +104,10 @@ class FusionPlan:
         """
         if not isinstance(weights, dict):
             raise TypeError(f"weights: expected {{epoch: weight}}, got {type(weights).__name__}")
-        members = members_from_weights(weights, n_epochs)
+        members = members_from_weights(weights, n_epochs)  # checks the weights
+        if _check.choice(combine, COMBINATIONS, "combine") == "geometric":
+            members = tuple((int(e), float(w)) for e, w in sorted(weights.items(), key=lambda item: -item[1]) if w > 0)
+            return cls(members, n_epochs, 0, (0.0, 0.0), "weights", combine=combine)
         return cls(members, n_epochs, 0, (0.0,) * (len(members) + 1), "weights")
 
     @property
@@ -106,7 +122,9 @@ class FusionPlan:
 
     @property
     def weights(self) -> dict[int, float]:
-        """{epoch: weight} of single epochs, sum 1, without zeros: the fused prediction is sum_e weight_e * p_e."""
+        """{epoch: weight} of single epochs, without zeros, for the formula of `combine`. Linear weights sum to 1."""
+        if self.combine == "geometric" and self.members:
+            return {epoch: weight for epoch, weight in sorted(self.members) if weight > 0}
         w = np.zeros(self.n_epochs)
         w[-1] = 1
         for epoch, eps in self.members:
@@ -136,8 +154,9 @@ class FusionPlan:
         reader = ProbabilityReader.of(probs)
         if len(reader) != self.n_epochs:
             raise ValueError(f"probs: expected {self.n_epochs} epochs as in the plan, got {len(reader)}")
-        mixtures = replay(reader[self.n_epochs - 1], reader, self.members, self.window)
-        return deque(mixtures, maxlen=1)[0]
+        if self.combine == "geometric" and self.members:  # the last epoch may have no weight: it is not read then
+            return log_linear_pool(reader, dict(self.members))
+        return deque(replay(reader, self.members, self.window, self.combine), maxlen=1)[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON (docs/reference/formats.md)."""
@@ -145,12 +164,13 @@ class FusionPlan:
             path,
             {
                 "format": "fmn_ref.plan",
-                "version": 1,
+                "version": 2,
                 "method": self.method,
+                "combine": self.combine,
                 "search": self.search,
                 "window": self.window,
                 "n_epochs": self.n_epochs,
-                "members": [{"epoch": epoch, "eps": eps} for epoch, eps in self.members],
+                "members": [{"epoch": epoch, _VALUE[self.combine]: value} for epoch, value in self.members],
                 "weights": {str(epoch): weight for epoch, weight in self.weights.items()},
                 "selection_accuracy": list(self.accuracy),
                 "selection_labels_sha256": self.labels_sha256,
@@ -162,16 +182,19 @@ class FusionPlan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FusionPlan:
         """Read a plan. A ValueError names a file that is no plan. Runs no code from the file."""
-        content = _files.read_json(path, "fmn_ref.plan")
+        content = _files.read_json(path, "fmn_ref.plan", newest=2)
         try:
+            combine = content["combine"] if content["version"] > 1 else "linear"
+            value = _VALUE[_check.choice(combine, COMBINATIONS, "combine")]
             return cls(
-                members=tuple((m["epoch"], m["eps"]) for m in content["members"]),
+                members=tuple((m["epoch"], m[value]) for m in content["members"]),
                 n_epochs=content["n_epochs"],
                 window=content["window"],
                 accuracy=tuple(content["selection_accuracy"]),
                 method=content["method"],
                 search=content["search"],
                 labels_sha256=str(content["selection_labels_sha256"]),
+                combine=combine,
                 cv_accuracy=content.get("cv_accuracy"),
                 gain_interval=None if content.get("gain_interval") is None else tuple(content["gain_interval"]),
             )

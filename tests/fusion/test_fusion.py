@@ -265,7 +265,10 @@ class TestPlanFile:
             {"window": -1},
             {"method": 7},
             {"search": "fast"},
-            {"version": 2},
+            {"version": 3},
+            {"combine": "harmonic"},
+            {"combine": "geometric"},  # its members have weights
+            {"combine": "geometric", "members": [{"epoch": 2, "weight": 0.5}]},  # and no window
             {"format": "other"},
             {"selection_accuracy": [0.5, float("nan")]},
         ],
@@ -274,6 +277,23 @@ class TestPlanFile:
         plan.write_text(json.dumps(json.loads(plan.read_text()) | change))
         with pytest.raises(ValueError, match=r"plan\.json"):
             fmn.FusionPlan.load(plan)
+
+    def test_version_1(self, plan):
+        """The first release wrote no `combine`."""
+        content = json.loads(plan.read_text()) | {"version": 1}
+        del content["combine"]
+        plan.write_text(json.dumps(content))
+        assert fmn.FusionPlan.load(plan) == fmn.FusionPlan(((2, 0.5),), 5, 1, (0.5, 0.75))
+
+    def test_geometric(self, plan):
+        made = fmn.FusionPlan.from_weights({3: 0.25, 0: 0, 1: 2.5}, 5, combine="geometric")
+        assert (made.members, made.weights) == (((1, 2.5), (3, 0.25)), {1: 2.5, 3: 0.25})
+        made.save(plan)
+        assert fmn.FusionPlan.load(plan) == made
+        with pytest.raises(ValueError, match="each once"):
+            fmn.FusionPlan(((1, 0.5), (1, 0.5)), 5, 0, (0.5, 0.75), combine="geometric")
+        with pytest.raises(ValueError, match="weight"):
+            fmn.FusionPlan(((1, -0.5),), 5, 0, (0.5, 0.75), combine="geometric")
 
     @pytest.mark.parametrize(
         "content", [b"", b"[" * 100_000, b"{", b"[]", b"\x80\x04K\x01.", b'{"format": "fmn_ref.plan", "version": 1}']

@@ -41,9 +41,13 @@ def test_a_plan_is_what_it_says(problem, plans, method, tmp_path):
     assert accuracy(fused, labels) == plan.accuracy[-1]
     assert accuracy(p[-1], labels) == plan.accuracy[0]
     assert plan.accuracy[-1] > plan.accuracy[0]
-    assert sum(plan.weights.values()) == pytest.approx(1)
     assert plan.forward_passes == len(plan.weights)
-    np.testing.assert_allclose(mixture(p, plan.weights), fused, atol=1e-12)
+    if plan.combine == "linear":
+        assert sum(plan.weights.values()) == pytest.approx(1)
+        np.testing.assert_allclose(mixture(p, plan.weights), fused, atol=1e-12)
+    else:
+        product = np.prod([np.maximum(p[e].astype(float), 1e-6) ** w for e, w in plan.weights.items()], axis=0)
+        np.testing.assert_allclose(product / product.sum(1, keepdims=True), fused, atol=1e-12)
     low, high = plan.gain_interval
     assert low <= plan.cv_accuracy - plan.accuracy[0] <= high
     assert f"{plan.cv_accuracy:.2%}" in str(plan)
@@ -142,7 +146,7 @@ def test_the_final_model_alone(problem):
     p, _ = problem
     for method in METHODS:
         plan = fmn.fuse(p, p[-1].argmax(1), method=method)
-        if method not in ("likelihood", "coverage"):  # they do not maximise accuracy
+        if method not in ("pool", "likelihood", "coverage"):  # they do not maximise accuracy
             assert plan.final_model_alone
             assert plan.gain_interval == (0, 0)
             assert "final model alone" in str(plan)
@@ -172,7 +176,8 @@ def test_auto_falls_back_on_the_final_model():
     assert plan.cv_accuracy == plan.accuracy[0]
 
 
-@pytest.mark.parametrize("method", sorted({*METHODS} - {"bagged", "auto"}))  # these two draw samples by number
+# "bagged" and "auto" draw samples by number; the prior of "pool" goes by the number of samples that count
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"bagged", "auto", "pool"}))
 def test_weights_of_samples(problem, method):
     """A weight of two is the sample twice; a weight of zero is the sample left out."""
     p, labels = problem
@@ -184,6 +189,15 @@ def test_weights_of_samples(problem, method):
     assert [e for e, _ in weighted.members] == [e for e, _ in repeated.members]
     np.testing.assert_allclose([x for _, x in weighted.members], [x for _, x in repeated.members], atol=1e-6)
     np.testing.assert_allclose(weighted.accuracy, repeated.accuracy)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_scale_of_the_weights_does_not_matter(problem, method):
+    p, labels = problem
+    weight = np.random.default_rng(0).integers(0, 3, len(labels))
+    plans = [fmn.fuse(p, labels, method=method, sample_weight=w) for w in (weight, weight * 1e-3)]
+    assert [e for e, _ in plans[0].members] == [e for e, _ in plans[1].members]
+    np.testing.assert_allclose([x for _, x in plans[0].members], [x for _, x in plans[1].members], atol=1e-6)
 
 
 def test_balanced_accuracy():
