@@ -15,6 +15,7 @@ from inputs import history_of, random_probs
 import fmn_ref as fmn
 from fmn_ref.cli import SUITES, main
 from fmn_ref.fusion import expectation
+from fmn_ref.metrics.scores import scores
 
 
 @pytest.fixture
