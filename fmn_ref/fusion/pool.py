@@ -274,5 +274,6 @@ def _prune(objective: _Objective, w: Float, most: int) -> Float:
             left = left[v[left] > 0]
         w, members = np.zeros_like(w), members[left]
         w[members] = v[left]
-        w = _newton(objective, w, members, *objective(w, members), TOLERANCE * objective.ridge)
+        least = TOLERANCE * objective.ridge if len(members) <= most else 1e-4
+        w = _newton(objective, w, members, *objective(w, members), least)
     return w
