@@ -31,6 +31,8 @@ from .training.train import train
 
 logger = logging.getLogger(__name__)
 RATES = (0.0, 0.2, 0.4)
+MEASURES = ("test_accuracy", "selection_accuracy", "test_nll", "test_ece")
+CALIBRATED = ("last", "KF", "pool", "distilled KF", "distilled pool")  # rows of the second table
 N_TRAIN, N_SELECT = 800, 300
 RECIPE: dict[str, Any] = {"batch_size": 64, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}
 FIGURES = {
@@ -120,9 +122,9 @@ def _over_seeds(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard error over the seeds of one noise rate, for each method and the peak forget fraction."""
     methods: dict[str, Any] = {}
     for rows in zip(*(cell["rows"] for cell in cells), strict=True):
-        accuracies = {name: _mean_dict([r[name] for r in rows]) for name in ("test_accuracy", "selection_accuracy")}
+        measured = {name: _mean_dict([r[name] for r in rows]) for name in MEASURES}
         passes = float(np.mean([r["forward_passes"] for r in rows]))
-        methods[rows[0]["method"]] = accuracies | {"forward_passes": passes}
+        methods[rows[0]["method"]] = measured | {"forward_passes": passes}
     return {"methods": methods, "peak_forget_fraction": _mean_dict([cell["peak_forget_fraction"] for cell in cells])}
 
 
@@ -145,6 +147,16 @@ def accuracy_table(results: dict[str, Any]) -> str:
     return markdown_table(columns, rows).replace("|  |", "| |")
 
 
+def calibration_table(results: dict[str, Any]) -> str:
+    """Negative log-likelihood (NLL) and expected calibration error (ECE) on the test set, means over the seeds."""
+    columns = [f"{name}, {rate} wrong" for name in ("NLL", "ECE") for rate in results["noise"]]
+    rows = [
+        [method, *(f"{n['methods'][method][k]['mean']:.3f}" for k in MEASURES[2:] for n in results["noise"].values())]
+        for method in CALIBRATED
+    ]
+    return markdown_table(["method", *columns], rows)
+
+
 def _mean_text(value: dict[str, Any]) -> str:
     return f"{value['mean'] * 100:.1f}" + ("" if value["se"] is None else f" ± {value['se'] * 100:.1f}")
 
@@ -162,6 +174,9 @@ Data: scikit-learn's digits, {N_TRAIN} training images (a share of the labels wr
 checkpoints in the plan of KF.
 
 {accuracy_table(results)}
+Negative log-likelihood (NLL, in nats) and expected calibration error (ECE) on the test images:
+
+{calibration_table(results)}
 ## One run: {RATES[-1]:.0%} wrong labels, seed 0
 
 {figures}"""

@@ -231,6 +231,7 @@ def test_reading_a_history_without_the_package(rng):
 def test_the_demo_page_has_the_committed_table():
     results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     assert demo.accuracy_table(results) in page("demo")
+    assert demo.calibration_table(results) in page("demo")
 
 
 def test_the_readme_quotes_its_sources():
