@@ -23,7 +23,7 @@ import torch
 
 from fmn_ref import _files
 
-from . import measurement, networks, tables
+from . import figures, measurement, networks, tables
 from .pieces import Piece, Task
 
 SGD: dict[str, Any] = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}
@@ -124,7 +124,7 @@ def benchmark(
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
             for done in as_completed([pool.submit(job, piece) for piece in todo]):
                 print(done.result(), flush=True)
-    return tables.write(Path(out))
+    return figures.write(Path(out))
 
 
 def _run_job(piece: Piece, root: Path, out: Path, threads: int, clean_up: bool) -> str:

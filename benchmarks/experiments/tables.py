@@ -1,31 +1,37 @@
-"""Tables and figures of the suite, computed from the pieces' JSON files alone.
+"""Tables of the suite, computed from the pieces' JSON files alone.
 
-A piece is one data set, noise, augmentation and seed. A setting is a piece without its seed.
+A piece is one task (data set and network), noise, augmentation and seed. A setting is a piece without its seed. A kind
+is a setting without its noise: a row of the tables that have the noises as columns.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fmn_ref import _files
-from fmn_ref.fusion.methods import method_names
 from fmn_ref.reporting.tables import csv_table, markdown_table, mean_and_error
 
 Result = dict[str, Any]  # of a piece
 DRAWS = 10_000  # of the bootstrap
 FORMAT = "fmn_ref.paper-piece"
-AGAINST = ("final", "KF", "auto")
-SHOWN = (
-    *("final", "best epoch", "best window", "top", "Caruana", "top at auto's cost", "equally spaced at auto's cost"),
-    *("KF(1)", "KF", "KF exact", *(m for m in method_names() if m not in ("forget", "equal", "last")), "averaged auto"),
-    *("EMA", "SWA", "snapshots", "FGE", "distilled final", "distilled KF", "distilled auto", "distilled EMA"),
-    *("2 networks, early stopped", "3 networks, early stopped", "5 networks", "5 networks, early stopped"),
-    "generations, stopped by selection",
+AGAINST = ("final", "KF", "Caruana")
+MEASURES = ("test_accuracy", "test_nll", "test_ece", "forward_passes", "training_runs")
+FUSIONS = (
+    *("final", "best epoch", "best window", "top", "equally spaced at KF's cost", "Caruana", "KF(1)", "KF", "KF exact"),
+    *("greedy", "bagged", "likelihood", "coverage", "pool", "auto"),
 )
+SINGLE_NETWORKS = (
+    *("final", "EMA", "SWA", "EMA over epochs", "SWA over epochs", "averaged KF", "averaged pool"),
+    *("distilled final", "distilled KF", "distilled pool", "distilled auto", "distilled EMA"),
+    *("distilled 5 networks, early stopped", "2 networks, early stopped", "3 networks, early stopped"),
+    *("5 networks", "5 networks, early stopped", "snapshots", "FGE"),
+)
+NOISES = ("clean", "sym20", "sym40", "asym40", "human")
 
 
 def load_results(folder: Path) -> list[Result]:
@@ -47,9 +53,9 @@ def setting_rows(results: list[Result]) -> list[dict[str, Any]]:
     table = []
     for (setting, method), rows in found.items():
         accuracy, error = mean_and_error([100 * r["test_accuracy"] for r in rows])
-        costs = {name: float(np.mean([r[name] for r in rows])) for name in ("forward_passes", "training_runs")}
+        means = {name: float(np.mean([r[name] for r in rows])) for name in MEASURES[1:]}
         row = {"setting": setting, "method": method, "seeds": len(rows), "test_accuracy": accuracy}
-        table.append({**row, "standard_error": error, **costs})
+        table.append({**row, "standard_error": error, **means})
     return table
 
 
@@ -74,13 +80,12 @@ def paired(results: list[Result], method: str, against: str) -> dict[str, Any] |
 
 
 def overall(results: list[Result]) -> list[dict[str, Any]]:
-    """A row for each method: its mean over its settings, and its differences from the final model, KF and auto."""
+    """A row for each method: means over its settings, and its differences from `AGAINST`."""
     table = setting_rows(results)
     rows = []
     for method in dict.fromkeys(row["method"] for result in results for row in result["rows"]):
         own = [row for row in table if row["method"] == method]
-        names = "test_accuracy", "forward_passes", "training_runs"
-        means = {name: float(np.mean([row[name] for row in own])) for name in names}
+        means = {name: float(np.mean([row[name] for row in own])) for name in MEASURES}
         differences = {f"minus {other}": paired(results, method, other) for other in AGAINST}
         rows.append({"method": method, "settings": len(own), **means, **differences})
     return rows
@@ -111,8 +116,8 @@ def _budget_means(values: list[tuple[float, float, int]]) -> dict[str, Any]:
     }
 
 
-def fit_rule(results: list[Result], method: str = "auto") -> dict[str, Any]:
-    """Fit the fusion's gain to features of the history by least squares; cross-validate over the settings.
+def fit_rule(results: list[Result], method: str = "pool") -> dict[str, Any]:
+    """Fit a fusion's gain to features of the history by least squares; cross-validate over the settings.
 
     `error` is the root mean square error on settings that were left out.
     """
@@ -136,25 +141,64 @@ def fit_rule(results: list[Result], method: str = "auto") -> dict[str, Any]:
 
 def markdown(results: list[Result]) -> str:
     """All tables."""
-    tables = [_overall_table(results), *_setting_tables(results), _budget_table(results)]
+    tables = [overall_table(results), *_setting_tables(results), _budget_table(results)]
     return "\n".join(["# The suite's tables", "", *tables])
 
 
-def summary(results: list[Result]) -> str:
-    """The table in docs/results.md: single runs, students, and methods that train more."""
-    return _overall_table(results, SHOWN)
-
-
-def _overall_table(results: list[Result], only: tuple[str, ...] = ()) -> str:
+def overall_table(results: list[Result], only: tuple[str, ...] = ()) -> str:
+    """A row for each method, or for some of them in the given order."""
     against = [f"minus {other}" for other in AGAINST]
-    columns = ["method", "settings", "test accuracy", *against, "forward passes", "training"]
+    columns = ["method", "settings", "test accuracy", *against, "NLL", "ECE", "forward passes", "training"]
+    found = {row["method"]: row for row in overall(results)}
     rows = []
-    for row in overall(results):
-        if not only or row["method"] in only:
+    for method in only or found:
+        if row := found.get(method):
             differences = [_difference_text(row[name]) for name in against]
+            scores = [f"{row['test_nll']:.3f}", f"{row['test_ece']:.3f}"]
             costs = [f"{row['forward_passes']:.1f}", f"{row['training_runs']:.3g}"]
-            rows.append([row["method"], str(row["settings"]), f"{row['test_accuracy']:.2f}", *differences, *costs])
+            rows.append([method, str(row["settings"]), f"{row['test_accuracy']:.2f}", *differences, *scores, *costs])
     return markdown_table(columns, rows)
+
+
+def noise_table(results: list[Result], value: Callable[[Result], float | None]) -> str:
+    """A row for each kind and a column for each noise: 100 times the mean of `value` ± its standard error."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        number = value(result)
+        if number is not None:
+            found.setdefault(kind_of(result), {}).setdefault(result["noise"], []).append(100 * number)
+    noises = [n for n in NOISES if any(n in row for row in found.values())]
+    rows = [[kind, *(_mean_text(row.get(noise)) for noise in noises)] for kind, row in found.items()]
+    return markdown_table(["data", *noises], rows)
+
+
+def kind_of(result: Result) -> str:
+    """Name of the task, and whether it is augmented."""
+    return f"{result['dataset']}{', augmented' if result['augmented'] else ''}"
+
+
+def peak(result: Result) -> float:
+    """Peak forget fraction on the selection set."""
+    return float(result["history"]["peak"])
+
+
+def difference(method: str, other: str) -> Callable[[Result], float | None]:
+    """Test accuracy of a method minus that of another, for a result that has both."""
+
+    def value(result: Result) -> float | None:
+        rows = rows_of(result)
+        if method not in rows or other not in rows:
+            return None
+        return float(rows[method]["test_accuracy"] - rows[other]["test_accuracy"])
+
+    return value
+
+
+def _mean_text(values: list[float] | None) -> str:
+    if values is None:
+        return ""
+    mean, error = mean_and_error(values)
+    return f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}")
 
 
 def _difference_text(value: dict[str, Any] | None) -> str:
@@ -219,57 +263,3 @@ def to_json(results: list[Result]) -> str:
         "rule": fit_rule(results),
     }
     return json.dumps(content, indent=1) + "\n"
-
-
-def write(folder: Path) -> str:
-    """Write the tables of all finished pieces as Markdown, CSV and JSON, and the figures; return the Markdown."""
-    results = load_results(folder)
-    if not results:
-        raise ValueError(f"{folder / 'pieces'}: no finished piece")
-    text = markdown(results)
-    for ending, content in (("md", text), ("csv", to_csv(results)), ("json", to_json(results))):
-        with _files.replacing(folder / f"tables.{ending}") as path:
-            path.write_text(content)
-    draw(results, folder)
-    return text
-
-
-def draw(results: list[Result], folder: Path) -> None:
-    """Draw gain.png and budget.png."""
-    from matplotlib.figure import Figure
-
-    for name, draw_axes in (("gain.png", _draw_gain), ("budget.png", _draw_budget)):
-        figure = Figure((6.4, 3.8), dpi=120, layout="constrained")
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        draw_axes(axes, results)
-        figure.savefig(folder / name)
-
-
-def _draw_gain(axes: Any, results: list[Result]) -> None:
-    """Plot the gain of auto against the peak forget fraction."""
-    for (dataset, augmented), marker in _kinds(results):
-        some = [r for r in results if (r["dataset"], r["augmented"]) == (dataset, augmented)]
-        x = [100 * r["history"]["peak"] for r in some]
-        y = [100 * (rows_of(r)["auto"]["test_accuracy"] - rows_of(r)["final"]["test_accuracy"]) for r in some]
-        axes.plot(x, y, marker, label=f"{dataset}{', augmented' if augmented else ''}", markersize=4)
-    axes.axhline(0, color="#6b7280", linewidth=0.8)
-    axes.set(xlabel="peak forget fraction on the selection set, %", ylabel="gain over the final model, points")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _kinds(results: list[Result]) -> list[tuple[tuple[str, bool], str]]:
-    kinds = dict.fromkeys((r["dataset"], r["augmented"]) for r in results)
-    return list(zip(kinds, ["o", "s", "^", "v", "D", "x", "P", "*"], strict=False))
-
-
-def _draw_budget(axes: Any, results: list[Result]) -> None:
-    """Plot the share of the gain that remains against the share of the checkpoints kept."""
-    for fusion in ("KF", "auto"):
-        for keep, line in (("budget", "-o"), ("every", ":s")):
-            points = [b for b in budget(results) if (b["fusion"], b["keep"]) == (fusion, keep)]
-            x, y = [100 * b["share"] for b in points], [100 * b["share_of_gain"] for b in points]
-            axes.plot(x, y, line, label=f"{fusion}, keep={keep}:n", markersize=4)
-    axes.axhline(95, color="#6b7280", linewidth=0.8)
-    axes.set(xlabel="share of the checkpoints kept, %", ylabel="of the gain from all checkpoints, %", ylim=(0, None))
-    axes.legend(frameon=False, fontsize=8)

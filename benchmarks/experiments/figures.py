@@ -1,0 +1,106 @@
+"""Figures of the suite, drawn from the pieces' JSON files; and `write`, which makes its tables and figures.
+
+| figure | question |
+|---|---|
+| forgotten.png | How much is forgotten? |
+| gain.png | What does fusing bring? |
+| students.png | Can one network hold it? |
+| budget.png | How many checkpoints does it take? |
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmn_ref import _files
+
+from . import tables
+from .tables import Result, budget, difference, kind_of, load_results, peak
+
+MARKERS = ("o", "s", "^", "v", "D", "x", "P", "*", "<", ">", "+", "h")
+
+
+def write(folder: Path) -> str:
+    """Write the tables of all finished pieces as Markdown, CSV and JSON, and the figures; return the Markdown."""
+    results = load_results(folder)
+    if not results:
+        raise ValueError(f"{folder / 'pieces'}: no finished piece")
+    text = tables.markdown(results)
+    for ending, content in (("md", text), ("csv", tables.to_csv(results)), ("json", tables.to_json(results))):
+        with _files.replacing(folder / f"tables.{ending}") as path:
+            path.write_text(content)
+    draw(results, folder)
+    return text
+
+
+def draw(results: list[Result], folder: Path) -> None:
+    """Draw every figure."""
+    from matplotlib.figure import Figure
+
+    for name, draw_axes in FIGURES.items():
+        figure = Figure((6.4, 3.8), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        draw_axes(axes, results)
+        axes.legend(frameon=False, fontsize=7)
+        figure.savefig(folder / name)
+
+
+def _draw_forgotten(axes: Any, results: list[Result]) -> None:
+    """Plot the forget fraction over the run, one line for each setting: the mean over its seeds."""
+    settings: dict[str, list[Result]] = {}
+    for result in results:
+        if result["noise"] in ("clean", "sym40"):
+            settings.setdefault(result["setting"], []).append(result)
+    for i, some in enumerate(settings.values()):
+        curve = 100 * np.mean([r["curves"]["forget"] for r in some], axis=0)
+        line = ":" if some[0]["noise"] == "clean" else "-"
+        name = f"{kind_of(some[0])}, {some[0]['noise']}"
+        axes.plot(np.arange(1, len(curve) + 1) / len(curve), curve, line, color=f"C{i // 2}", label=name)
+    axes.set(xlabel="share of the run", ylabel="forget fraction on the selection set, %")
+
+
+def _draw_gain(axes: Any, results: list[Result]) -> None:
+    """Plot the gain of the pool against the peak forget fraction."""
+    _draw_points(axes, results, lambda r: peak(r), difference("pool", "final"))
+    axes.set(xlabel="peak forget fraction on the selection set, %", ylabel="pool minus final model, points")
+
+
+def _draw_students(axes: Any, results: list[Result]) -> None:
+    """Plot the gain of the pool's student against the gain of the pool; on the line the student has all of it."""
+    _draw_points(axes, results, difference("pool", "final"), difference("distilled pool", "final"))
+    ends = [max(axes.get_xlim()[0], axes.get_ylim()[0]), min(axes.get_xlim()[1], axes.get_ylim()[1])]
+    axes.plot(ends, ends, color="#6b7280", linewidth=0.8)
+    axes.set(xlabel="pool minus final model, points", ylabel="its student minus final model, points")
+
+
+def _draw_points(axes: Any, results: list[Result], x: Any, y: Any) -> None:
+    """Plot a point for each piece that has both values, in percent, with a marker for each kind."""
+    for kind, marker in zip(dict.fromkeys(map(kind_of, results)), MARKERS, strict=False):
+        pairs = [(x(r), y(r)) for r in results if kind_of(r) == kind]
+        points = [(100 * a, 100 * b) for a, b in pairs if a is not None and b is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, label=kind, markersize=4, linestyle="none")
+    axes.axhline(0, color="#6b7280", linewidth=0.8)
+
+
+def _draw_budget(axes: Any, results: list[Result]) -> None:
+    """Plot the share of the gain that remains against the share of the checkpoints kept."""
+    for fusion in ("KF", "pool"):
+        for keep, line in (("budget", "-o"), ("every", ":s")):
+            points = [b for b in budget(results) if (b["fusion"], b["keep"]) == (fusion, keep)]
+            x, y = [100 * b["share"] for b in points], [100 * b["share_of_gain"] for b in points]
+            axes.plot(x, y, line, label=f"{fusion}, keep={keep}:n", markersize=4)
+    axes.axhline(95, color="#6b7280", linewidth=0.8)
+    axes.set(xlabel="share of the checkpoints kept, %", ylabel="of the gain from all checkpoints, %", ylim=(0, None))
+
+
+FIGURES = {
+    "forgotten.png": _draw_forgotten,
+    "gain.png": _draw_gain,
+    "students.png": _draw_students,
+    "budget.png": _draw_budget,
+}
