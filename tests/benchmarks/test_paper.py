@@ -67,14 +67,17 @@ def test_a_piece_holds_every_method(everything):
         "FGE",
         "SWA",
     } <= set(rows)
-    assert {"EMA", "distilled EMA", "distilled snapshots", "distilled 5 networks, early stopped"} <= set(rows)
-    assert {"generation 3, distilled", "averaged auto", "auto, 16-bit checkpoints", "top at auto's cost"} <= set(rows)
+    assert {"EMA", "distilled EMA", "distilled pool", "distilled 5 networks, early stopped"} <= set(rows)
+    assert {"distilled pool, weights of sum 1", "distilled pool, temperature 2"} <= set(rows)
+    assert {"averaged auto", "top at auto's cost"} <= set(rows)
     assert len(rows) == len(result["rows"])
     for row in rows.values():
         n_right = 120 * row["test_accuracy"]
         assert 0 < round(n_right) < 120
         assert n_right == pytest.approx(round(n_right))
         assert row["forward_passes"] >= 1
+        assert 0 < row["test_nll"] < 14  # -log of 1e-6
+        assert 0 <= row["test_ece"] <= 1
     assert rows["top at auto's cost"]["forward_passes"] == rows["auto"]["forward_passes"]
     assert rows["5 networks"]["training_runs"] == 5
     fusions = [method for method in rows if method in measurement.FUSIONS]
@@ -195,7 +198,7 @@ def test_the_gpu_scale_on_a_tiny_network(tmp_path):
     small = {"n_select": 60, "n_test": 60, "epochs": 2, "device": "cpu"}
     piece = Piece(replace(task, network=network, stages={"": ("students",)}, **small), "sym40", True, 0)
     rows = tables.rows_of(suite.run_piece(piece, tmp_path / "data", tmp_path / "out"))
-    assert "distilled auto" in rows
+    assert "distilled KF" in rows
     names = [p.name for p in suite.all_pieces("gpu", tmp_path / "data")]
     assert names[:4] == [f"cifar100-clean-augmented-{s}" for s in range(3)] + ["cifar100-sym40-augmented-0"]
     assert len(names) == 15
