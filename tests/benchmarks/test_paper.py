@@ -204,6 +204,36 @@ def test_the_gpu_scale_on_a_tiny_network(tmp_path):
     assert len(names) == 15
 
 
+def test_the_middle_scale_on_a_tiny_network(tmp_path):
+    """All stages of its first task, with ResNet-18 four channels wide on random images in CIFAR's layout."""
+    cifar_like(tmp_path / "data")
+    task, *_ = suite.middle_tasks()
+    network = partial(networks.resnet18, 3, 100, width=4)
+    task = replace(task, network=network, n_train=200, n_select=60, n_test=60, epochs=2)
+    piece = Piece(task, "sym40", True, 0)
+    result = suite.run_piece(piece, tmp_path / "data", tmp_path / "out")
+    rows = tables.rows_of(result)
+    order = [name for name in rows if name in ("distilled pool", "distilled KF", "distilled final", "EMA", "5 networks")]
+    assert order == ["distilled pool", "distilled KF", "distilled final", "EMA", "5 networks"]
+    assert "averaged KF" in rows
+    assert "distilled auto" not in rows
+    assert result["dataset"] == "cifar100_resnet18"
+    assert result["setting"] == "cifar100_resnet18-sym40-augmented"
+    assert result["recovery"]["distilled pool"]["samples"] == 60
+    views = tmp_path / "out" / "runs" / piece.name / "student_pool" / "targets"
+    assert len(list(views.glob("view_*.npy"))) == 2  # of two epochs
+
+
+def test_the_pieces_of_middle_scale():
+    pieces = suite.all_pieces("middle", Path())
+    names = [p.name for p in pieces]
+    assert names[:2] == ["cifar100_resnet18-clean-augmented-0", "cifar100_resnet18-sym40-augmented-0"]
+    assert len(set(names)) == len(names)
+    assert {(p.task.name, p.seed) for p in pieces if p.seed} == {("cifar100_resnet18", 1)}
+    assert [p.name for p in pieces if p.seed == 0] == [p.name for p in suite.all_pieces("middle", Path(), 1)]
+    assert all(p.setting.split("-") == [p.task.name, p.noise, "augmented"] for p in pieces)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gpu_scale_needs_one(tmp_path, capsys):
     assert main(["bench", "paper", "--scale", "gpu", "--data", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
