@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,18 @@ from . import datasets
 from .pieces import Piece, run_dir
 
 EMA_DECAYS = (0.98, 0.99, 0.995, 0.998)  # per step
+
+
+class Bfloat16(nn.Module):
+    """A network that computes in bfloat16, where `enabled`."""
+
+    def __init__(self, network: nn.Module, enabled: bool) -> None:
+        super().__init__()
+        self.network, self.enabled = network, enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.enabled):
+            return cast(Tensor, self.network(x))
 
 
 class Mean(nn.Module):
@@ -101,6 +113,7 @@ class StepAverages:
 
     def __init__(self, piece: Piece, data: datasets.Split, folder: Path, model: nn.Module) -> None:
         self.model, self.select, self.epochs = model, data.select, piece.task.epochs
+        self.amp = piece.task.amp
         self.run_dir, self.folder = run_dir(folder), folder / "ema"
         n = len(data.train[1])
         size: int = piece.task.recipe["batch_size"]
@@ -141,7 +154,7 @@ class StepAverages:
     def _end_epoch(self, epoch: int) -> None:
         if (epoch + 1) % max(1, self.epochs // 20) == 0 or epoch == self.epochs - 1:
             for average in self.averages.values():
-                accuracy = model_scores(average.model, self.select).accuracy
+                accuracy = model_scores(average.model, self.select, self.amp).accuracy
                 self.best.update(epoch, accuracy, average.model)
         self.folder.mkdir(exist_ok=True)
         state = {decay: average.state_dict() for decay, average in self.averages.items()}
@@ -160,9 +173,9 @@ def best_average(piece: Piece, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def model_scores(model: nn.Module, samples: datasets.Data) -> Scores:
-    """Score a network that returns logits or log-probabilities."""
-    probs, labels = predict(model, samples)
+def model_scores(model: nn.Module, samples: datasets.Data, amp: bool = False) -> Scores:
+    """Score a network that returns logits or log-probabilities; with `amp` it computes in bfloat16."""
+    probs, labels = predict(model, samples, amp=amp)
     return scores(probs.cpu().numpy(), labels.cpu().numpy())
 
 

@@ -60,7 +60,7 @@ class Bench:
         """Probabilities (n_epochs, n_samples, n_classes), read from the piece's folder or computed and stored there."""
         path = self.folder / f"{name}.npy"
         if not path.exists():
-            probs = self.run.probabilities(samples, batch_size=250)
+            probs = self.run.probabilities(samples, batch_size=250, amp=self.piece.task.amp)
             array = np.stack([probs[e].astype(np.float16) for e in range(len(probs))])
             with _files.replacing(path, ".npy") as temporary:
                 np.save(temporary, array)
@@ -79,16 +79,20 @@ class Bench:
 
     def add_model(self, method: str, model: nn.Module, training: float, passes: int = 1) -> None:
         """Score a network and add its row."""
-        found = controls.model_scores(model, self.data.select), controls.model_scores(model, self.data.test)
-        self.row(method, passes, training, *found)
+        self.row(method, passes, training, self.scores(model, "select"), self.scores(model, "test"))
+
+    def scores(self, model: nn.Module, samples: str) -> Scores:
+        """Score a network on one of the piece's sets."""
+        return controls.model_scores(model, getattr(self.data, samples), self.piece.task.amp)
 
     def add_student(self, name: str, teacher: nn.Module, training: float = 2, **options: Any) -> None:
         """Distil the teacher into a new network of the original size and add its row."""
-        seed = self.piece.seed + 500
+        seed, task = self.piece.seed + 500, self.piece.task
         torch.manual_seed(seed)
         options |= {"targets": "cached-views", "views": VIEWS} if self.piece.augmented else {"targets": "cached"}
         options |= {"run_dir": self.folder / f"student_{name.replace(' ', '_')}", **self.piece.recipe(seed)}
-        self.students[name] = fmn.distill(self.piece.task.make_model(), teacher, self.data.train, **options)
+        teacher = controls.Bfloat16(teacher, task.amp)
+        self.students[name] = fmn.distill(task.make_model(), teacher, self.data.train, **options)
         self.add_model(f"distilled {name}", self.students[name], training)
 
 
@@ -179,7 +183,7 @@ def averages(bench: Bench) -> None:
     """Networks whose weights are means of the checkpoints' weights."""
     n, train = len(bench.select), bench.data.train
     candidates = [averaged_model(bench.run, baselines.ema_weights(n, d), train) for d in comparison.EMA_DECAYS]
-    best = max(candidates, key=lambda m: controls.model_scores(m, bench.data.select).accuracy)
+    best = max(candidates, key=lambda m: bench.scores(m, "select").accuracy)
     bench.add_model("EMA over epochs", best, 1)
     bench.add_model("SWA over epochs", averaged_model(bench.run, baselines.swa_weights(n), train), 1)
     for name in ("KF", "auto"):
@@ -272,7 +276,8 @@ def recovered(bench: Bench) -> dict[str, dict[str, int]]:
     for name in ("KF", "pool", "auto"):
         predictions[name] = bench.plans[name].apply(bench.test)
         if name in bench.students:
-            predictions[f"distilled {name}"] = predict(bench.students[name], bench.data.test)[0].cpu().numpy()
+            probs, _ = predict(bench.students[name], bench.data.test, amp=bench.piece.task.amp)
+            predictions[f"distilled {name}"] = probs.cpu().numpy()
     return fmn.recovery(correct, predictions, bench.y_test).counts()
 
 

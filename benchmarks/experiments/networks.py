@@ -43,18 +43,6 @@ def small_cnn(n_channels: int, size: int, n_classes: int) -> nn.Module:
     return _channels_last(*blocks, *head)
 
 
-class Bfloat16(nn.Module):
-    """A network that computes in bfloat16 with autocast, in training and in evaluation, and returns float32."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return cast(Tensor, self.network(x)).float()
-
-
 class Residual(nn.Module):
     """Two 3 x 3 convolutions beside a shortcut (He et al. 2016)."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fmn_ref as fmn
 from fmn_ref.training.augmentation import crop_flip
 
-from . import datasets, networks
+from . import datasets
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,6 @@ class Task:
     stages : dict or None
         Names in `measurement.STAGES` for each noise, with "-augmented" behind it for augmented pieces. The entry ""
         holds for all others. None: all stages.
-    bfloat16 : bool, default False
-        Train and evaluate the network with autocast.
     name : str, default `dataset`
         First part of the names of settings and pieces; without "-".
     noises : tuple of str
@@ -68,7 +66,6 @@ class Task:
     pooled: bool = False
     device: str = "cpu"
     stages: dict[str, tuple[str, ...]] | None = None
-    bfloat16: bool = False
     name: str = ""
     noises: tuple[str, ...] = ("clean", "sym20", "sym40", "asym40")
     most_seeds: int | None = None
@@ -76,10 +73,14 @@ class Task:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.dataset)
 
+    @property
+    def amp(self) -> bool:
+        """Whether the network computes in bfloat16."""
+        return bool(self.recipe.get("amp", False))
+
     def make_model(self) -> nn.Module:
         """Make the network with new weights, on the task's device."""
-        network = self.network()
-        return (networks.Bfloat16(network) if self.bfloat16 else network).to(self.device)
+        return self.network().to(self.device)
 
     @property
     def augment(self) -> Callable[[Tensor], Tensor]:

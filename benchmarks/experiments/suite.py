@@ -35,13 +35,13 @@ WITH_HUMAN = ("clean", "sym20", "sym40", "asym40", "human")
 def cpu_tasks() -> list[Task]:
     """Tasks for two cores: about five hours."""
     small = {**SGD, "batch_size": 64, "lr": 0.05}
-    colour = {**SGD, "batch_size": 128, "lr": 0.02}  # the best of 0.02, 0.05, 0.1 by selection accuracy
+    colour = {**SGD, "batch_size": 128, "lr": 0.02, "amp": True}  # the best of 0.02, 0.05, 0.1 by selection accuracy
     students = ("students", "student_of_auto")
     most = (*students, "ema", "averages", "networks", "trained_differently", "distilled_controls")
     every = {"": students, "sym20": most, "asym40": most} | dict.fromkeys(("clean", "sym40"), (*most, "temperatures"))
     some = {"": students, "sym40": (*students, "ema", "networks", "trained_differently")}
     some |= {f"{noise}-augmented": () for noise in WITH_HUMAN}
-    more: dict[str, Any] = {"bfloat16": True, "stages": some, "noises": WITH_HUMAN}
+    more: dict[str, Any] = {"stages": some, "noises": WITH_HUMAN}
     cnn = networks.small_cnn
     return [
         Task("digits", 800, 300, 697, 40, small, partial(cnn, 1, 8, 10), 1, pooled=True, stages=every),
@@ -56,13 +56,13 @@ def middle_tasks() -> list[Task]:
     One network trains in about an hour on one thread. The first task has all students; those behind it vary the
     network, its width, the number of images and the schedule, one at a time.
     """
-    sgd: dict[str, Any] = {**SGD, "batch_size": 128, "lr": 0.1}
+    sgd: dict[str, Any] = {**SGD, "batch_size": 128, "lr": 0.1, "amp": True}
     adamw: dict[str, Any] = {**sgd, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05}
     constant: dict[str, Any] = {**sgd, "lr": 0.02, "schedule": "constant"}
     few = ("clean", "sym40")
 
     def task(name: str, recipe: dict[str, Any], network: Callable[[], nn.Module], n_train: int, **more: Any) -> Task:
-        more = {"bfloat16": True, "stages": {"": ()}, "noises": few, "most_seeds": 1, **more}
+        more = {"stages": {"": ()}, "noises": few, "most_seeds": 1, **more}
         return Task("cifar100", n_train, 2000, 5000, 60, recipe, network, 4, True, name=f"cifar100_{name}", **more)
 
     def resnet(width: int) -> Callable[[], nn.Module]:
@@ -91,9 +91,9 @@ def gpu_tasks(root: Path) -> list[Task]:
 
     The paper does not give its optimizer's settings; these are the usual ones for ResNet-18 on small images.
     """
-    recipe = {**SGD, "batch_size": 128, "lr": 0.1}
+    recipe = {**SGD, "batch_size": 128, "lr": 0.1, "amp": True}
     some = {"": ("students",), "clean-augmented": ("students", "networks")}
-    more: dict[str, Any] = {"bfloat16": True, "stages": some, "device": "cuda"}
+    more: dict[str, Any] = {"stages": some, "device": "cuda"}
     more["noises"] = ("clean", "sym40", "sym20", "asym40", "asym20")
     tasks = [Task("cifar100", None, 5000, 5000, 200, recipe, partial(networks.resnet18, 3, 100), 4, True, **more)]
     if (root / "tiny-imagenet-200").is_dir():

@@ -213,9 +213,7 @@ def test_the_middle_scale_on_a_tiny_network(tmp_path):
     piece = Piece(task, "sym40", True, 0)
     result = suite.run_piece(piece, tmp_path / "data", tmp_path / "out")
     rows = tables.rows_of(result)
-    order = [
-        name for name in rows if name in ("distilled pool", "distilled KF", "distilled final", "EMA", "5 networks")
-    ]
+    order = [name for name in rows if name in ("distilled pool", "distilled KF", "distilled final", "EMA", "5 networks")]
     assert order == ["distilled pool", "distilled KF", "distilled final", "EMA", "5 networks"]
     assert "averaged KF" in rows
     assert "distilled auto" not in rows
