@@ -43,18 +43,26 @@ class Bench:
     """State of a measurement: the piece's data, its run, every epoch's predictions, the plans and rows so far."""
 
     def __init__(self, piece: Piece, root: Path, folder: Path) -> None:
-        self.piece, self.folder = piece, folder
+        self.piece, self.root, self.folder = piece, root, folder
         self.stages = tuple(STAGES) if piece.stages is None else piece.stages
         self.data = piece.split(root)
         comparison.refuse_overlap(fingerprints(self.data.select), fingerprints(self.data.test), "test")
         folder.mkdir(parents=True, exist_ok=True)
         beside = partial(controls.StepAverages, piece, self.data, folder) if "ema" in self.stages else nullcontext
-        self.run = piece.train(self.data, folder, beside=beside)
+        self.run = self.train(beside=beside)
         self.select, self.y = self.stored("select", self.data.select)
         self.test, self.y_test = self.stored("test", self.data.test)
         self.plans: dict[str, FusionPlan] = {}
         self.students: dict[str, nn.Module] = {}
         self.rows: list[dict[str, Any]] = []
+
+    def train(self, network: int = 0, **options: Any) -> fmn.Run:
+        """Train one of the piece's networks, as `Piece.train`; first on the piece before, where there is one."""
+        first = self.piece.before
+        if first is not None:
+            run = first.train(first.split(self.root), self.folder / "before", network)
+            options["start"] = run.checkpoint(-1)
+        return self.piece.train(self.data, self.folder, network, **options)
 
     def stored(self, name: str, samples: datasets.Data) -> tuple[NDArray[np.float16], Labels]:
         """Probabilities (n_epochs, n_samples, n_classes), read from the piece's folder or computed and stored there."""
@@ -119,6 +127,7 @@ def measure(piece: Piece, root: Path, folder: Path) -> dict[str, Any]:
         "rows": bench.rows,
         "budget": budget_study(bench),
         "recovery": recovered(bench),
+        "accuracy_before": accuracy_before(bench),
     }
 
 
@@ -208,7 +217,7 @@ def five_networks(bench: Bench) -> tuple[list[nn.Module], list[nn.Module]]:
     final: list[nn.Module] = []
     early: list[nn.Module] = []
     for i in range(5):
-        run = bench.run if i == 0 else bench.piece.train(bench.data, bench.folder, i)
+        run = bench.run if i == 0 else bench.train(i)
         best = int(fmn.forgetting_curves(run.history).accuracy.argmax())
         for found, epoch in ((final, -1), (early, best)):
             found.append(checkpoints.load_into(bench.piece.task.make_model(), run.checkpoints[epoch]))
@@ -279,6 +288,17 @@ def recovered(bench: Bench) -> dict[str, dict[str, int]]:
             probs, _ = predict(bench.students[name], bench.data.test, amp=bench.piece.task.amp)
             predictions[f"distilled {name}"] = probs.cpu().numpy()
     return fmn.recovery(correct, predictions, bench.y_test).counts()
+
+
+def accuracy_before(bench: Bench) -> dict[str, float]:
+    """Accuracy on the test set of the piece before: of its own network, and after the training of this piece."""
+    first = bench.piece.before
+    if first is None:
+        return {}
+    data = first.split(bench.root)
+    models = {"before": first.train(data, bench.folder / "before").model}
+    models |= {name: FusedModel(bench.plans[name], bench.run) for name in ("final", "KF", "pool")}
+    return {name: controls.model_scores(m, data.test, first.task.amp).accuracy for name, m in models.items()}
 
 
 def made_with(device: str) -> dict[str, str]:

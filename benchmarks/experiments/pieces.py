@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fmn_ref as fmn
+from fmn_ref.runs import checkpoints
 from fmn_ref.training.augmentation import crop_flip
 
 from . import datasets
@@ -48,6 +49,10 @@ class Task:
         holds for all others. None: all stages.
     name : str, default `dataset`
         First part of the names of settings and pieces; without "-".
+    classes : range or None
+        Classes that take part; None: all.
+    before : Task or None
+        Task on which the network is trained first, with clean labels.
     noises : tuple of str
         As in `datasets.split`.
     most_seeds : int or None
@@ -67,6 +72,8 @@ class Task:
     device: str = "cpu"
     stages: dict[str, tuple[str, ...]] | None = None
     name: str = ""
+    classes: range | None = None
+    before: Task | None = None
     noises: tuple[str, ...] = ("clean", "sym20", "sym40", "asym40")
     most_seeds: int | None = None
 
@@ -119,7 +126,14 @@ class Piece:
         """Draw the training, selection and test sets."""
         t = self.task
         source = datasets.SOURCES[t.dataset](root)
-        return datasets.split(source, self.noise, self.seed, t.n_train, t.n_select, t.n_test, pooled=t.pooled)
+        sizes = t.n_train, t.n_select, t.n_test
+        return datasets.split(source, self.noise, self.seed, *sizes, pooled=t.pooled, classes=t.classes)
+
+    @property
+    def before(self) -> Piece | None:
+        """The piece on which the network is trained first."""
+        task = self.task.before
+        return None if task is None else Piece(task, "clean", self.augmented, self.seed)
 
     def recipe(self, seed: int, **changes: Any) -> dict[str, Any]:
         """Keywords of `train` and `distill`."""
@@ -133,14 +147,17 @@ class Piece:
         folder: Path,
         network: int = 0,
         beside: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+        start: Path | None = None,
     ) -> fmn.Run:
         """Train a network. Networks of other numbers start from other weights and see the samples in another order.
 
-        The context `beside(model)` is open while the network trains.
+        The context `beside(model)` is open while the network trains. `start` is a checkpoint to start from.
         """
         seed = self.seed + 1000 * network
         torch.manual_seed(seed)
         model = self.task.make_model()
+        if start is not None:
+            checkpoints.load_into(model, start)
         with beside(model):
             return fmn.train(model, data.train, data.select, run_dir=run_dir(folder, network), **self.recipe(seed))
 

@@ -62,8 +62,9 @@ def middle_tasks() -> list[Task]:
     few = ("clean", "sym40")
 
     def task(name: str, recipe: dict[str, Any], network: Callable[[], nn.Module], n_train: int, **more: Any) -> Task:
-        more = {"stages": {"": ()}, "noises": few, "most_seeds": 1, **more}
-        return Task("cifar100", n_train, 2000, 5000, 60, recipe, network, 4, True, name=f"cifar100_{name}", **more)
+        sizes = {"n_train": n_train, "n_select": 2000, "n_test": 5000, "epochs": 60, "padding": 4, "flip": True}
+        more = {**sizes, "stages": {"": ()}, "noises": few, "most_seeds": 1, **more}
+        return Task("cifar100", recipe=recipe, network=network, name=f"cifar100_{name}", **more)
 
     def resnet(width: int) -> Callable[[], nn.Module]:
         return partial(networks.resnet18, 3, 100, width)
@@ -73,6 +74,7 @@ def middle_tasks() -> list[Task]:
     full = {"": most, "sym40-augmented": (*most, "networks")}
     other: dict[str, Any] = {"noises": noises, "stages": {"": ("ema",), "sym40-augmented": ("students", "ema")}}
     vit, convnext = partial(networks.small_vit, 3, 32, 100), partial(networks.small_convnext, 3, 32, 100, width=64)
+    old = task("old", sgd, resnet(32), 10_000, n_test=3000, epochs=30, classes=range(50))
     return [
         task("resnet18", sgd, resnet(32), 10_000, noises=noises, stages=full, most_seeds=2),
         task("vit", adamw, vit, 10_000, **other),
@@ -81,6 +83,9 @@ def middle_tasks() -> list[Task]:
         task("resnet18_width16", sgd, resnet(16), 10_000),
         task("resnet18_images2500", sgd, resnet(32), 2500),
         task("resnet18_images5000", sgd, resnet(32), 5000),
+        task(
+            "resnet18_transfer", {**sgd, "lr": 0.02}, resnet(32), 2000, n_test=3000, classes=range(50, 100), before=old
+        ),
         task("resnet18_images20000", sgd, resnet(32), 20_000),
         task("resnet18_width64", sgd, resnet(64), 10_000),
     ]

@@ -16,10 +16,12 @@ import torch
 
 import fmn_ref as fmn
 from fmn_ref.benchmarks.experiments import datasets, double_descent, measurement, networks, suite, tables
+from fmn_ref.benchmarks.experiments.controls import model_scores
 from fmn_ref.benchmarks.experiments.pieces import Piece
 from fmn_ref.benchmarks.speed import fusion
 from fmn_ref.cli import main
 from fmn_ref.fusion.methods import method_names
+from fmn_ref.runs.checkpoints import load_into
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "paper"
 
@@ -213,7 +215,9 @@ def test_the_middle_scale_on_a_tiny_network(tmp_path):
     piece = Piece(task, "sym40", True, 0)
     result = suite.run_piece(piece, tmp_path / "data", tmp_path / "out")
     rows = tables.rows_of(result)
-    order = [name for name in rows if name in ("distilled pool", "distilled KF", "distilled final", "EMA", "5 networks")]
+    order = [
+        name for name in rows if name in ("distilled pool", "distilled KF", "distilled final", "EMA", "5 networks")
+    ]
     assert order == ["distilled pool", "distilled KF", "distilled final", "EMA", "5 networks"]
     assert "averaged KF" in rows
     assert "distilled auto" not in rows
@@ -222,6 +226,30 @@ def test_the_middle_scale_on_a_tiny_network(tmp_path):
     assert result["recovery"]["distilled pool"]["samples"] == 60
     views = tmp_path / "out" / "runs" / piece.name / "student_pool" / "targets"
     assert len(list(views.glob("view_*.npy"))) == 2  # of two epochs
+
+
+def test_a_network_that_learned_other_classes_first(tmp_path):
+    cifar_like(tmp_path / "data", 800, 600)
+    task = next(t for t in suite.middle_tasks() if t.before is not None)
+    network = partial(networks.resnet18, 3, 100, width=4)
+    small = {"network": network, "n_select": 40, "n_test": 70, "epochs": 2}
+    task = replace(task, n_train=150, before=replace(task.before, n_train=160, **small), **small)
+    piece = Piece(task, "sym40", True, 0)
+    data, old = piece.split(tmp_path / "data"), piece.before.split(tmp_path / "data")
+    for split, classes in ((data, range(50, 100)), (old, range(50))):
+        assert all(set(labels.tolist()) <= set(classes) for _, labels in split[:3])
+    assert (data.share_wrong, old.share_wrong) == (0.4, 0)
+    result = suite.run_piece(piece, tmp_path / "data", tmp_path / "out")
+    assert set(result["accuracy_before"]) == {"before", "final", "KF", "pool"}
+    folder = tmp_path / "out" / "runs" / piece.name
+    learned = load_into(task.make_model(), folder / "before" / "network_0" / "checkpoints" / "epoch_00001.pt")
+    assert result["accuracy_before"]["before"] == model_scores(learned, old.test, True).accuracy
+    own = piece.train(data, tmp_path / "own", start=None)  # from new weights
+    started = piece.train(data, folder)
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(own.model.state_dict().values(), started.model.state_dict().values(), strict=True)
+    )
 
 
 def test_the_pieces_of_middle_scale():
