@@ -23,10 +23,10 @@ from .fusion.fuse import fuse
 from .fusion.methods import method_names
 from .fusion.plan import FusionPlan
 from .kernels.backend import backend
-from .metrics.curves import correctness
 from .metrics.history import labels_digest
 from .metrics.overview import curves_and_forgotten, first_samples
 from .metrics.samples import NEVER_LEARNED, sample_statistics
+from .metrics.scores import scores
 from .reporting.comparison import compare_probabilities
 from .reporting.report import write_report
 from .reporting.tables import csv_table
@@ -130,14 +130,21 @@ def command_fuse(args: argparse.Namespace) -> None:
     options = options_of(args, "method", "window", "search", "max_members", "max_forward_passes", "folds")
     plan = fuse(probs, labels, correct=correct, sample_weight="balanced" if args.balanced else None, **options)
     plan.save(args.output)
-    content = {"output": args.output, "members": plan.members, "weights": plan.weights}
+    content = {"output": args.output, "members": plan.members, "weights": plan.weights, "combine": plan.combine}
     content |= {"selection_accuracy": plan.accuracy, "method": plan.method}
     content |= {"cv_accuracy": plan.cv_accuracy, "gain_interval": plan.gain_interval}
-    head = f"{'round':>6} {'epoch':>6} {'eps':>7} {'accuracy':>9}"
-    rows = [head, f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}"]
+    print_result(args, content, f"{plan_table(plan)}\n{plan}\nplan written to {args.output}")
+
+
+def plan_table(plan: FusionPlan) -> str:
+    """The members of a plan, a line each: with epsilon and the accuracy reached, or with the weight in the pool."""
+    if plan.combine == "geometric":
+        return "\n".join([f"{'epoch':>6} {'weight':>7}", *(f"{epoch:6d} {w:7.4f}" for epoch, w in plan.members)])
+    rows = [f"{'round':>6} {'epoch':>6} {'eps':>7} {'accuracy':>9}"]
+    rows.append(f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}")
     for i, ((epoch, eps), accuracy) in enumerate(zip(plan.members, plan.accuracy[1:], strict=True), 1):
         rows.append(f"{i:6d} {epoch:6d} {eps:7.4f} {accuracy:9.4f}")
-    print_result(args, content, "\n".join([*rows, str(plan), f"plan written to {args.output}"]))
+    return "\n".join(rows)
 
 
 def command_apply(args: argparse.Namespace) -> None:
@@ -158,9 +165,9 @@ def command_apply(args: argparse.Namespace) -> None:
     content: dict[str, Any] = {"output": args.output, "shape": list(fused.shape)}
     text = f"fused probabilities {fused.shape} written to {args.output}"
     if labels is not None:
-        right = correctness(fused, labels), correctness(probs[-1], labels)
-        content |= {"accuracy": float(right[0].mean()), "final_model_accuracy": float(right[1].mean())}
-        text += f"\naccuracy {content['accuracy']:.2%}, final model alone {content['final_model_accuracy']:.2%}"
+        of_fused, of_final = scores(fused, labels), scores(probs[-1], labels)
+        content |= of_fused._asdict() | {f"final_model_{k}": v for k, v in of_final._asdict().items()}
+        text += "".join(f"\n{name}: {s}" for name, s in (("fused", of_fused), ("final model alone", of_final)))
     print_result(args, content, text)
 
 

@@ -17,8 +17,9 @@ from .. import _check
 from .._check import Bool, Float, Int
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
+from ..metrics.scores import FLOOR
 from .epsilon import SEARCHES, Target, grid_of
-from .methods import AUTO, METHODS, UNBOUNDED, Problem, auto_methods, method_names, problem_for, summaries
+from .methods import AUTO, AUTO_METHOD, METHODS, UNBOUNDED, Problem, method_names, problem_for, summaries
 from .mixtures import replay
 from .plan import FusionPlan
 from .probabilities import ProbabilityReader
@@ -152,22 +153,41 @@ def _correctness_of(reader: ProbabilityReader, correct: Any, y: Int, final: Floa
 
 class _Estimate(NamedTuple):
     method: str
-    final_is_best: bool = False  # no method that "auto" tried is better than the final model
+    final_is_best: bool = False  # "auto" found nothing better
     accuracy: float | None = None
     gain_interval: tuple[float, float] | None = None
 
 
+class _Unseen(NamedTuple):
+    """Predictions for samples that did not choose the plan."""
+
+    right: Bool  # (n_samples,)
+    of_label: Float  # (n_samples,): probability of the label
+
+    @classmethod
+    def of(cls, probs: Float, labels: Int) -> _Unseen:
+        return cls(probs.argmax(1) == labels, probs[np.arange(len(labels)), labels])
+
+    def log_likelihood(self, target: Target) -> float:
+        return float(np.log(np.maximum(self.of_label, FLOOR)) @ (target.each / target.total))
+
+
 def _cross_validate(problem: Problem, target: Target, method: str, folds: int) -> _Estimate:
-    """Estimate the accuracy of a method on unseen samples; for "auto", choose the method by it."""
-    tried = auto_methods() if method == AUTO else (method,)
-    unseen = {m: _right_unseen(problem, target, m, folds) for m in tried}
-    of_final, final_is_best = problem.final.argmax(1) == target.labels, False
-    if method == AUTO:
-        method = _best_method(unseen, target)
-        final_is_best = target.score(unseen[method]) <= target.score(of_final)
-    right = of_final if final_is_best else unseen[method]
+    """Estimate the accuracy of a method on unseen samples; for "auto", compare it with the final model."""
+    final = _Unseen.of(problem.final, target.labels)
+    tried = AUTO_METHOD if method == AUTO else method
+    unseen = _predict_unseen(problem, target, tried, folds)
+    final_is_best = method == AUTO and not _better(unseen, final, target)
+    right = (final if final_is_best else unseen).right
     accuracy = target.score(right) / target.total
-    return _Estimate(method, final_is_best, accuracy, _gain_interval(of_final, right, target))
+    return _Estimate(tried, final_is_best, accuracy, _gain_interval(final.right, right, target))
+
+
+def _better(unseen: _Unseen, final: _Unseen, target: Target) -> bool:
+    """Tell whether the likelihood is better, and the accuracy at most a standard error of the difference worse."""
+    lost = (final.right * 1.0 - unseen.right) * (target.each / target.total)
+    error = float(np.sqrt(len(lost)) * lost.std())
+    return unseen.log_likelihood(target) > final.log_likelihood(target) and float(lost.sum()) <= error
 
 
 def _planned(problem: Problem, target: Target, found: _Estimate) -> FusionPlan:
@@ -181,29 +201,17 @@ def _planned(problem: Problem, target: Target, found: _Estimate) -> FusionPlan:
     return FusionPlan(members, problem.n_epochs, seen.window, *kind, found.accuracy, found.gain_interval)
 
 
-def _right_unseen(problem: Problem, target: Target, method: str, folds: int) -> Bool:
-    """Correctness of every sample under the plan that is chosen without its fold."""
+def _predict_unseen(problem: Problem, target: Target, method: str, folds: int) -> _Unseen:
+    """Predict every sample by the plan that is chosen without its fold."""
     seen, y = problem_for(problem, method), target.labels
     fold = np.random.default_rng(0).permutation(len(y)) % folds
-    right = np.zeros(len(y), bool)
+    found = _Unseen(np.zeros(len(y), bool), np.zeros(len(y)))
     for k in range(folds):
         hidden = fold == k
         members = METHODS[method].choose(seen, target.weighted(np.where(hidden, 0, target.each)))
         fused = deque(replay(seen.probs, members, seen.window, METHODS[method].combine), maxlen=1)[0]
-        right[hidden] = fused[hidden].argmax(1) == y[hidden]
-    return right
-
-
-def _best_method(unseen: dict[str, Bool], target: Target) -> str:
-    """The best of "bagged" and the methods that are better than it by more than a standard error of the difference."""
-    w = target.each / target.total
-    better = {"bagged": 0.0}
-    for method, right in unseen.items():
-        difference = (right * 1.0 - unseen["bagged"]) * w
-        error = float(np.sqrt(len(w)) * difference.std())
-        if difference.sum() > error:
-            better[method] = float(difference.sum())
-    return max(better, key=lambda m: better[m])
+        found.right[hidden], found.of_label[hidden] = _Unseen.of(fused[hidden], y[hidden])
+    return found
 
 
 def _gain_interval(before: Bool, after: Bool, target: Target) -> tuple[float, float]:

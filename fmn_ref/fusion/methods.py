@@ -277,8 +277,6 @@ class Method(NamedTuple):
         Whether it always searches epsilon exactly, whatever `search` is.
     combine : {"linear", "geometric"}
         How the members combine, and so what `choose` returns: (epoch, eps) in the order of mixing, or (epoch, weight).
-    auto_rank : int, optional
-        Rank among the methods that "auto" tries: of equally good ones the lowest wins. Default: not tried.
     """
 
     name: str
@@ -287,26 +285,23 @@ class Method(NamedTuple):
     control: bool = False
     exact: bool = False
     combine: str = "linear"
-    auto_rank: int | None = None
 
 
 _ENTRIES = (
-    Method("pool", pool, combine="geometric", auto_rank=0),
-    Method("forget", forget, windowed=True, auto_rank=3),
-    Method("greedy", greedy, windowed=True, exact=True, auto_rank=4),
-    Method("bagged", bagged, windowed=True, auto_rank=5),
-    Method("likelihood", likelihood, windowed=True, auto_rank=6),
-    Method("coverage", coverage, auto_rank=2),
+    Method("pool", pool, combine="geometric"),
+    Method("forget", forget, windowed=True),
+    Method("greedy", greedy, windowed=True, exact=True),
+    Method("bagged", bagged, windowed=True),
+    Method("likelihood", likelihood, windowed=True),
+    Method("coverage", coverage),
     Method("equal", best_spaced, control=True),
     Method("last", best_last, control=True),
-    Method("top", best_top, control=True, auto_rank=1),
+    Method("top", best_top, control=True),
 )
 METHODS = {method.name: method for method in _ENTRIES}
-AUTO = "auto"  # `fuse` chooses one of `auto_methods()` by cross-validation
-_AUTO_SUMMARY = (
-    "The method that cross-validation finds best: bagged unless another is better by more than a standard error, "
-    "or the final model alone."
-)
+AUTO = "auto"
+AUTO_METHOD = "pool"  # the method that "auto" compares with the final model
+_AUTO_SUMMARY = f'Cross-validation chooses between "{AUTO_METHOD}" and the final model alone.'
 
 
 def method_names() -> tuple[str, ...]:
@@ -318,12 +313,6 @@ def summaries() -> dict[str, str]:
     """{name: one sentence} for everything that `fuse(method=...)` accepts."""
     texts = {m.name: (m.choose.__doc__ or "").split("\n\n")[0] for m in METHODS.values()}
     return {name: " ".join(text.split()) for name, text in texts.items()} | {AUTO: _AUTO_SUMMARY}
-
-
-def auto_methods() -> tuple[str, ...]:
-    """The methods that "auto" tries, the lowest rank first."""
-    ranked = [(m.auto_rank, m.name) for m in METHODS.values() if m.auto_rank is not None]
-    return tuple(name for _, name in sorted(ranked))
 
 
 def problem_for(problem: Problem, method: str) -> Problem:

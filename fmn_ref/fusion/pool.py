@@ -20,8 +20,8 @@ from .mixtures import floored_log, softmax
 TOLERANCE = 1e-8  # largest distance of the objective from its minimum
 SHRINKAGE = 3.0  # precision of the prior, see `pool_weights`
 _RIDGE = 1e-8  # smallest curvature; it bounds the weights of an epoch that is right on every sample
-_BLOCK = 8192  # probabilities of one epoch that are processed together: 64 KiB of logarithms
-_COARSE = 100_000  # probabilities of one epoch from which the Hessian is estimated
+_BLOCK = 16384  # probabilities of one epoch that are processed together: 128 KiB of logarithms
+_COARSE = 50_000  # probabilities of one epoch from which the Hessian is estimated
 _NEW_EPOCHS = 64  # epochs that join the working set in one round
 _ROUNDS = 50
 
@@ -59,8 +59,8 @@ def pool_weights(
     Returns
     -------
     dict
-        {epoch: weight}, zeros left out, in the order of the epochs. Without `max_members`, the objective is within 1e-8
-        of its minimum.
+        {epoch: weight}, zeros left out, in the order of the epochs. Where `max_members` removes none, the objective is
+        within 1e-8 of its minimum.
 
     References
     ----------
@@ -79,10 +79,12 @@ def pool_weights(
     n = float(count[rows].sum())
     final = np.zeros(len(probs))
     final[-1] = 1
+    most = len(probs) if max_members is None else max_members
     objective = _Objective(probs, labels[rows], count[rows] / n, rows, shrinkage / n + _RIDGE)
-    w = _minimise(objective, final, TOLERANCE)
-    if max_members is not None:
-        w = _prune(objective, w, max_members)
+    w = _minimise(objective, _minimise(objective.coarse, final, 1e-4), rounds=1)
+    if np.count_nonzero(w) <= most:  # else removals move it further than more rounds do
+        w = _minimise(objective, w)
+    w = _prune(objective, w, most)
     return {int(e): float(w[e]) for e in np.flatnonzero(w)}
 
 
@@ -161,15 +163,13 @@ class _Objective:
         return -float((gradient * d + self.ridge / 2 * d * d).sum())
 
 
-def _minimise(objective: _Objective, w: Float, tolerance: float) -> Float:
+def _minimise(objective: _Objective, w: Float, tolerance: float = TOLERANCE, rounds: int = _ROUNDS) -> Float:
     """The weights of the minimum, from w: rounds of Newton steps on a working set of epochs.
 
     A pass over all epochs verifies each round: it bounds the distance from the minimum and finds the epochs to add.
     """
-    if objective.coarse is not objective:
-        w = _minimise(objective.coarse, w, 1e-4)
     every = np.arange(len(w))
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         value, gradient = objective(w, every)
         if objective.gap(w, gradient) <= tolerance:
             break
@@ -258,15 +258,15 @@ def _solve(a: Float, b: Float) -> Float:
     return np.asarray(m[:, n:].reshape(b.shape))
 
 
-def _prune(objective: _Objective, w: Float, max_members: int) -> Float:
-    """Remove three quarters of the excess by one quadratic model, refit, and repeat until `max_members` are left."""
-    while (excess := np.count_nonzero(w) - max_members) > 0:
+def _prune(objective: _Objective, w: Float, most: int) -> Float:
+    """Remove three quarters of the excess by one quadratic model, refit, and repeat until `most` are left."""
+    while (excess := np.count_nonzero(w) - most) > 0:
         members = np.flatnonzero(w)
         gradient = objective(w, members)[1]
         h, v = objective.coarse.hessian(w, members), w[members]
         c = np.einsum("ij,j->i", h, v) - gradient
         left = np.arange(len(members))
-        while len(left) > max_members + excess // 4:
+        while len(left) > most + excess // 4:
             # removing epoch e costs w_e^2 / (2 [h^-1]_ee) once the other weights have followed
             inverse = _solve(h[np.ix_(left, left)], np.eye(len(left)))
             left = np.delete(left, int((v[left] ** 2 / np.diag(inverse)).argmin()))

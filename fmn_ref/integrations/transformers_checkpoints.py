@@ -268,6 +268,6 @@ def load_fused(folder: AnyPath, model_class: Any) -> FusedModel:
         A file is damaged, or a member is missing or does not fit the class. The message names it.
     """
     source = Path(folder)
-    weights = FusionPlan.load(source / "plan.json").weights
-    members = [_from_pretrained(model_class, source / f"member_{row:05d}") for row in weights]
-    return FusedModel.of_members(members, weights.values())
+    plan = FusionPlan.load(source / "plan.json")
+    members = [_from_pretrained(model_class, source / f"member_{row:05d}") for row in plan.weights]
+    return FusedModel.of_members(members, plan)

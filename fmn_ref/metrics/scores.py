@@ -29,6 +29,10 @@ class Scores(NamedTuple):
     nll: float
     ece: float
 
+    def __str__(self) -> str:
+        """The three numbers with their names."""
+        return f"accuracy {self.accuracy:.2%}, NLL {self.nll:.3f}, calibration error {self.ece:.3f}"
+
 
 def scores(probs: Any, labels: Any) -> Scores:
     """Score predicted probabilities on labelled samples.

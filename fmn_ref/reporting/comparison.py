@@ -17,6 +17,7 @@ from ..fusion.methods import AUTO, METHODS
 from ..fusion.mixtures import mixture
 from ..fusion.plan import FusionPlan
 from ..fusion.probabilities import ProbabilityReader
+from ..metrics.scores import Scores, scores
 from .tables import csv_table, markdown_table
 
 # Methods of `fuse` beside KF ("forget") and the plain means, which are controls at KF's cost.
@@ -25,12 +26,25 @@ EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # per epoch; the decay with the best se
 
 
 class Row(NamedTuple):
-    """Result of one method: accuracies in [0, 1], and the forward passes that one prediction costs."""
+    """Result of one method.
+
+    Attributes
+    ----------
+    method : str
+    forward_passes : int
+        Cost of one prediction.
+    selection_accuracy, test_accuracy : float
+        In [0, 1].
+    test_nll, test_ece : float
+        Negative log-likelihood and expected calibration error, as in `scores`.
+    """
 
     method: str
     forward_passes: int
     selection_accuracy: float
     test_accuracy: float
+    test_nll: float
+    test_ece: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +65,9 @@ class Comparison:
         raise KeyError(f"{method!r}; there are {', '.join(r.method for r in self.rows)}")
 
     def to_markdown(self) -> str:
-        columns = ["method", "forward passes", "selection accuracy", "test accuracy"]
-        rows = [[name, str(passes), *(f"{a:.2%}" for a in accuracies)] for name, passes, *accuracies in self.rows]
+        columns = ["method", "forward passes", "selection accuracy", "test accuracy", "test NLL", "test ECE"]
+        shown = ("{}", "{}", "{:.2%}", "{:.2%}", "{:.3f}", "{:.3f}")
+        rows = [[text.format(value) for text, value in zip(shown, row, strict=True)] for row in self.rows]
         counts = f"Chosen on {self.n_selection} samples, scored on {self.n_test}."
         return "\n".join([markdown_table(columns, rows), counts, *self.notes]) + "\n"
 
@@ -129,14 +144,14 @@ def _mixing_methods(
         raise ValueError("test_probs: expected as many epochs and classes as select_probs")
     y_test = _check.labels(test_labels, n_test, n_classes, "test_labels")
     rows = [
-        Row(name, len(w), _share_right(mixture(select, w), y), _share_right(mixture(test, w), y_test))
+        Row(name, len(w), scores(mixture(select, w), y).accuracy, *scores(mixture(test, w), y_test))
         for name, w in _controls(select, y, len(plan.weights), **options).items()
     ]
     plans = {"KF(1)": FusionPlan(plan.members[:1], plan.n_epochs, plan.window, plan.accuracy[:2]), "KF": plan}
     for method in OTHER_METHODS:
         plans[method] = fuse(select, y, method=method, folds=None if method == AUTO else 0, **options)
     for name, p in plans.items():
-        rows.append(Row(name, p.forward_passes, p.accuracy[-1], _share_right(p.apply(test), y_test)))
+        rows.append(Row(name, p.forward_passes, p.accuracy[-1], *scores(p.apply(test), y_test)))
     notes = ["The test samples may include samples that the methods were selected on."] if allow_overlap else []
     if plan.final_model_alone:
         notes.append("The final model alone is best: no checkpoint improved its selection accuracy.")
@@ -176,7 +191,7 @@ def compare(
     - the rows of `compare_probabilities`;
     - with `train_data`, averaged weights: EMA and SWA over the checkpoints, and the average with the weights of KF.
       Their BatchNorm statistics are recomputed on `train_data`;
-    - with `make_student` as well, students distilled from the final model, from KF and from "auto".
+    - with `make_student` as well, students distilled from the final model, from KF, from "auto" and from "pool".
 
     Parameters
     ----------
@@ -216,18 +231,23 @@ def compare(
     select, test = run.probabilities(select_data), run.probabilities(test_data)
     table, plans = _mixing_methods(select, select.labels, test, test.labels, search, allow_overlap, window=window)
 
-    def score(model: Any, samples: Any = select_data, labels: Int = select.labels) -> float:
-        scores = data.predict(model, samples, forward_fn=run.forward_fn)[0]
-        return _share_right(scores.cpu().numpy(), labels)
+    def scores_of(model: Any, samples: Any = select_data, labels: Int = select.labels) -> Scores:
+        return scores(data.predict(model, samples, forward_fn=run.forward_fn)[0].cpu(), labels)
 
     if train_data is not None:
-        models = _single_models(run, plans, train_data, make_student, options, score)
-        table.rows.extend(Row(name, 1, score(m), score(m, test_data, test.labels)) for name, m in models)
+        models = _single_models(run, plans, train_data, make_student, options, scores_of)
+        for name, m in models:
+            table.rows.append(Row(name, 1, scores_of(m).accuracy, *scores_of(m, test_data, test.labels)))
     return table
 
 
 def _single_models(
-    run: Any, plans: dict[str, FusionPlan], train_set: Any, make_student: Any, options: Any, score: Callable[..., float]
+    run: Any,
+    plans: dict[str, FusionPlan],
+    train_set: Any,
+    make_student: Any,
+    options: Any,
+    scores_of: Callable[..., Any],
 ) -> Iterator[tuple[str, Any]]:
     """Controls whose prediction is that of a single network."""
     from ..training.distill import distill
@@ -236,15 +256,15 @@ def _single_models(
     plan = plans["KF"]
     n = plan.n_epochs
     candidates = [averaged_model(run, baselines.ema_weights(n, d), train_set) for d in EMA_DECAYS]
-    yield "EMA", max(candidates, key=score)
+    yield "EMA", max(candidates, key=lambda m: scores_of(m).accuracy)
     yield "SWA", averaged_model(run, baselines.swa_weights(n), train_set)
     yield "averaged KF", averaged_model(run, plan.weights, train_set)
     if make_student is None:
         return
     final = FusionPlan((), n, 0, plan.accuracy[:1])
-    for name, p in (("distilled last", final), ("distilled KF", plan), ("distilled auto", plans["auto"])):
+    for name, p in {"last": final, **{name: plans[name] for name in ("KF", "auto", "pool")}}.items():
         teacher = FusedModel(p, run)
-        yield name, distill(make_student(), teacher, train_set, forward_fn=run.forward_fn, **options)
+        yield f"distilled {name}", distill(make_student(), teacher, train_set, forward_fn=run.forward_fn, **options)
 
 
 def _prediction_bytes(probs: Any) -> set[bytes]:
@@ -258,7 +278,3 @@ def refuse_overlap(select: set[bytes], test: set[bytes], name: str) -> None:
     if both > 0.01 * min(len(select), len(test)):  # a few equal images are normal in real data
         reason = "so test accuracy would be too high (allow_overlap=True or --allow-overlap permits it)"
         raise ValueError(f"{name}: {both} of {len(test)} test samples are in the selection set, {reason}")
-
-
-def _share_right(probs: Any, labels: Int) -> float:
-    return float((np.asarray(probs).argmax(1) == labels).mean())

@@ -266,7 +266,8 @@ def _plan_section(plan: Any, run: Run) -> str:
 
 
 def _plan_summary(p: FusionPlan) -> str:
-    text = f"Method “{p.method}”: a weighted mean of {html.count(p.forward_passes, 'checkpoint')}."
+    mean = "mean" if p.combine == "linear" else "geometric mean"
+    text = f"Method “{p.method}”: a weighted {mean} of {html.count(p.forward_passes, 'checkpoint')}."
     final = f"{p.accuracy[0]:.2%}"
     if p.final_model_alone and p.method != "weights":
         text = f"The final model alone is best: no checkpoint that method “{p.method}” tried improves on it"
@@ -297,15 +298,19 @@ def _plan_epochs(p: FusionPlan, run: Run) -> tuple[Sequence[int], str]:
 def _weights_table(p: FusionPlan, names: Sequence[int]) -> str:
     weights = p.weights
     heavy = sorted(sorted(weights, key=lambda e: -weights[e])[:BARS])
-    rows = [(str(names[e]), f"{weights[e]:.1%}", html.share_bar(weights[e] / max(weights.values()))) for e in heavy]
+    linear = p.combine == "linear"
+    shown = "{:.1%}" if linear else "{:.3f}"
+    largest = max(weights.values())
+    rows = [(str(names[e]), shown.format(weights[e]), html.share_bar(weights[e] / largest)) for e in heavy]
     table = html.scroll_table(("epoch", "weight", ""), rows, "Weight of each checkpoint", kind="bars")
-    rest = 1 - sum(weights[e] for e in heavy)
-    others = f"<p>The {BARS} largest weights. {len(weights) - BARS} other checkpoints share {rest:.1%}.</p>"
-    return f"<h3>Weights</h3>\n{table}{others if len(weights) > BARS else ''}"
+    rest = shown.format(sum(weights.values()) - sum(weights[e] for e in heavy))
+    others = f"<p>The {BARS} largest weights. {len(weights) - BARS} other checkpoints share {rest}.</p>"
+    kind = "Weights" if linear else "Weights of the logarithms"
+    return f"<h3>{kind}</h3>\n{table}{others if len(weights) > BARS else ''}"
 
 
 def _members_table(p: FusionPlan, names: Sequence[int]) -> str:
-    if p.method == "weights":
+    if p.method == "weights" or p.combine == "geometric":  # members have no order
         return ""
     rows = [("the final model", "", f"{p.accuracy[0]:.2%}")]
     for (e, eps), accuracy in zip(p.members[: TABLE_ROWS - 1], p.accuracy[1:TABLE_ROWS], strict=True):
@@ -321,8 +326,12 @@ def _comparison_section(source: Any) -> str:
         return ""
     rows, notes, n, n_test = _read_comparison(source)
     best = max(r[3] for r in rows)
-    cells = [(name, f"{k:g}", f"{a:.2%}", f"{b:.2%}", html.share_bar(b)) for name, k, a, b in rows[:TABLE_ROWS]]
-    columns = ("method", "forward passes", "selection accuracy", "test accuracy", "")
+    cells = [
+        (name, f"{k:g}", f"{a:.2%}", f"{b:.2%}", html.share_bar(b), *(f"{v:.3f}" for v in more))
+        for name, k, a, b, *more in rows[:TABLE_ROWS]
+    ]
+    measures = ("test NLL", "test ECE")[: len(rows[0]) - 4]
+    columns = ("method", "forward passes", "selection accuracy", "test accuracy", "", *measures)
     marked = [k for k, row in enumerate(rows[:TABLE_ROWS]) if row[3] == best]
     table = html.scroll_table(columns, cells, "Methods compared", kind="bars many", best=marked)
     remarks = "".join(f"<p>{html.text(note, 500)}</p>" for note in notes[:20])
@@ -333,16 +342,20 @@ best test accuracy is in bold.</p>
 
 
 def _read_comparison(source: Any) -> tuple[list[tuple[Any, ...]], list[Any], int, int]:
-    """Rows (method, forward passes, selection and test accuracy), notes, and the sizes of the two sets."""
+    """Rows (method, forward passes, accuracies, NLL and ECE if known), notes, and the sizes of the two sets."""
     try:
         content = _loaded(source, lambda path: json.loads(Path(path).read_bytes()))
         if isinstance(source, Comparison):
             content = json.loads(source.to_json())
         rows = []
+        known = [
+            k for k in ("test_nll", "test_ece") if all(k in row for row in content["rows"])
+        ]  # older files lack them
         for row in content["rows"]:
             passes = _check.number(row["forward_passes"], 0, 1e9, "forward_passes")
             accuracies = (_check.number(row[k], 0, 1, k) for k in ("selection_accuracy", "test_accuracy"))
-            rows.append((html.text(row["method"], 80), passes, *accuracies))
+            more = (_check.number(row[k], 0, 1e9, k) for k in known)
+            rows.append((html.text(row["method"], 80), passes, *accuracies, *more))
         if not rows:
             raise ValueError("rows: expected at least one")
         n, n_test = (_check.number(content[k], 0, 2**62, k, int) for k in ("n_selection", "n_test"))

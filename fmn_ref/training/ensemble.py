@@ -1,9 +1,10 @@
-"""Models made from several checkpoints: `FusedModel` mixes predictions, `averaged_model` averages weights."""
+"""Models made from several checkpoints: `FusedModel` combines predictions, `averaged_model` averages weights."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from ..fusion.plan import FusionPlan
+from ..metrics.scores import FLOOR
 from ..runs import checkpoints
 from ..runs.run import Run
 from . import data
@@ -53,7 +55,7 @@ class FusedModel(nn.Module):
 
     References
     ----------
-    arXiv 2412.12968, Algorithm 1 (the fused predictor).
+    arXiv 2412.12968, Algorithm 1 (the fused predictor); Genest and Zidek 1986 (log-linear pool).
     """
 
     weights: Tensor
@@ -63,20 +65,23 @@ class FusedModel(nn.Module):
         super().__init__()
         model, paths = plan_checkpoints(plan, run)
         members = (checkpoints.load_into(copy.deepcopy(model), path) for path in paths.values())
-        self._set_members(members, plan.weights.values())
+        self._set_members(members, plan)
 
     @classmethod
-    def of_members(cls, members: Iterable[nn.Module], weights: Iterable[float]) -> FusedModel:
-        """Make an ensemble of loaded models, with positive weights of sum 1."""
+    def of_members(cls, members: Iterable[nn.Module], plan: FusionPlan) -> FusedModel:
+        """Make an ensemble of loaded models, one for each of the plan's weights."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._set_members(members, weights)
+        self._set_members(members, plan)
         return self
 
-    def _set_members(self, members: Iterable[nn.Module], weights: Iterable[float]) -> None:
+    def _set_members(self, members: Iterable[nn.Module], plan: FusionPlan) -> None:
+        self.combine = plan.combine
         self.members = nn.ModuleList(members)
         self.members.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.register_buffer("weights", torch.tensor(list(weights)))
+        self.register_buffer("weights", torch.tensor(list(plan.weights.values())))
+        if plan.combine == "geometric":  # so that neither a state nor a digest of it fits the other kind
+            self.register_buffer("geometric", torch.tensor(True))
         self.eval()
 
     def train(self, mode: bool = True) -> FusedModel:
@@ -93,25 +98,28 @@ class FusedModel(nn.Module):
         return self._fmn_forward_batch(None, logits)[0]
 
     def _fmn_forward_batch(self, batch: Any, forward_fn: data.Forward) -> tuple[Tensor, Tensor]:
-        """Compute (log sum_e weight_e softmax(logits of member e), labels), one member after the other.
+        """Compute (log-probabilities of the ensemble, labels), one member after the other.
 
         `forward_fn` gives (logits, labels) of the batch for a single member.
         """
-        mixed: Any = None
+        geometric, total = self.combine == "geometric", torch.zeros(())
         for weight, member in zip(self.weights, self.members, strict=True):
             logits, labels = forward_fn(member, batch)
-            part = weight * self._checked_softmax(logits)
-            mixed = part if mixed is None else mixed + part
-        return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log(), labels
+            logits = self._checked_logits(logits)
+            # as in `log_linear_pool`, a member's probabilities below FLOOR count as FLOOR
+            part = logits.log_softmax(-1).clamp_min(math.log(FLOOR)) if geometric else logits.softmax(-1)
+            total = total + weight * part
+        fused = total.log_softmax(-1) if geometric else total.clamp_min(torch.finfo(total.dtype).tiny).log()
+        return fused, labels
 
-    def _checked_softmax(self, logits: Tensor) -> Tensor:
-        """Softmax in float32; the first logits with values are checked."""
+    def _checked_logits(self, logits: Tensor) -> Tensor:
+        """Convert logits to float32; check the first ones with values."""
         tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
         if not (self._checked or tracing):
             with contextlib.suppress(RuntimeError):  # under vmap and on meta tensors values cannot be read
                 data.check_logits(logits, "plan.apply(run.probabilities(data)) goes by the run's forward_fn")
                 self._checked = True
-        return logits.float().softmax(-1)
+        return logits.float()
 
 
 def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batch_size: int = 512) -> nn.Module:

@@ -163,8 +163,8 @@ def test_cross_validation_does_not_flatter():
     assert plan.gain_interval[0] < 0
 
 
-def test_auto_falls_back_on_the_final_model():
-    """All epochs are worse than the final one and err at random: no member helps."""
+def test_auto_loses_nothing_where_no_member_helps():
+    """All epochs are worse than the final one and err at random. The pool only calibrates the final model."""
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 5, 300)
     p = np.full((6, 300, 5), 0.1)
@@ -172,8 +172,20 @@ def test_auto_falls_back_on_the_final_model():
         said = np.where(rng.random(300) < right, labels, (labels + 1) % 5)
         p[e, np.arange(300), said] = 0.6
     plan = fmn.fuse(p, labels, method="auto")
+    assert plan.cv_accuracy == plan.accuracy[0]
+    assert (plan.apply(p).argmax(1) == p[-1].argmax(1)).all()
+
+
+def test_auto_falls_back_on_the_final_model():
+    """Few samples, and a final model that is right and calibrated: weights that fit them fit others less."""
+    rng = np.random.default_rng(2)
+    z = rng.normal(0, 2, (12, 60, 4))
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    labels = (p[-1].cumsum(1) > rng.random((60, 1))).argmax(1)
+    plan = fmn.fuse(p, labels, method="auto")
     assert plan.final_model_alone
     assert plan.cv_accuracy == plan.accuracy[0]
+    np.testing.assert_array_equal(plan.apply(p), p[-1])
 
 
 # "bagged" and "auto" draw samples by number; the prior of "pool" goes by the number of samples that count

@@ -15,6 +15,7 @@ from inputs import history_of, random_probs
 import fmn_ref as fmn
 from fmn_ref.cli import SUITES, main
 from fmn_ref.fusion import expectation
+from fmn_ref.metrics.scores import scores
 
 
 @pytest.fixture
@@ -86,6 +87,21 @@ def test_fuse_and_apply(files, capsys):
     np.testing.assert_array_equal(np.load("fused.npy"), plan.apply(test["probs"]))
     assert content["accuracy"] == (np.load("fused.npy").argmax(1) == test["labels"]).mean()
     assert "accuracy" not in run(capsys, "apply", "plan.json", "probs.npy")
+
+
+def test_the_pool(files, capsys):
+    p, labels, test = np.load("probs.npy"), np.load("labels.npy"), np.load("test.npz")
+    plan = fmn.fuse(p, labels, method="pool", max_members=2)
+    args = ["fuse", "probs.npy", "--labels", "labels.npy", "--method", "pool", "--max-members", 2]
+    lines = run(capsys, *args).splitlines()
+    assert lines[0].split() == ["epoch", "weight"]
+    assert [line.split() for line in lines[1:3]] == [[str(e), f"{w:.4f}"] for e, w in plan.members]
+    assert fmn.FusionPlan.load("plan.json") == plan
+    content = json.loads(run(capsys, "apply", "plan.json", "test.npz", "--json"))
+    of_pool, of_final = scores(plan.apply(test["probs"]), test["labels"]), scores(test["probs"][-1], test["labels"])
+    assert (content["accuracy"], content["nll"], content["ece"]) == of_pool
+    assert content["final_model_nll"] == of_final.nll
+    assert f"fused: {of_pool}" in run(capsys, "apply", "plan.json", "test.npz")
 
 
 def epochs_in(folder, p):

@@ -42,8 +42,8 @@ def test_rows_are_what_they_say(run, table):
     swa = fmn.averaged_model(run, baselines.swa_weights(12), TRAIN)
     assert table["SWA"].test_accuracy == (swa(TEST[0]).argmax(1) == TEST[1]).double().mean().item()
     names = [r.method for r in table.rows]
-    singles = ["EMA", "SWA", "averaged KF", "distilled last", "distilled KF", "distilled auto"]
-    assert names[-6:] == singles
+    singles = ["EMA", "SWA", "averaged KF", *(f"distilled {name}" for name in ("last", "KF", "auto", "pool"))]
+    assert names[-7:] == singles
     assert all(r.forward_passes == 1 for r in table.rows[-6:])
     with pytest.raises(KeyError, match="there are last"):
         table["bagging"]

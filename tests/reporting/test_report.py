@@ -198,7 +198,11 @@ def test_plan_and_comparison(digits, report):
     assert f"{plan.cv_accuracy:.2%}, {low:+.1f} to {high:+.1f} points from the final model" in page.text()
     content = json.loads((run.run_dir / "comparison.json").read_text())
     numbers = ("selection_accuracy", "test_accuracy")
-    rows = [[r["method"], str(r["forward_passes"]), *(f"{r[k]:.2%}" for k in numbers), ""] for r in content["rows"]]
+    more = ("test_nll", "test_ece")
+    rows = [
+        [r["method"], str(r["forward_passes"]), *(f"{r[k]:.2%}" for k in numbers), "", *(f"{r[k]:.3f}" for k in more)]
+        for r in content["rows"]
+    ]
     assert page.table("Methods compared") == rows
     best = {row[0].text for row in page.root.iter("tr") if row.get("class") == "best"}
     top = max(r["test_accuracy"] for r in content["rows"])
@@ -223,6 +227,16 @@ def test_what_is_passed_wins_over_what_lies_there(digits, tmp_path):
     assert page.table("Weight of each checkpoint") == [["0", "25.0%", ""], ["13", "75.0%", ""]]
     assert "selection set" not in page.text()  # of mere weights the accuracy is not known
     assert page.table("Methods compared") == [["mine", "2", "50.00%", "25.00%", ""]]
+
+
+def test_the_plan_of_a_pool(digits, tmp_path):
+    weights = {2: 0.25, 13: 1.5}
+    plan = fmn.FusionPlan(((13, 1.5), (2, 0.25)), 14, 0, (0.5, 0.75), "pool", combine="geometric")
+    page = Page(write_report(digits[0].run_dir, tmp_path / "r.html", plan=plan))
+    assert page.table("Weight of each checkpoint") == [[str(e), f"{w:.3f}", ""] for e, w in weights.items()]
+    assert "a weighted geometric mean of 2 checkpoints" in page.text()
+    assert "75.00%" in page.text()
+    assert "Members, in the order found" not in page.text()
 
 
 def test_the_demos_cell_is_a_comparison(digits, tmp_path):

@@ -38,23 +38,39 @@ def test_only_the_chosen_windows_are_evaluated(run, plan):
     assert set(p.evaluated) == {*plan.weights, 11}
 
 
-def test_fused_model_predicts_what_the_plan_says(run, plan):
-    model = fmn.FusedModel(plan, run)
+@pytest.fixture(params=["linear", "geometric"])
+def either(request, run, plan):
+    """A plan of either combination."""
+    if request.param == "linear":
+        return plan
+    return fmn.fuse(run.probabilities(VAL), VAL[1], method="pool", max_members=3, folds=0)
+
+
+def test_a_state_of_the_other_combination_is_refused(run):
+    plans = [fmn.FusionPlan.from_weights({3: 0.5, 11: 0.5}, 12, combine) for combine in ("linear", "geometric")]
+    linear, geometric = (fmn.FusedModel(p, run) for p in plans)
+    for ours, other in ((linear, geometric), (geometric, linear)):
+        with pytest.raises(RuntimeError, match="geometric"):
+            ours.load_state_dict(other.state_dict())
+
+
+def test_fused_model_predicts_what_the_plan_says(run, either):
+    model = fmn.FusedModel(either, run)
     log_probs = model(TEST[0])
-    np.testing.assert_allclose(log_probs.exp(), plan.apply(run.probabilities(TEST)), atol=1e-6)
+    np.testing.assert_allclose(log_probs.exp(), either.apply(run.probabilities(TEST)), atol=1e-6)
     assert not log_probs.requires_grad
     assert not any(m.training for m in model.train().modules())
     np.testing.assert_array_equal(model(TEST[0]), log_probs)  # BatchNorm statistics did not change
 
 
-def test_a_fused_model_where_values_cannot_be_looked_at(run, plan):
-    expected = fmn.FusedModel(plan, run)(TEST[0])
-    new = fmn.FusedModel(plan, run)
+def test_a_fused_model_where_values_cannot_be_looked_at(run, either):
+    expected = fmn.FusedModel(either, run)(TEST[0])
+    new = fmn.FusedModel(either, run)
     assert new(TEST[0][:0]).shape == (0, 4)
-    torch.testing.assert_close(torch.func.vmap(fmn.FusedModel(plan, run))(TEST[0][:, None])[:, 0], expected)
-    exported = torch.export.export(fmn.FusedModel(plan, run), (TEST[0],)).module()
+    torch.testing.assert_close(torch.func.vmap(fmn.FusedModel(either, run))(TEST[0][:, None])[:, 0], expected)
+    exported = torch.export.export(fmn.FusedModel(either, run), (TEST[0],)).module()
     torch.testing.assert_close(exported(TEST[0]), expected)
-    assert fmn.FusedModel(plan, run).to("meta")(TEST[0].to("meta")).shape == expected.shape
+    assert fmn.FusedModel(either, run).to("meta")(TEST[0].to("meta")).shape == expected.shape
 
 
 def test_in_bfloat16(run):
@@ -64,9 +80,9 @@ def test_in_bfloat16(run):
     assert (rough != exact).any()
 
 
-def test_fused_model_opens_from_disk_in_a_fresh_process(run, plan, tmp_path):
-    plan.save(tmp_path / "plan.json")
-    model = fmn.FusedModel(plan, run)
+def test_fused_model_opens_from_disk_in_a_fresh_process(run, either, tmp_path):
+    either.save(tmp_path / "plan.json")
+    model = fmn.FusedModel(either, run)
     torch.save(model.state_dict(), tmp_path / "state.pt")
     script = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'helpers')!r})\n"
@@ -188,7 +204,7 @@ def test_forward_fn_is_asked_for_each_member(tmp_path):
     run = fmn.train(Tuples(), TRAIN, VAL, epochs=6, run_dir=tmp_path, forward_fn=forward, **RECIPE)
     options = {"epochs": 2, "progress": False}
     table = fmn.compare(run, VAL, TEST, train_data=TRAIN, make_student=Tuples, distill_options=options)
-    assert len(table.rows) == 19
+    assert len(table.rows) == 21
     fused = fmn.FusedModel(table.plan, run)
     log_probs, labels = fused._fmn_forward_batch(TEST, forward)
     np.testing.assert_allclose(log_probs.exp(), table.plan.apply(run.probabilities(TEST)), atol=1e-6)
