@@ -21,6 +21,15 @@ EPOCHS = 6
 STEPS = 3  # of 150 samples in batches of 64
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Bits are the same for the same number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def piece():
     task = next(t for t in suite.cpu_tasks() if t.dataset == "digits")
     return Piece(replace(task, n_train=150, n_select=100, n_test=120, epochs=EPOCHS), "sym40", True, 0)
@@ -42,7 +51,7 @@ def files(run):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, one_thread):
     """The folder of a training without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     train(folder)
@@ -151,6 +160,22 @@ def test_a_killed_training_has_the_same_best_average(whole, tmp_path):
     assert process.exitcode == 9
     train(tmp_path)
     assert bits(best(tmp_path)) == bits(best(whole))
+
+
+def test_a_long_training_scores_twenty_epochs_and_the_last(tmp_path, monkeypatch):
+    scored, score = [], controls.model_scores
+
+    def counted(*args):
+        scored.append(len(list(tmp_path.glob("network_0/checkpoints/*.pt"))))
+        return score(*args)
+
+    monkeypatch.setattr(controls, "model_scores", counted)
+    p = replace(piece(), task=replace(piece().task, epochs=41))
+    data = p.split(Path())
+    p.train(data, tmp_path, beside=partial(controls.StepAverages, p, data, tmp_path))
+    assert len(scored) == 21 * len(controls.EMA_DECAYS)
+    assert scored[-1] >= 39  # checkpoints on disk or being written
+    assert scored[0] <= 1
 
 
 def test_few_states_stay_on_disk(whole):
