@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -98,7 +99,7 @@ class Bench:
         seed, task = self.piece.seed + 500, self.piece.task
         torch.manual_seed(seed)
         options |= {"targets": "cached-views", "views": VIEWS} if self.piece.augmented else {"targets": "cached"}
-        options |= {"run_dir": self.folder / f"student_{name.replace(' ', '_')}", **self.piece.recipe(seed)}
+        options |= {"run_dir": self.folder / re.sub(r"\W+", "_", f"student {name}"), **self.piece.recipe(seed)}
         teacher = controls.Bfloat16(teacher, task.amp)
         self.students[name] = fmn.distill(task.make_model(), teacher, self.data.train, **options)
         self.add_model(f"distilled {name}", self.students[name], training)
