@@ -275,7 +275,8 @@ def bench_options(add: Add) -> None:
     add("suite", choices=list(SUITES), help=suites)
     add("--epochs", type=int, default=200, help="metric: epochs of the large matrix (default 200)")
     add("--samples", type=int, default=1_281_167, help="metric: its samples (default 1281167)")
-    add("--scale", choices=["cpu", "gpu"], default="cpu", help="paper: hours on two cores, or on a GPU")
+    scales = "paper: cpu takes 5 hours on two cores, middle two days, gpu hours on a GPU (default cpu)"
+    add("--scale", choices=["cpu", "middle", "gpu"], default="cpu", help=scales)
     folders = "mnist/, cifar-100-binary/, cifar-100n/, tiny-imagenet-200/"
     add("--data", help=f"paper, descent, training: folder that contains {folders}")
     add("--device", choices=["cpu", "cuda"], help="training: device (default: cuda if available)")

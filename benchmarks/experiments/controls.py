@@ -1,31 +1,44 @@
 """Controls that need a training of their own, and Caruana's selection.
 
-`train_snapshots`, `train_fge`, `train_swa` and `train_ema` return networks. `Mean` makes one predictor of several.
-An epoch is one pass over the training data.
+`train_snapshots`, `train_fge` and `train_swa` return networks. `StepAverages` accompanies a training. `Mean` makes one
+predictor of several. An epoch is one pass over the training data.
 """
 
 from __future__ import annotations
 
 import copy
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fmn_ref as fmn
+from fmn_ref.metrics.scores import Scores, scores
 from fmn_ref.runs import checkpoints
+from fmn_ref.runs.folder import RunFolder
 from fmn_ref.training.data import predict
+from fmn_ref.training.engine import Average, EarlyStopping
 
 from . import datasets
-from .pieces import Piece
+from .pieces import Piece, run_dir
 
 EMA_DECAYS = (0.98, 0.99, 0.995, 0.998)  # per step
+
+
+class Bfloat16(nn.Module):
+    """A network that computes in bfloat16, where `enabled`."""
+
+    def __init__(self, network: nn.Module, enabled: bool) -> None:
+        super().__init__()
+        self.network, self.enabled = network, enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.enabled):
+            return cast(Tensor, self.network(x))
 
 
 class Mean(nn.Module):
@@ -81,48 +94,89 @@ def train_swa(piece: Piece, data: datasets.Split, folder: Path, run: fmn.Run) ->
     return fmn.averaged_model(end, dict.fromkeys(range(len(end.history)), 1.0), data.train)
 
 
-def train_ema(piece: Piece, data: datasets.Split) -> nn.Module:
-    """Train with EMAs of the weights after every step; return the average with the best selection accuracy."""
-    torch.manual_seed(piece.seed)
-    model = piece.task.make_model()
-    averages = StepAverages(model, data.select, max(1, len(data.train[0]) // piece.task.recipe["batch_size"]))
-    handle = register_optimizer_step_post_hook(averages.after_step)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            recipe = piece.recipe(piece.seed)
-            fmn.train(model, data.train, data.select, run_dir=folder, keep="none", **recipe)
-    finally:
-        handle.remove()
-    return averages.best
-
-
 class StepAverages:
-    """Exponential moving averages of a model's weights, and the best of them at the end of any epoch."""
+    """Exponential moving averages (EMA) of a network's weights after every step, and the best of them.
 
-    def __init__(self, model: nn.Module, select: datasets.Data, steps_per_epoch: int) -> None:
-        self.model, self.select, self.steps_per_epoch = model, select, steps_per_epoch
-        self.averages = [self.average(decay) for decay in EMA_DECAYS]
-        self.steps, self.accuracy, self.best = 0, -1.0, copy.deepcopy(model)
+    A context that is open while `fmn.train` trains the network. It does not change the training. At the end of each
+    epoch it saves its state, so that a killed training resumes with the averages of the epoch it resumes from.
 
-    def average(self, decay: float) -> AveragedModel:
-        update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        return AveragedModel(self.model, multi_avg_fn=update, use_buffers=True)
+    Parameters
+    ----------
+    piece : Piece
+    data : Split
+        The selection accuracy chooses the decay and the epoch, among twenty epochs of the run.
+    folder : path
+        The piece's folder. The states are in its subfolder ema/.
+    model : nn.Module
+        The network that trains, with its weights at the start.
+    """
+
+    def __init__(self, piece: Piece, data: datasets.Split, folder: Path, model: nn.Module) -> None:
+        self.model, self.select, self.epochs = model, data.select, piece.task.epochs
+        self.amp = piece.task.amp
+        self.run_dir, self.folder = run_dir(folder), folder / "ema"
+        n = len(data.train[1])
+        size: int = piece.task.recipe["batch_size"]
+        self.steps_per_epoch = max(1, n // size + (n % size > 1))  # a last batch of one sample joins the one before
+        self.step: int | None = None
+        self.best = EarlyStopping(self.epochs)
+        self.averages = {str(decay): Average(model, decay) for decay in EMA_DECAYS}
+
+    def __enter__(self) -> None:
+        self._handle = register_optimizer_step_post_hook(self.after_step)
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
 
     def after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Update the averages; at the end of an epoch keep a copy of the best one so far."""
-        self.steps += 1
-        for average in self.averages:
-            average.update_parameters(self.model)
-            if self.steps % self.steps_per_epoch == 0:
-                accuracy = model_accuracy(average.module, self.select)
-                if accuracy > self.accuracy:
-                    self.accuracy, self.best = accuracy, copy.deepcopy(average.module)
+        """Update the averages; at the end of an epoch score and save them."""
+        if self.step is None:
+            self.step = self._resume()
+        self.step += 1
+        for average in self.averages.values():
+            average.update(self.model)
+        if self.step % self.steps_per_epoch == 0:
+            self._end_epoch(self.step // self.steps_per_epoch - 1)
+
+    def _resume(self) -> int:
+        """Load the state of the epoch that the training resumes from; return the number of steps until then.
+
+        At the first step, the history on disk ends at that epoch: `fmn.train` has discarded what is later.
+        """
+        done = len(fmn.Run.open(self.run_dir).history) if RunFolder(self.run_dir).history.exists() else 0
+        if done:
+            state = checkpoints.load(self._path(done - 1))
+            self.best.load_state_dict(state.pop("best"))
+            for decay, average in self.averages.items():
+                average.load_state_dict(state[decay])
+        return done * self.steps_per_epoch
+
+    def _end_epoch(self, epoch: int) -> None:
+        if (epoch + 1) % max(1, self.epochs // 20) == 0 or epoch == self.epochs - 1:
+            for average in self.averages.values():
+                accuracy = model_scores(average.model, self.select, self.amp).accuracy
+                self.best.update(epoch, accuracy, average.model)
+        self.folder.mkdir(exist_ok=True)
+        state = {decay: average.state_dict() for decay, average in self.averages.items()}
+        checkpoints.save({**state, "best": self.best.state_dict()}, self._path(epoch))
+        self._path(epoch - 3).unlink(missing_ok=True)  # the training may resume from either epoch before this one
+
+    def _path(self, epoch: int) -> Path:
+        return self.folder / f"epoch_{epoch}.pt"
 
 
-def model_accuracy(model: nn.Module, samples: datasets.Data) -> float:
-    """Share of the samples that the model classifies correctly."""
-    probs, labels = predict(model, samples)
-    return float((probs.argmax(1) == labels).double().mean())
+def best_average(piece: Piece, folder: Path) -> nn.Module:
+    """Load the best of the `StepAverages` of a finished training."""
+    model = piece.task.make_model()
+    state = checkpoints.load(folder / "ema" / f"epoch_{piece.task.epochs - 1}.pt")
+    model.load_state_dict(state["best"]["weights"])
+    return model.eval()
+
+
+def model_scores(model: nn.Module, samples: datasets.Data, amp: bool = False) -> Scores:
+    """Score a network that returns logits or log-probabilities; with `amp` it computes in bfloat16."""
+    probs, labels = predict(model, samples, amp=amp)
+    return scores(probs.cpu().numpy(), labels.cpu().numpy())
 
 
 def caruana(probs: NDArray[Any], labels: NDArray[np.int64], rounds: int = 50) -> dict[int, float]:

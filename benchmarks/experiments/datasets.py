@@ -109,8 +109,26 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
 }
 
 
+def of_classes(source: Source, classes: range) -> Source:
+    """Keep the samples of some classes, with the labels that they have. People's labels may be others: none stay."""
+
+    def keep(images: Images, labels: Labels) -> tuple[Images, Labels]:
+        kept = np.isin(labels, classes)
+        return images[kept], labels[kept]
+
+    return Source(keep(*source.train), keep(*source.test), len(classes))
+
+
 def split(
-    source: Source, noise: str, seed: int, n_train: int | None, n_select: int, n_test: int, *, pooled: bool = False
+    source: Source,
+    noise: str,
+    seed: int,
+    n_train: int | None,
+    n_select: int,
+    n_test: int,
+    *,
+    pooled: bool = False,
+    classes: range | None = None,
 ) -> Split:
     """Draw disjoint training, selection and test sets, and add noise to the training labels.
 
@@ -128,7 +146,12 @@ def split(
         Drawn from the test images.
     pooled : bool, default False
         Training and test images of the source are the same: draw all three sets from them.
+    classes : range, optional
+        Classes that take part, wrong labels included; default: all.
     """
+    first = 0
+    if classes is not None:
+        source, first = of_classes(source, classes), classes.start
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(source.train[1]))
     rows = order if n_train is None else order[:n_train]
@@ -137,7 +160,8 @@ def split(
         raise ValueError(f"expected at most {len(held)} samples to select and score on, got {n_select + n_test}")
     select, test = held[:n_select], held[n_select : n_select + n_test]
     x, y = source.train[0][rows], source.train[1][rows]
-    noisy = wrong_labels(y, noise, source.n_classes, seed, None if source.human is None else source.human[rows])
+    human = None if source.human is None else source.human[rows]
+    noisy = first + wrong_labels(y - first, noise, source.n_classes, seed, human)
     mean = x.mean((0, 2, 3), dtype=np.float64)[:, None, None] / 255
     std = x.std((0, 2, 3), dtype=np.float64)[:, None, None] / 255
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 import fmn_ref as fmn
+from fmn_ref import _files
 from fmn_ref.fusion import baselines
 from fmn_ref.fusion.methods import method_names
 from fmn_ref.fusion.plan import FusionPlan
+from fmn_ref.metrics.scores import Scores, scores
 from fmn_ref.reporting import comparison
 from fmn_ref.runs import checkpoints
 from fmn_ref.runs.retention import Keep
@@ -32,6 +36,7 @@ from .pieces import Piece
 Labels = NDArray[np.int64]
 FUSIONS: dict[str, dict[str, Any]] = {"KF": {"method": "forget"}, "KF exact": {"method": "forget", "search": "exact"}}
 FUSIONS |= {name: {"method": name} for name in method_names() if name != "forget"}
+VIEWS = 8  # augmented versions of the training images that a teacher predicts
 BUDGETS = (0.05, 0.1, 0.2, 0.4)  # shares of the checkpoints that are kept
 
 
@@ -39,51 +44,65 @@ class Bench:
     """State of a measurement: the piece's data, its run, every epoch's predictions, the plans and rows so far."""
 
     def __init__(self, piece: Piece, root: Path, folder: Path) -> None:
-        self.piece, self.folder = piece, folder
+        self.piece, self.root, self.folder = piece, root, folder
         self.stages = tuple(STAGES) if piece.stages is None else piece.stages
         self.data = piece.split(root)
         comparison.refuse_overlap(fingerprints(self.data.select), fingerprints(self.data.test), "test")
         folder.mkdir(parents=True, exist_ok=True)
-        self.run = piece.train(self.data, folder)
+        beside = partial(controls.StepAverages, piece, self.data, folder) if "ema" in self.stages else nullcontext
+        self.run = self.train(beside=beside)
         self.select, self.y = self.stored("select", self.data.select)
         self.test, self.y_test = self.stored("test", self.data.test)
         self.plans: dict[str, FusionPlan] = {}
+        self.students: dict[str, nn.Module] = {}
         self.rows: list[dict[str, Any]] = []
+
+    def train(self, network: int = 0, **options: Any) -> fmn.Run:
+        """Train one of the piece's networks, as `Piece.train`; first on the piece before, where there is one."""
+        first = self.piece.before
+        if first is not None:
+            run = first.train(first.split(self.root), self.folder / "before", network)
+            options["start"] = run.checkpoint(-1)
+        return self.piece.train(self.data, self.folder, network, **options)
 
     def stored(self, name: str, samples: datasets.Data) -> tuple[NDArray[np.float16], Labels]:
         """Probabilities (n_epochs, n_samples, n_classes), read from the piece's folder or computed and stored there."""
         path = self.folder / f"{name}.npy"
         if not path.exists():
-            probs = self.run.probabilities(samples, batch_size=250)
+            probs = self.run.probabilities(samples, batch_size=250, amp=self.piece.task.amp)
             array = np.stack([probs[e].astype(np.float16) for e in range(len(probs))])
-            partial = path.with_name(f".{name}.partial.npy")
-            np.save(partial, array)
-            os.replace(partial, path)
+            with _files.replacing(path, ".npy") as temporary:
+                np.save(temporary, array)
         return np.load(path, mmap_mode="r"), samples[1].cpu().numpy()
 
-    def row(self, method: str, passes: int, training: float, select: float, test: float, **more: Any) -> None:
+    def row(self, method: str, passes: int, training: float, select: Scores, test: Scores, **more: Any) -> None:
         """Add a row. `passes` is what one prediction costs, `training` what the method costs in runs."""
         costs = {"forward_passes": passes, "training_runs": training}
-        self.rows.append({"method": method, **costs, "selection_accuracy": select, "test_accuracy": test, **more})
+        accuracies = {"selection_accuracy": select.accuracy, "test_accuracy": test.accuracy}
+        self.rows.append({"method": method, **costs, **accuracies, "test_nll": test.nll, "test_ece": test.ece, **more})
 
     def add_plan(self, method: str, plan: FusionPlan, training: float = 1, **more: Any) -> None:
         """Score a plan and add its row."""
-        scores = _accuracy(plan.apply(self.select), self.y), _accuracy(plan.apply(self.test), self.y_test)
-        self.row(method, plan.forward_passes, training, *scores, **more)
+        found = scores(plan.apply(self.select), self.y), scores(plan.apply(self.test), self.y_test)
+        self.row(method, plan.forward_passes, training, *found, **more)
 
     def add_model(self, method: str, model: nn.Module, training: float, passes: int = 1) -> None:
         """Score a network and add its row."""
-        scores = controls.model_accuracy(model, self.data.select), controls.model_accuracy(model, self.data.test)
-        self.row(method, passes, training, *scores)
+        self.row(method, passes, training, self.scores(model, "select"), self.scores(model, "test"))
 
-    def student(self, name: str, teacher: nn.Module) -> fmn.Run:
-        """Distil the teacher into a fresh network of the original size; return the recorded run."""
-        seed = self.piece.seed + 500
+    def scores(self, model: nn.Module, samples: str) -> Scores:
+        """Score a network on one of the piece's sets."""
+        return controls.model_scores(model, getattr(self.data, samples), self.piece.task.amp)
+
+    def add_student(self, name: str, teacher: nn.Module, training: float = 2, **options: Any) -> None:
+        """Distil the teacher into a new network of the original size and add its row."""
+        seed, task = self.piece.seed + 500, self.piece.task
         torch.manual_seed(seed)
-        model, run_dir = self.piece.task.make_model(), self.folder / f"student_{name}"
-        recipe = self.piece.recipe(seed)
-        fmn.distill(model, teacher, self.data.train, run_dir=run_dir, val_data=self.data.select, **recipe)
-        return fmn.Run.open(run_dir, model)
+        options |= {"targets": "cached-views", "views": VIEWS} if self.piece.augmented else {"targets": "cached"}
+        options |= {"run_dir": self.folder / re.sub(r"\W+", "_", f"student {name}"), **self.piece.recipe(seed)}
+        teacher = controls.Bfloat16(teacher, task.amp)
+        self.students[name] = fmn.distill(task.make_model(), teacher, self.data.train, **options)
+        self.add_model(f"distilled {name}", self.students[name], training)
 
 
 def measure(piece: Piece, root: Path, folder: Path) -> dict[str, Any]:
@@ -96,7 +115,7 @@ def measure(piece: Piece, root: Path, folder: Path) -> dict[str, Any]:
     return {
         "piece": piece.name,
         "setting": piece.setting,
-        "dataset": piece.task.dataset,
+        "dataset": piece.task.name,
         "noise": piece.noise,
         "augmented": piece.augmented,
         "seed": piece.seed,
@@ -109,6 +128,7 @@ def measure(piece: Piece, root: Path, folder: Path) -> dict[str, Any]:
         "rows": bench.rows,
         "budget": budget_study(bench),
         "recovery": recovered(bench),
+        "accuracy_before": accuracy_before(bench),
     }
 
 
@@ -149,105 +169,87 @@ def add_fusions(bench: Bench) -> None:
 
 
 def students(bench: Bench) -> None:
-    """Students distilled from the final model, from KF and from auto."""
-    for name in ("final", "KF", "auto"):
-        run = bench.student(name, FusedModel(bench.plans[name], bench.run))
-        bench.add_model(f"distilled {name}", run.model, 2)
+    """Students distilled from the pool, from KF and from the final model."""
+    for name in ("pool", "KF", "final"):
+        bench.add_student(name, FusedModel(bench.plans[name], bench.run))
+
+
+def student_of_auto(bench: Bench) -> None:
+    """A student distilled from auto."""
+    bench.add_student("auto", FusedModel(bench.plans["auto"], bench.run))
+
+
+def temperatures(bench: Bench) -> None:
+    """Students of softer pools: one with weights of sum 1, and one with a temperature of 2."""
+    pool = bench.plans["pool"]
+    total = sum(pool.weights.values())
+    weights = {epoch: weight / total for epoch, weight in pool.weights.items()}
+    flat = FusionPlan.from_weights(weights, pool.n_epochs, pool.combine)
+    bench.add_student("pool, weights of sum 1", FusedModel(flat, bench.run))
+    bench.add_student("pool, temperature 2", FusedModel(pool, bench.run), temperature=2.0)
 
 
 def averages(bench: Bench) -> None:
     """Networks whose weights are means of the checkpoints' weights."""
     n, train = len(bench.select), bench.data.train
     candidates = [averaged_model(bench.run, baselines.ema_weights(n, d), train) for d in comparison.EMA_DECAYS]
-    best = max(candidates, key=lambda m: controls.model_accuracy(m, bench.data.select))
+    best = max(candidates, key=lambda m: bench.scores(m, "select").accuracy)
     bench.add_model("EMA over epochs", best, 1)
     bench.add_model("SWA over epochs", averaged_model(bench.run, baselines.swa_weights(n), train), 1)
     for name in ("KF", "auto"):
         bench.add_model(f"averaged {name}", averaged_model(bench.run, bench.plans[name].weights, train), 1)
 
 
+def ema(bench: Bench) -> None:
+    """The best exponential moving average of every step of the run's training."""
+    bench.add_model("EMA", controls.best_average(bench.piece, bench.folder), 1)
+
+
 def independent_networks(bench: Bench) -> None:
     """Ensembles of two, three and five networks, each at its final epoch or at its best epoch."""
-    final: list[nn.Module] = []
-    early: list[nn.Module] = []
-    for i in range(5):
-        run = bench.run if i == 0 else bench.piece.train(bench.data, bench.folder, i)
-        best = int(fmn.forgetting_curves(run.history).accuracy.argmax())
-        for found, epoch in ((final, -1), (early, best)):
-            found.append(checkpoints.load_into(bench.piece.task.make_model(), run.checkpoints[epoch]))
+    final, early = five_networks(bench)
     for m in (2, 3, 5):
         bench.add_model(f"{m} networks", controls.Mean(final[:m]), m, m)
         bench.add_model(f"{m} networks, early stopped", controls.Mean(early[:m]), m, m)
-    if "distilled_controls" in bench.stages:
-        run = bench.student("networks", controls.Mean(early))
-        bench.add_model("distilled 5 networks, early stopped", run.model, 6)
+
+
+def five_networks(bench: Bench) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Train five networks; return them at their final and at their best epochs."""
+    final: list[nn.Module] = []
+    early: list[nn.Module] = []
+    for i in range(5):
+        run = bench.run if i == 0 else bench.train(i)
+        best = int(fmn.forgetting_curves(run.history).accuracy.argmax())
+        for found, epoch in ((final, -1), (early, best)):
+            found.append(checkpoints.load_into(bench.piece.task.make_model(), run.checkpoints[epoch]))
+    return final, early
 
 
 def trained_differently(bench: Bench) -> None:
-    """Snapshot ensemble, FGE, SWA on its own schedule, EMA of every step; optionally a student of each."""
+    """Snapshot ensemble, FGE, and SWA on its own schedule."""
     piece, data, folder = bench.piece, bench.data, bench.folder
-    ensembles = {
-        "snapshots": controls.train_snapshots(piece, data, folder),
-        "FGE": controls.train_fge(piece, data, folder, bench.run),
-    }
-    singles = {"SWA": controls.train_swa(piece, data, folder, bench.run), "EMA": controls.train_ema(piece, data)}
-    for name, members in ensembles.items():
+    snapshots = controls.train_snapshots(piece, data, folder)
+    fge = controls.train_fge(piece, data, folder, bench.run)
+    for name, members in (("snapshots", snapshots), ("FGE", fge)):
         bench.add_model(name, controls.Mean(members), 1, len(members))
-    for name, model in singles.items():
-        bench.add_model(name, model, 1)
-    if "distilled_controls" in bench.stages:
-        teachers = {name: controls.Mean(members) for name, members in ensembles.items()} | singles
-        for name, teacher in teachers.items():
-            bench.add_model(f"distilled {name}", bench.student(name, teacher).model, 2)
+    bench.add_model("SWA", controls.train_swa(piece, data, folder, bench.run), 1)
 
 
 def distilled_controls(bench: Bench) -> None:
-    """A student of equally spaced checkpoints.
-
-    When a piece has this stage, `independent_networks` and `trained_differently` distil their ensembles too.
-    """
-    n, k = len(bench.select), bench.plans["auto"].forward_passes
-    plan = FusionPlan.from_weights(baselines.equally_spaced(n, k), n)
-    bench.add_model("distilled equally spaced", bench.student("spaced", FusedModel(plan, bench.run)).model, 2)
-
-
-def generations(bench: Bench) -> None:
-    """Fuse and distil the student's own checkpoints, twice. Selection accuracy chooses the generation to stop at."""
-    run = bench.student("auto", FusedModel(bench.plans["auto"], bench.run))
-    choice = [("distilled auto", controls.model_accuracy(run.model, bench.data.select))]
-    for generation in (2, 3):
-        probs = run.probabilities(bench.data.select)
-        plan = fmn.fuse([probs[e] for e in range(len(probs))], bench.y, method="auto")
-        fused = FusedModel(plan, run)
-        bench.add_model(f"generation {generation}, fused", fused, generation, plan.forward_passes)
-        run = bench.student(f"generation_{generation}", fused)
-        bench.add_model(f"generation {generation}, distilled", run.model, generation + 1)
-        choice.append((bench.rows[-1]["method"], bench.rows[-1]["selection_accuracy"]))
-    name, _ = max(choice, key=lambda c: c[1])
-    chosen = next((r for r in bench.rows if r["method"] == name), None)
-    if chosen is not None:
-        bench.rows.append({**chosen, "method": "generations, stopped by selection", "training_runs": 4})
-
-
-def half_storage(bench: Bench) -> None:
-    """The plan of auto with checkpoints rounded to 16 bits, and with the original ones."""
-    plan, fused = bench.plans["auto"], FusedModel(bench.plans["auto"], bench.run)
-    for member in fused.members:
-        for value in member.state_dict().values():
-            if value.is_floating_point():
-                value.copy_(value.half())
-    bench.add_model("auto, 16-bit checkpoints", fused, 1, plan.forward_passes)
-    bench.add_model("auto, 32-bit checkpoints", FusedModel(plan, bench.run), 1, plan.forward_passes)
+    """Students of five early-stopped networks and of the EMA."""
+    bench.add_student("5 networks, early stopped", controls.Mean(five_networks(bench)[1]), 6)
+    bench.add_student("EMA", controls.best_average(bench.piece, bench.folder))
 
 
 STAGES: dict[str, Callable[[Bench], None]] = {
     "students": students,
+    "student_of_auto": student_of_auto,
+    "temperatures": temperatures,
+    "ema": ema,
     "averages": averages,
     "networks": independent_networks,
     "trained_differently": trained_differently,
     "distilled_controls": distilled_controls,
-    "generations": generations,
-    "half_storage": half_storage,
 }
 
 
@@ -262,7 +264,7 @@ def budget_study(bench: Bench) -> list[dict[str, Any]]:
             for name in ("KF", "auto"):
                 method = "forget" if name == "KF" else bench.plans[name].method
                 plan = fmn.fuse([bench.select[e] for e in rows], bench.y, method=method, folds=0)
-                test = _accuracy(plan.apply([bench.test[e] for e in rows]), bench.y_test)
+                test = scores(plan.apply([bench.test[e] for e in rows]), bench.y_test).accuracy
                 study.append({"keep": keep.rule, "n": len(rows), "share": share, "fusion": name, "test_accuracy": test})
     return study
 
@@ -278,14 +280,26 @@ def kept_rows(keep: Keep, correct: NDArray[np.bool_]) -> list[int]:
 
 
 def recovered(bench: Bench) -> dict[str, dict[str, int]]:
-    """Test samples that auto, KF and their students bring back, and those that they lose."""
+    """Test samples that the pool, KF, auto and their students bring back, and those that they lose."""
     correct = np.stack([p.argmax(1) == bench.y_test for p in bench.test])
-    predictions: dict[str, Any] = {name: bench.plans[name].apply(bench.test) for name in ("KF", "auto")}
-    for name in ("KF", "auto"):
-        if "students" in bench.stages:
-            student = bench.student(name, FusedModel(bench.plans[name], bench.run))
-            predictions[f"distilled {name}"] = predict(student.model, bench.data.test)[0].cpu().numpy()
+    predictions: dict[str, Any] = {}
+    for name in ("KF", "pool", "auto"):
+        predictions[name] = bench.plans[name].apply(bench.test)
+        if name in bench.students:
+            probs, _ = predict(bench.students[name], bench.data.test, amp=bench.piece.task.amp)
+            predictions[f"distilled {name}"] = probs.cpu().numpy()
     return fmn.recovery(correct, predictions, bench.y_test).counts()
+
+
+def accuracy_before(bench: Bench) -> dict[str, float]:
+    """Accuracy on the test set of the piece before: of its own network, and after the training of this piece."""
+    first = bench.piece.before
+    if first is None:
+        return {}
+    data = first.split(bench.root)
+    models = {"before": first.train(data, bench.folder / "before").model}
+    models |= {name: FusedModel(bench.plans[name], bench.run) for name in ("final", "KF", "pool")}
+    return {name: controls.model_scores(m, data.test, first.task.amp).accuracy for name, m in models.items()}
 
 
 def made_with(device: str) -> dict[str, str]:
@@ -293,7 +307,3 @@ def made_with(device: str) -> dict[str, str]:
     names = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     where = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     return {"fmn_ref": fmn.__version__, **names, "device": where, "threads": str(torch.get_num_threads())}
-
-
-def _accuracy(probs: NDArray[Any], labels: Labels) -> float:
-    return float((probs.argmax(1) == labels).mean())

@@ -62,7 +62,10 @@ class Residual(nn.Module):
 
 
 def resnet18(n_channels: int, n_classes: int, width: int = 64) -> nn.Module:
-    """ResNet-18 whose stem suits small images: 3 x 3, no pooling."""
+    """ResNet-18 whose stem suits small images: 3 x 3, no pooling.
+
+    With 100 classes it has 0.7, 2.8 and 11.2 M parameters for a width of 16, 32 and 64.
+    """
     layers: list[nn.Module] = _block(n_channels, width)
     n_in = width
     for stage, stride in enumerate((1, 2, 2, 2)):
@@ -129,7 +132,10 @@ class ConvNextBlock(nn.Module):
 def small_convnext(
     n_channels: int, size: int, n_classes: int, width: int = 32, depths: tuple[int, ...] = (2, 2, 2)
 ) -> nn.Module:
-    """ConvNeXt (Liu et al. 2022), 0.4 M parameters. Each stage halves the image's size and doubles the width."""
+    """ConvNeXt (Liu et al. 2022), 0.4 M parameters, or 1.6 M for a width of 64.
+
+    Each stage halves the image's size and doubles the width.
+    """
     stem = 2 if size >= 32 else 1
     layers: list[nn.Module] = [nn.Conv2d(n_channels, width, stem, stem), ChannelNorm(width)]
     for stage, depth in enumerate(depths):

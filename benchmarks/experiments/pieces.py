@@ -6,6 +6,7 @@ A piece is one data set, noise, augmentation and seed. A setting is a piece with
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fmn_ref as fmn
+from fmn_ref.runs import checkpoints
 from fmn_ref.training.augmentation import crop_flip
 
 from . import datasets
@@ -45,6 +47,16 @@ class Task:
     stages : dict or None
         Names in `measurement.STAGES` for each noise, with "-augmented" behind it for augmented pieces. The entry ""
         holds for all others. None: all stages.
+    name : str, default `dataset`
+        First part of the names of settings and pieces; without "-".
+    classes : range or None
+        Classes that take part; None: all.
+    before : Task or None
+        Task on which the network is trained first, with clean labels.
+    noises : tuple of str
+        As in `datasets.split`.
+    most_seeds : int or None
+        Seeds of each setting, if more are asked for; None: no limit.
     """
 
     dataset: str
@@ -59,6 +71,19 @@ class Task:
     pooled: bool = False
     device: str = "cpu"
     stages: dict[str, tuple[str, ...]] | None = None
+    name: str = ""
+    classes: range | None = None
+    before: Task | None = None
+    noises: tuple[str, ...] = ("clean", "sym20", "sym40", "asym40")
+    most_seeds: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.dataset)
+
+    @property
+    def amp(self) -> bool:
+        """Whether the network computes in bfloat16."""
+        return bool(self.recipe.get("amp", False))
 
     def make_model(self) -> nn.Module:
         """Make the network with new weights, on the task's device."""
@@ -82,7 +107,7 @@ class Piece:
     @property
     def setting(self) -> str:
         """Name without the seed."""
-        return f"{self.task.dataset}-{self.noise}-{'augmented' if self.augmented else 'plain'}"
+        return f"{self.task.name}-{self.noise}-{'augmented' if self.augmented else 'plain'}"
 
     @property
     def name(self) -> str:
@@ -101,7 +126,14 @@ class Piece:
         """Draw the training, selection and test sets."""
         t = self.task
         source = datasets.SOURCES[t.dataset](root)
-        return datasets.split(source, self.noise, self.seed, t.n_train, t.n_select, t.n_test, pooled=t.pooled)
+        sizes = t.n_train, t.n_select, t.n_test
+        return datasets.split(source, self.noise, self.seed, *sizes, pooled=t.pooled, classes=t.classes)
+
+    @property
+    def before(self) -> Piece | None:
+        """The piece on which the network is trained first."""
+        task = self.task.before
+        return None if task is None else Piece(task, "clean", self.augmented, self.seed)
 
     def recipe(self, seed: int, **changes: Any) -> dict[str, Any]:
         """Keywords of `train` and `distill`."""
@@ -109,9 +141,27 @@ class Piece:
         own = {"epochs": self.task.epochs, "seed": seed, "augment": augment, "progress": False}
         return {**self.task.recipe, **own, **changes}
 
-    def train(self, data: datasets.Split, folder: Path, network: int = 0) -> fmn.Run:
-        """Train a network. Networks of other numbers start from other weights and see the samples in another order."""
+    def train(
+        self,
+        data: datasets.Split,
+        folder: Path,
+        network: int = 0,
+        beside: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+        start: Path | None = None,
+    ) -> fmn.Run:
+        """Train a network. Networks of other numbers start from other weights and see the samples in another order.
+
+        The context `beside(model)` is open while the network trains. `start` is a checkpoint to start from.
+        """
         seed = self.seed + 1000 * network
         torch.manual_seed(seed)
-        model, run_dir = self.task.make_model(), folder / f"network_{network}"
-        return fmn.train(model, data.train, data.select, run_dir=run_dir, **self.recipe(seed))
+        model = self.task.make_model()
+        if start is not None:
+            checkpoints.load_into(model, start)
+        with beside(model):
+            return fmn.train(model, data.train, data.select, run_dir=run_dir(folder, network), **self.recipe(seed))
+
+
+def run_dir(folder: Path, network: int = 0) -> Path:
+    """Run folder of a network, in the piece's folder."""
+    return folder / f"network_{network}"

@@ -14,12 +14,14 @@ import multiprocessing
 import os
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fmn_ref import _files
 
@@ -27,22 +29,66 @@ from . import figures, measurement, networks, tables
 from .pieces import Piece, Task
 
 SGD: dict[str, Any] = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}
-NOISES = ("clean", "sym20", "sym40", "asym20", "asym40", "human")
+WITH_HUMAN = ("clean", "sym20", "sym40", "asym40", "human")
 
 
 def cpu_tasks() -> list[Task]:
     """Tasks for two cores: about five hours."""
     small = {**SGD, "batch_size": 64, "lr": 0.05}
     colour = {**SGD, "batch_size": 128, "lr": 0.02, "amp": True}  # the best of 0.02, 0.05, 0.1 by selection accuracy
-    students = {f"{noise}-augmented": ("students",) for noise in NOISES}  # their teachers predict every augmented batch
-    most = {"": tuple(measurement.STAGES)} | students
-    some = {"": ("students",), "sym40": ("students", "networks", "trained_differently")}
-    some |= {f"{noise}-augmented": () for noise in NOISES}
+    students = ("students", "student_of_auto")
+    most = (*students, "ema", "averages", "networks", "trained_differently", "distilled_controls")
+    every = {"": students, "sym20": most, "asym40": most} | dict.fromkeys(("clean", "sym40"), (*most, "temperatures"))
+    some = {"": students, "sym40": (*students, "ema", "networks", "trained_differently")}
+    some |= {f"{noise}-augmented": () for noise in WITH_HUMAN}
+    more: dict[str, Any] = {"stages": some, "noises": WITH_HUMAN}
     cnn = networks.small_cnn
     return [
-        Task("digits", 800, 300, 697, 40, small, partial(cnn, 1, 8, 10), 1, pooled=True, stages=most),
-        Task("mnist", 2000, 1000, 5000, 40, small, partial(cnn, 1, 28, 10), 2, stages=most),
-        Task("cifar100", 10_000, 3000, 5000, 30, colour, partial(cnn, 3, 32, 100), 4, True, stages=some),
+        Task("digits", 800, 300, 697, 40, small, partial(cnn, 1, 8, 10), 1, pooled=True, stages=every),
+        Task("mnist", 2000, 1000, 5000, 40, small, partial(cnn, 1, 28, 10), 2, stages=every),
+        Task("cifar100", 10_000, 3000, 5000, 30, colour, partial(cnn, 3, 32, 100), 4, True, **more),
+    ]
+
+
+def middle_tasks() -> list[Task]:
+    """Tasks with the papers' kind of training on CPUs: CIFAR-100, random crops and flips, 60 epochs.
+
+    Half-width ResNet-18, ViT and ConvNeXt each train in about an hour on one thread; all pieces take about 100 hours.
+    The first task has all students. The tasks after it change one thing each: network, schedule, width, number of
+    images, and a network that learned other classes first.
+    """
+    sgd: dict[str, Any] = {**SGD, "batch_size": 128, "lr": 0.1, "amp": True}
+    adamw: dict[str, Any] = {**sgd, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05}
+    constant: dict[str, Any] = {**sgd, "lr": 0.02, "schedule": "constant"}
+    few = ("clean", "sym40")
+
+    def task(name: str, recipe: dict[str, Any], network: Callable[[], nn.Module], n_train: int, **more: Any) -> Task:
+        sizes = {"n_train": n_train, "n_select": 2000, "n_test": 5000, "epochs": 60, "padding": 4, "flip": True}
+        more = {**sizes, "stages": {"": ()}, "noises": few, "most_seeds": 1, **more}
+        return Task("cifar100", recipe=recipe, network=network, name=f"cifar100_{name}", **more)
+
+    def resnet(width: int) -> Callable[[], nn.Module]:
+        return partial(networks.resnet18, 3, 100, width)
+
+    noises = ("clean", "sym40", "sym20", "asym40", "human")
+    most = ("students", "ema", "averages")
+    full = {"": most, "sym40-augmented": (*most, "networks")}
+    other: dict[str, Any] = {"noises": noises, "stages": {"": ("ema",), "sym40-augmented": ("students", "ema")}}
+    vit, convnext = partial(networks.small_vit, 3, 32, 100), partial(networks.small_convnext, 3, 32, 100, width=64)
+    old = task("old", sgd, resnet(32), 10_000, n_test=3000, epochs=30, classes=range(50))
+    return [
+        task("resnet18", sgd, resnet(32), 10_000, noises=noises, stages=full, most_seeds=2),
+        task("vit", adamw, vit, 10_000, **other),
+        task("convnext", adamw, convnext, 10_000, **other),
+        task("resnet18_constant", constant, resnet(32), 10_000, stages={"": ("ema", "averages")}),
+        task("resnet18_width16", sgd, resnet(16), 10_000),
+        task("resnet18_images2500", sgd, resnet(32), 2500),
+        task("resnet18_images5000", sgd, resnet(32), 5000),
+        task(
+            "resnet18_transfer", {**sgd, "lr": 0.02}, resnet(32), 2000, n_test=3000, classes=range(50, 100), before=old
+        ),
+        task("resnet18_images20000", sgd, resnet(32), 20_000),
+        task("resnet18_width64", sgd, resnet(64), 10_000),
     ]
 
 
@@ -54,6 +100,7 @@ def gpu_tasks(root: Path) -> list[Task]:
     recipe = {**SGD, "batch_size": 128, "lr": 0.1, "amp": True}
     some = {"": ("students",), "clean-augmented": ("students", "networks")}
     more: dict[str, Any] = {"stages": some, "device": "cuda"}
+    more["noises"] = ("clean", "sym40", "sym20", "asym40", "asym20")
     tasks = [Task("cifar100", None, 5000, 5000, 200, recipe, partial(networks.resnet18, 3, 100), 4, True, **more)]
     if (root / "tiny-imagenet-200").is_dir():
         network = partial(networks.resnet18, 3, 200)
@@ -62,18 +109,17 @@ def gpu_tasks(root: Path) -> list[Task]:
 
 
 def all_pieces(scale: str, root: Path, n_seeds: int = 3) -> list[Piece]:
-    """All pieces, in the order in which they run."""
+    """All pieces, in the order in which they run. `n_seeds` is an upper bound for tasks with `most_seeds`."""
     if scale == "gpu":
-        noises = ("clean", "sym40", "sym20", "asym40", "asym20")
-        return [Piece(t, noise, True, s) for t in gpu_tasks(root) for noise in noises for s in range(n_seeds)]
-    noises = ("clean", "sym20", "sym40", "asym40", "human")
+        return [Piece(t, noise, True, s) for t in gpu_tasks(root) for noise in t.noises for s in range(n_seeds)]
+    tasks, augmentations = (cpu_tasks(), (False, True)) if scale == "cpu" else (middle_tasks(), (True,))
     return [
         Piece(task, noise, augmented, seed)
         for seed in range(n_seeds)
-        for augmented in (False, True)
-        for task in cpu_tasks()
-        for noise in noises
-        if noise != "human" or task.dataset == "cifar100"
+        for augmented in augmentations
+        for task in tasks
+        if task.most_seeds is None or seed < task.most_seeds
+        for noise in task.noises
     ]
 
 
@@ -97,7 +143,7 @@ def benchmark(
 
     Parameters
     ----------
-    scale : {"cpu", "gpu"}
+    scale : {"cpu", "middle", "gpu"}
     root : str
         Folder of the data sets.
     out : str
@@ -107,6 +153,7 @@ def benchmark(
     jobs : int, default 1
         Pieces that run at once.
     n_seeds : int, default 3
+        Seeds of each setting; an upper bound at middle scale, whose tasks have two seeds or one.
     clean_up : bool, default False
         Delete the checkpoints of finished pieces.
     """

@@ -16,10 +16,12 @@ import torch
 
 import fmn_ref as fmn
 from fmn_ref.benchmarks.experiments import datasets, double_descent, measurement, networks, suite, tables
+from fmn_ref.benchmarks.experiments.controls import model_scores
 from fmn_ref.benchmarks.experiments.pieces import Piece
 from fmn_ref.benchmarks.speed import fusion
 from fmn_ref.cli import main
 from fmn_ref.fusion.methods import method_names
+from fmn_ref.runs.checkpoints import load_into
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "paper"
 
@@ -67,14 +69,17 @@ def test_a_piece_holds_every_method(everything):
         "FGE",
         "SWA",
     } <= set(rows)
-    assert {"EMA", "distilled EMA", "distilled snapshots", "distilled 5 networks, early stopped"} <= set(rows)
-    assert {"generation 3, distilled", "averaged auto", "auto, 16-bit checkpoints", "top at auto's cost"} <= set(rows)
+    assert {"EMA", "distilled EMA", "distilled pool", "distilled 5 networks, early stopped"} <= set(rows)
+    assert {"distilled pool, weights of sum 1", "distilled pool, temperature 2"} <= set(rows)
+    assert {"averaged auto", "top at auto's cost"} <= set(rows)
     assert len(rows) == len(result["rows"])
     for row in rows.values():
         n_right = 120 * row["test_accuracy"]
         assert 0 < round(n_right) < 120
         assert n_right == pytest.approx(round(n_right))
         assert row["forward_passes"] >= 1
+        assert 0 < row["test_nll"] < 14  # -log of 1e-6
+        assert 0 <= row["test_ece"] <= 1
     assert rows["top at auto's cost"]["forward_passes"] == rows["auto"]["forward_passes"]
     assert rows["5 networks"]["training_runs"] == 5
     fusions = [method for method in rows if method in measurement.FUSIONS]
@@ -195,10 +200,66 @@ def test_the_gpu_scale_on_a_tiny_network(tmp_path):
     small = {"n_select": 60, "n_test": 60, "epochs": 2, "device": "cpu"}
     piece = Piece(replace(task, network=network, stages={"": ("students",)}, **small), "sym40", True, 0)
     rows = tables.rows_of(suite.run_piece(piece, tmp_path / "data", tmp_path / "out"))
-    assert "distilled auto" in rows
+    assert "distilled KF" in rows
     names = [p.name for p in suite.all_pieces("gpu", tmp_path / "data")]
     assert names[:4] == [f"cifar100-clean-augmented-{s}" for s in range(3)] + ["cifar100-sym40-augmented-0"]
     assert len(names) == 15
+
+
+def test_the_middle_scale_on_a_tiny_network(tmp_path):
+    """All stages of its first task, with ResNet-18 four channels wide on random images in CIFAR's layout."""
+    cifar_like(tmp_path / "data")
+    task, *_ = suite.middle_tasks()
+    network = partial(networks.resnet18, 3, 100, width=4)
+    task = replace(task, network=network, n_train=200, n_select=60, n_test=60, epochs=2)
+    piece = Piece(task, "sym40", True, 0)
+    result = suite.run_piece(piece, tmp_path / "data", tmp_path / "out")
+    rows = tables.rows_of(result)
+    order = [
+        name for name in rows if name in ("distilled pool", "distilled KF", "distilled final", "EMA", "5 networks")
+    ]
+    assert order == ["distilled pool", "distilled KF", "distilled final", "EMA", "5 networks"]
+    assert "averaged KF" in rows
+    assert "distilled auto" not in rows
+    assert result["dataset"] == "cifar100_resnet18"
+    assert result["setting"] == "cifar100_resnet18-sym40-augmented"
+    assert result["recovery"]["distilled pool"]["samples"] == 60
+    views = tmp_path / "out" / "runs" / piece.name / "student_pool" / "targets"
+    assert len(list(views.glob("view_*.npy"))) == 2  # of two epochs
+
+
+def test_a_network_that_learned_other_classes_first(tmp_path):
+    cifar_like(tmp_path / "data", 800, 600)
+    task = next(t for t in suite.middle_tasks() if t.before is not None)
+    network = partial(networks.resnet18, 3, 100, width=4)
+    small = {"network": network, "n_select": 40, "n_test": 70, "epochs": 2}
+    task = replace(task, n_train=150, before=replace(task.before, n_train=160, **small), **small)
+    piece = Piece(task, "sym40", True, 0)
+    data, old = piece.split(tmp_path / "data"), piece.before.split(tmp_path / "data")
+    for split, classes in ((data, range(50, 100)), (old, range(50))):
+        assert all(set(labels.tolist()) <= set(classes) for _, labels in split[:3])
+    assert (data.share_wrong, old.share_wrong) == (0.4, 0)
+    result = suite.run_piece(piece, tmp_path / "data", tmp_path / "out")
+    assert set(result["accuracy_before"]) == {"before", "final", "KF", "pool"}
+    folder = tmp_path / "out" / "runs" / piece.name
+    learned = load_into(task.make_model(), folder / "before" / "network_0" / "checkpoints" / "epoch_00001.pt")
+    assert result["accuracy_before"]["before"] == model_scores(learned, old.test, True).accuracy
+    own = piece.train(data, tmp_path / "own", start=None)  # from new weights
+    started = piece.train(data, folder)
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(own.model.state_dict().values(), started.model.state_dict().values(), strict=True)
+    )
+
+
+def test_the_pieces_of_middle_scale():
+    pieces = suite.all_pieces("middle", Path())
+    names = [p.name for p in pieces]
+    assert names[:2] == ["cifar100_resnet18-clean-augmented-0", "cifar100_resnet18-sym40-augmented-0"]
+    assert len(set(names)) == len(names)
+    assert {(p.task.name, p.seed) for p in pieces if p.seed} == {("cifar100_resnet18", 1)}
+    assert [p.name for p in pieces if p.seed == 0] == [p.name for p in suite.all_pieces("middle", Path(), 1)]
+    assert all(p.setting.split("-") == [p.task.name, p.noise, "augmented"] for p in pieces)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
