@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fmn_ref as fmn
-from fmn_ref.metrics.scores import Scores, scores
 from fmn_ref.runs import checkpoints
 from fmn_ref.runs.folder import RunFolder
 from fmn_ref.training.data import predict
@@ -154,8 +153,7 @@ class StepAverages:
     def _end_epoch(self, epoch: int) -> None:
         if (epoch + 1) % max(1, self.epochs // 20) == 0 or epoch == self.epochs - 1:
             for average in self.averages.values():
-                accuracy = model_scores(average.model, self.select, self.amp).accuracy
-                self.best.update(epoch, accuracy, average.model)
+                self.best.update(epoch, accuracy(average.model, self.select, self.amp), average.model)
         self.folder.mkdir(exist_ok=True)
         state = {decay: average.state_dict() for decay, average in self.averages.items()}
         checkpoints.save({**state, "best": self.best.state_dict()}, self._path(epoch))
@@ -173,10 +171,14 @@ def best_average(piece: Piece, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def model_scores(model: nn.Module, samples: datasets.Data, amp: bool = False) -> Scores:
-    """Score a network that returns logits or log-probabilities; with `amp` it computes in bfloat16."""
-    probs, labels = predict(model, samples, amp=amp)
-    return scores(probs.cpu().numpy(), labels.cpu().numpy())
+def predicted(model: nn.Module, samples: datasets.Data, amp: bool = False) -> NDArray[Any]:
+    """Probabilities of a network that returns logits or log-probabilities; with `amp` it computes in bfloat16."""
+    return predict(model, samples, amp=amp)[0].float().cpu().numpy()
+
+
+def accuracy(model: nn.Module, samples: datasets.Data, amp: bool = False) -> float:
+    """Share of the samples that a network classifies correctly."""
+    return float((predicted(model, samples, amp).argmax(1) == samples[1].cpu().numpy()).mean())
 
 
 def caruana(probs: NDArray[Any], labels: NDArray[np.int64], rounds: int = 50) -> dict[int, float]:

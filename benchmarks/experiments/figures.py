@@ -45,7 +45,8 @@ def draw(results: list[Result], folder: Path) -> None:
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         draw_axes(axes, results)
-        axes.legend(frameon=False, fontsize=7)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=7)
         figure.savefig(folder / name)
 
 
@@ -65,7 +66,7 @@ def _draw_forgotten(axes: Any, results: list[Result]) -> None:
 
 def _draw_gain(axes: Any, results: list[Result]) -> None:
     """Plot the gain of the pool against the peak forget fraction."""
-    _draw_points(axes, results, lambda r: peak(r), difference("pool", "final"))
+    _draw_points(axes, results, peak, difference("pool", "final"))
     axes.set(xlabel="peak forget fraction on the selection set, %", ylabel="pool minus final model, points")
 
 
@@ -81,7 +82,7 @@ def _draw_points(axes: Any, results: list[Result], x: Any, y: Any) -> None:
     """Plot a point for each piece that has both values, in percent, with a marker for each kind."""
     for kind, marker in zip(dict.fromkeys(map(kind_of, results)), MARKERS, strict=False):
         pairs = [(x(r), y(r)) for r in results if kind_of(r) == kind]
-        points = [(100 * a, 100 * b) for a, b in pairs if a is not None and b is not None]
+        points = [(100 * a[0], 100 * b[0]) for a, b in pairs if a is not None and b is not None]
         if points:
             axes.plot(*zip(*points, strict=True), marker, label=kind, markersize=4, linestyle="none")
     axes.axhline(0, color="#6b7280", linewidth=0.8)

@@ -23,11 +23,11 @@ from fmn_ref import _files
 from fmn_ref.fusion import baselines
 from fmn_ref.fusion.methods import method_names
 from fmn_ref.fusion.plan import FusionPlan
-from fmn_ref.metrics.scores import Scores, scores
+from fmn_ref.metrics.scores import scores
 from fmn_ref.reporting import comparison
 from fmn_ref.runs import checkpoints
 from fmn_ref.runs.retention import Keep
-from fmn_ref.training.data import fingerprints, predict
+from fmn_ref.training.data import fingerprints
 from fmn_ref.training.ensemble import FusedModel, averaged_model
 
 from . import controls, datasets
@@ -75,24 +75,30 @@ class Bench:
                 np.save(temporary, array)
         return np.load(path, mmap_mode="r"), samples[1].cpu().numpy()
 
-    def row(self, method: str, passes: int, training: float, select: Scores, test: Scores, **more: Any) -> None:
-        """Add a row. `passes` is what one prediction costs, `training` what the method costs in runs."""
+    def row(
+        self, method: str, passes: int, training: float, select: NDArray[Any], test: NDArray[Any], **more: Any
+    ) -> None:
+        """Add a row from a method's probabilities on both sets.
+
+        `passes` is what one prediction costs, `training` what the method costs in runs. `gain_error` is the standard
+        error, over the test samples, of the accuracy minus the final model's.
+        """
         costs = {"forward_passes": passes, "training_runs": training}
-        accuracies = {"selection_accuracy": select.accuracy, "test_accuracy": test.accuracy}
-        self.rows.append({"method": method, **costs, **accuracies, "test_nll": test.nll, "test_ece": test.ece, **more})
+        found = scores(test, self.y_test)
+        accuracies = {"selection_accuracy": scores(select, self.y).accuracy, "test_accuracy": found.accuracy}
+        right, final = (p.argmax(1) == self.y_test for p in (test, self.test[-1]))
+        error = float((right * 1.0 - final).std() / len(right) ** 0.5)
+        measured = {**accuracies, "test_nll": found.nll, "test_ece": found.ece, "gain_error": error}
+        self.rows.append({"method": method, **costs, **measured, **more})
 
     def add_plan(self, method: str, plan: FusionPlan, training: float = 1, **more: Any) -> None:
         """Score a plan and add its row."""
-        found = scores(plan.apply(self.select), self.y), scores(plan.apply(self.test), self.y_test)
-        self.row(method, plan.forward_passes, training, *found, **more)
+        self.row(method, plan.forward_passes, training, plan.apply(self.select), plan.apply(self.test), **more)
 
     def add_model(self, method: str, model: nn.Module, training: float, passes: int = 1) -> None:
         """Score a network and add its row."""
-        self.row(method, passes, training, self.scores(model, "select"), self.scores(model, "test"))
-
-    def scores(self, model: nn.Module, samples: str) -> Scores:
-        """Score a network on one of the piece's sets."""
-        return controls.model_scores(model, getattr(self.data, samples), self.piece.task.amp)
+        predicted = (controls.predicted(model, d, self.piece.task.amp) for d in (self.data.select, self.data.test))
+        self.row(method, passes, training, *predicted)
 
     def add_student(self, name: str, teacher: nn.Module, training: float = 2, **options: Any) -> None:
         """Distil the teacher into a new network of the original size and add its row."""
@@ -133,7 +139,7 @@ def measure(piece: Piece, root: Path, folder: Path) -> dict[str, Any]:
 
 
 def fusions(bench: Bench) -> None:
-    """Single epochs and windows, every fusion method, then controls at the cost of auto and of KF."""
+    """Single epochs and windows, every fusion method, then controls at the cost of the pool and of KF."""
     n, y = len(bench.select), bench.y
     right = np.stack([p.argmax(1) == y for p in bench.select])
     single = {
@@ -145,7 +151,7 @@ def fusions(bench: Bench) -> None:
     for name, weights in single.items():
         bench.add_plan(name, FusionPlan.from_weights(weights, n))
     add_fusions(bench)
-    for name in ("auto", "KF"):
+    for name in ("pool", "KF"):
         k = bench.plans[name].forward_passes
         same_cost = {
             "last": baselines.last_epochs(n, k),
@@ -169,14 +175,13 @@ def add_fusions(bench: Bench) -> None:
 
 
 def students(bench: Bench) -> None:
-    """Students distilled from the pool, from KF and from the final model."""
+    """Students distilled from the pool, from KF and from the final model; that of auto is one of them."""
     for name in ("pool", "KF", "final"):
         bench.add_student(name, FusedModel(bench.plans[name], bench.run))
-
-
-def student_of_auto(bench: Bench) -> None:
-    """A student distilled from auto."""
-    bench.add_student("auto", FusedModel(bench.plans["auto"], bench.run))
+    twin = "final" if bench.plans["auto"].final_model_alone else "pool"
+    bench.students["auto"] = bench.students[twin]
+    row = next(r for r in bench.rows if r["method"] == f"distilled {twin}")
+    bench.rows.append({**row, "method": "distilled auto"})
 
 
 def temperatures(bench: Bench) -> None:
@@ -193,7 +198,7 @@ def averages(bench: Bench) -> None:
     """Networks whose weights are means of the checkpoints' weights."""
     n, train = len(bench.select), bench.data.train
     candidates = [averaged_model(bench.run, baselines.ema_weights(n, d), train) for d in comparison.EMA_DECAYS]
-    best = max(candidates, key=lambda m: bench.scores(m, "select").accuracy)
+    best = max(candidates, key=lambda m: controls.accuracy(m, bench.data.select, bench.piece.task.amp))
     bench.add_model("EMA over epochs", best, 1)
     bench.add_model("SWA over epochs", averaged_model(bench.run, baselines.swa_weights(n), train), 1)
     for name in ("KF", "auto"):
@@ -243,7 +248,6 @@ def distilled_controls(bench: Bench) -> None:
 
 STAGES: dict[str, Callable[[Bench], None]] = {
     "students": students,
-    "student_of_auto": student_of_auto,
     "temperatures": temperatures,
     "ema": ema,
     "averages": averages,
@@ -286,8 +290,8 @@ def recovered(bench: Bench) -> dict[str, dict[str, int]]:
     for name in ("KF", "pool", "auto"):
         predictions[name] = bench.plans[name].apply(bench.test)
         if name in bench.students:
-            probs, _ = predict(bench.students[name], bench.data.test, amp=bench.piece.task.amp)
-            predictions[f"distilled {name}"] = probs.cpu().numpy()
+            student = controls.predicted(bench.students[name], bench.data.test, bench.piece.task.amp)
+            predictions[f"distilled {name}"] = student
     return fmn.recovery(correct, predictions, bench.y_test).counts()
 
 
@@ -299,7 +303,7 @@ def accuracy_before(bench: Bench) -> dict[str, float]:
     data = first.split(bench.root)
     models = {"before": first.train(data, bench.folder / "before").model}
     models |= {name: FusedModel(bench.plans[name], bench.run) for name in ("final", "KF", "pool")}
-    return {name: controls.model_scores(m, data.test, first.task.amp).accuracy for name, m in models.items()}
+    return {name: controls.accuracy(m, data.test, first.task.amp) for name, m in models.items()}
 
 
 def made_with(device: str) -> dict[str, str]:

@@ -36,16 +36,19 @@ def cpu_tasks() -> list[Task]:
     """Tasks for two cores: about five hours."""
     small = {**SGD, "batch_size": 64, "lr": 0.05}
     colour = {**SGD, "batch_size": 128, "lr": 0.02, "amp": True}  # the best of 0.02, 0.05, 0.1 by selection accuracy
-    students = ("students", "student_of_auto")
-    most = (*students, "ema", "averages", "networks", "trained_differently", "distilled_controls")
-    every = {"": students, "sym20": most, "asym40": most} | dict.fromkeys(("clean", "sym40"), (*most, "temperatures"))
-    some = {"": students, "sym40": (*students, "ema", "networks", "trained_differently")}
-    some |= {f"{noise}-augmented": () for noise in WITH_HUMAN}
-    more: dict[str, Any] = {"stages": some, "noises": WITH_HUMAN}
+    some: tuple[str, ...] = ("students", "ema", "averages")
+    every = (*some, "networks", "trained_differently", "distilled_controls")
+    augmented = {"": ("students",)}
+    digits = augmented | dict.fromkeys(("sym20", "asym40"), every)
+    digits |= dict.fromkeys(("clean", "sym40"), (*every, "temperatures"))
+    mnist = augmented | {"clean": (*some, "temperatures"), "sym20": some, "asym40": some} | {"sym40": digits["sym40"]}
+    cifar = {"": ("students",), "sym40": ("students", "ema", "networks", "trained_differently")}
+    cifar |= {f"{noise}-augmented": () for noise in ("sym20", "asym40", "human")}  # a student takes ten minutes
+    more: dict[str, Any] = {"stages": cifar, "noises": WITH_HUMAN}
     cnn = networks.small_cnn
     return [
-        Task("digits", 800, 300, 697, 40, small, partial(cnn, 1, 8, 10), 1, pooled=True, stages=every),
-        Task("mnist", 2000, 1000, 5000, 40, small, partial(cnn, 1, 28, 10), 2, stages=every),
+        Task("digits", 800, 300, 697, 40, small, partial(cnn, 1, 8, 10), 1, pooled=True, stages=digits),
+        Task("mnist", 2000, 1000, 5000, 40, small, partial(cnn, 1, 28, 10), 2, stages=mnist),
         Task("cifar100", 10_000, 3000, 5000, 30, colour, partial(cnn, 3, 32, 100), 4, True, **more),
     ]
 

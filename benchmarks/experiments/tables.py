@@ -45,14 +45,19 @@ def rows_of(result: Result) -> dict[str, dict[str, Any]]:
 
 
 def setting_rows(results: list[Result]) -> list[dict[str, Any]]:
-    """A row for each setting and method: mean and standard error over the seeds, and costs."""
+    """A row for each setting and method: mean and standard error over the seeds, and costs.
+
+    With one seed, the error is that of the accuracy over the test samples.
+    """
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
         for method, row in rows_of(result).items():
-            found.setdefault((result["setting"], method), []).append(row)
+            found.setdefault((result["setting"], method), []).append({**row, "n": result["sizes"]["test"]})
     table = []
     for (setting, method), rows in found.items():
         accuracy, error = mean_and_error([100 * r["test_accuracy"] for r in rows])
+        if error is None:
+            error = 100 * _sampling_error(rows[0]["test_accuracy"], rows[0]["n"])
         means = {name: float(np.mean([r[name] for r in rows])) for name in MEASURES[1:]}
         row = {"setting": setting, "method": method, "seeds": len(rows), "test_accuracy": accuracy}
         table.append({**row, "standard_error": error, **means})
@@ -160,15 +165,21 @@ def overall_table(results: list[Result], only: tuple[str, ...] = ()) -> str:
     return markdown_table(columns, rows)
 
 
-def noise_table(results: list[Result], value: Callable[[Result], float | None]) -> str:
-    """A row for each kind and a column for each noise: 100 times the mean of `value` ± its standard error."""
-    found: dict[str, dict[str, list[float]]] = {}
+Measured = tuple[float, float | None]  # a number of a piece, and its standard error over the samples
+
+
+def noise_table(results: list[Result], measure: Callable[[Result], Measured | None]) -> str:
+    """A row for each kind and a column for each noise: mean ± standard error over the seeds, in percent.
+
+    With one seed, the error is the one over the samples.
+    """
+    found: dict[str, dict[str, list[Measured]]] = {}
     for result in results:
-        number = value(result)
-        if number is not None:
-            found.setdefault(kind_of(result), {}).setdefault(result["noise"], []).append(100 * number)
+        measured = measure(result)
+        if measured is not None:
+            found.setdefault(kind_of(result), {}).setdefault(result["noise"], []).append(measured)
     noises = [n for n in NOISES if any(n in row for row in found.values())]
-    rows = [[kind, *(_mean_text(row.get(noise)) for noise in noises)] for kind, row in found.items()]
+    rows = [[kind, *(_measured_text(row.get(noise, [])) for noise in noises)] for kind, row in found.items()]
     return markdown_table(["data", *noises], rows)
 
 
@@ -177,28 +188,35 @@ def kind_of(result: Result) -> str:
     return f"{result['dataset']}{', augmented' if result['augmented'] else ''}"
 
 
-def peak(result: Result) -> float:
+def peak(result: Result) -> Measured:
     """Peak forget fraction on the selection set."""
-    return float(result["history"]["peak"])
+    share = float(result["history"]["peak"])
+    return share, _sampling_error(share, result["sizes"]["select"])
 
 
-def difference(method: str, other: str) -> Callable[[Result], float | None]:
+def difference(method: str, other: str) -> Callable[[Result], Measured | None]:
     """Test accuracy of a method minus that of another, for a result that has both."""
 
-    def value(result: Result) -> float | None:
+    def measure(result: Result) -> Measured | None:
         rows = rows_of(result)
         if method not in rows or other not in rows:
             return None
-        return float(rows[method]["test_accuracy"] - rows[other]["test_accuracy"])
+        error = rows[method]["gain_error"] if other == "final" else None
+        return float(rows[method]["test_accuracy"] - rows[other]["test_accuracy"]), error
 
-    return value
+    return measure
 
 
-def _mean_text(values: list[float] | None) -> str:
-    if values is None:
+def _sampling_error(share: float, n: int) -> float:
+    return float(np.sqrt(share * (1 - share) / n))
+
+
+def _measured_text(values: list[Measured]) -> str:
+    if not values:
         return ""
-    mean, error = mean_and_error(values)
-    return f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}")
+    mean, error = mean_and_error([v for v, _ in values])
+    error = values[0][1] if len(values) == 1 else error
+    return f"{100 * mean:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _difference_text(value: dict[str, Any] | None) -> str:

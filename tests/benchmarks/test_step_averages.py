@@ -163,13 +163,13 @@ def test_a_killed_training_has_the_same_best_average(whole, tmp_path):
 
 
 def test_a_long_training_scores_twenty_epochs_and_the_last(tmp_path, monkeypatch):
-    scored, score = [], controls.model_scores
+    scored, score = [], controls.accuracy
 
     def counted(*args):
         scored.append(len(list(tmp_path.glob("network_0/checkpoints/*.pt"))))
         return score(*args)
 
-    monkeypatch.setattr(controls, "model_scores", counted)
+    monkeypatch.setattr(controls, "accuracy", counted)
     p = replace(piece(), task=replace(piece().task, epochs=41))
     data = p.split(Path())
     p.train(data, tmp_path, beside=partial(controls.StepAverages, p, data, tmp_path))
