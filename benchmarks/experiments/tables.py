@@ -121,6 +121,24 @@ def _budget_means(values: list[tuple[float, float, int]]) -> dict[str, Any]:
     }
 
 
+def few_labels_table(results: list[Result]) -> str:
+    """Mean gain over the final model, in points, of fusions chosen on few samples: noisy pieces, then clean ones."""
+    sums: dict[tuple[str, int, str], list[float]] = {}
+    for result in results:
+        final = rows_of(result)["final"]["test_accuracy"]
+        labels = "correct" if result["noise"] == "clean" else "noisy"
+        for entry in result["few_labels"]:
+            gain = 100 * (entry["test_accuracy"] - final)
+            sums.setdefault((labels, entry["n"], entry["fusion"]), []).append(gain)
+    fusions = list(dict.fromkeys(fusion for _, _, fusion in sums))
+    keys = sorted({key[:2] for key in sums}, key=lambda key: (key[0] != "noisy", key[1]))
+    rows = []
+    for labels, n in keys:
+        gains = [sums[labels, n, fusion] for fusion in fusions]
+        rows.append([labels, str(n), str(len(gains[0])), *(f"{np.mean(g):+.2f}" for g in gains)])
+    return markdown_table(["training labels", "selection samples", "pieces", *fusions], rows)
+
+
 def fit_rule(results: list[Result], method: str = "pool") -> dict[str, Any]:
     """Fit a fusion's gain to features of the history by least squares; cross-validate over the settings.
 
@@ -146,7 +164,8 @@ def fit_rule(results: list[Result], method: str = "pool") -> dict[str, Any]:
 
 def markdown(results: list[Result]) -> str:
     """All tables."""
-    tables = [overall_table(results), *_setting_tables(results), _budget_table(results)]
+    few = "## Few selection samples\n\n" + few_labels_table(results)
+    tables = [overall_table(results), *_setting_tables(results), _budget_table(results), few]
     return "\n".join(["# The suite's tables", "", *tables])
 
 
