@@ -299,7 +299,7 @@ def fuse_options(add: Add) -> None:
     add("--labels", help=f"{LABELS}{BESIDE}probabilities")
     add("--correct", help="correctness of the same samples, .fmnh or .npy: forget then reads only the chosen epochs")
     add("--method", choices=method_names(), default="forget", help="how epochs are chosen (default forget)")
-    add("--max-members", type=int, help="most members (default: add members until none helps)")
+    add("--max-members", type=int, help="most members (default: ten for pool, else no bound)")
     add("--max-forward-passes", type=int, help="most checkpoints that one prediction may evaluate")
     add("--folds", type=int, help="folds of the cross-validation that estimates the plan's gain (default 5; 0: none)")
     add("--balanced", action="store_true", help="maximise balanced accuracy: every class has the same weight")
@@ -317,7 +317,7 @@ def import_options(add: Add) -> None:
 def apply_options(add: Add) -> None:
     add("plan", help="plan.json, as fuse wrote it")
     add("probs", help=PROBS)
-    add("--labels", help=f"{LABELS}: print the accuracy too")
+    add("--labels", help=f"{LABELS}: print accuracy, NLL and calibration error too")
     add("-o", "--output", default="fused.npy", help="file to write (default fused.npy)")
     add("--logits", action="store_true", help=LOGITS)
     add("--allow-selection-data", action="store_true", help="print the accuracy on the samples that chose the plan")

@@ -69,7 +69,7 @@ def fuse(
         Most checkpoints that a prediction runs: every epoch of a window counts, and the final model if it has weight.
         Default: no bound.
     sample_weight : (n_samples,) floats >= 0, or "balanced", optional
-        Default: 1 each. Maximise weighted accuracy; "balanced" gives every class the same weight.
+        Default: 1 each. How much a sample counts when epochs are chosen; "balanced" gives every class the same weight.
     folds : int >= 2, or 0, optional
         Folds of a cross-validation inside the selection set: the method runs without each fold and is scored on it,
         which gives the plan's `cv_accuracy` and `gain_interval`. 0: none. Default: 5, or 2 from 5000 samples on, for

@@ -37,7 +37,7 @@ class FusionPlan:
     accuracy : tuple of float
         Accuracy on the selection set: of the final model, then after each linear member, or of the pool.
     method, search : str
-        As in `fuse`. After "auto" the method that it chose; "weights" for a plan made by `from_weights`.
+        As in `fuse`. After "auto" the method that it tried; "weights" for a plan made by `from_weights`.
     labels_sha256 : str
         Digest of the selection labels, with which a user of the plan can refuse to score on the selection set.
     combine : {"linear", "geometric"}
