@@ -207,7 +207,8 @@ def command_demo(args: argparse.Namespace) -> None:
     out = Path(args.output)
     results = demo.run_demo(out, args.seeds, args.epochs)
     files = f"report: {out / 'report.md'}   numbers: {out / 'results.json'}"
-    print_result(args, results, f"{demo.accuracy_table(results)}\n{files}")
+    tables = f"{demo.accuracy_table(results)}\n{demo.calibration_table(results)}"
+    print_result(args, results, f"{tables}\n{files}")
 
 
 def command_import(args: argparse.Namespace) -> None:
