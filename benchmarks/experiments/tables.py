@@ -174,7 +174,7 @@ def quoted(small: list[Result], middle: list[Result]) -> dict[str, str]:
     """The tables in docs/results.md, from the pieces of both scales."""
     every = [*small, *middle]
     noisy, clean = ([r for r in small if (r["noise"] == "clean") == correct] for correct in (False, True))
-    return {
+    tables = {
         "forgotten": noise_table(every, peak),
         "fusions, wrong labels": overall_table(noisy, FUSIONS),
         "fusions, correct labels": overall_table(clean, FUSIONS),
@@ -182,8 +182,12 @@ def quoted(small: list[Result], middle: list[Result]) -> dict[str, str]:
         "single networks": overall_table(noisy, SINGLE_NETWORKS),
         "student minus pool": noise_table(every, difference("distilled pool", "pool")),
         "few labels": few_labels_table(small),
-        "middle scale": kind_table([r for r in middle if r["dataset"] == RESNET], FUSIONS + SINGLE_NETWORKS[1:]),
     }
+    if middle:
+        tables["middle scale"] = kind_table(
+            [r for r in middle if r["dataset"] == RESNET], FUSIONS + SINGLE_NETWORKS[1:]
+        )
+    return tables
 
 
 def overall_table(results: list[Result], only: tuple[str, ...] = ()) -> str:
