@@ -58,7 +58,7 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     array([ True, False])
     """
     x, name = predictions_or_scores, "predictions_or_scores"
-    a = x.detach() if _check.on_device(x) else _check.array(x, name, bfloat16=True)
+    a = _check.computable(x.detach()) if _check.on_device(x) else _check.array(x, name, bfloat16=True)
     if _check.kind(a) == "b":
         hint = "is it correctness already? Classes are integers"
         raise TypeError(f"{name}: expected class numbers or scores, got bool; {hint}")
@@ -69,10 +69,7 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
             raise ValueError(f"predictions: expected shape (..., {len(y)}) as labels, got shape {shape}")
         bits = kernels.pack_predictions(adjacent(a.reshape(-1, len(y))), y)
         return np.asarray(kernels.unpack(bits, len(y))).reshape(shape)
-    if a.ndim < 2 or shape[-1] == 0:
-        hint = "; for one score a sample give classes, score > 0 as integers" if a.ndim == 1 else ""
-        raise ValueError(f"scores: expected shape (..., n_samples, n_classes), got shape {shape}{hint}")
-    y = _check.labels(labels, shape[-2], shape[-1])
+    y = _labels_of_scores(shape, labels)
     out = np.empty(shape[:-1], bool)
     for epoch in np.ndindex(shape[:-2]):
         row = kernels.pack_scores(adjacent(a[epoch]), y)
@@ -81,6 +78,19 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
             raise ValueError(f"scores: expected numbers, got NaN at index {at}")
         out[epoch] = kernels.unpack(row[None], len(y))[0]
     return out
+
+
+def _labels_of_scores(shape: tuple[int, ...], labels: Any) -> NDArray[np.int64]:
+    """The labels, if they fit scores of this shape."""
+    expected, hint = "scores: expected shape (..., n_samples, n_classes)", "predicted classes are integers (.astype(int))"
+    if len(shape) < 2 or shape[-1] == 0:
+        hint = f"; {hint}, of one score per sample (score > 0).astype(int)" if len(shape) == 1 else ""
+        raise ValueError(f"{expected}, got shape {shape}{hint}")
+    y = _check.labels(labels)
+    if len(y) != shape[-2]:
+        hint = f"; {hint}" if len(y) == shape[-1] else ""
+        raise ValueError(f"{expected} with {len(y)} samples as labels, got shape {shape}{hint}")
+    return _check.labels(y, n_classes=shape[-1]) if y.max() >= shape[-1] else y  # the check raises
 
 
 def _first_nan(scores: Any) -> tuple[int, ...]:
@@ -164,6 +174,10 @@ class ForgettingCurves:
         if self.groups is None or other.groups is None:
             n_samples, total = self.n_samples + other.n_samples, self.total + other.total
             return ForgettingCurves(self.counts + other.counts, n_samples, total, self.reference)
+        types = self.groups.dtype, other.groups.dtype
+        text = [t.kind if t.kind in "US" else "" for t in types]
+        if text[0] != text[1] or np.result_type(*types).kind == "f":  # NumPy would turn numbers into strings or floats
+            raise ValueError(f"ForgettingCurves: can only add curves with groups of one type, got {types[0]} and {types[1]}")
         groups = np.union1d(self.groups, other.groups)
         of_self, of_other = np.searchsorted(groups, self.groups), np.searchsorted(groups, other.groups)
 
@@ -189,7 +203,8 @@ def forgetting_curves(
     reference : int
         Row of the epoch that stands for "the end"; negative rows count from the last.
     groups : (n_samples,), optional
-        A label per sample (class, cluster, annotator). Default: no groups. Computes the curves inside each group.
+        A label per sample (class, cluster, annotator): integers, strings, or a column of either, also categorical.
+        Default: no groups. Computes the curves inside each group.
     sample_weight : (n_samples,) float, optional
         Finite, >= 0. Default: 1 each. Fractions become shares of the total weight. Weights are summed in double in the
         order of the samples (on an accelerator in the device's order).
@@ -237,13 +252,28 @@ def forgetting_curves(
 
 def _groups(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Distinct labels, sorted, and each sample's index among them."""
-    g = np.asarray(groups.detach().cpu() if _check.is_tensor(groups) else groups)
-    if g.shape != (n_samples,) or g.dtype.kind not in "biuUS":
+    g = _check.array(groups, "groups", kinds="biufUSO")
+    if g.shape != (n_samples,) or g.dtype.kind == "f":
         raise ValueError(
             f"groups: expected {n_samples} integers or strings, one per sample, got shape {g.shape}, dtype {g.dtype}"
         )
+    if g.dtype.kind in "US" and not hasattr(groups, "dtype"):
+        g = np.asarray(groups, object)  # of a list with gaps: NumPy turns NaN into the string "nan"
+    if g.dtype != object:
+        names, member = np.unique(g, return_inverse=True)
+        return names, member.astype(np.int64)
+    _check_one_type(g)
     names, member = np.unique(g, return_inverse=True)
-    return names, member.astype(np.int64)
+    return np.array(names.tolist()), member.astype(np.int64)
+
+
+def _check_one_type(groups: NDArray[Any]) -> None:
+    """Raise a ValueError unless an array of objects, such as a column of pandas, holds only strings or only integers."""
+    known: tuple[tuple[type, ...], ...] = ((str,), (bytes,), (int, np.integer, np.bool_))
+    expected = next((types for types in known if isinstance(groups[0], types)), ())
+    for i, value in enumerate(groups):
+        if not isinstance(value, expected):
+            raise ValueError(f"groups: expected only integers or only strings, got {value!r:.40} at sample {i}")
 
 
 def forget_fraction(correct: Any, *, reference: int = -1, sample_weight: Any = None) -> NDArray[np.float64]:
