@@ -60,9 +60,9 @@ def _masked_values(x: Any) -> int:
     return 0
 
 
-def of_file(name: str, x: Any) -> str:
-    """The name of an argument, followed by the file that is mapped into it."""
-    return f"{name} ({x.filename})" if isinstance(x, np.memmap) and x.filename else name
+def of_file(x: Any) -> str:
+    """Name of the file that is mapped into an array, as an addition to the array's name; empty for other arrays."""
+    return f" ({x.filename})" if isinstance(x, np.memmap) and x.filename else ""
 
 
 def is_tensor(x: Any) -> bool:

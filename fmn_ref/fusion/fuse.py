@@ -196,7 +196,7 @@ def _better(unseen: _Unseen, final: _Unseen, target: Target) -> bool:
 def _planned(problem: Problem, target: Target, found: _Estimate) -> FusionPlan:
     """The plan of a method on the whole selection set."""
     method, seen = METHODS[found.method], problem_for(problem, found.method)
-    members = () if found.final_is_best else method.choose(seen, target)
+    members = () if found.final_is_best else method.members(seen, target)
     mixtures = replay(seen.probs, members, seen.window, method.combine)
     accuracy = tuple(target.score_of(p) / target.total for p in mixtures)
     search, digest = "exact" if method.exact else problem.search, labels_digest(target.labels).hex()
@@ -211,7 +211,7 @@ def _predict_unseen(problem: Problem, target: Target, method: str, folds: int) -
     found = _Unseen(np.zeros(len(y), bool), np.zeros(len(y)))
     for k in range(folds):
         hidden = fold == k
-        members = METHODS[method].choose(seen, target.weighted(np.where(hidden, 0, target.each)))
+        members = METHODS[method].members(seen, target.weighted(np.where(hidden, 0, target.each)))
         fused = deque(replay(seen.probs, members, seen.window, METHODS[method].combine), maxlen=1)[0]
         found.right[hidden], found.of_label[hidden] = _Unseen.of(fused[hidden], y[hidden])
     return found
