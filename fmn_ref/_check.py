@@ -72,7 +72,7 @@ def is_tensor(x: Any) -> bool:
 
 def on_device(x: Any) -> bool:
     """Tell whether `x` is a torch tensor on an accelerator."""
-    return is_tensor(x) and x.device.type != "cpu"
+    return is_tensor(x) and x.device.type not in ("cpu", "meta")  # a meta tensor has no data to reduce
 
 
 def computable(t: Any) -> Any:
@@ -117,14 +117,13 @@ def bool_matrix(x: Any, name: str = "correct") -> Bool:
 
 def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, name: str = "labels") -> Int:
     """(n_samples,) int64 in [0, n_classes)."""
-    others = "" if name == "index" else "; np.unique(..., return_inverse=True) numbers other labels"
-    try:
-        a = array(x, name)
-    except TypeError as error:
-        raise TypeError(f"{error}{others}") from None
+    a = array(x, name, kinds="biufcmMOSUV")  # the hint comes with the dtype
     if a.dtype.kind not in "iu":
-        others = "; .astype(int) converts whole numbers" if a.dtype.kind == "f" else others
-        raise TypeError(f"{name}: expected integers, got dtype {a.dtype}{others}")
+        others = "" if name == "index" else "; np.unique(..., return_inverse=True) numbers other labels"
+        if a.dtype.kind == "f":
+            gaps = np.isnan(a).any()
+            others = " with NaN; leave out samples without a label" if gaps else "; .astype(int) converts whole numbers"
+        raise TypeError(f"{name}: expected integers, got {type(x).__name__} of dtype {a.dtype}{others}")
     if a.ndim != 1 or len(a) == 0:
         raise ValueError(f"{name}: expected shape (n_samples,) with at least one sample, got shape {a.shape}")
     if n_samples is not None and len(a) != n_samples:

@@ -128,6 +128,8 @@ def _number_of_folds(folds: Any, method: str, reader: ProbabilityReader, n_sampl
     if folds is None:
         enough = 2 if n_samples >= _MANY else min(5, n_samples)
         folds = enough if method == AUTO or (reader.in_memory and n_samples >= 50) else 0
+    if folds != 0 and n_samples < 2:
+        raise ValueError("folds: a cross-validation needs at least 2 samples, got 1")
     if folds != 0:
         return int(_check.number(folds, 2, n_samples, "folds", int))
     if method == AUTO:

@@ -66,7 +66,8 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     if _check.kind(a) == "i":
         y = _check.labels(labels)
         if a.ndim < 1 or shape[-1] != len(y):
-            raise ValueError(f"predictions: expected shape (..., {len(y)}) as labels, got shape {shape}")
+            hint = "; scores must be floating-point" if shape[-2:-1] == (len(y),) else ""
+            raise ValueError(f"predictions: expected shape (..., {len(y)}) as labels, got shape {shape}{hint}")
         bits = kernels.pack_predictions(adjacent(a.reshape(-1, len(y))), y)
         return np.asarray(kernels.unpack(bits, len(y))).reshape(shape)
     y = _labels_of_scores(shape, labels)
@@ -82,9 +83,10 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
 
 def _labels_of_scores(shape: tuple[int, ...], labels: Any) -> NDArray[np.int64]:
     """The labels, if they fit scores of this shape."""
-    expected, hint = "scores: expected shape (..., n_samples, n_classes)", "predicted classes are integers (.astype(int))"
+    expected = "scores: expected shape (..., n_samples, n_classes)"
+    hint = "predicted classes must be integers (.astype(int), without NaN)"
     if len(shape) < 2 or shape[-1] == 0:
-        hint = f"; {hint}, of one score per sample (score > 0).astype(int)" if len(shape) == 1 else ""
+        hint = f"; {hint}; of one score per sample pass (score > 0).astype(int)" if len(shape) == 1 else ""
         raise ValueError(f"{expected}, got shape {shape}{hint}")
     y = _check.labels(labels)
     if len(y) != shape[-2]:
@@ -177,7 +179,9 @@ class ForgettingCurves:
         types = self.groups.dtype, other.groups.dtype
         text = [t.kind if t.kind in "US" else "" for t in types]
         if text[0] != text[1] or np.result_type(*types).kind == "f":  # NumPy would turn numbers into strings or floats
-            raise ValueError(f"ForgettingCurves: can only add curves with groups of one type, got {types[0]} and {types[1]}")
+            raise ValueError(
+                f"ForgettingCurves: can only add curves with groups of one type, got {types[0]} and {types[1]}"
+            )
         groups = np.union1d(self.groups, other.groups)
         of_self, of_other = np.searchsorted(groups, self.groups), np.searchsorted(groups, other.groups)
 
@@ -268,7 +272,7 @@ def _groups(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64
 
 
 def _check_one_type(groups: NDArray[Any]) -> None:
-    """Raise a ValueError unless an array of objects, such as a column of pandas, holds only strings or only integers."""
+    """Raise a ValueError where an array of objects, such as a column of pandas, holds more than one type of labels."""
     known: tuple[tuple[type, ...], ...] = ((str,), (bytes,), (int, np.integer, np.bool_))
     expected = next((types for types in known if isinstance(groups[0], types)), ())
     for i, value in enumerate(groups):

@@ -43,6 +43,9 @@ class from_logits(Sequence[NDArray[np.float32]]):
     """
 
     def __init__(self, logits: Any) -> None:
+        sequence = hasattr(logits, "__getitem__") and hasattr(logits, "__len__")
+        if not sequence or getattr(logits, "shape", None) == ():
+            raise TypeError(f"logits: expected an array or a sequence of arrays, got {type(logits).__name__}")
         self._logits = logits
 
     def __len__(self) -> int:

@@ -83,8 +83,10 @@ class TestEpochFiles:
 
     @pytest.mark.parametrize(
         "other",
-        ["epoch_0 (1).npy", "epoch_1_copy.npy", "labels.npy", "labels_1.npy", "epoch_1_labels.npy", "._epoch_1.npy"]
-        + ["epoch_1.0.npy", "epoch_².npy", "best.npy", "Epoch_3.npy"],
+        [
+            *("epoch_0 (1).npy", "epoch_1_copy.npy", "._epoch_1.npy", "epoch_1.0.npy", "Epoch_3.npy"),
+            *("labels.npy", "labels_1.npy", "epoch_1_labels.npy", "best.npy", "epoch_².npy"),
+        ],
     )
     def test_a_file_that_is_no_epoch_is_not_counted_as_one(self, tmp_path, other):
         """Copies of a browser or of macOS, labels, a best model: a number in a name does not make an epoch."""
