@@ -176,13 +176,7 @@ class ForgettingCurves:
         if self.groups is None or other.groups is None:
             n_samples, total = self.n_samples + other.n_samples, self.total + other.total
             return ForgettingCurves(self.counts + other.counts, n_samples, total, self.reference)
-        types = self.groups.dtype, other.groups.dtype
-        text = [t.kind if t.kind in "US" else "" for t in types]
-        if text[0] != text[1] or np.result_type(*types).kind == "f":  # NumPy would turn numbers into strings or floats
-            raise ValueError(
-                f"ForgettingCurves: can only add curves with groups of one type, got {types[0]} and {types[1]}"
-            )
-        groups = np.union1d(self.groups, other.groups)
+        groups = _joined(self.groups, other.groups)
         of_self, of_other = np.searchsorted(groups, self.groups), np.searchsorted(groups, other.groups)
 
         def added(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
@@ -194,6 +188,14 @@ class ForgettingCurves:
         counts = added(self.counts.swapaxes(1, 2), other.counts.swapaxes(1, 2)).swapaxes(1, 2)
         n_samples, total = added(self.n_samples, other.n_samples), added(self.total, other.total)
         return ForgettingCurves(np.ascontiguousarray(counts), n_samples, total, self.reference, groups)
+
+
+def _joined(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    """The groups of both, sorted. A ValueError where NumPy would turn numbers into strings, or integers into floats."""
+    text = [g.dtype.kind if g.dtype.kind in "US" else "" for g in (a, b)]
+    if text[0] != text[1] or np.result_type(a, b).kind == "f":
+        raise ValueError(f"ForgettingCurves: can only add groups of one type, got {a.dtype} and {b.dtype}")
+    return np.union1d(a, b)
 
 
 def forgetting_curves(

@@ -257,6 +257,7 @@ class TestCartography:
             {"logits_epoch_1": [1, float("inf"), 3]},
             {"logits_epoch_1": [1, 1e39, 3]},
             {"logits_epoch_1": [1, 10**400, 3]},
+            {"logits_epoch_1": [1, -(10**400), 3]},
             {"logits_epoch_1": {"0": 1}},
         ],
         ids=str,

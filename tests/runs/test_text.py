@@ -5,6 +5,7 @@ import codecs
 import numpy as np
 import pytest
 
+import fmn_ref as fmn
 from fmn_ref.runs.text import BYTES, id_array, read_ids, read_lines
 
 IDS = ["a", "", "ünï", "a b", " c ", "x\x0by", "p\x0cq", "f\x1cg", "n\x85m", "l\u2028p", "\U0001d4b3", "#", "0"]
@@ -64,3 +65,11 @@ def test_ids_that_numpy_would_change():
     kept = ["", "ünï", "a\0b", "\udcff"]
     assert id_array(kept).tolist() == kept
     assert np.array_equal(id_array([]), np.array([]))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_json_that_an_editor_saved(tmp_path, encoding):
+    plan = fmn.FusionPlan(((0, 0.5),), 3, 1, (0.5, 0.75))
+    plan.save(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_bytes((tmp_path / "plan.json").read_text().replace("\n", "\r\n").encode(encoding))
+    assert fmn.FusionPlan.load(tmp_path / "plan.json") == plan
