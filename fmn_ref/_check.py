@@ -162,7 +162,7 @@ def probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "pro
 
 def weights(x: Any, n_samples: int, name: str = "sample_weight") -> Float:
     """(n_samples,) float64: finite, not negative, not all zero."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         a = array(x, name).astype(np.float64)
         total = a.sum()
     if a.shape != (n_samples,):
@@ -186,14 +186,16 @@ def index(i: Any, n: int, name: str) -> int:
 
 def choice(value: Any, options: tuple[str, ...], name: str) -> str:
     """One of the options."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
     return str(value)
 
 
 def number(value: Any, low: float, high: float, name: str, kind: type = float) -> Any:
     """A finite number (an integer for kind=int) in [low, high]."""
-    accepted = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+    if isinstance(value, np.generic):
+        value = value.item()  # NumPy would round the bounds to the value's type
+    accepted = int if kind is int else (int, float, np.floating)  # the last: of long double
     if isinstance(value, bool) or not isinstance(value, accepted):
         raise TypeError(f"{name}: expected {'an integer' if kind is int else 'a number'}, got {type(value).__name__}")
     if not low <= value <= high:

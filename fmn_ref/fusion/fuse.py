@@ -67,9 +67,10 @@ def fuse(
         Most members. Default: ten for "pool", else no bound, "KF(inf)" in the papers; 1 is "KF(1)".
     max_forward_passes : int >= 1, optional
         Most checkpoints that a prediction runs: every epoch of a window counts, and the final model if it has weight.
-        Default: no bound.
+        Default: no bound. If no window fits, the final model alone is the answer.
     sample_weight : (n_samples,) floats >= 0, or "balanced", optional
-        Default: 1 each. Maximise weighted accuracy; "balanced" gives every class the same weight.
+        Default: 1 each. Maximise weighted accuracy; "balanced" gives every class the same weight. A fold that leaves no
+        weight is predicted by the final model.
     folds : int >= 2, or 0, optional
         Folds of a cross-validation inside the selection set: the method runs without each fold and is scored on it,
         which gives the plan's `cv_accuracy` and `gain_interval`. 0: none. Default: 5, or 2 from 5000 samples on, for
@@ -83,8 +84,8 @@ def fuse(
     Raises
     ------
     TypeError, ValueError
-        Shapes that do not fit, labels out of range, non-finite or negative probabilities, rows that do not sum to 1;
-        a history of other samples.
+        Shapes that do not fit, labels out of range, masked, non-finite or negative probabilities, rows that do not sum
+        to 1; a history of other samples.
 
     Examples
     --------

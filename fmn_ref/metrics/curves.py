@@ -45,7 +45,7 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     Raises
     ------
     TypeError
-        Strings, objects, or labels that are not integers.
+        Strings, objects, masked values, or labels that are not integers.
     ValueError
         Shapes that do not fit, labels out of range, NaN among the scores.
 
@@ -224,7 +224,8 @@ def forgetting_curves(
     Raises
     ------
     TypeError, ValueError
-        Floats, strings, wrong shapes, values other than 0 and 1, empty arrays, an epoch out of range.
+        Floats, strings, masked values, wrong shapes, values other than 0 and 1, empty arrays, an epoch out of range;
+        groups with gaps or of several types.
 
     Examples
     --------
@@ -258,16 +259,17 @@ def forgetting_curves(
 
 def _groups(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Distinct labels, sorted, and each sample's index among them."""
-    g = _check.array(groups, "groups", kinds="biufUSO")
+    g = _check.array(groups, "groups", kinds="biufUSTO")
     if g.shape != (n_samples,) or g.dtype.kind == "f":
         raise ValueError(
             f"groups: expected {n_samples} integers or strings, one per sample, got shape {g.shape}, dtype {g.dtype}"
         )
     if g.dtype.kind in "US" and not hasattr(groups, "dtype"):
         g = np.asarray(groups, object)  # of a list with gaps: NumPy turns NaN into the string "nan"
-    if g.dtype != object:
+    if g.dtype.kind not in "TO":
         names, member = np.unique(g, return_inverse=True)
         return names, member.astype(np.int64)
+    g = g.astype(object)
     _check_one_type(g)
     names, member = np.unique(g, return_inverse=True)
     return np.array(names.tolist()), member.astype(np.int64)

@@ -159,7 +159,9 @@ class Batches:
                 yield tuple(map(_check.computable, taken))
         else:
             for batch in self._loader():
-                moved = checkpoints.each_tensor(batch, lambda t: t.to(self.device, non_blocking=True))
+                moved = checkpoints.each_tensor(
+                    batch, lambda t: _check.computable(t.to(self.device, non_blocking=True))
+                )
                 yield tuple(moved) if isinstance(moved, list) else moved
 
     def _loader(self) -> Iterable[Any]:

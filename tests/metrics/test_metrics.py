@@ -162,6 +162,15 @@ def test_groups_of_objects(each_backend, column, values):
         np.testing.assert_array_equal(row, fmn.forget_fraction(correct[:, of_sample == i]))
 
 
+@pytest.mark.skipif(not hasattr(np.dtypes, "StringDType"), reason="needs NumPy 2")
+def test_groups_of_strings_of_any_length():
+    given = np.array(["b", "a" * 50, "b"], np.dtypes.StringDType())
+    assert fmn.forgetting_curves(GOOD, groups=given).groups.tolist() == ["a" * 50, "b"]
+    gaps = np.array(["b", np.nan, "b"], np.dtypes.StringDType(na_object=np.nan))
+    with pytest.raises(ValueError, match=r"groups: expected .*nan at sample 1"):
+        fmn.forgetting_curves(GOOD, groups=gaps)
+
+
 @pytest.mark.parametrize("gap", [None, np.nan, 1, 0.5, b"a"], ids=repr)
 @pytest.mark.parametrize("column", [Column, lambda v: np.array([*v, 0], object)[:-1], list])
 def test_groups_with_gaps_are_refused(column, gap):

@@ -137,6 +137,7 @@ def test_float_predictions_are_told_to_be_integers(n):
         (np.where(np.arange(N) == 7, -0.5, 1), "got -0.5 at sample 7"),
         (np.where(np.arange(N) == 7, np.inf, 1), "got a sum of inf"),
         (np.full(N, np.longdouble("1e4000")), "got a sum of inf"),
+        (np.where(np.arange(N) < 2, [np.inf, -np.inf] * (N // 2), 1), "got -inf at sample 1"),
         (np.zeros(N), "got a sum of 0.0"),
         (np.ones((N, 1)), "got shape"),
     ],
@@ -152,3 +153,17 @@ def test_a_mapped_array_names_its_file(tmp_path):
     mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
     assert _check.of_file(mapped[2]) == f" ({tmp_path / 'a.npy'})"
     assert _check.of_file(np.array(mapped)) == _check.of_file(PROBS.tolist()) == ""
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", ">i2", "u8", "f2", "f4", "f8", "g"])
+def test_numbers_of_numpy_are_compared_as_they_are(dtype):
+    """A bound of 1e300 is infinite in 32 bits, and 2**31 has no place in 8."""
+    one = np.ones(1, dtype)[0]
+    assert fmn.FusionPlan.from_weights({0: one, 2: one}, 4).weights == {0: 0.5, 2: 0.5}
+    if np.dtype(dtype).kind == "f":
+        with pytest.raises(TypeError, match=r"^window: expected an integer"):
+            fmn.fuse(PROBS, LABELS, window=one)
+        with pytest.raises(ValueError, match=r"^weights: expected a value in"):
+            fmn.FusionPlan.from_weights({0: one * np.nan}, 4)
+    else:
+        assert fmn.fuse(PROBS, LABELS, window=one) == fmn.fuse(PROBS, LABELS)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from networks import make_model
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fmn_ref as fmn
 from fmn_ref.training.data import Batches
@@ -60,6 +61,24 @@ def test_tensors_of_unsigned_integers(dtype):
         got = list(Batches((x, y), 4, torch.device("cpu"), shuffle=shuffle))
         assert {t.dtype for batch in got for t in batch} == {torch.int64}
         assert sorted(torch.cat([batch[0] for batch in got]).flatten().tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_a_dataset_and_a_loss_of_unsigned_integers(tmp_path, rng, dtype):
+    """The batches of a Dataset or a DataLoader are converted like arrays, before a forward_fn sees them."""
+
+    def forward(model, batch):
+        return model(batch[0].float() / 9), batch[1]
+
+    x, y = torch.from_numpy(rng.integers(0, 9, (64, 6))), torch.from_numpy(rng.integers(0, 2, 64))
+    runs = []
+    for i, data in enumerate(((x, y), (x.to(dtype), y.to(dtype)))):
+        for set_ in (TensorDataset(*data), DataLoader(TensorDataset(*data), 32)):
+            torch.manual_seed(0)
+            path = tmp_path / f"{i}{type(set_).__name__}"
+            run = fmn.train(nn.Linear(6, 2), set_, set_, epochs=1, run_dir=path, forward_fn=forward, progress=False)
+            runs.append((*bits_of(run), run.probabilities(set_).labels.tobytes()))
+    assert runs[:2] == runs[2:]
 
 
 def test_masked_samples_are_refused(tmp_path, rng):
