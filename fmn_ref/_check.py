@@ -119,11 +119,11 @@ def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, n
     """(n_samples,) int64 in [0, n_classes)."""
     a = array(x, name, kinds="biufcmMOSUV")  # the hint comes with the dtype
     if a.dtype.kind not in "iu":
-        others = "" if name == "index" else "; np.unique(..., return_inverse=True) numbers other labels"
+        hint = "" if name == "index" else "; np.unique(..., return_inverse=True) numbers other labels"
         if a.dtype.kind == "f":
             gaps = np.isnan(a).any()
-            others = " with NaN; leave out samples without a label" if gaps else "; .astype(int) converts whole numbers"
-        raise TypeError(f"{name}: expected integers, got {type(x).__name__} of dtype {a.dtype}{others}")
+            hint = f"{' with NaN; leave these samples out' if gaps else '; .astype(int) converts whole numbers'}{hint}"
+        raise TypeError(f"{name}: expected integers, got {type(x).__name__} of dtype {a.dtype}{hint}")
     if a.ndim != 1 or len(a) == 0:
         raise ValueError(f"{name}: expected shape (n_samples,) with at least one sample, got shape {a.shape}")
     if n_samples is not None and len(a) != n_samples:

@@ -86,7 +86,7 @@ def _labels_of_scores(shape: tuple[int, ...], labels: Any) -> NDArray[np.int64]:
     expected = "scores: expected shape (..., n_samples, n_classes)"
     hint = "predicted classes must be integers (.astype(int), without NaN)"
     if len(shape) < 2 or shape[-1] == 0:
-        hint = f"; {hint}; of one score per sample pass (score > 0).astype(int)" if len(shape) == 1 else ""
+        hint = f"; {hint}; for one score a sample give classes, score > 0 as integers" if len(shape) == 1 else ""
         raise ValueError(f"{expected}, got shape {shape}{hint}")
     y = _check.labels(labels)
     if len(y) != shape[-2]:

@@ -110,7 +110,7 @@ def test_every_type_of_integers(dtype, each_backend):
     ("labels", "words"),
     [
         (LABELS.astype(float), r"float64; \.astype\(int\) converts"),
-        (np.where(LABELS == 1, np.nan, LABELS), "NaN; leave out samples"),
+        (np.where(LABELS == 1, np.nan, LABELS), "NaN; leave these samples out; np.unique"),
         (LABELS.astype(object), "object; np.unique"),
         (LABELS == 1, "bool; np.unique"),
     ],
