@@ -31,7 +31,8 @@ from .reporting.comparison import compare_probabilities
 from .reporting.report import write_report
 from .reporting.tables import csv_table
 from .runs import importers
-from .runs.load import has_labels, load_correct, load_epochs, load_labels, load_named
+from .runs.load import error_line, has_labels, load_correct, load_epochs, load_labels, load_named
+from .runs.text import BYTES, id_array, read_ids
 
 PROBS = (
     "probabilities (n_epochs, n_samples, n_classes): an .npy file; an .npz file with 'probs', and optionally 'labels'; "
@@ -109,14 +110,14 @@ def metric_text(columns: dict[str, list[Any]], summary: dict[str, Any], referenc
 def write_per_sample(args: argparse.Namespace, correct: Any, epochs: list[int]) -> None:
     stats = sample_statistics(correct, never_learned=args.never_learned, progress=True)
     n = len(stats.forgotten)
-    names = list(range(n)) if args.ids is None else Path(args.ids).read_text().splitlines()
+    names = list(range(n)) if args.ids is None else read_ids(args.ids)
     if len(names) != n:
         raise ValueError(f"{args.ids}: expected {n} lines, one id per sample, got {len(names)}")
     columns = {"sample_id": names, **{k: v.tolist() for k, v in vars(stats).items()}}
     for k in ("first_learned", "last_correct"):  # from rows of the matrix to epochs; empty for never
         columns[k] = ["" if np.isnan(row) else epochs[int(row)] for row in vars(stats)[k]]
     text = csv_table(list(columns), zip(*columns.values(), strict=True))
-    _files.write_atomic(args.per_sample, lambda f: f.write(text.encode()))
+    _files.write_atomic(args.per_sample, lambda f: f.write(text.encode("utf-8", BYTES)))
 
 
 def command_fuse(args: argparse.Namespace) -> None:
@@ -222,7 +223,7 @@ def command_import(args: argparse.Namespace) -> None:
     else:
         correct, indices = importers.from_toneva(args.path)
         arrays, ids = {"correct": correct}, list(map(str, indices))
-    arrays["sample_ids"] = np.array(ids)
+    arrays["sample_ids"] = id_array(ids)
     _files.write_atomic(args.output, lambda f: np.savez(f, **arrays))
     shapes = {name: list(a.shape) for name, a in arrays.items()}
     text = f"{args.output}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
@@ -389,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fmn-ref: interrupted" + "; run it again to continue" * (args.command == "demo"), file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        print(f"fmn-ref: error: {error}", file=sys.stderr)
+    except Exception as error:  # whatever fails is told in one line
+        print(f"fmn-ref: error: {error_line(error, vars(args))}", file=sys.stderr)
         return 1
     return 0

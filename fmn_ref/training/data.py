@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .. import _check
 from ..runs import checkpoints
 from . import distributed
 
@@ -65,7 +66,7 @@ def as_tensors(data: Any) -> tuple[Tensor, ...]:
     if len(tensors) < 2 or any(t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors) or len(tensors[0]) == 0:
         shapes = [tuple(t.shape) for t in tensors]
         raise ValueError(f"data: expected (inputs, labels) with one row per sample, not empty, got shapes {shapes}")
-    if len(tensors) == 2 and not tensors[1].is_floating_point() and (tensors[1] < 0).any():
+    if len(tensors) == 2 and not tensors[1].is_floating_point() and (_check.computable(tensors[1]) < 0).any():
         raise ValueError(f"labels: expected classes from 0, got {int(tensors[1].min())}")  # torch would ignore -100
     return tensors
 
@@ -74,9 +75,9 @@ def _as_tensor(a: Any) -> Tensor:
     """Convert one array; NumPy's float64 becomes torch's default type, which networks have."""
     if isinstance(a, Tensor):
         return a
-    a = np.asarray(a)
-    if any(stride < 0 for stride in a.strides):
-        a = np.ascontiguousarray(a)
+    a = _check.array(a, "data", kinds="biufc")
+    if any(stride < 0 for stride in a.strides) or not a.dtype.isnative:
+        a = np.ascontiguousarray(a, a.dtype.newbyteorder("="))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of read-only arrays (memory-mapped files); nothing here writes to them
         return torch.as_tensor(a, dtype=torch.get_default_dtype() if a.dtype == np.float64 else None)
@@ -154,10 +155,13 @@ class Batches:
     def __iter__(self) -> Iterator[Any]:
         if self.arrays:
             for rows in self._rows():
-                yield tuple(_take(t, rows, self._shuffle or self.is_split, self.device) for t in self.arrays)
+                taken = (_take(t, rows, self._shuffle or self.is_split, self.device) for t in self.arrays)
+                yield tuple(map(_check.computable, taken))
         else:
             for batch in self._loader():
-                moved = checkpoints.each_tensor(batch, lambda t: t.to(self.device, non_blocking=True))
+                moved = checkpoints.each_tensor(
+                    batch, lambda t: _check.computable(t.to(self.device, non_blocking=True))
+                )
                 yield tuple(moved) if isinstance(moved, list) else moved
 
     def _loader(self) -> Iterable[Any]:
