@@ -6,7 +6,6 @@ when it is created.
 
 from __future__ import annotations
 
-import copy
 import operator
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -74,7 +73,8 @@ class Probabilities(StoredPredictions):
     Parameters
     ----------
     run : Run
-        With its model attached (``Run.open(run_dir, model)``). The model is copied and does not change.
+        With its model attached (``Run.open(run_dir, model)``). The model is copied, or lent where no copy can be made
+        (`InPlace`). Its weights do not change.
     samples : (inputs, labels), torch Dataset or DataLoader
         Must keep its order from one pass to the next.
     batch_size : int, default 256
@@ -104,12 +104,13 @@ class Probabilities(StoredPredictions):
     def __init__(
         self, run: Run, samples: Any, *, batch_size: int = 256, amp: bool = False, split: bool = False
     ) -> None:
-        import torch
-
         from . import data
+        from .copies import independent
         from .ensemble import attached_model
+        from .memory_format import set_channels_last
 
-        self._model = copy.deepcopy(attached_model(run)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._model = independent(attached_model(run))
+        set_channels_last(self._model)
         super().__init__(run)
         self._amp = amp
         size = _check.number(batch_size, 1, 2**31, "batch_size", int)
