@@ -31,7 +31,7 @@ _LOCK = threading.RLock()  # one for all networks: they may share modules
 _ENDS: tuple[type, ...] = (str, bytes, int, float, complex, type(None), types.ModuleType, types.CodeType)
 _ENDS += (types.FrameType, types.TracebackType, logging.Logger)  # log records keep the frames of errors
 _ENDS += (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)  # no part of a network's computation
-_HOLDERS: tuple[type, ...] = (nn.Module, Tensor, types.MethodType, functools.partial, weakref.ref)
+_HOLDERS: tuple[type, ...] = (nn.Module, Tensor, types.FunctionType, types.MethodType, functools.partial, weakref.ref)
 _HOLDERS += (property, staticmethod, classmethod, functools.cached_property)
 
 

@@ -30,8 +30,10 @@ class FusedModel(nn.Module):
     Calling it returns log-probabilities, shape (batch, n_classes), dtype float32: softmax, arg-max and cross-entropy
     work on them. The run's network must return logits or an object with `.logits`: it is called directly, without the
     run's `forward_fn`. (Pass that to `distill`, which calls it for each member.) Members are frozen and always in
-    evaluation mode. They are copies of the run's model; those of a model that cannot be copied compute in the model
-    itself (`InPlace`). To store the ensemble, keep the plan and the run directory; its own `state_dict` loads back too.
+    evaluation mode. To store the ensemble, keep the plan and the run directory; its own `state_dict` loads back too.
+
+    Members are copies of the run's model. If it cannot be copied, they compute in the model itself: one call at a time,
+    with weights swapped in and put back, without gradients, and not under torch.export or torch.compile.
 
     Parameters
     ----------
@@ -159,7 +161,8 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     -------
     nn.Module
         A new model in evaluation mode. Parameters and running statistics are averaged. Other buffers come from the
-        latest epoch with a weight above 0. A model that cannot be copied comes as an `InPlace`.
+        latest epoch with a weight above 0. If the run's model cannot be copied, the new one computes in it, as the
+        members of a `FusedModel` do.
 
     Raises
     ------

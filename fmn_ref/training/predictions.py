@@ -73,8 +73,8 @@ class Probabilities(StoredPredictions):
     Parameters
     ----------
     run : Run
-        With its model attached (``Run.open(run_dir, model)``). The model is copied, or lent where no copy can be made
-        (`InPlace`). Its weights do not change.
+        With its model attached (``Run.open(run_dir, model)``). Its weights do not change: a copy is evaluated, or if it
+        cannot be copied, the model itself with weights swapped in and put back.
     samples : (inputs, labels), torch Dataset or DataLoader
         Must keep its order from one pass to the next.
     batch_size : int, default 256

@@ -1,4 +1,4 @@
-"""What an average of networks averages: parameters and running statistics, of finite epochs, and nothing that is frozen."""
+"""What an average of networks averages: parameters and running statistics, of finite epochs; nothing frozen."""
 
 import numpy as np
 import pytest

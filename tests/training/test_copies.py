@@ -40,10 +40,10 @@ def replaced(model, wrap):
     return model
 
 
-def hooked(register):
+def with_hook():
     """A hook that reads the weights of the network it was made for."""
     model = net()
-    register(model, lambda module, *values: values[-1] + model[0].weight.sum() if len(values) == 2 else None)
+    model[3].register_forward_hook(lambda module, args, output: output + model[0].weight.sum())
     return model
 
 
@@ -155,7 +155,7 @@ IN_PLACE = {
     "forward in a variable": forward_in_a_variable,
     "variable of another module": later_global,
     "default argument": lambda: (lambda m: replaced(m, lambda forward: lambda x, f=forward: f(x)))(net()),
-    "forward hook": lambda: hooked(lambda m, hook: m.register_forward_hook(lambda mod, i, o: hook(mod, o))),
+    "forward hook": with_hook,
     "forward pre-hook": with_pre_hook,
     "method that names a variable": in_a_variable,
     "weak reference to the parent": WithChild,
