@@ -170,7 +170,7 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
         `run` is not a Run, or `weights` is not a dict of numbers.
     ValueError
         No weight above 0; an epoch out of range; no model attached; a checkpoint that does not fit, or whose weights
-        are not all finite.
+        are not all finite; a ScriptModule with BatchNorm.
     FileNotFoundError
         A checkpoint is missing.
 
@@ -190,7 +190,7 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     shares = _shares(weights, len(run.history))
     steady = _load_average(model, [(run.checkpoint(epoch), share) for epoch, share in shares])
     with data.computing(model, keep=True) as network:
-        frozen = steady if len(shares) > 1 else frozen_norms(network)
+        frozen = steady if len(shares) > 1 else {*frozen_norms(network), *_scripted_norms(network)}
         recompute_batchnorm(network, train_data, batch_size=batch_size, forward_fn=run.forward_fn, frozen=frozen)
     checkpoints.drop_derived(model)
     return model.eval()
@@ -279,9 +279,13 @@ def recompute_batchnorm(
     Raises
     ------
     ValueError
-        The model has BatchNorm layers, and no batch has two samples.
+        The model has BatchNorm layers, and no batch has two samples; such layers of a ScriptModule.
     """
     model.eval()
+    scripted = _scripted_norms(model).difference(frozen)
+    if scripted:
+        hint = "attach the network that it was made from; its checkpoints fit"
+        raise ValueError(f"model: the statistics of a ScriptModule's {min(scripted)} cannot be recomputed; {hint}")
     kinds = nn.modules.batchnorm._BatchNorm
     found = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m.track_running_stats}
     norms = [m for name, m in found.items() if name not in frozen and m.momentum != 0]
@@ -308,6 +312,12 @@ def recompute_batchnorm(
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
+
+
+def _scripted_norms(model: nn.Module) -> set[str]:
+    """Names of BatchNorm layers with a momentum that cannot be set."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)}
+    return {n for n, m in layers.items() if "BatchNorm" in m.original_name and hasattr(m, "running_mean")}
 
 
 def plan_checkpoints(plan: Any, run: Any) -> tuple[nn.Module, dict[int, Path]]:

@@ -176,3 +176,17 @@ def test_layers_that_share_a_frozen_network_are_told_apart(tmp_path):
     mean = fmn.averaged_model(run, {1: 1.0, 2: 1.0}, TRAIN)
     assert (mean[0].running_mean == 7).all()
     np.testing.assert_allclose(mean[2].running_mean, mean[:2](X).mean(0).detach(), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_batchnorm_is_refused_unless_its_statistics_are_valid(tmp_path):
+    """Its momentum is a constant. The network that it was made from takes the same checkpoints."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    run = fmn.train(torch.jit.script(plain), TRAIN, VAL, epochs=2, run_dir=tmp_path, **RECIPE)
+    with pytest.raises(
+        ValueError, match="the statistics of a ScriptModule's 1 cannot be recomputed; attach the network"
+    ):
+        fmn.averaged_model(run, {0: 1.0, 1: 1.0}, TRAIN)
+    assert same_weights(fmn.averaged_model(run, {0: 1.0}, TRAIN), checkpoints.load(run.checkpoints[0]))
+    assert fmn.averaged_model(fmn.Run.open(tmp_path, plain), {0: 1.0, 1: 1.0}, TRAIN)(X).shape == (60, 4)

@@ -9,6 +9,7 @@ import logging
 import threading
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -379,6 +380,22 @@ def test_nested_and_parallel_evaluations_do_not_mix(tmp_path):
         thread.join()
     np.testing.assert_allclose(found, truth, atol=1e-6)
     assert same_weights(run.model.state_dict(), before)
+
+
+def test_threads_may_read_the_same_probabilities(run):
+    expected = list(run.probabilities(VAL))
+    probs = copy.deepcopy(run.probabilities(VAL))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(probs.__getitem__, [*range(len(run.history))] * 2))
+    assert all(np.array_equal(p, expected[i % len(expected)]) for i, p in enumerate(found))
+
+    def forward(model, batch):
+        probs[1]
+        return model(batch[0]), batch[1]
+
+    probs = fmn.Run.open(run.run_dir, run.model, forward).probabilities(VAL)
+    with pytest.raises(ValueError, match="epoch: 1 is read while another epoch is evaluated"):
+        probs[0]
 
 
 def test_a_step_goes_on_after_an_evaluation_in_place(tmp_path):
