@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import shutil
@@ -28,6 +27,7 @@ from ..runs.recorder import Recorder
 from ..runs.retention import Keep
 from ..runs.run import Run
 from ..training import data
+from ..training.copies import independent
 from ..training.ensemble import FusedModel, plan_checkpoints
 
 try:
@@ -129,7 +129,7 @@ def from_trainer(
     data.check_module(model, "model")
     folders = _checkpoint_folders(Path(output_dir))
     forward_fn = FORWARD_FNS[_check.choice(task, tuple(FORWARD_FNS), "task")]
-    model = copy.deepcopy(model)
+    model = independent(model)
     batches = data.Batches(eval_data, batch_size, data.device_of(model))
     config = {"output_dir": str(Path(output_dir).resolve()), "task": task}
 
@@ -186,11 +186,12 @@ def _same_weights(stored: dict[str, Any], state: dict[str, Any]) -> bool:
 
 
 def _load_checkpoint(model: nn.Module, folder: Path) -> None:
-    if isinstance(model, PreTrainedModel):
-        model.load_state_dict(_from_pretrained(type(model), folder).state_dict())
-        return
-    with _naming(folder):
-        load_model(model, folder / "model.safetensors")
+    with data.computing(model, keep=True) as network:
+        if isinstance(network, PreTrainedModel):
+            network.load_state_dict(_from_pretrained(type(network), folder).state_dict())
+            return
+        with _naming(folder):
+            load_model(network, folder / "model.safetensors")
 
 
 def _from_pretrained(model_class: Any, folder: Path) -> Any:
@@ -239,13 +240,14 @@ def save_fused(folder: AnyPath, plan: FusionPlan, run: Run, processing_class: An
     original, paths = plan_checkpoints(plan, run)
     if not isinstance(original, PreTrainedModel):
         raise TypeError(f"run: expected a model with save_pretrained, got {type(original).__name__}")
-    model, target = copy.deepcopy(original), Path(folder)
+    model, target = independent(original), Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
     for member in target.glob("member_*"):
         shutil.rmtree(member)
     for row, path in paths.items():
-        checkpoints.load_into(model, path).save_pretrained(target / f"member_{row:05d}")  # type: ignore[operator]
+        with data.computing(checkpoints.load_into(model, path)) as network:
+            network.save_pretrained(target / f"member_{row:05d}")  # type: ignore[operator]
     if processing_class is not None:
         processing_class.save_pretrained(target)
     plan.save(target / "plan.json")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .. import _check
 from ..runs import checkpoints
 from . import distributed
+from .memory_format import either_format, set_contiguous
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 Augment = Callable[[Tensor], Tensor]
@@ -51,8 +54,17 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[Tensor, Tensor]:
     """Return (logits, labels) of a batch; a `FusedModel` calls the function for each member."""
     function = forward_fn or default_forward
-    ensemble = getattr(model, "_fmn_forward_batch", None)
-    return function(model, batch) if ensemble is None else ensemble(batch, function)
+    if hasattr(type(model), "_fmn_in_place"):
+        with computing(model) as network:
+            return forward(network, batch, forward_fn)
+    ensemble = getattr(type(model), "_fmn_forward_batch", None)
+    return function(model, batch) if ensemble is None else ensemble(model, batch, function)
+
+
+def computing(model: nn.Module, keep: bool = False) -> AbstractContextManager[nn.Module]:
+    """Context with the network that computes with the model's weights; see `InPlace` for one that is another module."""
+    in_place = getattr(type(model), "_fmn_in_place", None)
+    return nullcontext(model) if in_place is None else in_place(model, keep)
 
 
 def is_arrays(data: Any) -> bool:
@@ -190,6 +202,12 @@ class Batches:
             rows[-2:] = [torch.cat(rows[-2:])]
         return [r[self._rank :: self._world] for r in rows]
 
+    def set_contiguous(self) -> bool:
+        """Convert images that moved to the device in channels_last format; return whether there were some."""
+        arrays = self.arrays
+        self.arrays = tuple(t.contiguous() if t.ndim == 4 else t for t in arrays)
+        return any(new is not old for new, old in zip(self.arrays, arrays, strict=True))
+
     def ids(self) -> Tensor:
         """Numbers of the samples that this process gets, in order: (n,) int64, on the device."""
         if self.arrays or isinstance(self.source, Dataset):
@@ -233,15 +251,16 @@ def reseed(data: Any, seed: int, epoch: int) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of the first parameter; the CPU for a model without parameters."""
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    """Device of the first parameter, or of the first buffer; the CPU for a model without either."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
     """Put the model into evaluation mode, on `device` if given; afterwards restore its device and every mode."""
     modes, home = [(m, m.training) for m in model.modules()], device_of(model)
+    checkpoints.drop_derived(model)  # an average's weights change without `load_into`
     model.eval()
     try:
         if device is not None:
@@ -293,21 +312,30 @@ def predict(
     """
     if not isinstance(data, Batches):
         data = Batches(data, batch_size, device_of(model), split=split)
-    parts: list[tuple[Tensor, Tensor]] = []
-    with evaluating(model):
-        for batch in data:
-            with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
-                logits, labels = forward(model, batch, forward_fn)
-            if not parts:
-                check_logits(logits, "a forward_fn may convert them (Run.open takes it)")
-            logits = logits.float()
-            parts.append((logits.log_softmax(1) if log else logits.softmax(1), labels))
+
+    def predicted() -> list[tuple[Tensor, Tensor]]:
+        with evaluating(model), computing(model) as network:
+            return list(_predict_batches(network, data, forward_fn, log, amp))
+
+    parts = either_format(predicted, partial(set_contiguous, model), data.set_contiguous)
     if not parts:
         raise ValueError("data: expected at least one batch")
     probs, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     if data.is_split:
         probs, labels = distributed.gather_rows(data.ids(), probs, labels)
     return probs, labels
+
+
+def _predict_batches(
+    network: nn.Module, batches: Batches, forward_fn: Forward | None, log: bool, amp: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for i, batch in enumerate(batches):
+        with torch.autocast(batches.device.type, torch.bfloat16, enabled=amp):
+            logits, labels = forward(network, batch, forward_fn)
+        if i == 0:
+            check_logits(logits, "a forward_fn may convert them (Run.open takes it)")
+        logits = logits.float()
+        yield logits.log_softmax(1) if log else logits.softmax(1), labels
 
 
 def check_logits(logits: Any, hint: str) -> None:

@@ -94,6 +94,9 @@ def train(
 
     Notes
     -----
+    Frozen BatchNorm layers keep their statistics: those in evaluation mode, inside a model in training mode or with
+    parameters that require no gradients. All other layers are put into training mode.
+
     A thread writes the files while the next epoch runs. A killed run resumes from the last epoch whose state is
     complete on disk.
 
