@@ -6,7 +6,6 @@ is a tuple, or a dict with a key "labels".
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..runs import checkpoints
-from . import distributed
+from .. import _check
+from . import distributed, samples
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 Augment = Callable[[Tensor], Tensor]
@@ -42,8 +41,11 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     else:
         got = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}"
         raise ValueError(f"batch: expected (inputs, labels) or a dict, got {got}; {hint}")
-    if labels.is_floating_point() or labels.ndim != 1:
-        raise TypeError(f"labels: expected integers of shape (n,), got {labels.dtype} of shape {tuple(labels.shape)}")
+    if isinstance(labels, (np.ndarray, list, tuple)):
+        labels = torch.from_numpy(_check.labels(labels)).to(device_of(model))
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels: expected integers of shape (n,), got {got}")
     return getattr(output, "logits", output), labels.long()
 
 
@@ -51,7 +53,11 @@ def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[T
     """Return (logits, labels) of a batch; a `FusedModel` calls the function for each member."""
     function = forward_fn or default_forward
     ensemble = getattr(model, "_fmn_forward_batch", None)
-    return function(model, batch) if ensemble is None else ensemble(batch, function)
+    outcome = function(model, batch) if ensemble is None else ensemble(batch, function)
+    if not isinstance(outcome, (tuple, list)) or len(outcome) != 2:
+        got = f"{len(outcome)} values" if isinstance(outcome, (tuple, list)) else type(outcome).__name__
+        raise TypeError(f"forward_fn: expected (logits, labels), got {got}")
+    return outcome[0], outcome[1]
 
 
 def is_arrays(data: Any) -> bool:
@@ -146,10 +152,8 @@ class Batches:
             if self.is_split:
                 raise ValueError("data: a stream cannot be split over processes; pass a DataLoader that does it")
             self.source = DataLoader(data, batch_size)
-        elif not isinstance(data, Dataset) and (
-            not hasattr(data, "__iter__") or isinstance(data, (Tensor, np.ndarray, str, Iterator))
-        ):
-            raise TypeError(f"data: expected (inputs, labels), a Dataset or a DataLoader, got {type(data).__name__}")
+        elif not isinstance(data, Dataset):
+            _check_batches(data)
 
     def __iter__(self) -> Iterator[Any]:
         if self.arrays:
@@ -157,8 +161,8 @@ class Batches:
                 yield tuple(_take(t, rows, self._shuffle or self.is_split, self.device) for t in self.arrays)
         else:
             for batch in self._loader():
-                moved = checkpoints.each_tensor(batch, lambda t: t.to(self.device, non_blocking=True))
-                yield tuple(moved) if isinstance(moved, list) else moved
+                there = samples.moved(batch, self.device)
+                yield tuple(there) if isinstance(there, list) else there
 
     def _loader(self) -> Iterable[Any]:
         if not isinstance(self.source, Dataset):
@@ -198,6 +202,16 @@ class Batches:
         return rows.to(self.device)
 
 
+def _check_batches(data: Any) -> None:
+    """Raise a TypeError where data is no iterable of batches."""
+    if not hasattr(data, "__iter__") or isinstance(data, (Tensor, np.ndarray, str, Mapping, Iterator)):
+        raise TypeError(f"data: expected (inputs, labels), a Dataset or a DataLoader, got {type(data).__name__}")
+    if isinstance(data, (tuple, list)) and any(hasattr(part, "shape") or isinstance(part, str) for part in data):
+        got = ", ".join(type(part).__name__ for part in data[:4])
+        hint = "a torch Dataset of (inputs, label) takes inputs of several parts, and texts"
+        raise TypeError(f"data: expected arrays (inputs, labels), got {type(data).__name__} of {got}; {hint}")
+
+
 def _resident(t: Tensor, device: torch.device) -> Tensor:
     t = t.to(device)
     return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
@@ -219,9 +233,7 @@ def _take(t: Tensor, rows: Tensor, scattered: bool, device: torch.device) -> Ten
 def reseed(data: Any, seed: int, epoch: int) -> None:
     """Seed torch's global generator and the data's samplers from (seed, epoch): resuming needs the same draws."""
     torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    batch_sampler = getattr(data, "batch_sampler", None)
-    holders: list[Any] = [data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-    for holder in holders:
+    for holder in (data, *samples.samplers_of(data)):
         if isinstance(getattr(holder, "generator", None), torch.Generator):
             holder.generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
         if hasattr(holder, "set_epoch"):
@@ -260,6 +272,7 @@ def predict(
     log: bool = False,
     amp: bool = False,
     split: bool = False,
+    order: samples.Order | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Predict a data set; nothing leaves the model's device.
 
@@ -276,6 +289,8 @@ def predict(
         Run the network in bfloat16.
     split : bool, default False
         In several processes: each calls this function, evaluates its part, and gets the whole result.
+    order : Order, optional
+        Passes over the data before this one; a change is an error. Arrays are looked at in the first pass only.
 
     Returns
     -------
@@ -285,25 +300,49 @@ def predict(
     Raises
     ------
     TypeError, ValueError
-        No batch; a batch or a model's output of another kind; probabilities where logits are expected.
+        No batch; a batch or a model's output of another kind; probabilities where logits are expected; other samples,
+        or another order, than in the first pass.
     """
     if not isinstance(data, Batches):
         data = Batches(data, batch_size, device_of(model), split=split)
+    listener = samples.Listener(order, fixed=bool(data.arrays))
     parts: list[tuple[Tensor, Tensor]] = []
-    with evaluating(model):
+    with evaluating(model), listener.listening(model):
         for batch in data:
             with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
                 logits, labels = forward(model, batch, forward_fn)
             if not parts:
                 check_logits(logits, "a forward_fn may convert them (Run.open takes it)")
+            _check_pair(logits, labels)
             logits = logits.float()
             parts.append((logits.log_softmax(1) if log else logits.softmax(1), labels))
+            listener.add(batch, labels)
     if not parts:
         raise ValueError("data: expected at least one batch")
     probs, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    hashes = listener.found.to(labels.device)
     if data.is_split:
-        probs, labels = distributed.gather_rows(data.ids(), probs, labels)
+        probs, labels, hashes = _gathered(data.ids(), probs, labels, hashes)
+    listener.check(labels, hashes)
     return probs, labels
+
+
+def _check_pair(logits: Tensor, labels: Any) -> None:
+    """Raise a ValueError unless a batch has one row of logits for each label."""
+    if logits.ndim != 2 or len(labels) != len(logits):
+        got = f"logits of shape {tuple(logits.shape)} and {len(labels)} labels"
+        raise ValueError(
+            f"model: expected logits (n, n_classes) and n labels, got {got}; a forward_fn may convert them"
+        )
+
+
+def _gathered(ids: Tensor, probs: Tensor, labels: Tensor, hashes: Tensor) -> tuple[Tensor, ...]:
+    """Join the rows of all processes in the order of the samples."""
+    if len(ids) != len(labels):
+        raise ValueError(f"split: expected one row for each of {len(ids)} samples, got {len(labels)}")
+    if len(hashes) != len(ids):
+        return *distributed.gather_rows(ids, probs, labels), hashes[:0]
+    return distributed.gather_rows(ids, probs, labels, hashes)
 
 
 def check_logits(logits: Any, hint: str) -> None:
@@ -311,28 +350,23 @@ def check_logits(logits: Any, hint: str) -> None:
     if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model: expected logits (n, n_classes), got {got}; {hint}")
-    sums = logits.float().sum(-1)
-    if logits.numel() and (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums)):
+    if logits.numel() and (logits >= 0).all() and _check.sums_to_one(logits):
         raise ValueError(f"model: expected logits or log-probabilities, got probabilities; {hint}")
 
 
-def inputs_of(batch: Any) -> list[Tensor]:
-    """Input tensors of a batch: the first item of a tuple, or everything but "labels" of a dict, sorted by key."""
-    if isinstance(batch, Mapping):
-        return [v for k, v in sorted(batch.items()) if k != "labels" and isinstance(v, Tensor)]
-    if not isinstance(batch, (tuple, list)) or not batch:
-        raise TypeError(f"batch: expected a tuple or a dict, got {type(batch).__name__}")
-    return [batch[0]]
+def fingerprints(data: Any) -> set[int]:
+    """Hash each sample's inputs, to detect samples that two sets share; no forward_fn."""
+    listener, nothing = samples.Listener(samples.Order(data)), _Nothing()
+    with listener.listening(nothing):
+        for batch in Batches(data, 512, torch.device("cpu")):
+            listener.add(batch, default_forward(nothing, batch)[1])
+    return set(listener.found.tolist())
 
 
-def fingerprints(data: Any) -> set[bytes]:
-    """Hash each sample's inputs, to detect samples that two sets share."""
-    seen = set()
-    for batch in Batches(data, 512, torch.device("cpu")):
-        arrays = [v.detach().contiguous().reshape(len(v), -1).view(torch.uint8).numpy() for v in inputs_of(batch)]
-        for row in zip(*arrays, strict=True):
-            seen.add(hashlib.blake2b(b"".join(r.tobytes() for r in row), digest_size=16).digest())
-    return seen
+class _Nothing(nn.Module):
+    """A network that ignores what it is called with."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 def arrays_digest(data: Any) -> str | None:
@@ -340,13 +374,4 @@ def arrays_digest(data: Any) -> str | None:
     if not is_arrays(data):
         return None
     inputs, *rest = as_tensors(data)
-    return tensors_digest([inputs[:: max(1, len(inputs) // 100)], *rest])
-
-
-def tensors_digest(tensors: Iterable[Any]) -> str:
-    """Hash the bytes of tensors; other objects are skipped."""
-    digest = hashlib.sha256()
-    for t in tensors:
-        if isinstance(t, Tensor):
-            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return samples.tensors_digest([inputs[:: max(1, len(inputs) // 100)], *rest])

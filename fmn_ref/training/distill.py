@@ -22,6 +22,7 @@ from ..runs.run import Run
 from . import data
 from .engine import Average, EarlyStopping, fit, hidden
 from .recipe import Recipe
+from .samples import Order
 from .soft_targets import SoftTargets, Targets
 from .store import Store
 
@@ -185,9 +186,10 @@ def _fit_student(
     with data.evaluating(source.teacher, device):
         if val_data is not None:
             val = data.Batches(val_data, 256, device, split=True)
-            evaluate = partial(data.predict, data=val, forward_fn=source.forward_fn)
+            predict = partial(data.predict, data=val, forward_fn=source.forward_fn)
+            evaluate = partial(predict, order=Order(val_data, "val_data"))
             if not hidden(progress):
-                probs, labels = evaluate(source.teacher)
+                probs, labels = predict(source.teacher)
                 notes = {"teacher": f"{(probs.argmax(1) == labels).double().mean():.2%}"}
         targets = source.open(device)
         fit(

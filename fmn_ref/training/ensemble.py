@@ -132,8 +132,8 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     weights : dict of {int: float}
         Weight of each row of the history, at least 0; scaled to sum 1. For averaged KF: ``plan.weights``.
     train_data : (inputs, labels), torch Dataset or DataLoader
-        Data of one pass that recomputes the BatchNorm statistics, which averaging invalidates. Each batch is weighed by
-        its number of samples. Not read where the model has no BatchNorm.
+        Data of one pass that recomputes the BatchNorm statistics, which averaging invalidates. Each layer weighs a
+        batch by the number of values per channel that reach it. Not read where the model has no BatchNorm.
     batch_size : int, default 512
         Of that pass.
 
@@ -192,9 +192,10 @@ def _shares(weights: Any, n_epochs: int) -> list[tuple[int, float]]:
 def recompute_batchnorm(
     model: nn.Module, train_data: Any, *, batch_size: int = 512, forward_fn: data.Forward | None = None
 ) -> None:
-    """Set BatchNorm's running statistics to their mean over the data, each batch weighed by its number of samples.
+    """Set BatchNorm's running statistics to their mean over the data.
 
-    The model is left in evaluation mode. `torch.optim.swa_utils.update_bn` weighs a short last batch like a full one.
+    Each layer weighs a batch by the number of values per channel that reach it, whatever form the batch has. The model
+    is left in evaluation mode. `torch.optim.swa_utils.update_bn` weighs a short last batch like a full one.
 
     Parameters
     ----------
@@ -213,27 +214,27 @@ def recompute_batchnorm(
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-    seen = 0
-    for batch in data.Batches(train_data, batch_size, data.device_of(model)):
-        n = len(data.inputs_of(batch)[0])
+    seen = dict.fromkeys(norms, 0)
+
+    def weigh(norm: Any, args: Any, kwargs: Any) -> None:
+        """Weigh a batch by its values per channel; a single one, which torch refuses, has no variance."""
+        values: Tensor = args[0] if args else kwargs["input"]
+        n = values.numel() // max(1, values.shape[1])
+        norm.train(n > 1)
+        if n > 1:
+            norm.momentum = n / (seen[norm] + n)
+            seen[norm] += n
+
+    with contextlib.ExitStack() as stack:
         for norm in norms:
-            norm.momentum = n / (seen + n)
-        try:
+            norm.reset_running_stats()
+            stack.callback(setattr, norm, "momentum", norm.momentum)
+            stack.callback(norm.register_forward_pre_hook(weigh, with_kwargs=True).remove)
+            stack.callback(norm.eval)
+        for batch in data.Batches(train_data, batch_size, data.device_of(model)):
             data.forward(model, batch, forward_fn)
-        except ValueError:
-            if n > 1:
-                raise
-            continue  # torch refuses a single value per channel: it has no variance
-        seen += n
-    if not seen:
+    if not any(seen.values()):
         raise ValueError("train_data: expected at least one batch of two or more samples, for BatchNorm")
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
 
 
 def plan_checkpoints(plan: Any, run: Any) -> tuple[nn.Module, dict[int, Path]]:

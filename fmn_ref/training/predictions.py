@@ -85,13 +85,20 @@ class Probabilities(StoredPredictions):
         Divide each evaluation among the processes of torch.distributed. Every process must read the same rows in the
         same order, and gets the whole array.
 
+    Attributes
+    ----------
+    labels : (n_samples,) int64
+        In the order of evaluation.
+    order : Order
+        Fingerprints of the samples, once an epoch has been read. They notice data that changes between passes.
+
     Raises
     ------
     TypeError
         `run` is not a Run, or the data is of no known kind.
     ValueError
         The run has no model attached. When an item is read: a damaged checkpoint, or one that does not fit the model;
-        labels that differ from those of an earlier pass.
+        data that shuffles, or gives other samples than in an earlier pass.
     FileNotFoundError
         When an item is read: its checkpoint is missing.
 
@@ -108,30 +115,27 @@ class Probabilities(StoredPredictions):
 
         from . import data
         from .ensemble import attached_model
+        from .samples import Order
 
         self._model = copy.deepcopy(attached_model(run)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         super().__init__(run)
         self._amp = amp
         size = _check.number(batch_size, 1, 2**31, "batch_size", int)
         self._batches = data.Batches(samples, size, data.device_of(self._model), split=split)
-        self._labels: NDArray[np.int64] | None = None
+        self.order = Order(samples)
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """Labels (n_samples,) in the order of evaluation; evaluates the last epoch if none has been read yet."""
-        if self._labels is None:
+        if self.order.labels is None:
             self[-1]
-        assert self._labels is not None
-        return self._labels
+        assert self.order.labels is not None
+        return self.order.labels.numpy().astype(np.int64)
 
     def _evaluate(self, row: int) -> NDArray[np.float32]:
         from ..runs import checkpoints
         from .data import predict
 
         checkpoints.load_into(self._model, self._run.checkpoint(row))
-        probs, labels = predict(self._model, self._batches, forward_fn=self._run.forward_fn, amp=self._amp)
-        y = labels.cpu().numpy().astype(np.int64)
-        if self._labels is not None and not np.array_equal(y, self._labels):
-            raise ValueError("data: labels or their order changed since the last pass; its loader must not shuffle")
-        self._labels = y
-        return probs.cpu().numpy()
+        options = {"forward_fn": self._run.forward_fn, "amp": self._amp, "order": self.order}
+        return predict(self._model, self._batches, **options)[0].cpu().numpy()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import _check, _files
 from ..runs.folder import AnyPath, check_same
-from . import data, distributed
+from . import data, distributed, samples
 from .recipe import Recipe
 
 Targets = tuple[Tensor, Tensor]  # labels (B,), the teacher's log-probabilities (B, K)
@@ -82,7 +82,7 @@ class SoftTargets:
     def identity(self) -> dict[str, Any]:
         """Describe everything that the targets depend on, for run.json and targets.json."""
         digests = {"data": data.arrays_digest(self.train_data)}
-        digests["teacher"] = data.tensors_digest(self.teacher.state_dict().values())
+        digests["teacher"] = samples.tensors_digest(self.teacher.state_dict().values())
         seeds = {"view_seeds": self.view_seeds} if self.targets == "cached-views" else {}
         return {"targets": self.targets, "top_k": self.top_k, **digests, **seeds}
 

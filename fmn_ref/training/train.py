@@ -21,6 +21,7 @@ from ..runs.run import Run
 from . import data
 from .engine import Loss, fit
 from .recipe import Recipe
+from .samples import Order
 from .store import Store
 
 
@@ -51,7 +52,9 @@ def train(
         Inputs and labels are tensors or arrays with one row per sample. A DataLoader's own batch size replaces
         `batch_size`.
     val_data : (inputs, labels), torch Dataset or DataLoader
-        Must keep its order from one pass to the next.
+        Must keep its order from one pass to the next: a sampler that shuffles is refused, and so is a pass that gives
+        the samples of the first one in another order. (Not noticed: an order that changes together with the inputs, as
+        in a stream that shuffles and augments; between processes, samples that are exchanged below equal labels.)
     epochs : int
         Number of passes over `train_data`, at least 1.
     run_dir : path
@@ -124,7 +127,8 @@ def train(
     digests = {"data": data.arrays_digest(train_data), "val_data": data.arrays_digest(val_data)}
     config = {"epochs": epochs, **asdict(settings), **digests}
     device = data.device_of(model)
-    val = data.Batches(val_data, 256, device, split=True)
+    val, order = data.Batches(val_data, 256, device, split=True), Order(val_data, "val_data")
+    order.check_samplers()
     with Store(run_dir, config, keep, resume, half, disk_wait) as store:
         if not store.load_final(model, epochs):
             fit(
@@ -132,10 +136,10 @@ def train(
                 data.Batches(train_data, settings.batch_size, device, shuffle=True, split=True),
                 epochs,
                 settings,
-                step=forward_fn or data.default_forward,
+                step=partial(data.forward, forward_fn=forward_fn),
                 loss_fn=loss_fn,
                 augment=augment,
-                evaluate=partial(data.predict, data=val, forward_fn=forward_fn),
+                evaluate=partial(data.predict, data=val, forward_fn=forward_fn, order=order),
                 store=store,
                 progress=progress,
             )

@@ -1,0 +1,307 @@
+"""Batches of any form, and what a sample in them is: everything that the network is called with for it.
+
+`Listener` hears the network's arguments, whatever a `forward_fn` makes of a batch. Their fingerprints find samples that
+two data sets share, and a data set whose order changes between passes (`Order`).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+logger = logging.getLogger(__name__)
+BY_CHANCE = 0.01  # largest share of samples found twice that means nothing: real data holds a few equal images
+_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_DEPTH = 6  # levels of containers that are searched
+_WORDS = 1 << 17  # numbers that are hashed at once, so that they stay in the processor's cache
+_ODD = -7046029254386353131  # 2^64 divided by the golden ratio, as int64
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """Copy a batch with its tensors on the device: tuples, dicts, data classes and objects that have a method `to`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        copied = copy.copy(batch) if isinstance(batch, dict) else dict(batch)
+        copied.update((key, moved(value, device)) for key, value in batch.items())
+        return copied
+    if isinstance(batch, (list, tuple)):
+        parts = [moved(value, device) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        same: Any = copy.copy(batch)
+        for field in fields(batch):
+            object.__setattr__(same, field.name, moved(getattr(batch, field.name), device))
+        return same
+    return batch
+
+
+# --- fingerprints ---
+
+
+def fingerprints(inputs: Any, n: int, labels: Tensor | None = None) -> Tensor:
+    """Hash what each of n samples has in `inputs`.
+
+    Parameters
+    ----------
+    inputs : Any
+        Tensors, arrays and lists of texts, in tuples, dicts and other objects. Samples lie along the first or second
+        axis, whichever has their number.
+    n : int
+        Number of labels. Where no axis has it, as with labels of tokens, samples lie along the first axis if it is
+        equally long in all tensors.
+    labels : (n,) tensor, optional
+        Left out where `inputs` holds them.
+
+    Returns
+    -------
+    (n_samples,) int64 tensor
+        On the device of the inputs. Zeros at the end of a sample do not count, as padding adds them. Where samples
+        cannot be told apart, as in a graph, the hash of the whole, n times. Empty where nothing can be hashed.
+    """
+    leaves = [leaf for leaf in _leaves(inputs, n, _DEPTH) if not _equal(leaf, labels)]
+    columns = [leaf.movedim(axis, 0) for leaf in leaves if (axis := _axis(leaf, n)) is not None]
+    if 2 * sum(t.nbytes for t in columns) < sum(t.nbytes for t in leaves):  # the rest holds what the network looks at
+        columns = leaves if len({len(t) for t in leaves if t.ndim}) == 1 else []
+    if columns:
+        return _joined([_hash_rows(t) for t in columns])
+    return _joined([_hash_rows(t[None]) for t in leaves]).repeat(n)
+
+
+def _leaves(tree: Any, n: int, depth: int) -> list[Tensor]:
+    """Find the tensors in a tree; a list of n texts, or of n tensors of other sizes, becomes a tensor of n hashes."""
+    if isinstance(tree, np.ndarray):
+        tree = _numbers(tree)
+    if isinstance(tree, Tensor):
+        return [tree.detach()]
+    leaves = [leaf for part in _parts(tree) for leaf in _leaves(part, n, depth - 1)] if depth else []
+    if isinstance(tree, (list, tuple)) and len(tree) == n and all(_axis(leaf, n) is None for leaf in leaves):
+        hashes = [_hash_item(item, depth) for item in tree]
+        return [torch.tensor(hashes)] if n and None not in hashes else leaves
+    return leaves
+
+
+def _numbers(a: Any) -> Any:
+    """View an array as a tensor; one of texts or objects becomes a list."""
+    if a.dtype.kind not in "biufc":
+        return a.tolist()
+    return torch.from_numpy(np.ascontiguousarray(a.astype(a.dtype.newbyteorder("="), copy=False)))
+
+
+def _parts(tree: Any) -> list[Any]:
+    """What a container holds; nothing for any other object."""
+    if isinstance(tree, Mapping):
+        return [tree[key] for key in sorted(tree, key=str)]
+    if isinstance(tree, (list, tuple)):
+        return list(tree)
+    return list(getattr(tree, "__dict__", {}).values())
+
+
+def _axis(t: Tensor, n: int) -> int | None:
+    return next((axis for axis in range(min(2, t.ndim)) if t.shape[axis] == n), None)
+
+
+def _equal(leaf: Tensor, labels: Tensor | None) -> bool:
+    if labels is None or leaf.numel() != labels.numel():
+        return False
+    return bool((leaf.flatten() == labels.flatten().to(leaf.device)).all())
+
+
+def _hash_item(item: Any, depth: int) -> int | None:
+    """Hash one sample's part; None for an object of unknown content."""
+    if hasattr(item, "__array_interface__"):  # an image of PIL
+        item = _numbers(np.asarray(item))
+    if isinstance(item, Tensor):
+        return int(_hash_rows(item.detach()[None]))
+    if isinstance(item, (str, bytes, int, float, complex, type(None))):
+        content = item if isinstance(item, bytes) else repr(item).encode(errors="backslashreplace")
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+    parts = [_hash_item(part, depth - 1) for part in _parts(item)] if depth else []
+    known = [torch.tensor([part]) for part in parts if part is not None]
+    return int(_joined(known)) if known else None
+
+
+def _joined(columns: list[Tensor]) -> Tensor:
+    """Hash several hashes of each row into one; empty without any."""
+    joined = torch.zeros_like(columns[0]) if columns else torch.empty(0, dtype=torch.int64)
+    for column in columns:
+        joined = (joined + (joined >> 32)) * _ODD + column.to(joined.device)
+    return joined
+
+
+def _hash_rows(t: Tensor) -> Tensor:
+    """Hash each row of a tensor, on its device: (n,) int64, the sum of its 8-byte words times fixed odd numbers.
+
+    A product loses upper bits, in which floating-point numbers differ: they are added to the lower ones first.
+    """
+    content = _bytes_of_rows(t)
+    if content.shape[1] % 8 or content.storage_offset() % 8 or content.data_ptr() % 8:
+        content = nn.functional.pad(content, (0, -content.shape[1] % 8)).clone()
+    words = content.view(torch.int64)
+    weights = _weights(1 << words.shape[1].bit_length(), t.device)[: words.shape[1]]
+    parts = torch.split(words, max(1, _WORDS // max(1, words.shape[1])))
+    return torch.cat([(part + (part >> 32)).mul_(weights).sum(1) for part in parts])
+
+
+def _bytes_of_rows(t: Tensor) -> Tensor:
+    """View a tensor as (n, n_bytes) uint8."""
+    t = t.to_dense() if t.layout != torch.strided else t
+    t = t.resolve_conj().resolve_neg()
+    return (t.flatten(1) if t.ndim > 1 else t[:, None]).contiguous().view(torch.uint8)
+
+
+@lru_cache(16)
+def _weights(n: int, device: torch.device) -> Tensor:
+    """Pseudorandom odd numbers (splitmix64), the same in every process: (n,) int64."""
+    z = torch.arange(1, n + 1) * _ODD
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        z = (z ^ (z >> shift)) * factor
+    return (z | 1).to(device)
+
+
+def tensors_digest(tensors: Iterable[Any]) -> str:
+    """Hash the bytes of tensors; other objects are skipped."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        if isinstance(t, Tensor):
+            for part in torch.split(t.detach().reshape(1) if t.ndim == 0 else t.detach(), _rows_at_once(t)):
+                digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _rows_at_once(t: Tensor) -> int:
+    """Rows of a tensor that take about 16 MiB: one from a memory map is not read as a whole."""
+    return max(1, (16 << 20) * max(1, len(t)) // max(1, t.nbytes)) if t.ndim else 1
+
+
+# --- passes over a data set ---
+
+
+class Order:
+    """Notice a data set that gives other samples, or another order, than in its first pass.
+
+    Not noticed: an order that changes together with the inputs (a stream that shuffles and augments), and samples that
+    are exchanged between one process and a later one, if the labels stay in place.
+
+    Parameters
+    ----------
+    data : Any
+        What the passes read. Its samplers tell a loader that shuffles before its first batch.
+    name : str
+        Of the argument, for messages.
+
+    Attributes
+    ----------
+    labels, fingerprints : tensors or None
+        Of the first pass; None before it.
+    """
+
+    def __init__(self, data: Any, name: str = "data") -> None:
+        self._data, self._name, self._warned = data, name, False
+        self.labels: Tensor | None = None
+        self.fingerprints: Tensor | None = None
+
+    def check_samplers(self) -> None:
+        """Refuse a loader that draws another order in each pass."""
+        for sampler in samplers_of(self._data):
+            if isinstance(sampler, _RANDOM):
+                what = f"a {type(sampler).__name__} draws another order in each pass"
+                raise ValueError(f"{self._name}: {what}; its loader must not shuffle")
+
+    def check(self, labels: Tensor, fingerprints: Tensor) -> None:
+        """Compare a pass with the first one; raise a ValueError if the samples or their order differ."""
+        labels, fingerprints = labels.cpu(), fingerprints.cpu()
+        if self.labels is None or self.fingerprints is None:
+            self.labels, self.fingerprints = labels, fingerprints
+        elif not torch.equal(labels, self.labels):
+            self._refuse("labels or their order")
+        elif not torch.equal(fingerprints, self.fingerprints):
+            self._check_moved(fingerprints, self.fingerprints)
+
+    def _check_moved(self, now: Tensor, before: Tensor) -> None:
+        """Tell samples that moved from inputs that are drawn anew in each pass, which are allowed."""
+        changed = now != before if len(now) == len(before) else torch.ones_like(now, dtype=torch.bool)
+        if len(now) != len(before) or torch.isin(now[changed], before).double().mean() > BY_CHANCE:
+            self._refuse("the samples or their order")
+        if not self._warned:
+            logger.warning("%s: gives other inputs in each pass; whether it shuffles cannot be told", self._name)
+            self._warned = True
+
+    def _refuse(self, what: str) -> None:
+        raise ValueError(f"{self._name}: {what} changed since the last pass; its loader must not shuffle")
+
+
+class Listener:
+    """Fingerprints of the samples that a network evaluates in one pass.
+
+    Parameters
+    ----------
+    order : Order or None
+        What the pass is compared with; None: no fingerprints are taken.
+    fixed : bool, default False
+        Only the first pass is looked at, since arrays give the same in each.
+    """
+
+    def __init__(self, order: Order | None, fixed: bool = False) -> None:
+        self._order = None if order is None or (fixed and order.labels is not None) else order
+        self._calls, self._found = list[Any](), list[Tensor]()
+
+    @contextmanager
+    def listening(self, model: nn.Module) -> Iterator[None]:
+        """Listen to what the network is called with."""
+        handle = None
+        if self._order is not None:
+            self._order.check_samplers()
+            with suppress(RuntimeError):  # a ScriptModule takes no hooks
+                handle = model.register_forward_pre_hook(self._hear, with_kwargs=True)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    def _hear(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._calls.append((args, kwargs))
+
+    def add(self, batch: Any, labels: Tensor) -> None:
+        """Take the fingerprints of the batch that was just evaluated.
+
+        Where the network itself was not called, but a method of it, the whole batch counts.
+        """
+        if self._order is not None:
+            calls, self._calls = self._calls, []
+            self._found.append(fingerprints(calls or batch, len(labels), labels))
+
+    @property
+    def found(self) -> Tensor:
+        """(n_samples,) int64, in the order of evaluation."""
+        return torch.cat(self._found) if self._found else torch.empty(0, dtype=torch.int64)
+
+    def check(self, labels: Tensor, fingerprints: Tensor) -> None:
+        """Compare the pass with the first one."""
+        if self._order is not None:
+            self._order.check(labels, fingerprints)
+
+
+def samplers_of(loader: Any) -> list[Any]:
+    """Samplers and batch samplers of a DataLoader, and those from which they draw."""
+    found, holders = list[Any](), [loader]
+    for holder in holders:
+        for inner in (getattr(holder, "sampler", None), getattr(holder, "batch_sampler", None)):
+            if inner is not None and all(inner is not other for other in found):
+                found.append(inner)
+                holders.append(inner)
+    return found
