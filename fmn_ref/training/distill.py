@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .. import _check
 from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
-from . import data
-from .engine import Average, EarlyStopping, fit, hidden
+from . import data, distributed
+from .engine import Average, EarlyStopping, fit, shown
 from .recipe import Recipe
 from .samples import Order
 from .soft_targets import SoftTargets, Targets
@@ -188,7 +188,7 @@ def _fit_student(
             val = data.Batches(val_data, 256, device, split=True)
             predict = partial(data.predict, data=val, forward_fn=source.forward_fn)
             evaluate = partial(predict, order=Order(val_data, "val_data"))
-            if not hidden(progress):
+            if distributed.broadcast(shown(progress)):  # every process predicts its part
                 probs, labels = predict(source.teacher)
                 notes = {"teacher": f"{(probs.argmax(1) == labels).double().mean():.2%}"}
         targets = source.open(device)
@@ -213,6 +213,9 @@ def _fit_student(
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:
     """Compute the loss of `distill`.
 
+    A class to which the student gives the logit -inf does not count: the teacher's distribution over the other classes
+    is the target.
+
     Parameters
     ----------
     logits : (B, K) float tensor
@@ -235,8 +238,11 @@ def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, k
     if logits.shape != teacher_log_probs.shape:
         expected, got = tuple(logits.shape), tuple(teacher_log_probs.shape)
         raise ValueError(f"teacher: expected outputs of the student's shape {expected}, got shape {got}")
-    soft = (teacher_log_probs / temperature).softmax(1)
-    kd = F.kl_div(F.log_softmax(logits / temperature, 1), soft, reduction="batchmean") * temperature**2
+    softened = logits / temperature
+    masked = softened == -torch.inf  # a class that the student rules out; 0 * log 0 is 0 there, not NaN
+    soft = (teacher_log_probs / temperature).masked_fill(masked, -torch.inf).softmax(1)
+    log_probs = F.log_softmax(softened, 1).masked_fill(masked, 0.0)
+    kd = F.kl_div(log_probs, soft, reduction="batchmean") * temperature**2
     if kd_weight == 1:
         return kd
     return kd_weight * kd + (1 - kd_weight) * F.cross_entropy(logits, labels)
