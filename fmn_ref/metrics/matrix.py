@@ -40,7 +40,7 @@ class Matrix:
             yield slice(0, self.n_samples), self._checked(self.source)
             _files.drop_pages(mapping)
             return
-        options = {"progress": None if progress else False, "unit": " samples", "unit_scale": True}
+        options: dict[str, Any] = {"progress": None if progress else False, "unit": " samples", "unit_scale": True}
         bar = _stderr.progress_bar(None, "reading", self.n_samples, **options)
         with bar, _files.own_read_ahead(mapping) as will_need:
             will_need(self._rows(0, step)[1])
