@@ -128,7 +128,6 @@ def train(
     config = {"epochs": epochs, **asdict(settings), **digests}
     device = data.device_of(model)
     val, order = data.Batches(val_data, 256, device, split=True), Order(val_data, "val_data")
-    order.check_samplers()
     with Store(run_dir, config, keep, resume, half, disk_wait) as store:
         if not store.load_final(model, epochs):
             fit(
