@@ -174,7 +174,10 @@ def _checked_setup(
         "ema_decay": ema_decay,
         "patience": patience,
     }
-    return checked if val_data is None else {**checked, "val_data": data.arrays_digest(val_data)}
+    if val_data is None:
+        return checked
+    Order(val_data, "val_data")  # refuses a loader that shuffles
+    return {**checked, "val_data": data.arrays_digest(val_data)}
 
 
 def _fit_student(

@@ -10,6 +10,7 @@ import copy
 import operator
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -85,13 +86,6 @@ class Probabilities(StoredPredictions):
         Divide each evaluation among the processes of torch.distributed. Every process must read the same rows in the
         same order, and gets the whole array.
 
-    Attributes
-    ----------
-    labels : (n_samples,) int64
-        In the order of evaluation.
-    order : Order
-        Fingerprints of the samples, once an epoch has been read. They notice data that changes between passes.
-
     Raises
     ------
     TypeError
@@ -115,22 +109,27 @@ class Probabilities(StoredPredictions):
 
         from . import data
         from .ensemble import attached_model
-        from .samples import Order
 
         self._model = copy.deepcopy(attached_model(run)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         super().__init__(run)
         self._amp = amp
         size = _check.number(batch_size, 1, 2**31, "batch_size", int)
         self._batches = data.Batches(samples, size, data.device_of(self._model), split=split)
-        self.order = Order(samples)
+
+    @cached_property
+    def order(self) -> Any:
+        """Fingerprints of the samples, an `Order`, for `compare`; a loader that shuffles is refused here."""
+        from .samples import Order
+
+        return Order(self._batches.source)
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """Labels (n_samples,) in the order of evaluation; evaluates the last epoch if none has been read yet."""
         if self.order.labels is None:
             self[-1]
-        assert self.order.labels is not None
-        return self.order.labels.numpy().astype(np.int64)
+        labels: NDArray[np.int64] = self.order.labels.numpy().copy()
+        return labels
 
     def _evaluate(self, row: int) -> NDArray[np.float32]:
         from ..runs import checkpoints

@@ -22,7 +22,7 @@ from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomS
 
 logger = logging.getLogger(__name__)
 BY_CHANCE = 0.01  # largest share of samples found twice that means nothing: real data holds a few equal images
-_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _DEPTH = 6  # levels of containers that are searched
 _WORDS = 1 << 17  # numbers that are hashed at once, so that they stay in the processor's cache
 _ODD = -7046029254386353131  # 2^64 divided by the golden ratio, as int64
@@ -199,7 +199,7 @@ class Order:
     Parameters
     ----------
     data : Any
-        What the passes read. Its samplers tell a loader that shuffles before its first batch.
+        What the passes read.
     name : str
         Of the argument, for messages.
 
@@ -207,23 +207,25 @@ class Order:
     ----------
     labels, fingerprints : tensors or None
         Of the first pass; None before it.
+
+    Raises
+    ------
+    ValueError
+        Here: a sampler that draws another order in each pass. In `check`: another order.
     """
 
     def __init__(self, data: Any, name: str = "data") -> None:
-        self._data, self._name, self._warned = data, name, False
+        self._name, self._warned = name, False
         self.labels: Tensor | None = None
         self.fingerprints: Tensor | None = None
-
-    def check_samplers(self) -> None:
-        """Refuse a loader that draws another order in each pass."""
-        for sampler in samplers_of(self._data):
-            if isinstance(sampler, _RANDOM):
+        for sampler in samplers_of(data):
+            if isinstance(sampler, RANDOM):
                 what = f"a {type(sampler).__name__} draws another order in each pass"
-                raise ValueError(f"{self._name}: {what}; its loader must not shuffle")
+                raise ValueError(f"{name}: {what}; its loader must not shuffle")
 
     def check(self, labels: Tensor, fingerprints: Tensor) -> None:
         """Compare a pass with the first one; raise a ValueError if the samples or their order differ."""
-        labels, fingerprints = labels.cpu(), fingerprints.cpu()
+        labels, fingerprints = labels.cpu().long(), fingerprints.cpu()
         if self.labels is None or self.fingerprints is None:
             self.labels, self.fingerprints = labels, fingerprints
         elif not torch.equal(labels, self.labels):
@@ -264,7 +266,6 @@ class Listener:
         """Listen to what the network is called with."""
         handle = None
         if self._order is not None:
-            self._order.check_samplers()
             with suppress(RuntimeError):  # a ScriptModule takes no hooks
                 handle = model.register_forward_pre_hook(self._hear, with_kwargs=True)
         try:
