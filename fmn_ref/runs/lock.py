@@ -19,6 +19,10 @@ except ImportError:  # Windows
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+class LockedError(ValueError):
+    """Another process holds the lock."""
+
+
 class RunLock:
     """A locked `.lock` file in a run folder; `RunLock.of` makes or shares it.
 
@@ -84,7 +88,7 @@ def _lock_file(path: Path) -> int:
                 return descriptor
             owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
-            raise ValueError(f"run_dir: {owner} writes in {path.parent}; a run has one writer") from None
+            raise LockedError(f"run_dir: {owner} writes in {path.parent}; a run has one writer") from None
         if _is_open_at(descriptor, path):
             with contextlib.suppress(OSError):  # a full disk; the text only serves the message above
                 os.ftruncate(descriptor, 0)

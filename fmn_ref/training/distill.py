@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,19 +140,35 @@ def distill(
     arXiv 2507.08686, Section V ("distilled KF"); Hinton et al. 2015, arXiv 1503.02531 (temperature and its square).
     """
     data.check_module(student, "student")
-    data.check_module(teacher, "teacher")
-    if targets_dir is None and run_dir is not None:
-        targets_dir = RunFolder(run_dir).targets
     settings = Recipe.of(recipe)
     setup = asdict(settings) | _checked_setup(epochs, temperature, kd_weight, ema_decay, patience, val_data, run_dir)
-    views = min(_check.number(views, 1, 2**20, "views", int), setup["epochs"])
-    source = SoftTargets(teacher, train_data, settings, targets, views, top_k, augment, forward_fn, targets_dir)
+    if targets_dir is None and run_dir is not None:
+        targets_dir = RunFolder(run_dir).targets
+    options: dict[str, Any] = {
+        "targets": targets,
+        "views": views,
+        "top_k": top_k,
+        "augment": augment,
+        "forward_fn": forward_fn,
+    }
+    source = _soft_targets(teacher, train_data, epochs, settings, folder=targets_dir, **options)
     rule = None if val_data is None else keep
     files = nullcontext() if run_dir is None else Store(run_dir, setup | source.identity, rule, resume, half, disk_wait)
     with files as store:
         if store is None or not store.load_final(student, setup["epochs"]):
             _fit_student(student, source, setup, val_data, store, progress)
     return student.eval()
+
+
+def _soft_targets(
+    teacher: Any, train_data: Any, epochs: int, recipe: Recipe, views: int = 8, **options: Any
+) -> SoftTargets:
+    """Options of `distill` for its soft targets; a sweep gives them in place of the teacher."""
+    if isinstance(teacher, SoftTargets):
+        return teacher
+    data.check_module(teacher, "teacher")
+    views = min(_check.number(views, 1, 2**20, "views", int), epochs)
+    return SoftTargets(teacher, train_data, recipe, views=views, **options)
 
 
 def _checked_setup(
@@ -330,6 +346,7 @@ def tune_distillation(
     if not trials:
         raise ValueError("temperatures, kd_weights: expected at least one of each")
     options = {"targets_dir": Path(run_dir) / "targets", **options, "epochs": epochs, "val_data": val_data}
+    source = _shared_targets(teacher, train_data, **options)
     rows = list[dict[str, float]]()
     for temperature, kd_weight in trials:
         folder = Path(run_dir) / f"temperature_{temperature:g}_kd_weight_{kd_weight:g}"
@@ -337,7 +354,7 @@ def tune_distillation(
         with torch.random.fork_rng():
             torch.manual_seed(options.get("seed", 0))
             student = make_student()
-        distill(student, teacher, train_data, **options)
+        distill(student, source, train_data, **options)
         run = Run.open(folder, student, options.get("forward_fn"))
         accuracies = run.history.correct().mean(1)
         accuracy = float(accuracies.max() if options.get("patience") else accuracies[-1])
@@ -345,3 +362,11 @@ def tune_distillation(
             best = Sweep(temperature, kd_weight, run, rows)
         rows.append({"temperature": temperature, "kd_weight": kd_weight, "accuracy": accuracy})
     return best
+
+
+def _shared_targets(teacher: Any, train_data: Any, *, epochs: Any, targets_dir: AnyPath, **options: Any) -> Any:
+    """Soft targets for all trials of a sweep, which read them once."""
+    recipe = {f.name: options[f.name] for f in fields(Recipe) if f.name in options}
+    chosen = {name: options[name] for name in ("targets", "views", "top_k", "augment", "forward_fn") if name in options}
+    n_epochs = _check.number(epochs, 1, 2**31, "epochs", int)
+    return _soft_targets(teacher, train_data, n_epochs, Recipe(**recipe), folder=targets_dir, **chosen)

@@ -182,6 +182,16 @@ def tensors_digest(tensors: Iterable[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
+def named_digest(tensors: dict[Any, Any]) -> str:
+    """Hash tensors with their names, types and shapes, in the order of the names; other objects are skipped."""
+    described = [
+        (str(name), str(t.dtype), tuple(t.shape), tensors_digest([t]))
+        for name, t in sorted(tensors.items(), key=lambda pair: str(pair[0]))
+        if isinstance(t, Tensor)
+    ]
+    return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+
+
 def _rows_at_once(t: Tensor) -> int:
     """Rows of a tensor that take about 16 MiB: one from a memory map is not read as a whole."""
     return max(1, (16 << 20) * max(1, len(t)) // max(1, t.nbytes)) if t.ndim else 1
