@@ -110,6 +110,19 @@ def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, n
     return a.astype(np.int64)
 
 
+def sums_to_one(scores: Any) -> bool:
+    """Tell whether every row of `scores` sums to 1, within the rounding of the type that holds all its values.
+
+    Values of a 16-bit type may come in a wider one.
+    """
+    a = array(scores, "scores").astype(np.float64)
+    with np.errstate(all="ignore"):
+        single = a.astype(np.float32)
+        bfloat16, float16 = single.view(np.uint32) % 2**16 == 0, single.astype(np.float16) == single
+    rounded = (single == a).all() and (bfloat16.all() or float16.all())
+    return bool((np.abs(a.sum(-1) - 1) <= (TOLERANCE if rounded else FINE_TOLERANCE)).all())
+
+
 def probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "probs") -> Float:
     """(n_samples, n_classes) float64: finite, not negative, rows summing to 1 within TOLERANCE."""
     a = array(x, name)
@@ -131,19 +144,6 @@ def probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "pro
             f"{name}: expected rows that sum to 1, got {a[i].sum():.6g} at sample {i}; apply softmax first"
         )
     return a
-
-
-def sums_to_one(scores: Any) -> bool:
-    """Tell whether every row of `scores` sums to 1, within the rounding of the type that holds all its values.
-
-    Values of a 16-bit type may come in a wider one.
-    """
-    a = array(scores, "scores").astype(np.float64)
-    with np.errstate(all="ignore"):
-        single = a.astype(np.float32)
-        bfloat16, float16 = single.view(np.uint32) % 2**16 == 0, single.astype(np.float16) == single
-    rounded = (single == a).all() and (bfloat16.all() or float16.all())
-    return bool((np.abs(a.sum(-1) - 1) <= (TOLERANCE if rounded else FINE_TOLERANCE)).all())
 
 
 def weights(x: Any, n_samples: int, name: str = "sample_weight") -> Float:

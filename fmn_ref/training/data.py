@@ -306,17 +306,8 @@ def predict(
     if not isinstance(data, Batches):
         data = Batches(data, batch_size, device_of(model), split=split)
     listener = samples.Listener(order, fixed=bool(data.arrays))
-    parts: list[tuple[Tensor, Tensor]] = []
     with evaluating(model), listener.listening(model):
-        for batch in data:
-            with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
-                logits, labels = forward(model, batch, forward_fn)
-            if not parts:
-                check_logits(logits, "a forward_fn may convert them (Run.open takes it)")
-            _check_pair(logits, labels)
-            logits = logits.float()
-            parts.append((logits.log_softmax(1) if log else logits.softmax(1), labels))
-            listener.add(batch, labels)
+        parts = list(_predict_batches(model, data, forward_fn, log, amp, listener))
     if not parts:
         raise ValueError("data: expected at least one batch")
     probs, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -325,6 +316,20 @@ def predict(
         probs, labels, hashes = _gathered(data.ids(), probs, labels, hashes)
     listener.check(labels, hashes)
     return probs, labels
+
+
+def _predict_batches(
+    model: nn.Module, batches: Batches, forward_fn: Forward | None, log: bool, amp: bool, listener: samples.Listener
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for i, batch in enumerate(batches):
+        with torch.autocast(batches.device.type, torch.bfloat16, enabled=amp):
+            logits, labels = forward(model, batch, forward_fn)
+        if i == 0:
+            check_logits(logits, "a forward_fn may convert them (Run.open takes it)")
+        _check_pair(logits, labels)
+        listener.add(batch, labels)
+        logits = logits.float()
+        yield logits.log_softmax(1) if log else logits.softmax(1), labels
 
 
 def _check_pair(logits: Tensor, labels: Any) -> None:

@@ -273,8 +273,10 @@ class Listener:
 
     @contextmanager
     def listening(self, model: nn.Module) -> Iterator[None]:
-        """Listen to what the network is called with."""
+        """Listen to what the network is called with; forget what was heard before."""
         handle = None
+        self._calls.clear()
+        self._found.clear()
         if self._order is not None:
             with suppress(RuntimeError):  # a ScriptModule takes no hooks
                 handle = model.register_forward_pre_hook(self._hear, with_kwargs=True)

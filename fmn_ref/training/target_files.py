@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
-import time
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _files
 from ..runs.folder import AnyPath, check_same
-from ..runs.lock import LockedError, RunLock
+from ..runs.lock import sole_user
 from . import distributed
 
 logger = logging.getLogger(__name__)
 FORMAT, VERSION = "fmn_ref.targets", 2
-PAUSE = 0.1  # seconds between two attempts to lock a folder
 Arrays = dict[str, NDArray[Any]]
 
 
-class TargetFolder:
-    """Folder of arrays with a checksum for each; a context manager that keeps other processes out.
+class TargetFolder(contextlib.ExitStack):
+    """Folder of arrays with a checksum for each; a context manager that others wait to enter.
 
-    In a job of several processes, all enter it; the methods that read or write are for rank zero, except `map`.
+    All processes of a distributed job enter it together. Then rank zero reads and writes, and all may call `map`.
 
     targets.json says what the targets depend on and describes each file. A file that does not fit its description is
     made again. So are those of version 1, which has no checksums.
@@ -47,43 +45,24 @@ class TargetFolder:
         On entering: the folder holds targets of another identity, or its targets.json is damaged.
     """
 
-    _turns: ClassVar[dict[Path, threading.Lock]] = {}  # the threads of a process share its RunLock
-
     def __init__(self, path: AnyPath, identity: dict[str, Any], first_identity: dict[str, Any]) -> None:
+        super().__init__()
         self.path, self._identity, self._first_identity = Path(path), identity, first_identity
-        self._turn = self._turns.setdefault(self.path.resolve(), threading.Lock())
-        self._lock: RunLock | None = None
         self._files: dict[str, Any] = {}
         self.n_classes = 0
 
     def __enter__(self) -> TargetFolder:
-        self._turn.acquire()
         try:
             distributed.on_rank_zero(self._open)
         except BaseException:
-            self.__exit__()
+            self.close()
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._lock = None
-        self._turn.release()
-
     def _open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._wait_for_lock()
+        self.enter_context(sole_user(self.path))
         self._read()
-
-    def _wait_for_lock(self) -> RunLock:
-        waits = False
-        while True:
-            try:
-                return RunLock.of(self.path)
-            except LockedError:
-                if not waits:
-                    logger.warning("%s: waiting for another process that makes these soft targets", self.path)
-                waits = True
-                time.sleep(PAUSE)
 
     def _read(self) -> None:
         """Read targets.json, or write a new one."""
