@@ -334,11 +334,10 @@ def _predict_batches(
 
 def _check_pair(logits: Tensor, labels: Any) -> None:
     """Raise a ValueError unless a batch has one row of logits for each label."""
-    if logits.ndim != 2 or len(labels) != len(logits):
-        got = f"logits of shape {tuple(logits.shape)} and {len(labels)} labels"
-        raise ValueError(
-            f"model: expected logits (n, n_classes) and n labels, got {got}; a forward_fn may convert them"
-        )
+    shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+    if logits.ndim != 2 or shape != (len(logits),):
+        expected = "expected logits (n, n_classes) and labels (n,), which a forward_fn may make"
+        raise ValueError(f"model: {expected}, got shapes {tuple(logits.shape)} and {shape}")
 
 
 def _gathered(ids: Tensor, probs: Tensor, labels: Tensor, hashes: Tensor) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 BY_CHANCE = 0.01  # largest share of samples found twice that means nothing: real data holds a few equal images
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _DEPTH = 6  # levels of containers that are searched
-_WORDS = 1 << 17  # numbers that are hashed at once, so that they stay in the processor's cache
+_WORDS = 1 << 16  # numbers of 4 bytes that are hashed at once, so that they stay in the processor's cache
 _ODD = -7046029254386353131  # 2^64 divided by the golden ratio, as int64
 
 
@@ -59,36 +59,41 @@ def fingerprints(inputs: Any, n: int, labels: Tensor | None = None) -> Tensor:
     ----------
     inputs : Any
         Tensors, arrays and lists of texts, in tuples, dicts and other objects. Samples lie along the first or second
-        axis, whichever has their number.
+        axis, whichever has their number. A part without such an axis counts for every sample of its batch.
     n : int
         Number of labels. Where no axis has it, as with labels of tokens, samples lie along the first axis if it is
         equally long in all tensors.
     labels : (n,) tensor, optional
-        Left out where `inputs` holds them.
+        Left out where `inputs` holds them beside something else.
 
     Returns
     -------
     (n_samples,) int64 tensor
-        On the device of the inputs. Zeros at the end of a sample do not count, as padding adds them. Where samples
-        cannot be told apart, as in a graph, the hash of the whole, n times. Empty where nothing can be hashed.
+        On the device of the inputs. Zeros at the end of a sample do not count: padding adds them. Empty where nothing
+        can be hashed.
     """
-    leaves = [leaf for leaf in _leaves(inputs, n, _DEPTH) if not _equal(leaf, labels)]
-    columns = [leaf.movedim(axis, 0) for leaf in leaves if (axis := _axis(leaf, n)) is not None]
-    if 2 * sum(t.nbytes for t in columns) < sum(t.nbytes for t in leaves):  # the rest holds what the network looks at
-        columns = leaves if len({len(t) for t in leaves if t.ndim}) == 1 else []
-    if columns:
-        return _joined([_hash_rows(t) for t in columns])
-    return _joined([_hash_rows(t[None]) for t in leaves]).repeat(n)
+    leaves = _leaves(inputs, n, _DEPTH)
+    leaves = [leaf for leaf in leaves if not _equal(leaf, labels)] or leaves
+    rows = [leaf.movedim(axis, 0) for leaf in leaves if (axis := _axis(leaf, n)) is not None]
+    rest = [leaf for leaf in leaves if _axis(leaf, n) is None]
+    if not rows and len({len(t) if t.ndim else None for t in rest}) == 1 and rest[0].ndim:
+        rows, rest = rest, []
+    hashes = _joined([_hash_rows(t) for t in (*rows, *(t[None] for t in rest))])
+    return hashes if rows or not rest else hashes.repeat(n)
 
 
-def _leaves(tree: Any, n: int, depth: int) -> list[Tensor]:
+def _leaves(tree: Any, n: int, depth: int, in_object: bool = False) -> list[Tensor]:
     """Find the tensors in a tree; a list of n texts, or of n tensors of other sizes, becomes a tensor of n hashes."""
     if isinstance(tree, np.ndarray):
         tree = _numbers(tree)
     if isinstance(tree, Tensor):
         return [tree.detach()]
-    leaves = [leaf for part in _parts(tree) for leaf in _leaves(part, n, depth - 1)] if depth else []
-    if isinstance(tree, (list, tuple)) and len(tree) == n and all(_axis(leaf, n) is None for leaf in leaves):
+    is_object = not isinstance(tree, (Mapping, list, tuple))
+    if depth == 0 or (is_object and in_object):  # an object may lead to a whole data set
+        return []
+    leaves = [leaf for part in _parts(tree) for leaf in _leaves(part, n, depth - 1, in_object or is_object)]
+    without = sum(_axis(leaf, n) is None for leaf in leaves)
+    if isinstance(tree, (list, tuple)) and len(tree) == n and 2 * without >= len(leaves):
         hashes = [_hash_item(item, depth) for item in tree]
         return [torch.tensor(hashes)] if n and None not in hashes else leaves
     return leaves
@@ -98,16 +103,17 @@ def _numbers(a: Any) -> Any:
     """View an array as a tensor; one of texts or objects becomes a list."""
     if a.dtype.kind not in "biufc":
         return a.tolist()
-    return torch.from_numpy(np.ascontiguousarray(a.astype(a.dtype.newbyteorder("="), copy=False)))
+    a = np.ascontiguousarray(a.astype(a.dtype.newbyteorder("="), copy=False))
+    return torch.from_numpy(a if a.flags.writeable else a.copy())
 
 
 def _parts(tree: Any) -> list[Any]:
-    """What a container holds; nothing for any other object."""
+    """What a container or an object holds."""
     if isinstance(tree, Mapping):
         return [tree[key] for key in sorted(tree, key=str)]
     if isinstance(tree, (list, tuple)):
         return list(tree)
-    return list(getattr(tree, "__dict__", {}).values())
+    return [] if isinstance(tree, (type, nn.Module)) else list(getattr(tree, "__dict__", {}).values())
 
 
 def _axis(t: Tensor, n: int) -> int | None:
@@ -135,25 +141,25 @@ def _hash_item(item: Any, depth: int) -> int | None:
 
 
 def _joined(columns: list[Tensor]) -> Tensor:
-    """Hash several hashes of each row into one; empty without any."""
-    joined = torch.zeros_like(columns[0]) if columns else torch.empty(0, dtype=torch.int64)
-    for column in columns:
+    """Hash several hashes of each row into one; one of a single row counts for all rows."""
+    joined = columns[0] if columns else torch.empty(0, dtype=torch.int64)
+    for column in columns[1:]:
         joined = (joined + (joined >> 32)) * _ODD + column.to(joined.device)
     return joined
 
 
 def _hash_rows(t: Tensor) -> Tensor:
-    """Hash each row of a tensor, on its device: (n,) int64, the sum of its 8-byte words times fixed odd numbers.
-
-    A product loses upper bits, in which floating-point numbers differ: they are added to the lower ones first.
-    """
+    """Hash each row of a tensor, on its device: (n,) int64, the sum of its 4-byte words times random odd numbers."""
     content = _bytes_of_rows(t)
-    if content.shape[1] % 8 or content.storage_offset() % 8 or content.data_ptr() % 8:
-        content = nn.functional.pad(content, (0, -content.shape[1] % 8)).clone()
-    words = content.view(torch.int64)
-    weights = _weights(1 << words.shape[1].bit_length(), t.device)[: words.shape[1]]
+    if content.shape[1] % 4 or content.storage_offset() % 4 or content.data_ptr() % 4:
+        content = nn.functional.pad(content, (0, -content.shape[1] % 4)).clone()
+    blocks = torch.split(content.view(torch.int32), _WORDS, 1)
+    return _joined([_hash_block(block, _weights(t.device)[: block.shape[1]]) for block in blocks])
+
+
+def _hash_block(words: Tensor, weights: Tensor) -> Tensor:
     parts = torch.split(words, max(1, _WORDS // max(1, words.shape[1])))
-    return torch.cat([(part + (part >> 32)).mul_(weights).sum(1) for part in parts])
+    return torch.cat([(part * weights).sum(1) for part in parts])
 
 
 def _bytes_of_rows(t: Tensor) -> Tensor:
@@ -163,10 +169,10 @@ def _bytes_of_rows(t: Tensor) -> Tensor:
     return (t.flatten(1) if t.ndim > 1 else t[:, None]).contiguous().view(torch.uint8)
 
 
-@lru_cache(16)
-def _weights(n: int, device: torch.device) -> Tensor:
-    """Pseudorandom odd numbers (splitmix64), the same in every process: (n,) int64."""
-    z = torch.arange(1, n + 1) * _ODD
+@lru_cache
+def _weights(device: torch.device) -> Tensor:
+    """Pseudorandom odd numbers (splitmix64), the same in every process: (_WORDS,) int64."""
+    z = torch.arange(1, _WORDS + 1) * _ODD
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         z = (z ^ (z >> shift)) * factor
     return (z | 1).to(device)
@@ -287,7 +293,7 @@ class Listener:
                 handle.remove()
 
     def _hear(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._calls.append((args, kwargs))
+        self._calls.append({**dict(enumerate(args)), **kwargs})
 
     def add(self, batch: Any, labels: Tensor) -> None:
         """Take the fingerprints of the batch that was just evaluated.
@@ -296,7 +302,7 @@ class Listener:
         """
         if self._order is not None:
             calls, self._calls = self._calls, []
-            self._found.append(fingerprints(calls or batch, len(labels), labels))
+            self._found.append(fingerprints(dict(enumerate(calls)) or batch, len(labels), labels))
 
     @property
     def found(self) -> Tensor:
