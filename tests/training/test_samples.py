@@ -180,7 +180,7 @@ DATASETS = {
     "method": (lambda x, y: (x, y), lambda model, batch: (model.net(model.norm(batch[0])), batch[1]), None),
     "two calls": (
         lambda x, y: (x, y),
-        lambda model, batch: ((model(batch[0]) + model(batch[0].flip(1))) / 2, batch[1]),
+        lambda model, batch: ((model(batch[0]) + model(batch[0])) / 2, batch[1]),
         None,
     ),
 }
