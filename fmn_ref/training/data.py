@@ -60,6 +60,14 @@ def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[T
     return outcome[0], outcome[1]
 
 
+def augmented(batch: Any, augment: Augment) -> tuple[Any, ...]:
+    """Augment the inputs of a batch, its first item."""
+    if not isinstance(batch, tuple):
+        hint = "augment in the data set, or pass (inputs, labels) and a forward_fn"
+        raise TypeError(f"augment: expected batches that are tuples, got {type(batch).__name__}; {hint}")
+    return augment(batch[0]), *batch[1:]
+
+
 def is_arrays(data: Any) -> bool:
     """Tell whether data is a tuple of tensors or arrays, rather than a Dataset or a DataLoader."""
     return isinstance(data, (tuple, list)) and bool(data) and all(hasattr(a, "shape") for a in data)

@@ -176,7 +176,7 @@ def train_one_epoch(
     loss = None
     for batch in batches:
         if augment is not None:
-            batch = (augment(batch[0]), *batch[1:])
+            batch = data.augmented(batch, augment)
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=loop.recipe.amp):
             loss = _loss(loss_fn, *step(loop.stepped, batch))
         loop.optimizer.zero_grad()
