@@ -20,11 +20,11 @@ class _Stream:
         return getattr(self._file, name)
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(Exception):
             self._file.write(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(Exception):
             self._file.flush()
 
 

@@ -26,6 +26,8 @@ from .samples import Order
 from .soft_targets import SoftTargets, Targets
 from .store import Store
 
+RULED_OUT = -1e30  # a log-probability below it is a mask's; its product with a target of 0 may be NaN
+
 
 def distill(
     student: nn.Module,
@@ -232,8 +234,8 @@ def _fit_student(
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:
     """Compute the loss of `distill`.
 
-    A class to which the student gives the logit -inf does not count: the teacher's distribution over the other classes
-    is the target.
+    A class that the student rules out, by a logit of -inf or near the smallest float, does not count: the target is the
+    teacher's distribution over the other classes.
 
     Parameters
     ----------
@@ -257,11 +259,10 @@ def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, k
     if logits.shape != teacher_log_probs.shape:
         expected, got = tuple(logits.shape), tuple(teacher_log_probs.shape)
         raise ValueError(f"teacher: expected outputs of the student's shape {expected}, got shape {got}")
-    softened = logits / temperature
-    masked = softened == -torch.inf  # a class that the student rules out; 0 * log 0 is 0 there, not NaN
+    log_probs = F.log_softmax(logits / temperature, 1)
+    masked = log_probs < RULED_OUT
     soft = (teacher_log_probs / temperature).masked_fill(masked, -torch.inf).softmax(1)
-    log_probs = F.log_softmax(softened, 1).masked_fill(masked, 0.0)
-    kd = F.kl_div(log_probs, soft, reduction="batchmean") * temperature**2
+    kd = F.kl_div(log_probs.masked_fill(masked, 0.0), soft, reduction="batchmean") * temperature**2
     if kd_weight == 1:
         return kd
     return kd_weight * kd + (1 - kd_weight) * F.cross_entropy(logits, labels)
