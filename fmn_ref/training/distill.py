@@ -26,7 +26,7 @@ from .samples import Order
 from .soft_targets import SoftTargets, Targets
 from .store import Store
 
-RULED_OUT = -1e30  # a log-probability below it is a mask's; its product with a target of 0 may be NaN
+RULED_OUT = -1e30  # a log-probability below it is that of a class which the network masks
 
 
 def distill(
@@ -234,8 +234,8 @@ def _fit_student(
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:
     """Compute the loss of `distill`.
 
-    A class that the student rules out, by a logit of -inf or near the smallest float, does not count: the target is the
-    teacher's distribution over the other classes.
+    A class that the student rules out, by a logit of -inf or near the smallest float, has no gradient: the student
+    approaches the teacher's distribution over the other classes.
 
     Parameters
     ----------
@@ -259,10 +259,9 @@ def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, k
     if logits.shape != teacher_log_probs.shape:
         expected, got = tuple(logits.shape), tuple(teacher_log_probs.shape)
         raise ValueError(f"teacher: expected outputs of the student's shape {expected}, got shape {got}")
-    log_probs = F.log_softmax(logits / temperature, 1)
-    masked = log_probs < RULED_OUT
-    soft = (teacher_log_probs / temperature).masked_fill(masked, -torch.inf).softmax(1)
-    kd = F.kl_div(log_probs.masked_fill(masked, 0.0), soft, reduction="batchmean") * temperature**2
+    soft = (teacher_log_probs / temperature).softmax(1)
+    log_probs = F.log_softmax(logits / temperature, 1).clamp_min(RULED_OUT)  # 0 * -inf would be NaN
+    kd = F.kl_div(log_probs, soft, reduction="batchmean") * temperature**2
     if kd_weight == 1:
         return kd
     return kd_weight * kd + (1 - kd_weight) * F.cross_entropy(logits, labels)
