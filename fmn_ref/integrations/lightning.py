@@ -26,7 +26,7 @@ from ..runs.recorder import Recorder, in_sample_order
 from ..runs.retention import Keep
 from ..runs.run import Run
 from ..training import data, distributed
-from ..training.samples import RANDOM, Order, fingerprints, samplers_of
+from ..training.order import RANDOM, Listener, Order, samplers_of
 
 logger = logging.getLogger(__name__)
 OutputsOf = Callable[[Any, Any], tuple[Any, ...]]
@@ -148,8 +148,9 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
         self._fast_dev_run = False
         self._recorder: Recorder | None = None  # in the first process, during fit
         self._weights: dict[str, Any] | None = None  # of the validation that goes on
-        self._batches: list[tuple[Any, Any, Any, Tensor]] = []  # (correct, labels, numbers or None, fingerprints)
+        self._batches: list[tuple[Any, Any, Any]] = []  # (correct, labels, sample numbers or None) of each
         self._order = Order(None, "validation")
+        self._listener = Listener(None)  # of the validation that goes on
         self._next_epoch, self._n_batches = 0, -1  # of the recorded epochs; training batches before the last of them
 
     @property
@@ -225,6 +226,7 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._batches, self._weights = [], None
+        self._listener = Listener(None if _records_nothing(trainer) else self._order)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -240,7 +242,9 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
             self._weights = self._copy_weights(trainer)  # now, since a callback may swap them before the end
         numbers = _check.labels(index[0], len(correct), name="index") if index and index[0] is not None else None
         labels = _check.labels(labels)
-        self._batches.append((correct, labels, numbers, fingerprints(batch, len(labels), torch.from_numpy(labels))))
+        self._batches.append((correct, labels, numbers))
+        if numbers is None:
+            self._listener.add(batch, torch.from_numpy(labels))
 
     def _copy_weights(self, trainer: Any) -> dict[str, Any] | None:
         """Copy the weights that are validated; None in all processes but the first."""
@@ -272,7 +276,7 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
 
     def _rows(self, trainer: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
         """Join this process's batches: sample numbers, correctness and labels."""
-        corrects, classes, numbers, hashes = zip(*self._batches, strict=True)
+        corrects, classes, numbers = zip(*self._batches, strict=True)
         self._batches = []
         correct, labels = np.concatenate(corrects), np.concatenate(classes)
         if all(part is not None for part in numbers):
@@ -280,8 +284,8 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
         number = self._numbers_of_sampler(trainer, len(correct))
         if number is None:
             number = np.arange(len(correct))
-            if not _records_nothing(trainer) and trainer.fit_loop.total_batch_idx != self._n_batches:
-                self._order.check(torch.from_numpy(labels), torch.cat(hashes))
+            if trainer.fit_loop.total_batch_idx != self._n_batches:
+                self._listener.check(torch.from_numpy(labels))
         return number, correct, labels
 
     def _record(self, epoch: int, n_batches: int, correct: Any, labels: Any) -> tuple[float, int]:

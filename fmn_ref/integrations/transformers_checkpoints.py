@@ -29,7 +29,7 @@ from ..runs.retention import Keep
 from ..runs.run import Run
 from ..training import data
 from ..training.ensemble import FusedModel, plan_checkpoints
-from ..training.samples import Listener, Order
+from ..training.order import Listener, Order
 
 try:
     from safetensors import SafetensorError
@@ -166,7 +166,7 @@ def _score_model(model: nn.Module, batches: Iterable[Any], forward_fn: data.Forw
             listener.add(batch, y)
             pairs.append((predicted_classes(scores), y))
     classes, labels = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
-    listener.check(labels, listener.found)
+    listener.check(labels)
     return checked_correctness(classes.numpy(), labels.numpy()), labels.numpy()
 
 

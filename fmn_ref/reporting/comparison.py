@@ -228,10 +228,9 @@ def compare(
     if make_student is not None and (train_data is None or "epochs" not in options):
         raise ValueError("make_student: needs train_data, and distill_options with at least epochs")
     select, test = run.probabilities(select_data), run.probabilities(test_data)
+    select.order.wanted = test.order.wanted = not allow_overlap
     labels, test_labels = select.labels, test.labels  # evaluates the last epoch on both
-    if not allow_overlap:
-        first, second = (set(probs.order.fingerprints.tolist()) for probs in (select, test))
-        refuse_overlap(first, second, "test_data")
+    refuse_overlap(select.order.fingerprints, test.order.fingerprints, "test_data")
     table, plans = _mixing_methods(select, labels, test, test_labels, search, allow_overlap, window=window)
 
     def scores_of(model: Any, samples: Any = select_data, probs: Any = select) -> Scores:

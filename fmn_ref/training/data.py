@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .. import _check
 from . import distributed, samples
+from .order import Listener, Order, samplers_of
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 Augment = Callable[[Tensor], Tensor]
@@ -241,7 +242,7 @@ def _take(t: Tensor, rows: Tensor, scattered: bool, device: torch.device) -> Ten
 def reseed(data: Any, seed: int, epoch: int) -> None:
     """Seed torch's global generator and the data's samplers from (seed, epoch): resuming needs the same draws."""
     torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    for holder in (data, *samples.samplers_of(data)):
+    for holder in (data, *samplers_of(data)):
         if isinstance(getattr(holder, "generator", None), torch.Generator):
             holder.generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
         if hasattr(holder, "set_epoch"):
@@ -280,7 +281,7 @@ def predict(
     log: bool = False,
     amp: bool = False,
     split: bool = False,
-    order: samples.Order | None = None,
+    order: Order | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Predict a data set; nothing leaves the model's device.
 
@@ -298,7 +299,7 @@ def predict(
     split : bool, default False
         In several processes: each calls this function, evaluates its part, and gets the whole result.
     order : Order, optional
-        Passes over the data before this one; a change is an error. Arrays are looked at in the first pass only.
+        The passes over the data before this one; a change is an error.
 
     Returns
     -------
@@ -313,21 +314,23 @@ def predict(
     """
     if not isinstance(data, Batches):
         data = Batches(data, batch_size, device_of(model), split=split)
-    listener = samples.Listener(order, fixed=bool(data.arrays))
+    listener = Listener(order, fixed=bool(data.arrays))
     with evaluating(model), listener.listening(model):
         parts = list(_predict_batches(model, data, forward_fn, log, amp, listener))
     if not parts:
         raise ValueError("data: expected at least one batch")
     probs, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    hashes = listener.found.to(labels.device)
     if data.is_split:
-        probs, labels, hashes = _gathered(data.ids(), probs, labels, hashes)
-    listener.check(labels, hashes)
+        ids = data.ids()
+        if len(ids) != len(labels):
+            raise ValueError(f"split: expected one row for each of {len(ids)} samples, got {len(labels)}")
+        probs, labels = distributed.gather_rows(ids, probs, labels)
+    listener.check(labels, data.is_split)
     return probs, labels
 
 
 def _predict_batches(
-    model: nn.Module, batches: Batches, forward_fn: Forward | None, log: bool, amp: bool, listener: samples.Listener
+    model: nn.Module, batches: Batches, forward_fn: Forward | None, log: bool, amp: bool, listener: Listener
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for i, batch in enumerate(batches):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=amp):
@@ -348,15 +351,6 @@ def _check_pair(logits: Tensor, labels: Any) -> None:
         raise ValueError(f"model: {expected}, got shapes {tuple(logits.shape)} and {shape}")
 
 
-def _gathered(ids: Tensor, probs: Tensor, labels: Tensor, hashes: Tensor) -> tuple[Tensor, ...]:
-    """Join the rows of all processes in the order of the samples."""
-    if len(ids) != len(labels):
-        raise ValueError(f"split: expected one row for each of {len(ids)} samples, got {len(labels)}")
-    if len(hashes) != len(ids):
-        return *distributed.gather_rows(ids, probs, labels), hashes[:0]
-    return distributed.gather_rows(ids, probs, labels, hashes)
-
-
 def check_logits(logits: Any, hint: str) -> None:
     """Raise a ValueError, which ends with the hint, where logits have a wrong shape or are probabilities."""
     if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
@@ -368,11 +362,14 @@ def check_logits(logits: Any, hint: str) -> None:
 
 def fingerprints(data: Any) -> set[int]:
     """Hash each sample's inputs, to detect samples that two sets share; no forward_fn."""
-    listener, nothing = samples.Listener(samples.Order(data)), _Nothing()
+    order, nothing, labels = Order(None), _Nothing(), torch.empty(0)
+    listener = Listener(order)
     with listener.listening(nothing):
         for batch in Batches(data, 512, torch.device("cpu")):
-            listener.add(batch, default_forward(nothing, batch)[1])
-    return set(listener.found.tolist())
+            labels = default_forward(nothing, batch)[1]
+            listener.add(batch, labels)
+    listener.check(labels)
+    return order.fingerprints
 
 
 class _Nothing(nn.Module):

@@ -21,8 +21,8 @@ from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
 from . import data, distributed
 from .engine import Average, EarlyStopping, fit, shown
+from .order import Order
 from .recipe import Recipe
-from .samples import Order
 from .soft_targets import SoftTargets, Targets
 from .store import Store
 
@@ -144,16 +144,9 @@ def distill(
     data.check_module(student, "student")
     settings = Recipe.of(recipe)
     setup = asdict(settings) | _checked_setup(epochs, temperature, kd_weight, ema_decay, patience, val_data, run_dir)
-    if targets_dir is None and run_dir is not None:
-        targets_dir = RunFolder(run_dir).targets
-    options: dict[str, Any] = {
-        "targets": targets,
-        "views": views,
-        "top_k": top_k,
-        "augment": augment,
-        "forward_fn": forward_fn,
-    }
-    source = _soft_targets(teacher, train_data, epochs, settings, folder=targets_dir, **options)
+    folder = RunFolder(run_dir).targets if targets_dir is None and run_dir is not None else targets_dir
+    options = targets, views, top_k, augment, forward_fn, folder
+    source = _soft_targets(teacher, train_data, setup["epochs"], settings, *options)
     rule = None if val_data is None else keep
     files = nullcontext() if run_dir is None else Store(run_dir, setup | source.identity, rule, resume, half, disk_wait)
     with files as store:
@@ -163,14 +156,14 @@ def distill(
 
 
 def _soft_targets(
-    teacher: Any, train_data: Any, epochs: int, recipe: Recipe, views: int = 8, **options: Any
+    teacher: Any, train_data: Any, epochs: int, recipe: Recipe, targets: str = "auto", views: int = 8, *options: Any
 ) -> SoftTargets:
     """Options of `distill` for its soft targets; a sweep gives them in place of the teacher."""
     if isinstance(teacher, SoftTargets):
         return teacher
     data.check_module(teacher, "teacher")
     views = min(_check.number(views, 1, 2**20, "views", int), epochs)
-    return SoftTargets(teacher, train_data, recipe, views=views, **options)
+    return SoftTargets(teacher, train_data, recipe, targets, views, *options)
 
 
 def _checked_setup(
@@ -366,7 +359,8 @@ def tune_distillation(
 
 def _shared_targets(teacher: Any, train_data: Any, *, epochs: Any, targets_dir: AnyPath, **options: Any) -> Any:
     """Soft targets for all trials of a sweep, which read them once."""
-    recipe = {f.name: options[f.name] for f in fields(Recipe) if f.name in options}
-    chosen = {name: options[name] for name in ("targets", "views", "top_k", "augment", "forward_fn") if name in options}
+    recipe = Recipe(**{f.name: options[f.name] for f in fields(Recipe) if f.name in options})
     n_epochs = _check.number(epochs, 1, 2**31, "epochs", int)
-    return _soft_targets(teacher, train_data, n_epochs, Recipe(**recipe), folder=targets_dir, **chosen)
+    names = {"targets": "auto", "views": 8, "top_k": None, "augment": None, "forward_fn": None}
+    chosen = (options.get(name, default) for name, default in names.items())
+    return _soft_targets(teacher, train_data, n_epochs, recipe, *chosen, targets_dir)

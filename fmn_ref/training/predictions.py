@@ -118,8 +118,8 @@ class Probabilities(StoredPredictions):
 
     @cached_property
     def order(self) -> Any:
-        """Fingerprints of the samples, an `Order`, for `compare`; a loader that shuffles is refused here."""
-        from .samples import Order
+        """What the passes over the data have in common, an `Order`; a loader that shuffles is refused here."""
+        from .order import Order
 
         return Order(self._batches.source)
 

@@ -1,16 +1,13 @@
 """Batches of any form, and what a sample in them is: everything that the network is called with for it.
 
-`Listener` hears the network's arguments, whatever a `forward_fn` makes of a batch. Their fingerprints find samples that
-two data sets share, and a data set whose order changes between passes (`Order`).
+Fingerprints of that find samples that two data sets share, and a data set that changes its order (order.py).
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,11 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-logger = logging.getLogger(__name__)
-BY_CHANCE = 0.01  # largest share of samples found twice that means nothing: real data holds a few equal images
-RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _DEPTH = 6  # levels of containers that are searched
 _LANES = 64
 _ODD = -7046029254386353131  # 2^64 divided by the golden ratio, as int64
@@ -52,7 +45,7 @@ def moved(batch: Any, device: torch.device) -> Any:
 # --- fingerprints ---
 
 
-def fingerprints(inputs: Any, n: int, labels: Tensor | None = None) -> Tensor:
+def fingerprints(inputs: Any, n: int, labels: Tensor | None = None, head: int | None = None) -> Tensor:
     """Hash what each of n samples has in `inputs`.
 
     Parameters
@@ -65,6 +58,8 @@ def fingerprints(inputs: Any, n: int, labels: Tensor | None = None) -> Tensor:
         equally long in all tensors.
     labels : (n,) tensor, optional
         Left out where `inputs` holds them beside something else.
+    head : int, optional
+        Number of samples to look at, the first ones. Default: all.
 
     Returns
     -------
@@ -78,8 +73,8 @@ def fingerprints(inputs: Any, n: int, labels: Tensor | None = None) -> Tensor:
     rest = [leaf for leaf in leaves if _axis(leaf, n) is None]
     if not rows and len({len(t) if t.ndim else None for t in rest}) == 1 and rest[0].ndim:
         rows, rest = rest, []
-    hashes = _joined([_hash_rows(t) for t in (*rows, *(t[None] for t in rest))])
-    return hashes if rows or not rest else hashes.repeat(n)
+    hashes = _joined([*(_hash_rows(t[:head]) for t in rows), *(_hash_rows(t[None]) for t in rest)])
+    return hashes if rows or not rest else hashes.repeat(n)[:head]
 
 
 def _leaves(tree: Any, n: int, depth: int, in_object: bool = False) -> list[Tensor]:
@@ -87,7 +82,7 @@ def _leaves(tree: Any, n: int, depth: int, in_object: bool = False) -> list[Tens
     if isinstance(tree, np.ndarray):
         tree = _numbers(tree)
     if isinstance(tree, Tensor):
-        return [tree.detach()]
+        return [tree.detach() if tree.layout == torch.strided else tree.detach().to_dense()]
     is_object = not isinstance(tree, (Mapping, list, tuple))
     if depth == 0 or (is_object and in_object):  # an object may lead to a whole data set
         return []
@@ -169,7 +164,6 @@ def _hash_rows(t: Tensor) -> Tensor:
 
 def _bytes_of_rows(t: Tensor) -> Tensor:
     """View a tensor as (n, n_bytes) uint8."""
-    t = t.to_dense() if t.layout != torch.strided else t
     t = t.resolve_conj().resolve_neg()
     return (t.flatten(1) if t.ndim > 1 else t[:, None]).contiguous().view(torch.uint8)
 
@@ -206,126 +200,3 @@ def named_digest(tensors: dict[Any, Any]) -> str:
 def _rows_at_once(t: Tensor) -> int:
     """Rows of a tensor that take about 16 MiB: one from a memory map is not read as a whole."""
     return max(1, (16 << 20) * max(1, len(t)) // max(1, t.nbytes)) if t.ndim else 1
-
-
-# --- passes over a data set ---
-
-
-class Order:
-    """Notice a data set that gives other samples, or another order, than in its first pass.
-
-    Not noticed: an order that changes together with the inputs (a stream that shuffles and augments), and samples that
-    are exchanged between one process and a later one, if the labels stay in place.
-
-    Parameters
-    ----------
-    data : Any
-        What the passes read.
-    name : str
-        Of the argument, for messages.
-
-    Attributes
-    ----------
-    labels, fingerprints : tensors or None
-        Of the first pass; None before it.
-
-    Raises
-    ------
-    ValueError
-        Here: a sampler that draws another order in each pass. In `check`: another order.
-    """
-
-    def __init__(self, data: Any, name: str = "data") -> None:
-        self._name, self._warned = name, False
-        self.labels: Tensor | None = None
-        self.fingerprints: Tensor | None = None
-        for sampler in samplers_of(data):
-            if isinstance(sampler, RANDOM):
-                what = f"a {type(sampler).__name__} draws another order in each pass"
-                raise ValueError(f"{name}: {what}; its loader must not shuffle")
-
-    def check(self, labels: Tensor, fingerprints: Tensor) -> None:
-        """Compare a pass with the first one; raise a ValueError if the samples or their order differ."""
-        labels, fingerprints = labels.cpu().long(), fingerprints.cpu()
-        if self.labels is None or self.fingerprints is None:
-            self.labels, self.fingerprints = labels, fingerprints
-        elif not torch.equal(labels, self.labels):
-            self._refuse("labels or their order")
-        elif not torch.equal(fingerprints, self.fingerprints):
-            self._check_moved(fingerprints, self.fingerprints)
-
-    def _check_moved(self, now: Tensor, before: Tensor) -> None:
-        """Tell samples that moved from inputs that are drawn anew in each pass, which are allowed."""
-        changed = now != before if len(now) == len(before) else torch.ones_like(now, dtype=torch.bool)
-        if len(now) != len(before) or torch.isin(now[changed], before).double().mean() > BY_CHANCE:
-            self._refuse("the samples or their order")
-        if not self._warned:
-            logger.warning("%s: gives other inputs in each pass; whether it shuffles cannot be told", self._name)
-            self._warned = True
-
-    def _refuse(self, what: str) -> None:
-        raise ValueError(f"{self._name}: {what} changed since the last pass; its loader must not shuffle")
-
-
-class Listener:
-    """Fingerprints of the samples that a network evaluates in one pass.
-
-    Parameters
-    ----------
-    order : Order or None
-        What the pass is compared with; None: no fingerprints are taken.
-    fixed : bool, default False
-        Only the first pass is looked at, since arrays give the same in each.
-    """
-
-    def __init__(self, order: Order | None, fixed: bool = False) -> None:
-        self._order = None if order is None or (fixed and order.labels is not None) else order
-        self._calls, self._found = list[Any](), list[Tensor]()
-
-    @contextmanager
-    def listening(self, model: nn.Module) -> Iterator[None]:
-        """Listen to what the network is called with; forget what was heard before."""
-        handle = None
-        self._calls.clear()
-        self._found.clear()
-        if self._order is not None:
-            with suppress(RuntimeError):  # a ScriptModule takes no hooks
-                handle = model.register_forward_pre_hook(self._hear, with_kwargs=True)
-        try:
-            yield
-        finally:
-            if handle is not None:
-                handle.remove()
-
-    def _hear(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._calls.append({**dict(enumerate(args)), **kwargs})
-
-    def add(self, batch: Any, labels: Tensor) -> None:
-        """Take the fingerprints of the batch that was just evaluated.
-
-        Where the network itself was not called, but a method of it, the whole batch counts.
-        """
-        if self._order is not None:
-            calls, self._calls = self._calls, []
-            self._found.append(fingerprints(dict(enumerate(calls)) or batch, len(labels), labels))
-
-    @property
-    def found(self) -> Tensor:
-        """(n_samples,) int64, in the order of evaluation."""
-        return torch.cat(self._found) if self._found else torch.empty(0, dtype=torch.int64)
-
-    def check(self, labels: Tensor, fingerprints: Tensor) -> None:
-        """Compare the pass with the first one."""
-        if self._order is not None:
-            self._order.check(labels, fingerprints)
-
-
-def samplers_of(loader: Any) -> list[Any]:
-    """Samplers and batch samplers of a DataLoader, and those from which they draw."""
-    found, holders = list[Any](), [loader]
-    for holder in holders:
-        for inner in (getattr(holder, "sampler", None), getattr(holder, "batch_sampler", None)):
-            if inner is not None and all(inner is not other for other in found):
-                found.append(inner)
-                holders.append(inner)
-    return found

@@ -20,8 +20,8 @@ from .. import _check
 from ..runs.run import Run
 from . import data
 from .engine import Loss, fit
+from .order import Order
 from .recipe import Recipe
-from .samples import Order
 from .store import Store
 
 
@@ -52,9 +52,8 @@ def train(
         Inputs and labels are tensors or arrays with one row per sample. A DataLoader's own batch size replaces
         `batch_size`.
     val_data : (inputs, labels), torch Dataset or DataLoader
-        Must keep its order from one pass to the next: a sampler that shuffles is refused, and so is a pass that gives
-        the samples of the first one in another order. (Not noticed: an order that changes together with the inputs, as
-        in a stream that shuffles and augments; between processes, samples that are exchanged below equal labels.)
+        Must keep its order from one pass to the next. A sampler that shuffles is refused, and so is a pass that shows
+        the samples of the first one in another order, as far as it is looked at (see `Order` in training/order.py).
     epochs : int
         Number of passes over `train_data`, at least 1.
     run_dir : path

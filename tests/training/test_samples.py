@@ -15,7 +15,8 @@ from training_runs import fresh, trained
 
 import fmn_ref as fmn
 from fmn_ref.training import data, ensemble, samples
-from fmn_ref.training.samples import Order, fingerprints
+from fmn_ref.training.order import Order
+from fmn_ref.training.samples import fingerprints
 
 TRAIN, VAL, TEST = make_data()
 
@@ -414,19 +415,28 @@ def test_inputs_that_are_drawn_anew_are_accepted_with_a_warning(tmp_path, caplog
 
 
 def test_a_pass_of_another_length_is_refused():
+    def check(x, y):
+        order.check(y, [fingerprints(x[i : i + 2], 2) for i in range(0, len(x), 2)])
+
     order = Order(VAL)
-    order.check(Y, fingerprints(A, 6))
+    check(A, Y)
+    check(A, Y)
     with pytest.raises(ValueError, match="data: labels or their order changed"):
-        order.check(Y[:5], fingerprints(A[:5], 5))
+        check(A[:4], Y[:4])
     with pytest.raises(ValueError, match="data: labels or their order changed"):
-        order.check(Y.flip(0), fingerprints(A.flip(0), 6))
-    order.check(Y, fingerprints(A, 6))
+        check(A.flip(0), Y.flip(0))
+    with pytest.raises(ValueError, match="data: the samples or their order changed"):
+        check(A[:4], Y)
+    with pytest.raises(ValueError, match="data: the samples or their order changed"):
+        check(A.flip(0), Y)
+    check(A, Y)
 
 
 def test_a_loader_of_another_set_is_not_taken_for_the_first(run):
     """The controls of `compare` are scored on the very samples of the fusion."""
     probs = run.probabilities(VAL)
     assert len(probs.labels) == 240
+    assert probs.order.fingerprints == set()  # arrays cannot change their order
     with pytest.raises(ValueError, match="order changed"):
         data.predict(run.model, TensorDataset(*(a.flip(0) for a in VAL)), order=probs.order)
 
