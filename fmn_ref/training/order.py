@@ -73,7 +73,8 @@ class Order:
         ----------
         labels : (n_samples,) tensor
         hashes : list of tensors or None
-            Fingerprints of the first samples of each batch; None for a batch that was not looked at.
+            Fingerprints of the first samples of each batch; None for a batch that was not looked at. An empty list: the
+            pass was not.
         split : bool, default False
             The processes have looked at parts of the data; one that finds a fault makes all fail.
         """
@@ -81,9 +82,9 @@ class Order:
         if self.labels is None:
             self.labels, self._first = labels, [h for h in found if h is not None]
             return
-        moved = not torch.equal(labels, self.labels)
-        if moved or distributed.on_any_rank(self._moved(found), split and bool(found)):
-            what = "labels or their order" if moved else "the samples or their order"
+        relabelled = not torch.equal(labels, self.labels)
+        if relabelled or (found and distributed.on_any_rank(self._moved(found), split)):
+            what = "labels or their order" if relabelled else "the samples or their order"
             raise ValueError(f"{self._name}: {what} changed since the last pass; its loader must not shuffle")
 
     def _moved(self, found: list[Tensor | None]) -> bool:
