@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOLERANCE = 1e-2  # of the sum of a row of probabilities: bfloat16 rounds that much
+FINE_TOLERANCE = 1e-4  # of the sum of a row of probabilities that no 16-bit type has rounded
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # the bits of a type that NumPy lacks
 Bool = NDArray[np.bool_]
 Int = NDArray[np.int64]
@@ -135,6 +136,19 @@ def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, n
     if a.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name}: expected classes below 2^63, got {a.max()}")
     return a.astype(np.int64)
+
+
+def sums_to_one(scores: Any) -> bool:
+    """Tell whether every row of `scores` sums to 1, within the rounding of the type that holds all its values.
+
+    Values of a 16-bit type may come in a wider one.
+    """
+    a = array(scores, "scores").astype(np.float64)
+    with np.errstate(all="ignore"):
+        single = a.astype(np.float32)
+        bfloat16, float16 = single.view(np.uint32) % 2**16 == 0, single.astype(np.float16) == single
+    rounded = (single == a).all() and (bfloat16.all() or float16.all())
+    return bool((np.abs(a.sum(-1) - 1) <= (TOLERANCE if rounded else FINE_TOLERANCE)).all())
 
 
 def probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "probs") -> Float:

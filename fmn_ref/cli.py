@@ -10,14 +10,13 @@ import argparse
 import importlib
 import json
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import __version__, _files
+from . import __version__, _files, _stderr
 from .fusion.expectation import expected_gain
 from .fusion.fuse import fuse
 from .fusion.methods import method_names
@@ -203,7 +202,7 @@ def command_demo(args: argparse.Namespace) -> None:
     """
     from . import demo
 
-    if not sys.stderr.isatty():  # no progress bar there: log a line per run
+    if not _stderr.shows():  # no progress bar there: log a line per run
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     out = Path(args.output)
     results = demo.run_demo(out, args.seeds, args.epochs)
@@ -388,9 +387,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_output(args)
         args.run(args)
     except KeyboardInterrupt:
-        print("fmn-ref: interrupted" + "; run it again to continue" * (args.command == "demo"), file=sys.stderr)
+        _stderr.say("fmn-ref: interrupted" + "; run it again to continue" * (args.command == "demo"))
         return 130
     except Exception as error:  # whatever fails is told in one line
-        print(f"fmn-ref: error: {error_line(error, vars(args))}", file=sys.stderr)
+        _stderr.say(f"fmn-ref: error: {error_line(error, vars(args))}")
         return 1
     return 0

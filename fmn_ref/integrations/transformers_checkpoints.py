@@ -29,6 +29,7 @@ from ..runs.run import Run
 from ..training import data
 from ..training.copies import independent
 from ..training.ensemble import FusedModel, plan_checkpoints
+from ..training.order import Listener, Order
 
 try:
     from safetensors import SafetensorError
@@ -130,12 +131,12 @@ def from_trainer(
     folders = _checkpoint_folders(Path(output_dir))
     forward_fn = FORWARD_FNS[_check.choice(task, tuple(FORWARD_FNS), "task")]
     model = independent(model)
-    batches = data.Batches(eval_data, batch_size, data.device_of(model))
+    batches, order = data.Batches(eval_data, batch_size, data.device_of(model)), Order(eval_data, "eval_data")
     config = {"output_dir": str(Path(output_dir).resolve()), "task": task}
 
     def evaluate(step: int) -> Rows:
         _load_checkpoint(model, folders[step])
-        return _score_model(model, batches, forward_fn)
+        return _score_model(model, batches, forward_fn, order)
 
     with Recorder(run_dir, model, checked_keep(keep), half=half, config=config, forward_fn=forward_fn) as recorder:
         done = [step for step in folders if step < recorder.next_epoch]
@@ -157,12 +158,16 @@ def _checkpoint_folders(output_dir: Path) -> dict[int, Path]:
 
 
 @torch.no_grad()
-def _score_model(model: nn.Module, batches: Iterable[Any], forward_fn: data.Forward | None) -> Rows:
-    with data.evaluating(model):
-        outputs = (data.forward(model, batch, forward_fn) for batch in batches)
-        pairs = [(predicted_classes(scores), y) for scores, y in outputs]
-    classes, labels = (torch.cat(parts).cpu().numpy() for parts in zip(*pairs, strict=True))
-    return checked_correctness(classes, labels), labels
+def _score_model(model: nn.Module, batches: Iterable[Any], forward_fn: data.Forward | None, order: Order) -> Rows:
+    listener, pairs = Listener(order), []
+    with data.evaluating(model), listener.listening(model):
+        for batch in batches:
+            scores, y = data.forward(model, batch, forward_fn)
+            listener.add(batch, y)
+            pairs.append((predicted_classes(scores), y))
+    classes, labels = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
+    listener.check(labels)
+    return checked_correctness(classes.numpy(), labels.numpy()), labels.numpy()
 
 
 def _is_recorded(run: Run, steps: list[int], correct: NDArray[np.bool_], labels: Any) -> bool:

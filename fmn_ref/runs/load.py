@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from .. import _check, _files
+from .. import _check, _files, _stderr
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from . import importers
@@ -132,7 +131,7 @@ def history_of(a: Any, labels: NDArray[np.int64], source: str) -> CorrectnessHis
         raise ValueError(f"{source}: expected {expected}, got shape {a.shape}, dtype {a.dtype}")
     history = CorrectnessHistory(len(labels))
     mapping = _files.mapping(a)
-    for i, epoch in enumerate(tqdm(a, "reading", disable=None)):
+    for i, epoch in enumerate(_stderr.progress_bar(a, "reading")):
         try:
             history.append(correctness(epoch, labels))
         except ValueError as error:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
+from .._stderr import progress_bar, shows
 from ..metrics.curves import correctness
 from ..runs import checkpoints
 from . import data, distributed
@@ -194,7 +194,7 @@ def fit(
     """
     loop, device = Loop(model, recipe, epochs, average, stopping), data.device_of(model)
     start = _resume(loop.parts, store)
-    bar = tqdm(range(start, epochs), names[0], epochs, initial=start, disable=hidden(progress), unit="epoch")
+    bar = progress_bar(range(start, epochs), names[0], epochs, progress=shown(progress), initial=start, unit="epoch")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
         for epoch in bar:
             if stopping is not None and stopping.exhausted(epoch - 1):
@@ -225,7 +225,7 @@ def train_one_epoch(
     loss = None
     for batch in batches:
         if augment is not None:
-            batch = (augment(batch[0]), *batch[1:])
+            batch = data.augmented(batch, augment)
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=loop.recipe.amp):
             loss = _loss(loss_fn, *loop.outputs(step, batches, batch))
         loop.optimizer.zero_grad()
@@ -273,8 +273,6 @@ def _resume(parts: dict[str, Any], store: Store | None) -> int:
     return int(state["epoch"]) + 1
 
 
-def hidden(progress: bool | None) -> bool | None:
-    """Value of tqdm's `disable`: None shows a bar if stderr is a terminal. Rank zero alone shows one."""
-    if distributed.rank() != 0:
-        return True
-    return None if progress is None else not progress
+def shown(progress: bool | None) -> bool:
+    """Tell whether this process shows a bar: rank zero alone, by default if stderr is a terminal."""
+    return distributed.rank() == 0 and shows(progress)

@@ -21,6 +21,7 @@ from ..runs import checkpoints
 from ..runs.run import Run
 from . import data
 from .copies import independent
+from .logits import check_logits
 from .memory_format import either_format, set_channels_last, set_contiguous
 
 
@@ -130,7 +131,7 @@ class FusedModel(nn.Module):
             call = partial(data.forward, member, batch, forward_fn)
             logits, labels = either_format(call, partial(set_contiguous, self.members))
             with contextlib.suppress(RuntimeError):  # under vmap and on meta tensors values cannot be read
-                data.check_logits(logits, "plan.apply(run.probabilities(data)) goes by the run's forward_fn")
+                check_logits(logits, "plan.apply(run.probabilities(data)) goes by the run's forward_fn")
                 self._checked = True
         return logits.float(), labels
 
@@ -151,9 +152,10 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
         Weight of each row of the history, at least 0; scaled to sum 1. Checkpoints of weight 0 are not read. For
         averaged KF: ``plan.weights``.
     train_data : (inputs, labels), torch Dataset or DataLoader
-        Data of one pass that recomputes the BatchNorm statistics, which averaging invalidates. Each batch is weighed by
-        its number of samples. Not read where the model has no BatchNorm, or where it is frozen: its statistics are the
-        same in all the epochs, or for a single epoch, none of its parameters is trained.
+        Data of one pass that recomputes the BatchNorm statistics, which averaging invalidates. Each layer weighs a
+        batch by the number of values per channel that reach it. Not read where the model has no BatchNorm, or where it
+        is frozen: its statistics are the same in all the epochs, or for a single epoch, none of its parameters is
+        trained.
     batch_size : int, default 512
         Of that pass.
 
@@ -262,9 +264,10 @@ def recompute_batchnorm(
     forward_fn: data.Forward | None = None,
     frozen: Collection[str] = (),
 ) -> None:
-    """Set BatchNorm's running statistics to their mean over the data, each batch weighed by its number of samples.
+    """Set BatchNorm's running statistics to their mean over the data.
 
-    The model is left in evaluation mode. `torch.optim.swa_utils.update_bn` weighs a short last batch like a full one.
+    Each layer weighs a batch by the number of values per channel that reach it, whatever form the batch has. The model
+    is left in evaluation mode. `torch.optim.swa_utils.update_bn` weighs a short last batch like a full one.
 
     Parameters
     ----------
@@ -291,27 +294,27 @@ def recompute_batchnorm(
     norms = [m for name, m in found.items() if name not in frozen and m.momentum != 0]
     if not norms:
         return
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-    seen = 0
-    for batch in data.Batches(train_data, batch_size, data.device_of(model)):
-        n = len(data.inputs_of(batch)[0])
+    seen = dict.fromkeys(norms, 0)
+
+    def weigh(norm: Any, args: Any, kwargs: Any) -> None:
+        """Weigh a batch by its values per channel; a single one, which torch refuses, has no variance."""
+        values: Tensor = args[0] if args else kwargs["input"]
+        n = values.numel() // max(1, values.shape[1])
+        norm.train(n > 1)
+        if n > 1:
+            norm.momentum = n / (seen[norm] + n)
+            seen[norm] += n
+
+    with contextlib.ExitStack() as stack:
         for norm in norms:
-            norm.momentum = n / (seen + n)
-        try:
+            norm.reset_running_stats()
+            stack.callback(setattr, norm, "momentum", norm.momentum)
+            stack.callback(norm.register_forward_pre_hook(weigh, with_kwargs=True).remove)
+            stack.callback(norm.eval)
+        for batch in data.Batches(train_data, batch_size, data.device_of(model)):
             data.forward(model, batch, forward_fn)
-        except ValueError:
-            if n > 1:
-                raise
-            continue  # torch refuses a single value per channel: it has no variance
-        seen += n
-    if not seen:
+    if not any(seen.values()):
         raise ValueError("train_data: expected at least one batch of two or more samples, for BatchNorm")
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
 
 
 def _scripted_norms(model: nn.Module) -> set[str]:

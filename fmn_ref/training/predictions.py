@@ -10,6 +10,7 @@ import operator
 import threading
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,7 @@ class Probabilities(StoredPredictions):
         `run` is not a Run, or the data is of no known kind.
     ValueError
         The run has no model attached. When an item is read: a damaged checkpoint, or one that does not fit the model;
-        labels that differ from those of an earlier pass.
+        data that shuffles, or gives other samples than in an earlier pass.
     FileNotFoundError
         When an item is read: its checkpoint is missing.
 
@@ -138,24 +139,26 @@ class Probabilities(StoredPredictions):
         self._amp = amp
         size = _check.number(batch_size, 1, 2**31, "batch_size", int)
         self._batches = data.Batches(samples, size, data.device_of(self._model), split=split)
-        self._labels: NDArray[np.int64] | None = None
+
+    @cached_property
+    def order(self) -> Any:
+        """What the passes over the data have in common, an `Order`; a loader that shuffles is refused here."""
+        from .order import Order
+
+        return Order(self._batches.source)
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """Labels (n_samples,) in the order of evaluation; evaluates the last epoch if none has been read yet."""
-        if self._labels is None:
+        if self.order.labels is None:
             self[-1]
-        assert self._labels is not None
-        return self._labels
+        labels: NDArray[np.int64] = self.order.labels.numpy().copy()
+        return labels
 
     def _evaluate(self, row: int) -> NDArray[np.float32]:
         from ..runs import checkpoints
         from .data import predict
 
         checkpoints.load_into(self._model, self._run.checkpoint(row))
-        probs, labels = predict(self._model, self._batches, forward_fn=self._run.forward_fn, amp=self._amp)
-        y = labels.cpu().numpy().astype(np.int64)
-        if self._labels is not None and not np.array_equal(y, self._labels):
-            raise ValueError("data: labels or their order changed since the last pass; its loader must not shuffle")
-        self._labels = y
-        return probs.cpu().numpy()
+        options = {"forward_fn": self._run.forward_fn, "amp": self._amp, "order": self.order}
+        return predict(self._model, self._batches, **options)[0].cpu().numpy()
