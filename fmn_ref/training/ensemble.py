@@ -306,6 +306,8 @@ def recompute_batchnorm(
             seen[norm] += n
 
     with contextlib.ExitStack() as stack:
+        if hasattr(torch.compiler, "set_stance"):  # compiled code would not call the hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for norm in norms:
             norm.reset_running_stats()
             stack.callback(setattr, norm, "momentum", norm.momentum)
