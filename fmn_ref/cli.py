@@ -47,7 +47,9 @@ SUITES: dict[str, tuple[str, Callable[[Any, argparse.Namespace], Any]]] = {
     "training": ("speed.training", lambda run, a: run(a.data, a.output, device=a.device)),
     "paper": (
         "experiments.suite",
-        lambda run, a: run(a.scale, a.data, a.output or f"runs/paper_{a.scale}", a.only, a.jobs, a.seeds, a.clean),
+        lambda run, a: run(
+            a.scale, a.data, a.output or f"runs/paper_{a.scale}", a.only, a.jobs, a.seeds, a.clean, a.device
+        ),
     ),
     "descent": ("experiments.double_descent", lambda run, a: run(a.data, a.output, a.seeds)),
     "boosting": ("experiments.boosting", lambda run, a: run(a.output)),
@@ -280,7 +282,8 @@ def bench_options(add: Add) -> None:
     add("--scale", choices=["cpu", "middle", "gpu"], default="cpu", help=scales)
     folders = "mnist/, cifar-100-binary/, cifar-100n/, tiny-imagenet-200/"
     add("--data", help=f"paper, descent, training: folder that contains {folders}")
-    add("--device", choices=["cpu", "cuda"], help="training: device (default: cuda if available)")
+    device = "device (default: training: cuda if available; paper: cuda at scale gpu, else cpu)"
+    add("--device", choices=["cpu", "cuda"], help=f"training, paper: {device}")
     add("--only", default="", help="paper: regular expression; run only the pieces whose names match")
     add("--jobs", type=int, default=1, help="paper: pieces to run at the same time (default 1)")
     add("--seeds", type=int, default=3, help="paper, descent: seeds per setting (default 3)")
