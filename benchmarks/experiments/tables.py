@@ -174,9 +174,11 @@ def quoted(small: list[Result], middle: list[Result]) -> dict[str, str]:
     """The tables in docs/results.md, from the pieces of both scales."""
     every = [*small, *middle]
     noisy, clean = ([r for r in small if (r["noise"] == "clean") == correct] for correct in (False, True))
+    augmented, noisy = ([r for r in noisy if r["augmented"] == wanted] for wanted in (True, False))
     tables = {
         "forgotten": noise_table(every, peak),
         "fusions, wrong labels": overall_table(noisy, FUSIONS),
+        "fusions, wrong labels, augmented": overall_table(augmented, FUSIONS),
         "fusions, correct labels": overall_table(clean, FUSIONS),
         "gain": noise_table(every, difference("pool", "final")),
         "single networks": overall_table(noisy, SINGLE_NETWORKS),
@@ -184,9 +186,14 @@ def quoted(small: list[Result], middle: list[Result]) -> dict[str, str]:
         "few labels": few_labels_table(small),
     }
     if middle:
-        tables["middle scale"] = kind_table(
-            [r for r in middle if r["dataset"] == RESNET], FUSIONS + SINGLE_NETWORKS[1:]
-        )
+        noisy, clean = ([r for r in middle if (r["noise"] == "clean") == correct] for correct in (False, True))
+        resnet, constant = ([r for r in middle if r["dataset"] == RESNET + end] for end in ("", "_constant"))
+        tables |= {
+            "middle scale, wrong labels": overall_table(noisy, FUSIONS),
+            "middle scale, correct labels": overall_table(clean, FUSIONS),
+            "middle scale, ResNet": kind_table(resnet, ("KF", "pool", *SINGLE_NETWORKS)),
+            "constant rate": kind_table(constant, ("KF", "likelihood", "pool", *SINGLE_NETWORKS)),
+        }
     return tables
 
 
