@@ -11,6 +11,8 @@ import weakref
 from pathlib import Path
 from typing import ClassVar
 
+from .._files import is_open_at as _is_open_at
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -32,6 +34,7 @@ class RunLock:
 
     def __init__(self, path: Path) -> None:
         self.path, self._descriptor, self._owner = path, _lock_file(path), os.getpid()
+        self.turn = threading.RLock()  # held while something is checked and written: holders may be threads
         weakref.finalize(self, _unlock, path, self._descriptor, self._owner)
 
     @classmethod
@@ -84,7 +87,8 @@ def _lock_file(path: Path) -> int:
                 return descriptor
             owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
-            raise ValueError(f"run_dir: {owner} writes in {path.parent}; a run has one writer") from None
+            hint = "of the processes of a distributed job, one records"
+            raise ValueError(f"run_dir: {owner} writes in {path.parent}; a run has one writer: {hint}") from None
         if _is_open_at(descriptor, path):
             with contextlib.suppress(OSError):  # a full disk; the text only serves the message above
                 os.ftruncate(descriptor, 0)
@@ -105,14 +109,6 @@ def _opened(path: Path) -> int:
         if error.errno not in (errno.EISDIR, errno.ELOOP):
             raise
     raise ValueError(f"{path}: expected a regular file, the lock of the run; remove what is there")
-
-
-def _is_open_at(descriptor: int, path: Path) -> bool:
-    """Tell whether the path still leads to the open file."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except OSError:
-        return False
 
 
 def _unlock(path: Path, descriptor: int, owner: int) -> None:
