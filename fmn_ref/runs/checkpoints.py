@@ -1,4 +1,4 @@
-"""Checkpoints on disk: tensors only, written atomically, loaded without running code from the file.
+"""Checkpoints on disk: tensors and plain values only, written atomically with a checksum, loaded without running code.
 
 torch is imported inside the functions, so that runs without torch checkpoints do not need it.
 """
@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import re
-import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
+from . import archive
 from .folder import AnyPath
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+ROUNDING = 2.0**-11  # relative error of 16 bits
+_PLAIN = (type(None), bool, float, str)  # `load` reads them back, and integers
 
 
 def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
@@ -29,8 +32,8 @@ def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
     model : nn.Module
     path : path
     half : bool, default False
-        Store float32 and float64 as float16, except tensors that hold a number too large for it. `load_into` converts
-        them back.
+        Store float32 and float64 as float16, except tensors in which a weight would lose more than the rounding of 16
+        bits: see `_halved`. `load_into` converts them back.
     """
     save_weights(unwrap(model).state_dict(), path, half=half)
 
@@ -61,12 +64,26 @@ def _renamed(state: Any, own: Any) -> Any:
 
 
 def _halved(value: Any) -> Any:
+    """Round a tensor of 32 or 64 bits to 16, unless the error of a weight is large.
+
+    An error is small if it is at most 2^-11 of the weight, or of the largest weight in each of the tensor's rows,
+    columns and so on that the weight is in. So a weight near zero among large ones may be lost, but neither a row, a
+    column or an element of a vector that is small as a whole, nor a number too large for 16 bits.
+    """
     import torch
 
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
         return value
     small = value.half()
-    return small if torch.equal(small.isfinite(), value.isfinite()) else value
+    size, error = value.abs(), (small.to(value.dtype) - value).abs()
+    lost = (error > ROUNDING * size).nonzero(as_tuple=True)
+    if len(lost) and len(lost[0]):
+        size = size.where(size.isfinite(), 0)
+        slices = [[d for d in range(size.ndim) if d != dim] for dim in range(size.ndim)]
+        largest = [(size.amax(dims) if dims else size)[at] for dims, at in zip(slices, lost, strict=True)]
+        if (error[lost] > ROUNDING * torch.stack(largest).amin(0)).any():
+            return value
+    return small
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -82,39 +99,108 @@ def unwrap(model: Any) -> nn.Module:
             return model  # type: ignore[no-any-return]
 
 
+def check_readable(content: Any, name: str = "state") -> None:
+    """Raise a TypeError that names the entry, unless `load` can read back what `save` writes of the content."""
+    for where, value in _unusual(content, name):
+        try:
+            _round_trip(value)
+        except Exception as error:  # of somebody else's class
+            hint = "give a tensor, a number, a text, or a list or dict of them"
+            raise TypeError(
+                f"{where}: {type(value).__name__} could not be read back ({_reason(error)}); {hint}"
+            ) from error
+
+
+def _unusual(content: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield names and values that are neither plain numbers, texts and tensors nor dicts, lists and tuples of them."""
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        if type(content.data) is not torch.Tensor or content.layout != torch.strided or content.is_meta:
+            yield name, content
+    elif type(content) in (dict, OrderedDict):
+        for key, value in (*content.items(), *getattr(content, "__dict__", {}).items()):
+            yield from _unusual(key, f"{name}: key {key!r}")
+            yield from _unusual(value, f"{name}.{key}")
+    elif type(content) in (list, tuple):
+        for i, value in enumerate(content):
+            yield from _unusual(value, f"{name}[{i}]")
+    elif type(content) not in _PLAIN and not (type(content) is int and abs(content) < 2**63):
+        yield name, content
+
+
+def _round_trip(value: Any) -> None:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(to_cpu(value), buffer)
+    buffer.seek(0)
+    torch.load(buffer, map_location="cpu", weights_only=True)
+
+
 def save(content: Any, path: AnyPath) -> None:
-    """Write `content` as torch.save does, but whole or not at all.
+    """Write `content` as torch.save does, but whole or not at all, with a checksum that other readers ignore.
 
     The file is built in memory: torch.save reports an interruption or a full disk as an error of its zip writer.
     """
     import torch
 
     buffer = io.BytesIO()
-    torch.save(content, buffer)
-    _files.write_atomic(path, lambda file: file.write(buffer.getbuffer()))
+    torch.save(_compact(content), buffer)
+    _files.write_atomic(path, partial(archive.seal, buffer.getbuffer()))
+
+
+def _compact(content: Any) -> Any:
+    """Copy the tensors that are parts of larger ones: torch.save would store those whole."""
+    import torch
+
+    copies: dict[Any, Tensor] = {}
+
+    def alone(t: Tensor) -> Tensor:
+        if type(t) is not torch.Tensor or t.layout != torch.strided or t.untyped_storage().nbytes() <= t.nbytes:
+            return t
+        key = t.data_ptr(), t.dtype, t.shape, t.stride()
+        if key not in copies:  # tied weights stay tied
+            copies[key] = t.clone()
+        return copies[key]
+
+    return each_tensor(content, alone)
 
 
 def load(path: AnyPath) -> Any:
-    """Load a file that `save` wrote, to the CPU.
+    """Load a file that `save` or torch.save wrote, to the CPU.
 
     Raises
     ------
     FileNotFoundError
     ValueError
-        The file is truncated or damaged (a checksum does not match), is no checkpoint, or is a pickle that holds more
-        than tensors and plain containers.
+        The file is truncated or damaged (a checksum does not match), is no checkpoint, or holds more than tensors and
+        plain values. The message names the file and the cause.
     """
     import torch
 
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums it wrote
-        if damaged is not None:
-            raise ValueError(f"checksum of {damaged} does not match")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: not a readable checkpoint of tensors: {reason[0]}") from None
+    with _files.reading(path, "a readable checkpoint of tensors") as file:
+        archive.check(file)
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:
+            kind = MemoryError if "allocate memory" in str(error) else ValueError  # torch raises a RuntimeError
+            raise kind(_reason(error)) from error
+
+
+def is_own(path: AnyPath) -> bool:
+    """Tell whether `save` wrote the file."""
+    with _files.reading(path, "a checkpoint") as file:
+        return archive.is_sealed(file)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without torch's advice to run the code in a file."""
+    text = _files.cause(error).rpartition("WeightsUnpickler error: ")[2]
+    return re.sub(r"\x1b\[\d*m", "", text.partition(" Please use ")[0])
 
 
 def load_into(model: nn.Module, path: AnyPath) -> nn.Module:
