@@ -26,7 +26,7 @@ class ProbabilityReader:
     Attributes
     ----------
     in_memory : bool
-        Whether `probs` is an array, a list or a tuple: then reading an epoch is cheap.
+        Whether `probs` is an array, a list, a tuple or files: then reading an epoch is cheap.
     """
 
     def __init__(self, probs: Any, name: str = "probs") -> None:
@@ -40,7 +40,7 @@ class ProbabilityReader:
             )
         self._probs, self._name = probs, name
         self._shape: tuple[int, int] | None = None
-        self.in_memory = shape is not None or isinstance(probs, (list, tuple))
+        self.in_memory = shape is not None or isinstance(probs, (list, tuple)) or hasattr(probs, "paths")
         self._checked: dict[int, Array] = {}
 
     @classmethod
