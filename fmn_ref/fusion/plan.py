@@ -16,6 +16,7 @@ from .mixtures import COMBINATIONS, Members, log_linear_pool, members_from_weigh
 from .probabilities import ProbabilityReader
 
 MOST_WEIGHT = 1e6  # of a member of a log-linear pool
+MOST_EPOCHS = 1000  # in the windows of all members, for each byte of the file
 _VALUE = {"linear": "eps", "geometric": "weight"}  # what a member has beside its epoch, in the file
 
 
@@ -125,13 +126,15 @@ class FusionPlan:
         """{epoch: weight} of single epochs, without zeros, for the formula of `combine`. Linear weights sum to 1."""
         if self.combine == "geometric" and self.members:
             return {epoch: weight for epoch, weight in sorted(self.members) if weight > 0}
-        w = np.zeros(self.n_epochs)
+        windows = [window_epochs(epoch, self.window, self.n_epochs) for epoch, _ in self.members]
+        epochs = np.array(sorted({self.n_epochs - 1}.union(*windows)))  # not all: a file may say that there are 2^31
+        w = np.zeros(len(epochs))
         w[-1] = 1
-        for epoch, eps in self.members:
+        for (_, eps), chosen in zip(self.members, windows, strict=True):
             w *= 1 - eps
-            chosen = window_epochs(epoch, self.window, self.n_epochs)
-            w[chosen] += eps / len(chosen)
-        return {int(e): float(w[e]) for e in np.flatnonzero(w)}
+            first = int(np.searchsorted(epochs, chosen.start))
+            w[first : first + len(chosen)] += eps / len(chosen)
+        return {int(epochs[i]): float(w[i]) for i in np.flatnonzero(w)}
 
     def apply(self, probs: Any) -> Float:
         """Replay the plan on other samples.
@@ -183,10 +186,10 @@ class FusionPlan:
     def load(cls, path: str | os.PathLike[str]) -> FusionPlan:
         """Read a plan. A ValueError names a file that is no plan. Runs no code from the file."""
         content = _files.read_json(path, "fmn_ref.plan", newest=2)
-        try:
+        with _files.naming(path, "a valid plan"):
             combine = content["combine"] if content["version"] > 1 else "linear"
             value = _VALUE[_check.choice(combine, COMBINATIONS, "combine")]
-            return cls(
+            plan = cls(
                 members=tuple((m["epoch"], m[value]) for m in content["members"]),
                 n_epochs=content["n_epochs"],
                 window=content["window"],
@@ -198,9 +201,10 @@ class FusionPlan:
                 cv_accuracy=content.get("cv_accuracy"),
                 gain_interval=None if content.get("gain_interval") is None else tuple(content["gain_interval"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"missing {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}: not a valid plan: {reason}") from None
+            n, size = len(plan.members), os.path.getsize(_files.absolute(path))
+            if n * min(n * (2 * plan.window + 1), plan.n_epochs) > MOST_EPOCHS * (size + 10_000):
+                raise ValueError(f"window: expected windows that such a file can list, got {plan.window}")
+            return plan
 
     def __str__(self) -> str:
         """Method, checkpoints and accuracies in one sentence."""

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import _check
+from .. import _check, _files
 from ..metrics.curves import forget_fraction
 from ..metrics.history import labels_digest
 from ..runs.recorder import Recorder
@@ -110,7 +109,7 @@ class RecorderCallback(TrainerCallback):
         config: dict[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.run_dir, self.prefix, self.keep, self.overwrite = Path(run_dir), prefix, keep, overwrite
+        self.run_dir, self.prefix, self.keep, self.overwrite = _files.absolute(run_dir), prefix, keep, overwrite
         self.task = _check.choice(task, tuple(FORWARD_FNS), "task")
         self._options: dict[str, Any] = {
             "keep": checked_keep(keep),

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, _files
 from ..fusion.plan import FusionPlan
 from ..metrics.curves import correctness
 from ..metrics.history import labels_digest
@@ -127,11 +127,11 @@ def from_trainer(
         `output_dir`, of a later training in the same folder, or of other `eval_data`.
     """
     data.check_module(model, "model")
-    folders = _checkpoint_folders(Path(output_dir))
+    folders = _checkpoint_folders(_files.absolute(output_dir))
     forward_fn = FORWARD_FNS[_check.choice(task, tuple(FORWARD_FNS), "task")]
     model = copy.deepcopy(model)
     batches = data.Batches(eval_data, batch_size, data.device_of(model))
-    config = {"output_dir": str(Path(output_dir).resolve()), "task": task}
+    config = {"output_dir": str(_files.absolute(output_dir).resolve()), "task": task}
 
     def evaluate(step: int) -> Rows:
         _load_checkpoint(model, folders[step])
@@ -239,7 +239,7 @@ def save_fused(folder: AnyPath, plan: FusionPlan, run: Run, processing_class: An
     original, paths = plan_checkpoints(plan, run)
     if not isinstance(original, PreTrainedModel):
         raise TypeError(f"run: expected a model with save_pretrained, got {type(original).__name__}")
-    model, target = copy.deepcopy(original), Path(folder)
+    model, target = copy.deepcopy(original), _files.absolute(folder)
     target.mkdir(parents=True, exist_ok=True)
     (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
     for member in target.glob("member_*"):
@@ -267,7 +267,7 @@ def load_fused(folder: AnyPath, model_class: Any) -> FusedModel:
     ValueError
         A file is damaged, or a member is missing or does not fit the class. The message names it.
     """
-    source = Path(folder)
+    source = _files.absolute(folder)
     plan = FusionPlan.load(source / "plan.json")
     members = [_from_pretrained(model_class, source / f"member_{row:05d}") for row in plan.weights]
     return FusedModel.of_members(members, plan)

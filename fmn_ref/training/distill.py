@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, _files
 from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
 from . import data
@@ -142,6 +141,7 @@ def distill(
     data.check_module(teacher, "teacher")
     if targets_dir is None and run_dir is not None:
         targets_dir = RunFolder(run_dir).targets
+    targets_dir = None if targets_dir is None else _files.absolute(targets_dir)
     settings = Recipe.of(recipe)
     setup = asdict(settings) | _checked_setup(epochs, temperature, kd_weight, ema_decay, patience, val_data, run_dir)
     views = min(_check.number(views, 1, 2**20, "views", int), setup["epochs"])
@@ -318,10 +318,10 @@ def tune_distillation(
     trials = [(float(t), float(w)) for t in temperatures for w in kd_weights]
     if not trials:
         raise ValueError("temperatures, kd_weights: expected at least one of each")
-    options = {"targets_dir": Path(run_dir) / "targets", **options, "epochs": epochs, "val_data": val_data}
+    options = {"targets_dir": RunFolder(run_dir).targets, **options, "epochs": epochs, "val_data": val_data}
     rows = list[dict[str, float]]()
     for temperature, kd_weight in trials:
-        folder = Path(run_dir) / f"temperature_{temperature:g}_kd_weight_{kd_weight:g}"
+        folder = RunFolder(run_dir).path / f"temperature_{temperature:g}_kd_weight_{kd_weight:g}"
         options |= {"temperature": temperature, "kd_weight": kd_weight, "run_dir": folder}
         with torch.random.fork_rng():
             torch.manual_seed(options.get("seed", 0))

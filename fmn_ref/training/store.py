@@ -208,9 +208,15 @@ class Store(contextlib.ExitStack):
             {"epoch": int, name: state_dict, ...}, which `load` returns.
         outcome : (correct, labels) or None
             Both (n_samples,); None without a recorder.
+
+        Raises
+        ------
+        TypeError
+            An entry of the state could not be read back. Nothing is written then.
         """
         if distributed.rank() != 0:
             return
+        checkpoints.check_readable(state)
         state = checkpoints.snapshot(state)
         self._writer.put(lambda: self._record(state, outcome), lambda: self._save_resume(state))
 

@@ -140,4 +140,4 @@ def train(
                 progress=progress,
             )
     model.eval()
-    return Run.open(run_dir, model, forward_fn)
+    return Run.open(store.folder.path, model, forward_fn)  # the working directory may be another one now
