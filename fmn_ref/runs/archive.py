@@ -23,6 +23,7 @@ _FULL = 0xFFFFFFFF  # the value is in a field of 64 bits
 _SEAL = b"fmn_ref crc32 "  # and eight hexadecimal digits: the CRC-32 of all bytes before them
 _SEALED = len(_SEAL) + 8
 _CHUNK = 1 << 18
+_NESTING, _NESTED = (b"(", b"\x85", b"\x86", b"\x87"), 5000  # a tuple needs one of these; a few thousand can do no harm
 # Bytes of an element in each kind of storage that torch.save writes.
 _ELEMENT = {b"torch.storage\nUntypedStorage": 1}
 _ELEMENT |= {b"torch\n%sStorage" % name: 1 for name in (b"Byte", b"Char", b"Bool", b"QUInt8", b"QInt8")}
@@ -56,34 +57,48 @@ def is_sealed(file: IO[bytes]) -> bool:
     return file.read(len(_SEAL)) == _SEAL
 
 
-def check(file: IO[bytes]) -> None:
+def check(file: IO[bytes], scanned: bool = True) -> None:
     """Check a file before torch.load reads it; a ValueError says what is wrong.
 
-    A sealed file must match its checksum, another one those of its entries. What its pickle says of the tensors'
-    storages must agree with the entries.
+    A sealed file must match its checksum. The entries of another one must match theirs, and their own headers.
+
+    Parameters
+    ----------
+    file : file opened to read
+    scanned : bool, default True
+        Scan the pickle, and compare what it says of the tensors' storages with the entries. If False, only a pickle
+        that could be harmful is scanned.
     """
     size, sealed = file.seek(0, 2), is_sealed(file)
     if sealed and b"%08x" % _crc(file, 0, size - 8) != _read(file, size - 8, 8):
         raise ValueError("its checksum does not match")
-    offsets: dict[bytes, tuple[int, int]] = {}  # and size, of each entry's data
-    end = 0
     entries, directory = _directory(file, size, _SEALED if sealed else 0)
+    for entry, after in zip(entries, [*(e.header for e in entries[1:]), directory], strict=True):
+        _require(entry.header + _LOCAL.size + len(entry.name) + entry.size <= after, "its entries overlap")
+    if not sealed:
+        _check_entries(file, entries, directory)
+    sizes = {entry.name.partition(b"/")[2]: entry for entry in entries}
+    _require(len(sizes) == len(entries) and b"data.pkl" in sizes, "it has no data.pkl, as torch.save writes")
+    pickled = sizes[b"data.pkl"]
+    data = _read(file, _check_local(file, pickled, pickled.header)[0], pickled.size)
+    if scanned or b"bytearray" in data or sum(map(data.count, _NESTING)) > _NESTED:
+        _check_storages(scan(data, contents=True), sizes)
+
+
+def _check_entries(file: IO[bytes], entries: list[_Entry], directory: int) -> None:
+    end = 0
     for entry in entries:
         start, end = _check_local(file, entry, end)
-        _require(entry.name not in offsets, "an entry is there twice")
-        offsets[entry.name] = start, entry.size
-        if not sealed and _crc(file, start, entry.size) != entry.crc:
+        if _crc(file, start, entry.size) != entry.crc:
             raise ValueError(f"the checksum of {entry.name.decode(errors='replace')} does not match")
     _require(end == directory, "something stands between the entries and the directory")
-    _check_storages(file, {name.partition(b"/")[2]: found for name, found in offsets.items()})
 
 
-def _check_storages(file: IO[bytes], offsets: dict[bytes, tuple[int, int]]) -> None:
-    _require(b"data.pkl" in offsets, "it has no data.pkl, as torch.save writes")
-    for identifier in scan(_read(file, *offsets[b"data.pkl"]), contents=True):
+def _check_storages(identifiers: list[Any], entries: dict[bytes, _Entry]) -> None:
+    for identifier in identifiers:
         match identifier:
-            case [b"storage", kind, bytes(key), _, int(n)] if kind in _ELEMENT and b"data/" + key in offsets:
-                _require(0 <= n * _ELEMENT[kind] <= offsets[b"data/" + key][1], "a tensor is larger than its entry")
+            case [b"storage", kind, bytes(key), _, int(n)] if kind in _ELEMENT and b"data/" + key in entries:
+                _require(0 <= n * _ELEMENT[kind] <= entries[b"data/" + key].size, "a tensor is larger than its entry")
             case _:
                 raise ValueError("it refers to a tensor that it does not contain")
 
@@ -115,7 +130,7 @@ def _entries(directory: bytes, count: int) -> list[_Entry]:
         _require(len(fixed) == _CENTRAL.size and fixed.startswith(b"PK\1\2"), "its directory is damaged")
         _, flags, method, crc, packed, size, n_name, n_extra, n_comment, disk, kind, header = _CENTRAL.unpack(fixed)
         name, extra = directory[at : at + n_name], directory[at + n_name : at + n_name + n_extra]
-        size, packed, header = _widened(extra, size, packed, header)
+        size, packed, header = widened(extra, size, packed, header)
         simple = (method, packed, disk, n_comment) == (0, size, 0, 0) and not flags & ~(_STREAMED | _UTF8)
         _require(simple, "an entry is not simply stored")
         _require(name and not name.endswith(b"/") and not kind & _FOLDER, "an entry is a folder")
@@ -125,15 +140,17 @@ def _entries(directory: bytes, count: int) -> list[_Entry]:
     return found
 
 
-def _widened(extra: bytes, *values: int) -> list[int]:
+def widened(extra: bytes, *values: int) -> list[int]:
     """Replace each value that does not fit 32 bits by its 64 bits in the extra field."""
     if _FULL not in values:
         return list(values)
     at = 0
     while extra[at : at + 2] not in (b"\1\0", b""):
         at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
-    wide = struct.iter_unpack("<Q", extra[at + 4 :][: 8 * values.count(_FULL)])
-    return [next(wide)[0] if value == _FULL else value for value in values]
+    n = values.count(_FULL)
+    _require(len(extra) >= at + 4 + 8 * n, "its directory is damaged")
+    wide = iter(struct.unpack_from(f"<{n}Q", extra, at + 4))
+    return [next(wide) if value == _FULL else value for value in values]
 
 
 def _check_local(file: IO[bytes], entry: _Entry, at: int) -> tuple[int, int]:

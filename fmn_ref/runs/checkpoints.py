@@ -74,14 +74,15 @@ def _halved(value: Any) -> Any:
 
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
         return value
-    small = value.half()
-    size, error = value.abs(), (small.to(value.dtype) - value).abs()
-    lost = (error > ROUNDING * size).nonzero(as_tuple=True)
-    if len(lost) and len(lost[0]):
-        size = size.where(size.isfinite(), 0)
-        slices = [[d for d in range(size.ndim) if d != dim] for dim in range(size.ndim)]
-        largest = [(size.amax(dims) if dims else size)[at] for dims, at in zip(slices, lost, strict=True)]
-        if (error[lost] > ROUNDING * torch.stack(largest).amin(0)).any():
+    small, size = value.half(), value.abs()
+    outside = (size < 2.0**-14) | (size > 65504)  # of the numbers that 16 bits hold with full precision
+    if outside.any():
+        error, bound = (small[outside].to(value.dtype) - value[outside]).abs(), size[outside]
+        if size.ndim > 1:
+            others = [[d for d in range(size.ndim) if d != dim] for dim in range(size.ndim)]
+            largest = [size.amax(dims, keepdim=True).expand_as(size)[outside] for dims in others]
+            bound = bound.maximum(torch.stack(largest).amin(0).nan_to_num(0, posinf=0))
+        if (error > ROUNDING * bound).any():
             return value
     return small
 
@@ -116,7 +117,8 @@ def _unusual(content: Any, name: str) -> Iterator[tuple[str, Any]]:
     import torch
 
     if isinstance(content, torch.Tensor):
-        if type(content.data) is not torch.Tensor or content.layout != torch.strided or content.is_meta:
+        usual = type(content.data) is torch.Tensor and content.layout == torch.strided
+        if not usual or content.is_meta or torch.nn.parameter.is_lazy(content):
             yield name, content
     elif type(content) in (dict, OrderedDict):
         for key, value in (*content.items(), *getattr(content, "__dict__", {}).items()):
@@ -167,8 +169,14 @@ def _compact(content: Any) -> Any:
     return each_tensor(content, alone)
 
 
-def load(path: AnyPath) -> Any:
+def load(path: AnyPath, scan: bool = False) -> Any:
     """Load a file that `save` or torch.save wrote, to the CPU.
+
+    Parameters
+    ----------
+    path : path
+    scan : bool, default False
+        Look into all that the file contains first. Needed if more than the tensors of a state_dict is used of it.
 
     Raises
     ------
@@ -180,7 +188,7 @@ def load(path: AnyPath) -> Any:
     import torch
 
     with _files.reading(path, "a readable checkpoint of tensors") as file:
-        archive.check(file)
+        archive.check(file, scan or torch.__version__ < "2.13")  # later versions compare the sizes of tensors
         file.seek(0)
         try:
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -235,7 +235,7 @@ class Recorder:
         paths = [p for p in (self.folder.resume, self.folder.previous_resume) if p.is_file() and checkpoints.is_own(p)]
         if not (n_rows and paths):
             return paths
-        after = {path: checkpoints.load(path)["epoch"] for path in paths}
+        after = {path: checkpoints.load(path, scan=True)["epoch"] for path in paths}
         last = self._epochs[n_rows - 1]
         if last not in after.values():
             known = " or ".join(str(e + 1) for e in sorted(after.values()))

@@ -238,7 +238,7 @@ class Store(contextlib.ExitStack):
 
 
 def _resume_state(path: Path, names: set[str]) -> dict[str, Any]:
-    state = checkpoints.load(path)
-    if not isinstance(state, dict) or state.keys() != {"epoch", *names} or not isinstance(state["epoch"], int):
+    state = checkpoints.load(path, scan=True)
+    if not isinstance(state, dict) or state.keys() != {"epoch", *names} or type(state["epoch"]) is not int:
         raise ValueError(f"{path}: not what train or distill left to resume from")
     return state
