@@ -16,7 +16,7 @@ from .mixtures import COMBINATIONS, Members, log_linear_pool, members_from_weigh
 from .probabilities import ProbabilityReader
 
 MOST_WEIGHT = 1e6  # of a member of a log-linear pool
-MOST_EPOCHS = 1000  # in the windows of all members, for each byte of the file
+LISTED = 1000  # epochs that windows may have beyond those that a file lists: each takes more than a byte there
 _VALUE = {"linear": "eps", "geometric": "weight"}  # what a member has beside its epoch, in the file
 
 
@@ -201,8 +201,9 @@ class FusionPlan:
                 cv_accuracy=content.get("cv_accuracy"),
                 gain_interval=None if content.get("gain_interval") is None else tuple(content["gain_interval"]),
             )
-            n, size = len(plan.members), os.path.getsize(_files.absolute(path))
-            if n * min(n * (2 * plan.window + 1), plan.n_epochs) > MOST_EPOCHS * (size + 10_000):
+            n, most = len(plan.members), os.path.getsize(_files.absolute(path)) + LISTED
+            in_windows = min(n * (2 * plan.window + 1), plan.n_epochs)
+            if in_windows > most or n * in_windows > LISTED * most:
                 raise ValueError(f"window: expected windows that such a file can list, got {plan.window}")
             return plan
 
