@@ -16,7 +16,7 @@ from .mixtures import COMBINATIONS, Members, log_linear_pool, members_from_weigh
 from .probabilities import ProbabilityReader
 
 MOST_WEIGHT = 1e6  # of a member of a log-linear pool
-LISTED = 1000  # epochs that windows may have beyond those that a file lists: each takes more than a byte there
+LISTED = 1000  # epochs that windows may have beyond those that a file lists; each of those takes some bytes
 _VALUE = {"linear": "eps", "geometric": "weight"}  # what a member has beside its epoch, in the file
 
 
@@ -126,15 +126,33 @@ class FusionPlan:
         """{epoch: weight} of single epochs, without zeros, for the formula of `combine`. Linear weights sum to 1."""
         if self.combine == "geometric" and self.members:
             return {epoch: weight for epoch, weight in sorted(self.members) if weight > 0}
-        windows = [window_epochs(epoch, self.window, self.n_epochs) for epoch, _ in self.members]
-        epochs = np.array(sorted({self.n_epochs - 1}.union(*windows)))  # not all: a file may say that there are 2^31
+        epochs = np.concatenate([np.arange(part.start, part.stop) for part in self._covered])  # few of n_epochs
         w = np.zeros(len(epochs))
         w[-1] = 1
-        for (_, eps), chosen in zip(self.members, windows, strict=True):
+        windows = [window_epochs(epoch, self.window, self.n_epochs) for epoch, _ in self._counted]
+        starts = np.searchsorted(epochs, [chosen.start for chosen in windows]).tolist()
+        for (_, eps), chosen, start in zip(self._counted, windows, starts, strict=True):
             w *= 1 - eps
-            first = int(np.searchsorted(epochs, chosen.start))
-            w[first : first + len(chosen)] += eps / len(chosen)
+            w[start : start + len(chosen)] += eps / len(chosen)
         return {int(epochs[i]): float(w[i]) for i in np.flatnonzero(w)}
+
+    @property
+    def _counted(self) -> Members:
+        """Linear members that have a weight in the end."""
+        replaced = max((i for i, (_, eps) in enumerate(self.members) if eps == 1), default=0)
+        return tuple((epoch, eps) for epoch, eps in self.members[replaced:] if eps > 0)
+
+    @property
+    def _covered(self) -> list[range]:
+        """Epochs in the windows of these members, and the last epoch."""
+        merged = [range(0)]
+        windows = [window_epochs(epoch, self.window, self.n_epochs) for epoch in sorted(dict(self._counted))]
+        for part in (*windows, range(self.n_epochs - 1, self.n_epochs)):
+            if part.start <= merged[-1].stop:
+                merged[-1] = range(merged[-1].start, part.stop)
+            else:
+                merged.append(part)
+        return merged
 
     def apply(self, probs: Any) -> Float:
         """Replay the plan on other samples.
@@ -201,10 +219,9 @@ class FusionPlan:
                 cv_accuracy=content.get("cv_accuracy"),
                 gain_interval=None if content.get("gain_interval") is None else tuple(content["gain_interval"]),
             )
-            n, most = len(plan.members), os.path.getsize(_files.absolute(path)) + LISTED
-            in_windows = min(n * (2 * plan.window + 1), plan.n_epochs)
-            if in_windows > most or n * in_windows > LISTED * most:
-                raise ValueError(f"window: expected windows that such a file can list, got {plan.window}")
+            most, n_covered = LISTED + os.path.getsize(_files.absolute(path)), sum(map(len, plan._covered))
+            if plan.combine == "linear" and (n_covered > most or n_covered * len(plan.members) > LISTED * most):
+                raise ValueError(f"window: expected windows of epochs that the file lists, got {plan.window}")
             return plan
 
     def __str__(self) -> str:

@@ -49,7 +49,7 @@ class RunFolder:
     """
 
     def __init__(self, path: AnyPath) -> None:
-        self.given, self.path = path, _files.absolute(path)
+        self.given, self.path = getattr(path, "given", path), _files.absolute(path)
         self.run_json = self.path / "run.json"
         self.history = self.path / "history.fmnh"
         self.checkpoints = self.path / "checkpoints"
@@ -58,6 +58,9 @@ class RunFolder:
         self.plan = self.path / "plan.json"
         self.comparisons = self.path / "comparison.json", self.path / "cell.json"
         self.targets = self.path / "targets"
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     def check_recorded(self) -> None:
         """Raise FileNotFoundError, with a hint, unless the folder holds a run with a history."""

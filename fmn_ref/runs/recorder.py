@@ -276,7 +276,7 @@ class Recorder:
         """The run so far; ValueError before the first epoch."""
         if self._history is None or not len(self._history):
             raise ValueError(f"{self.run_dir}: nothing recorded yet")
-        return Run(self.run_dir, self._history, self.model, self.forward_fn)
+        return Run(self.folder, self._history, self.model, self.forward_fn)
 
     def __repr__(self) -> str:
-        return f"Recorder({str(self.run_dir)!r}, next_epoch={self.next_epoch})"
+        return f"Recorder({str(self.folder.given)!r}, next_epoch={self.next_epoch})"

@@ -140,4 +140,4 @@ def train(
                 progress=progress,
             )
     model.eval()
-    return Run.open(store.folder.path, model, forward_fn)  # the working directory may be another one now
+    return Run.open(store.folder, model, forward_fn)  # the working directory may be another one now

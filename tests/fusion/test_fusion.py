@@ -345,10 +345,19 @@ class TestPlanFile:
         made.save(plan)
         assert fmn.FusionPlan.load(plan) == made
         assert len(made.weights) == 5
-        alone = fmn.FusionPlan((), 2**31, 2**31, (0.5,))
-        alone.save(plan)
-        assert fmn.FusionPlan.load(plan) == alone
-        assert alone.weights == {2**31 - 1: 1}
+        for members in ((), ((5, 0.0),), ((0, 0.0), (2**31 - 1, 1.0))):  # windows without a weight
+            alone = fmn.FusionPlan(members, 2**31, 2**20 if len(members) < 2 else 0, (0.5,) * (len(members) + 1))
+            alone.save(plan)
+            assert fmn.FusionPlan.load(plan) == alone
+            assert alone.weights == {2**31 - 1: 1}
+
+    def test_overlapping_windows_are_honest(self, plan):
+        """Hundreds of members around the same epochs: few epochs have a weight."""
+        members = tuple((5000 + i % 40, 0.01) for i in range(400))
+        made = fmn.FusionPlan(members, 100_000, 200, (0.5,) * 401)
+        made.save(plan)
+        assert fmn.FusionPlan.load(plan) == made
+        assert len(made.weights) == 441
 
     @pytest.mark.parametrize("window", [0, 1, 3, 100])
     def test_weights_are_those_of_every_epoch_written_out(self, rng, window):
