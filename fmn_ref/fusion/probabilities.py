@@ -11,6 +11,7 @@ from .. import _check
 from .._check import Array, Float
 from ..kernels.backend import kernels
 from ..kernels.mixing import mean, widened
+from ..runs.arrays import MOST_MAPPED
 
 
 class ProbabilityReader:
@@ -42,6 +43,7 @@ class ProbabilityReader:
         self._shape: tuple[int, int] | None = None
         self.in_memory = shape is not None or isinstance(probs, (list, tuple)) or hasattr(probs, "paths")
         self._checked: dict[int, Array] = {}
+        self._few = not hasattr(probs, "paths") or len(probs) <= MOST_MAPPED
 
     @classmethod
     def of(cls, probs: Any, name: str = "probs") -> ProbabilityReader:
@@ -61,7 +63,7 @@ class ProbabilityReader:
             return self._checked[epoch]
         p = stored_probabilities(self._probs[epoch], self._shape, f"{self._name}[{epoch}]")
         self._shape = (p.shape[0], p.shape[1])
-        if self.in_memory and not p.flags.owndata:  # a view: keeping it needs no memory
+        if self.in_memory and self._few and not p.flags.owndata:  # a view: keeping it needs no memory
             self._checked[epoch] = p
         return p
 

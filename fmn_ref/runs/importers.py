@@ -81,7 +81,7 @@ def epoch_files(folder: str | Path, pattern: str = "*.npy") -> Sequence[NDArray[
     Returns
     -------
     sequence of arrays
-        Memory-mapped; from 65 files on, read into memory one by one, since each mapping holds a descriptor.
+        Memory-mapped. While 64 of them are in use, others are read into memory: each mapping holds a descriptor.
 
     Raises
     ------
