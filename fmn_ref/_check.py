@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOLERANCE = 1e-2  # of the sum of a row of probabilities: bfloat16 rounds that much
+FINE_TOLERANCE = 1e-4  # of the sum of a row of probabilities that no 16-bit type has rounded
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # the bits of a type that NumPy lacks
 Bool = NDArray[np.bool_]
 Int = NDArray[np.int64]
@@ -18,11 +19,24 @@ Float = NDArray[np.float64]
 Array = NDArray[Any]  # of any type; for probabilities a floating-point type, BFLOAT16 included
 
 
-def array(x: Any, name: str, bfloat16: bool = False) -> Array:
+def array(x: Any, name: str, bfloat16: bool = False, kinds: str = "biuf") -> Array:
     """View anything that NumPy can view; copy only tensors on an accelerator or of a type that NumPy lacks.
 
-    A bfloat16 tensor becomes float32. With `bfloat16` it becomes an array of dtype BFLOAT16, without a copy.
+    Every array that a user passes comes through here. Masked values are refused, in lists of arrays too: NumPy would
+    show what is under the mask. `kinds` are those of the accepted dtypes. A bfloat16 tensor becomes float32, or with
+    `bfloat16` an array of dtype BFLOAT16, without a copy.
     """
+    try:
+        a = _viewed(x, bfloat16)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise TypeError(f"{name}: expected an array, got {type(x).__name__} ({error})") from None
+    if a.dtype.kind not in kinds and not (bfloat16 and a.dtype == BFLOAT16):
+        expected = "booleans, numbers or strings" if "U" in kinds else "booleans or numbers"
+        raise TypeError(f"{name}: expected {expected}, got {type(x).__name__} of dtype {a.dtype}")
+    return a
+
+
+def _viewed(x: Any, bfloat16: bool) -> Array:
     if is_tensor(x):
         x = x.detach().cpu()
         if str(x.dtype) == "torch.bfloat16":
@@ -31,15 +45,25 @@ def array(x: Any, name: str, bfloat16: bool = False) -> Array:
             x = x.view(torch.int16).numpy().view(BFLOAT16) if bfloat16 else x.float()
     elif hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
         x = np.from_dlpack(x)
-    try:
-        a = np.asarray(x)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected an array, got {type(x).__name__} ({error})") from None
-    if a.dtype.name == "bfloat16":  # from ml_dtypes, which JAX uses
-        a = a.astype(np.float32)
-    if a.dtype.kind not in "biuf" and not (bfloat16 and a.dtype == BFLOAT16):
-        raise TypeError(f"{name}: expected booleans or numbers, got {type(x).__name__} of dtype {a.dtype}")
-    return a
+    elif n_masked := _masked_values(x):
+        raise ValueError(f"{n_masked} of its values are masked; leave them out first")
+    a = np.asarray(x)
+    return a.astype(np.float32) if a.dtype.name == "bfloat16" else a  # from ml_dtypes, which JAX uses
+
+
+def _masked_values(x: Any) -> int:
+    """Number of masked values in a masked array, or in lists and tuples that contain some."""
+    if isinstance(x, np.ma.MaskedArray):
+        return int(np.ma.getmaskarray(x).view(np.uint8).sum())
+    nested = (list, tuple, np.ma.MaskedArray)
+    if isinstance(x, (list, tuple)) and any(issubclass(t, nested) for t in set(map(type, x))):
+        return sum(map(_masked_values, x))
+    return 0
+
+
+def of_file(x: Any) -> str:
+    """Name of the file that is mapped into an array, as an addition to the array's name; empty for other arrays."""
+    return f" ({x.filename})" if isinstance(x, np.memmap) and x.filename else ""
 
 
 def is_tensor(x: Any) -> bool:
@@ -49,7 +73,12 @@ def is_tensor(x: Any) -> bool:
 
 def on_device(x: Any) -> bool:
     """Tell whether `x` is a torch tensor on an accelerator."""
-    return is_tensor(x) and x.device.type != "cpu"
+    return is_tensor(x) and x.device.type not in ("cpu", "meta")  # a meta tensor has no data to reduce
+
+
+def computable(t: Any) -> Any:
+    """The tensor as int64 if torch can do little with its type: unsigned integers above 8 bits."""
+    return t.long() if str(t.dtype) in ("torch.uint16", "torch.uint32", "torch.uint64") else t
 
 
 def kind(a: Any) -> str:
@@ -62,7 +91,7 @@ def kind(a: Any) -> str:
 
 def correct_matrix(x: Any, name: str = "correct") -> Any:
     """(n_epochs, n_samples) array, or tensor on its accelerator, of bool or integers; values are not checked."""
-    a = x.detach() if on_device(x) else array(x, name)
+    a = computable(x.detach()) if on_device(x) else array(x, name)
     if kind(a) == "f":
         raise TypeError(f"{name}: expected bool or integers 0 and 1, got dtype {a.dtype}; see fmn_ref.correctness")
     if a.ndim != 2:
@@ -89,13 +118,13 @@ def bool_matrix(x: Any, name: str = "correct") -> Bool:
 
 def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, name: str = "labels") -> Int:
     """(n_samples,) int64 in [0, n_classes)."""
-    others = "" if name == "index" else "; np.unique(..., return_inverse=True) numbers other labels"
-    try:
-        a = array(x, name)
-    except TypeError as error:
-        raise TypeError(f"{error}{others}") from None
+    a = array(x, name, kinds="biufcmMOSUV")  # the hint comes with the dtype
     if a.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected integers, got dtype {a.dtype}{others}")
+        hint = "" if name == "index" else "; np.unique(..., return_inverse=True) numbers other labels"
+        if a.dtype.kind == "f":
+            gaps = np.isnan(a).any()
+            hint = f"{' with NaN; leave these samples out' if gaps else '; .astype(int) converts whole numbers'}{hint}"
+        raise TypeError(f"{name}: expected integers, got {type(x).__name__} of dtype {a.dtype}{hint}")
     if a.ndim != 1 or len(a) == 0:
         raise ValueError(f"{name}: expected shape (n_samples,) with at least one sample, got shape {a.shape}")
     if n_samples is not None and len(a) != n_samples:
@@ -107,6 +136,19 @@ def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, n
     if a.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name}: expected classes below 2^63, got {a.max()}")
     return a.astype(np.int64)
+
+
+def sums_to_one(scores: Any) -> bool:
+    """Tell whether every row of `scores` sums to 1, within the rounding of the type that holds all its values.
+
+    Values of a 16-bit type may come in a wider one.
+    """
+    a = array(scores, "scores").astype(np.float64)
+    with np.errstate(all="ignore"):
+        single = a.astype(np.float32)
+        bfloat16, float16 = single.view(np.uint32) % 2**16 == 0, single.astype(np.float16) == single
+    rounded = (single == a).all() and (bfloat16.all() or float16.all())
+    return bool((np.abs(a.sum(-1) - 1) <= (TOLERANCE if rounded else FINE_TOLERANCE)).all())
 
 
 def probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "probs") -> Float:
@@ -134,13 +176,16 @@ def probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "pro
 
 def weights(x: Any, n_samples: int, name: str = "sample_weight") -> Float:
     """(n_samples,) float64: finite, not negative, not all zero."""
-    a = array(x, name).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        a = array(x, name).astype(np.float64)
+        total = a.sum()
     if a.shape != (n_samples,):
         raise ValueError(f"{name}: expected shape ({n_samples},), got shape {a.shape}")
-    with np.errstate(over="ignore"):
-        total = a.sum()
-    if not np.isfinite(total) or (a < 0).any() or not a.any():
-        raise ValueError(f"{name}: expected weights >= 0 with a finite sum above 0")
+    bad = np.flatnonzero(~(a >= 0))  # NaN too
+    if len(bad):
+        raise ValueError(f"{name}: expected weights >= 0, got {a[bad[0]]} at sample {bad[0]}")
+    if not 0 < total < np.inf:
+        raise ValueError(f"{name}: expected weights with a finite sum above 0, got a sum of {total}")
     return a
 
 
@@ -155,14 +200,16 @@ def index(i: Any, n: int, name: str) -> int:
 
 def choice(value: Any, options: tuple[str, ...], name: str) -> str:
     """One of the options."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
     return str(value)
 
 
 def number(value: Any, low: float, high: float, name: str, kind: type = float) -> Any:
     """A finite number (an integer for kind=int) in [low, high]."""
-    accepted = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+    if isinstance(value, np.generic):
+        value = value.item()  # NumPy would round the bounds to the value's type
+    accepted = int if kind is int else (int, float, np.floating)  # the last: of long double
     if isinstance(value, bool) or not isinstance(value, accepted):
         raise TypeError(f"{name}: expected {'an integer' if kind is int else 'a number'}, got {type(value).__name__}")
     if not low <= value <= high:

@@ -11,14 +11,13 @@ import contextlib
 import importlib
 import json
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import __version__, _files
+from . import __version__, _files, _stderr
 from .fusion.expectation import expected_gain
 from .fusion.fuse import fuse
 from .fusion.methods import method_names
@@ -32,7 +31,8 @@ from .reporting.comparison import compare_probabilities
 from .reporting.report import write_report
 from .reporting.tables import csv_table
 from .runs import importers
-from .runs.load import check_outputs, has_labels, load_correct, load_epochs, load_labels, load_named
+from .runs.load import check_outputs, error_line, has_labels, load_correct, load_epochs, load_labels, load_named
+from .runs.text import BYTES, id_array, read_ids
 
 PROBS = (
     "probabilities (n_epochs, n_samples, n_classes): an .npy file; an .npz file with 'probs', and optionally 'labels'; "
@@ -110,14 +110,14 @@ def metric_text(columns: dict[str, list[Any]], summary: dict[str, Any], referenc
 def write_per_sample(args: argparse.Namespace, correct: Any, epochs: list[int]) -> None:
     stats = sample_statistics(correct, never_learned=args.never_learned, progress=True)
     n = len(stats.forgotten)
-    names = list(range(n)) if args.ids is None else Path(args.ids).read_text().splitlines()
+    names = list(range(n)) if args.ids is None else read_ids(args.ids)
     if len(names) != n:
         raise ValueError(f"{args.ids}: expected {n} lines, one id per sample, got {len(names)}")
     columns = {"sample_id": names, **{k: v.tolist() for k, v in vars(stats).items()}}
     for k in ("first_learned", "last_correct"):  # from rows of the matrix to epochs; empty for never
         columns[k] = ["" if np.isnan(row) else epochs[int(row)] for row in vars(stats)[k]]
     text = csv_table(list(columns), zip(*columns.values(), strict=True))
-    _files.write_atomic(args.per_sample, lambda f: f.write(text.encode()))
+    _files.write_atomic(args.per_sample, lambda f: f.write(text.encode("utf-8", BYTES)))
 
 
 def command_fuse(args: argparse.Namespace) -> None:
@@ -203,12 +203,13 @@ def command_demo(args: argparse.Namespace) -> None:
     """
     from . import demo
 
-    if not sys.stderr.isatty():  # no progress bar there: log a line per run
+    if not _stderr.shows():  # no progress bar there: log a line per run
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     out = Path(args.output)
     results = demo.run_demo(out, args.seeds, args.epochs)
     files = f"report: {out / 'report.md'}   numbers: {out / 'results.json'}"
-    print_result(args, results, f"{demo.accuracy_table(results)}\n{files}")
+    tables = f"{demo.accuracy_table(results)}\n{demo.calibration_table(results)}"
+    print_result(args, results, f"{tables}\n{files}")
 
 
 def command_import(args: argparse.Namespace) -> None:
@@ -222,7 +223,7 @@ def command_import(args: argparse.Namespace) -> None:
     else:
         correct, indices = importers.from_toneva(args.path)
         arrays, ids = {"correct": correct}, list(map(str, indices))
-    arrays["sample_ids"] = np.array(ids)
+    arrays["sample_ids"] = id_array(ids)
     _files.write_atomic(args.output, lambda f: np.savez(f, **arrays))
     shapes = {name: list(a.shape) for name, a in arrays.items()}
     text = f"{args.output}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
@@ -300,7 +301,7 @@ def fuse_options(add: Add) -> None:
     add("--labels", help=f"{LABELS}{BESIDE}probabilities")
     add("--correct", help="correctness of the same samples, .fmnh or .npy: forget then reads only the chosen epochs")
     add("--method", choices=method_names(), default="forget", help="how epochs are chosen (default forget)")
-    add("--max-members", type=int, help="most members (default: add members until none helps)")
+    add("--max-members", type=int, help="most members (default: ten for pool, else no bound)")
     add("--max-forward-passes", type=int, help="most checkpoints that one prediction may evaluate")
     add("--folds", type=int, help="folds of the cross-validation that estimates the plan's gain (default 5; 0: none)")
     add("--balanced", action="store_true", help="maximise balanced accuracy: every class has the same weight")
@@ -318,7 +319,7 @@ def import_options(add: Add) -> None:
 def apply_options(add: Add) -> None:
     add("plan", help="plan.json, as fuse wrote it")
     add("probs", help=PROBS)
-    add("--labels", help=f"{LABELS}: print the accuracy too")
+    add("--labels", help=f"{LABELS}: print accuracy, NLL and calibration error too")
     add("-o", "--output", default="fused.npy", help="file to write (default fused.npy)")
     add("--logits", action="store_true", help=LOGITS)
     add("--allow-selection-data", action="store_true", help="print the accuracy on the samples that chose the plan")
@@ -377,11 +378,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         _files.flush_output()
     except KeyboardInterrupt:
-        print("fmn-ref: interrupted" + "; run it again to continue" * (args.command == "demo"), file=sys.stderr)
+        _stderr.say("fmn-ref: interrupted" + "; run it again to continue" * (args.command == "demo"))
         return 130
     except Exception as error:  # whatever fails is told in one line
         with contextlib.suppress(OSError):
             _files.flush_output()
-        print(f"fmn-ref: error: {_files.cause(error)}", file=sys.stderr)
+        _stderr.say(f"fmn-ref: error: {error_line(error, vars(args))}")
         return 1
     return 0

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from . import _check, _files
+from . import _check, _files, _stderr
 from .metrics.curves import forgetting_curves
 from .reporting import plot
 from .reporting.comparison import Comparison, compare
@@ -107,7 +106,7 @@ def run_demo(out: Path, n_seeds: int = 5, epochs: int = 40) -> dict[str, Any]:
     _check.number(n_seeds, 1, 10_000, "seeds", int)
     todo = [(rate, seed) for seed in range(n_seeds) for rate in RATES]
     cells: dict[float, list[dict[str, Any]]] = {rate: [] for rate in RATES}
-    for i, (rate, seed) in enumerate(bar := tqdm(todo, "demo", unit="run", disable=None)):
+    for i, (rate, seed) in enumerate(bar := _stderr.progress_bar(todo, "demo", unit="run")):
         bar.set_postfix_str(f"{rate:.0%} wrong labels, seed {seed}")
         cells[rate].append(run_cell(out / f"noise_{rate * 100:02.0f}" / f"seed_{seed}", rate, seed, epochs))
         logger.info("%d of %d done: %.0f%% wrong labels, seed %d", i + 1, len(todo), rate * 100, seed)

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 import fmn_ref as fmn
+from fmn_ref import _stderr
 from fmn_ref.integrations.boosting import staged_probabilities
 from fmn_ref.reporting.tables import markdown_table, mean_and_error
 
@@ -103,7 +103,7 @@ def benchmark(output: str | None = None, rounds: int = ROUNDS, seeds: int = SEED
     """Run every library, data set, noise rate and seed; write boosting.json and boosting.png into `output`."""
     settings = []
     todo = [(library, dataset, rate) for dataset in SIZES for rate in RATES for library in LIBRARIES]
-    for library, dataset, rate in (bar := tqdm(todo, "boosting", disable=None)):
+    for library, dataset, rate in (bar := _stderr.progress_bar(todo, "boosting")):
         bar.set_postfix_str(f"{dataset}, {rate:.0%}, {library}")
         found = [run_seed(library, dataset, rate, seed, rounds) for seed in range(seeds)]
         curves = {

@@ -3,8 +3,9 @@
 | figure | question |
 |---|---|
 | forgotten.png | How much is forgotten? |
-| gain.png | What does fusing bring? |
+| methods.png | What does fusing bring? |
 | students.png | Can one network hold it? |
+| gain.png | When does it not help? |
 | budget.png | How many checkpoints does it take? |
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 from fmn_ref import _files
 
 from . import tables
-from .tables import Result, budget, difference, kind_of, load_results, peak
+from .tables import FUSIONS, Result, budget, difference, kind_of, load_results, paired, peak
 
 MARKERS = ("o", "s", "^", "v", "D", "x", "P", "*", "<", ">", "+", "h")
 
@@ -56,12 +57,29 @@ def _draw_forgotten(axes: Any, results: list[Result]) -> None:
     for result in results:
         if result["noise"] in ("clean", "sym40"):
             settings.setdefault(result["setting"], []).append(result)
-    for i, some in enumerate(settings.values()):
+    colors = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(map(kind_of, results)))}
+    for some in settings.values():
         curve = 100 * np.mean([r["curves"]["forget"] for r in some], axis=0)
         line = ":" if some[0]["noise"] == "clean" else "-"
-        name = f"{kind_of(some[0])}, {some[0]['noise']}"
-        axes.plot(np.arange(1, len(curve) + 1) / len(curve), curve, line, color=f"C{i // 2}", label=name)
+        kind = kind_of(some[0])
+        x = np.arange(1, len(curve) + 1) / len(curve)
+        axes.plot(x, curve, line, color=colors[kind], label=f"{kind}, {some[0]['noise']}")
     axes.set(xlabel="share of the run", ylabel="forget fraction on the selection set, %")
+
+
+def _draw_methods(axes: Any, results: list[Result]) -> None:
+    """Plot each fusion's mean difference from KF with its 95 % interval, for wrong and for correct labels."""
+    methods = [m for m in FUSIONS if m not in ("final", "KF")]
+    for i, name in enumerate(("wrong labels", "correct labels")):
+        some = [r for r in results if (r["noise"] == "clean") == (name == "correct labels")]
+        found = {m: d for m in methods if (d := paired(some, m, "KF"))}
+        x = [d["difference"] for d in found.values()]
+        sides = [[abs(d[end] - d["difference"]) for d in found.values()] for end in ("low", "high")]
+        y = [len(methods) - methods.index(m) - 0.25 * i for m in found]
+        axes.errorbar(x, y, xerr=sides, fmt="os"[i], markersize=4, linewidth=1, label=name)
+    axes.axvline(0, color="#6b7280", linewidth=0.8)
+    axes.set_yticks(range(len(methods), 0, -1), methods, fontsize=7)
+    axes.set(xlabel="test accuracy minus KF's, points")
 
 
 def _draw_gain(axes: Any, results: list[Result]) -> None:
@@ -101,7 +119,8 @@ def _draw_budget(axes: Any, results: list[Result]) -> None:
 
 FIGURES = {
     "forgotten.png": _draw_forgotten,
-    "gain.png": _draw_gain,
+    "methods.png": _draw_methods,
     "students.png": _draw_students,
+    "gain.png": _draw_gain,
     "budget.png": _draw_budget,
 }

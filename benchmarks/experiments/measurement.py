@@ -38,6 +38,7 @@ FUSIONS: dict[str, dict[str, Any]] = {"KF": {"method": "forget"}, "KF exact": {"
 FUSIONS |= {name: {"method": name} for name in method_names() if name != "forget"}
 VIEWS = 8  # augmented versions of the training images that a teacher predicts
 BUDGETS = (0.05, 0.1, 0.2, 0.4)  # shares of the checkpoints that are kept
+FEW_LABELS, DRAWS = (50, 100, 300, 1000), 3  # selection samples, and how often they are drawn
 
 
 class Bench:
@@ -133,6 +134,7 @@ def measure(piece: Piece, root: Path, folder: Path) -> dict[str, Any]:
         "curves": {k: getattr(curves, k).round(6).tolist() for k in ("accuracy", "retained", "forget", "learned")},
         "rows": bench.rows,
         "budget": budget_study(bench),
+        "few_labels": few_labels_study(bench),
         "recovery": recovered(bench),
         "accuracy_before": accuracy_before(bench),
     }
@@ -270,6 +272,26 @@ def budget_study(bench: Bench) -> list[dict[str, Any]]:
                 plan = fmn.fuse([bench.select[e] for e in rows], bench.y, method=method, folds=0)
                 test = scores(plan.apply([bench.test[e] for e in rows]), bench.y_test).accuracy
                 study.append({"keep": keep.rule, "n": len(rows), "share": share, "fusion": name, "test_accuracy": test})
+    return study
+
+
+def few_labels_study(bench: Bench) -> list[dict[str, Any]]:
+    """Test accuracy of fusions that are chosen on few of the selection samples: means over draws of them."""
+    n_epochs, study = len(bench.select), []
+    for n in FEW_LABELS:
+        if n >= len(bench.y):
+            break
+        found: dict[str, list[float]] = {}
+        for draw in range(DRAWS):
+            some = np.sort(np.random.default_rng(draw).permutation(len(bench.y))[:n])
+            select, y = np.ascontiguousarray(bench.select[:, some]), bench.y[some]
+            plans = {"Caruana": FusionPlan.from_weights(controls.caruana(select, y), n_epochs)}
+            plans |= {name: fmn.fuse(select, y, **FUSIONS[name], folds=0) for name in ("KF", "bagged", "pool")}
+            plans["auto"] = fmn.fuse(select, y, method="auto")
+            for name, plan in plans.items():
+                accuracy = scores(plan.apply(bench.test), bench.y_test).accuracy
+                found.setdefault(name, []).append(accuracy)
+        study += [{"n": n, "fusion": name, "test_accuracy": float(np.mean(a))} for name, a in found.items()]
     return study
 
 

@@ -31,6 +31,7 @@ SINGLE_NETWORKS = (
     *("distilled 5 networks, early stopped", "2 networks, early stopped", "3 networks, early stopped"),
     *("5 networks", "5 networks, early stopped", "snapshots", "FGE"),
 )
+RESNET = "cifar100_resnet18"  # name of the middle scale's first task
 NOISES = ("clean", "sym20", "sym40", "asym40", "human")
 
 
@@ -121,6 +122,24 @@ def _budget_means(values: list[tuple[float, float, int]]) -> dict[str, Any]:
     }
 
 
+def few_labels_table(results: list[Result]) -> str:
+    """Mean gain over the final model, in points, of fusions chosen on few samples: noisy pieces, then clean ones."""
+    sums: dict[tuple[str, int, str], list[float]] = {}
+    for result in results:
+        final = rows_of(result)["final"]["test_accuracy"]
+        labels = "correct" if result["noise"] == "clean" else "noisy"
+        for entry in result["few_labels"]:
+            gain = 100 * (entry["test_accuracy"] - final)
+            sums.setdefault((labels, entry["n"], entry["fusion"]), []).append(gain)
+    fusions = list(dict.fromkeys(fusion for _, _, fusion in sums))
+    keys = sorted({key[:2] for key in sums}, key=lambda key: (key[0] != "noisy", key[1]))
+    rows = []
+    for labels, n in keys:
+        gains = [sums[labels, n, fusion] for fusion in fusions]
+        rows.append([labels, str(n), str(len(gains[0])), *(f"{np.mean(g):+.2f}" for g in gains)])
+    return markdown_table(["training labels", "selection samples", "pieces", *fusions], rows)
+
+
 def fit_rule(results: list[Result], method: str = "pool") -> dict[str, Any]:
     """Fit a fusion's gain to features of the history by least squares; cross-validate over the settings.
 
@@ -146,8 +165,29 @@ def fit_rule(results: list[Result], method: str = "pool") -> dict[str, Any]:
 
 def markdown(results: list[Result]) -> str:
     """All tables."""
-    tables = [overall_table(results), *_setting_tables(results), _budget_table(results)]
+    few = "## Few selection samples\n\n" + few_labels_table(results)
+    tables = [overall_table(results), *_kind_tables(results), _budget_table(results), few]
     return "\n".join(["# The suite's tables", "", *tables])
+
+
+def quoted(small: list[Result], middle: list[Result]) -> dict[str, str]:
+    """The tables in docs/results.md, from the pieces of both scales."""
+    every = [*small, *middle]
+    noisy, clean = ([r for r in small if (r["noise"] == "clean") == correct] for correct in (False, True))
+    tables = {
+        "forgotten": noise_table(every, peak),
+        "fusions, wrong labels": overall_table(noisy, FUSIONS),
+        "fusions, correct labels": overall_table(clean, FUSIONS),
+        "gain": noise_table(every, difference("pool", "final")),
+        "single networks": overall_table(noisy, SINGLE_NETWORKS),
+        "student minus pool": noise_table(every, difference("distilled pool", "pool")),
+        "few labels": few_labels_table(small),
+    }
+    if middle:
+        tables["middle scale"] = kind_table(
+            [r for r in middle if r["dataset"] == RESNET], FUSIONS + SINGLE_NETWORKS[1:]
+        )
+    return tables
 
 
 def overall_table(results: list[Result], only: tuple[str, ...] = ()) -> str:
@@ -223,32 +263,27 @@ def _difference_text(value: dict[str, Any] | None) -> str:
     return "" if value is None else f"{value['difference']:+.2f} ({value['low']:+.2f} to {value['high']:+.2f})"
 
 
-def _setting_tables(results: list[Result]) -> list[str]:
-    """A table for each data set and augmentation: methods by noises, mean ± standard error."""
+def _kind_tables(results: list[Result]) -> list[str]:
+    """A titled table for each kind."""
+    kinds: dict[str, list[Result]] = {}
+    for result in results:
+        kinds.setdefault(kind_of(result), []).append(result)
+    return [f"## {kind}\n\n{kind_table(some)}" for kind, some in kinds.items()]
+
+
+def kind_table(results: list[Result], only: tuple[str, ...] = ()) -> str:
+    """Methods by noises, mean ± standard error, for results of one kind; `only` chooses and orders the methods."""
     rows = {(row["setting"], row["method"]): row for row in setting_rows(results)}
-    settings = list(dict.fromkeys(r["setting"] for r in results))
-    tables = []
-    for dataset in dict.fromkeys(r["dataset"] for r in results):
-        for kind in ("plain", "augmented"):
-            own = [s for s in settings if s.startswith(f"{dataset}-") and s.endswith(kind)]
-            if own:
-                tables.append(_setting_table(f"{dataset}, {kind}", own, rows))
-    return tables
-
-
-def _setting_table(title: str, settings: list[str], rows: dict[tuple[str, str], dict[str, Any]]) -> str:
-    seeds = " to ".join(str(n) for n in sorted({rows[s, "final"]["seeds"] for s in settings}))
-    columns = ["method", *(s.split("-")[1] for s in settings)]
-    methods = dict.fromkeys(method for setting, method in rows if setting in settings)
-    table = markdown_table(columns, [[m, *(_accuracy_text(rows.get((s, m))) for s in settings)] for m in methods])
-    return f"## {title}\n\nMean ± standard error over {seeds} seeds.\n\n{table}"
+    settings = {r["noise"]: r["setting"] for r in results}
+    cells = [
+        [method, *(_accuracy_text(rows.get((setting, method))) for setting in settings.values())]
+        for method in only or dict.fromkeys(method for _, method in rows)
+    ]
+    return markdown_table(["method", *settings], [row for row in cells if any(row[1:])])
 
 
 def _accuracy_text(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.1f}"
-    return f"{row['test_accuracy']:.1f}{error}"
+    return "" if row is None else f"{row['test_accuracy']:.1f} ± {row['standard_error']:.1f}"
 
 
 def _budget_table(results: list[Result]) -> str:

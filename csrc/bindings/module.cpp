@@ -14,11 +14,11 @@ namespace py = pybind11;
 
 namespace {
 
-// A matrix of n_samples bytes (dtype bool) or bits (dtype uint8) per row.
+// A matrix of n_samples bytes (dtype bool) or bits (dtype uint8) per row. The strides of an empty array mean nothing.
 fmn_matrix matrix(const py::array& a, int64_t n_samples) {
     const bool bytes = a.dtype().kind() == 'b';
     const int64_t width = bytes ? n_samples : (n_samples + 7) / 8;
-    if (a.ndim() != 2 || a.itemsize() != 1 || a.shape(1) != width || (width > 1 && a.strides(1) != 1))
+    if (a.ndim() != 2 || a.itemsize() != 1 || a.shape(1) != width || (a.size() > 0 && width > 1 && a.strides(1) != 1))
         throw py::value_error("rows: expected n_samples adjacent bool, or as many bits in uint8");
     return {static_cast<const uint8_t*>(a.data()), a.shape(0), n_samples, a.strides(0), bytes ? FMN_BYTES : FMN_BITS};
 }
@@ -112,7 +112,7 @@ fmn_type type_of(const py::dtype& dtype) {  // bfloat16 comes as a structured ty
     throw py::type_error("expected integers, or floats of 16 to 64 bits");
 }
 
-void check_rows(const py::array& a) {  // the strides of an empty array mean nothing
+void check_rows(const py::array& a) {
     if (a.ndim() != 2 || (a.size() > 0 && a.shape(1) > 1 && a.strides(1) != a.itemsize()))
         throw py::value_error("expected two axes, the last one contiguous");
 }

@@ -12,9 +12,9 @@ inline const uint8_t* at(const fmn_matrix* m, int64_t e, int64_t i) {
     return m->data + e * m->stride + (m->format == FMN_BITS ? i / 8 : i);
 }
 
-inline int64_t row_bytes(const fmn_matrix* m) { return m->format == FMN_BITS ? (m->n_samples + 7) / 8 : m->n_samples; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }  // a + b - 1 may overflow
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t row_bytes(const fmn_matrix* m) { return m->format == FMN_BITS ? ceil_div(m->n_samples, 8) : m->n_samples; }
 
 // Mask of the bits in a row's last, incomplete byte; 0 if all bytes are complete.
 inline uint8_t tail_mask(int64_t n_samples) { return static_cast<uint8_t>((1 << n_samples % 8) - 1); }

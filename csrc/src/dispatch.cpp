@@ -44,7 +44,7 @@ const Kernels& choose() {
 }
 
 bool valid(const fmn_matrix* m) {
-    return m && m->n_epochs >= 0 && m->n_samples >= 0 && (m->data || m->n_epochs == 0 || m->n_samples == 0) &&
+    return m && valid_sizes(m->n_epochs, m->n_samples) && (m->data || m->n_epochs == 0 || m->n_samples == 0) &&
            (m->format == FMN_BYTES || m->format == FMN_BITS);
 }
 
@@ -225,10 +225,10 @@ fmn_status fmn_unpack(const fmn_matrix* m, int n_threads, uint8_t* bytes, int64_
     return FMN_OK;
 }
 
-fmn_status fmn_pack_predictions(const void* predictions, fmn_type type, int64_t n_epochs, int64_t n_samples, int64_t stride,
+fmn_status fmn_pack_predictions(const void* predictions, int32_t type, int64_t n_epochs, int64_t n_samples, int64_t stride,
                                 const int64_t* labels, int n_threads, uint8_t* bits, int64_t bits_stride) {
     const int64_t size = type_size(type), pieces = ceil_div(n_samples, label_piece);
-    if (n_epochs < 0 || n_samples < 0 || size == 0 || is_float(type)) return FMN_INVALID_ARGUMENT;
+    if (!valid_sizes(n_epochs, n_samples) || size == 0 || is_float(type)) return FMN_INVALID_ARGUMENT;
     if (n_epochs * n_samples > 0 && (!predictions || !labels || !bits)) return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
     const auto* data = static_cast<const uint8_t*>(predictions);
@@ -237,16 +237,16 @@ fmn_status fmn_pack_predictions(const void* predictions, fmn_type type, int64_t 
             const int64_t e = unit % n_epochs, first = unit / n_epochs * label_piece;
             const int64_t last = std::min(first + label_piece, n_samples);
             for (int64_t i = first; i < last; i += compare_block)
-                k.compare(data + e * stride + i * size, type, labels + i, std::min(compare_block, last - i),
+                k.compare(data + e * stride + i * size, static_cast<fmn_type>(type), labels + i, std::min(compare_block, last - i),
                           bits + e * bits_stride + i / 8);
         }
     });
     return FMN_OK;
 }
 
-fmn_status fmn_pack_scores(const void* scores, fmn_type type, int64_t n_samples, int64_t n_classes, int64_t stride,
+fmn_status fmn_pack_scores(const void* scores, int32_t type, int64_t n_samples, int64_t n_classes, int64_t stride,
                            const int64_t* labels, int n_threads, uint8_t* bits) {
-    if (!is_float(type) || n_samples < 0 || n_classes < 1) return FMN_INVALID_ARGUMENT;
+    if (!is_float(type) || !valid_sizes(n_samples, n_classes) || n_classes < 1) return FMN_INVALID_ARGUMENT;
     if (n_samples > 0 && (!scores || !bits || !valid_groups(labels, n_samples, n_classes))) return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
     const auto* data = static_cast<const uint8_t*>(scores);
@@ -256,7 +256,7 @@ fmn_status fmn_pack_scores(const void* scores, fmn_type type, int64_t n_samples,
         uint8_t bytes[block];
         for (int64_t start = begin * block; start < std::min(end * block, n_samples); start += block) {
             const int64_t n = std::min(block, n_samples - start);
-            if (k.compare_scores(data + start * stride, type, n_classes, stride, labels + start, n, bytes)) any_nan = true;
+            if (k.compare_scores(data + start * stride, static_cast<fmn_type>(type), n_classes, stride, labels + start, n, bytes)) any_nan = true;
             k.pack(bytes, n, bits + start / 8);
         }
     });

@@ -1,7 +1,7 @@
 // Mixtures of a predictor with windows of epochs: the intervals in which a sample is right, and the best epsilon.
 #include <atomic>
+#include <exception>
 #include <mutex>
-#include <new>
 #include <vector>
 
 #include "blocks.h"
@@ -12,9 +12,8 @@ namespace {
 using namespace fmn;
 
 bool valid(const fmn_mixture* m) {
-    if (!m || m->n_epochs < 0 || m->n_samples < 0 || m->n_classes < 1) return false;
-    for (const int32_t type : {m->type, m->current_type})
-        if (type < FMN_FLOAT16 || type > FMN_FLOAT64) return false;
+    if (!m || m->n_epochs < 0 || !valid_sizes(m->n_samples, m->n_classes) || m->n_classes < 1) return false;
+    if (!is_float(m->type) || !is_float(m->current_type)) return false;
     if (m->n_samples == 0) return true;
     return m->current && m->epochs && std::all_of(m->epochs, m->epochs + m->n_epochs, [](const void* p) { return p; }) &&
            valid_groups(m->labels, m->n_samples, m->n_classes);
@@ -88,7 +87,7 @@ bool split_allocating(int64_t n, double bytes, int n_threads, const Work& work) 
     split(n, bytes, n_threads, [&](int64_t begin, int64_t end) {
         try {
             work(begin, end);
-        } catch (const std::bad_alloc&) {
+        } catch (const std::exception&) {  // of a vector: no memory, or more elements than a vector may have
             enough = false;
         }
     });
@@ -203,7 +202,7 @@ bool best_of(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, co
         ends.emplace_back(n, n_grid > 0);
         first = std::min(first, windows[2 * c]), last = std::max(last, windows[2 * c + 1]);
     }
-    const double work = 64.0 * n * (m->n_classes + 16) * n_windows;
+    const double work = 64.0 * n * (m->n_classes + 16.0) * n_windows;
     const bool read = split_allocating(ceil_div(n, unit), work, n_threads, [&](int64_t begin, int64_t end) {
         Scores scores(m, first, last);
         scores.each(begin * unit, std::min(end * unit, n), [&](int64_t i) {
@@ -232,17 +231,18 @@ bool best_of(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, co
 
 extern "C" {
 
-fmn_status fmn_check_probabilities(const void* scores, fmn_type type, int64_t n_samples, int64_t n_classes, double tolerance,
+fmn_status fmn_check_probabilities(const void* scores, int32_t type, int64_t n_samples, int64_t n_classes, double tolerance,
                                    int n_threads, int* sound) {
-    if (type < FMN_FLOAT16 || type > FMN_FLOAT64 || n_samples < 0 || n_classes < 1 || (!scores && n_samples > 0) || !sound)
+    if (!is_float(type) || !valid_sizes(n_samples, n_classes) || n_classes < 1 || (!scores && n_samples > 0) || !sound)
         return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
-    const int64_t bytes = n_classes * type_size(type);
+    const double read = 1.0 * n_samples * n_classes * type_size(type);
     std::atomic<bool> all{true};
-    const bool done = split_allocating(n_samples, 1.0 * n_samples * bytes, n_threads, [&](int64_t begin, int64_t end) {
+    const bool done = split_allocating(n_samples, read, n_threads, [&](int64_t begin, int64_t end) {
         std::vector<double> row(static_cast<size_t>(n_classes));
+        const int64_t bytes = n_classes * type_size(type);
         for (int64_t i = begin; i < end && all; ++i) {
-            k.widen(static_cast<const uint8_t*>(scores) + i * bytes, type, n_classes, row.data());
+            k.widen(static_cast<const uint8_t*>(scores) + i * bytes, static_cast<fmn_type>(type), n_classes, row.data());
             if (!k.sums_to_one(row.data(), static_cast<int64_t>(row.size()), tolerance)) all = false;
         }
     });
@@ -256,7 +256,7 @@ fmn_status fmn_mixture_right(const fmn_mixture* m, int64_t first, int64_t last, 
     if (n_epsilons > 0 && (!epsilon || !right)) return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
     std::mutex adding;
-    const double work = 16.0 * m->n_samples * (m->n_classes + 16) * n_epsilons;
+    const double work = 16.0 * m->n_samples * (m->n_classes + 16.0) * n_epsilons;
     const bool done = split_allocating(m->n_samples, work, n_threads, [&](int64_t begin, int64_t end) {
         Scores scores(m, first, last);
         std::vector<int64_t> sums(static_cast<size_t>(n_epsilons));
@@ -284,13 +284,13 @@ fmn_status fmn_best_epsilon(const fmn_mixture* m, const int64_t* windows, int64_
     if (n_grid > 0 && (!grid || (!on_grid && n_windows > 0))) return FMN_INVALID_ARGUMENT;
     for (int64_t c = 0; c < n_windows; ++c)
         if (!valid_window(m, windows[2 * c], windows[2 * c + 1])) return FMN_INVALID_ARGUMENT;
-    const int64_t at_once = std::max<int64_t>(1, (int64_t(1) << 21) / std::max<int64_t>(1, m->n_samples));
+    const int64_t at_once = std::max<int64_t>(1, (int64_t(1) << 21) / std::max<int64_t>(8, m->n_samples));
     try {
         for (int64_t c = 0; c < n_windows; c += at_once)
             if (!best_of(m, windows + 2 * c, std::min(at_once, n_windows - c), grid, n_grid, n_threads, epsilon + c, right + c,
                          on_grid ? on_grid + c : nullptr))
                 return FMN_OUT_OF_MEMORY;
-    } catch (const std::bad_alloc&) {
+    } catch (const std::exception&) {
         return FMN_OUT_OF_MEMORY;
     }
     return FMN_OK;

@@ -10,10 +10,11 @@ namespace fmn {
 
 const Kernels& kernels();  // dispatch.cpp
 
-// Calls work(begin, end) on disjoint parts that cover [0, n), one part per thread. `bytes` is the memory to read, or as much
+// Calls work(begin, end) on disjoint parts that cover [0, n), one part per thread; not at all if n is 0. `bytes` is the memory to read, or as much
 // as other work takes the time of. A thread gets at least 4 MB: with less, two threads were slower than one.
 template <class Work>
 void split(int64_t n, double bytes, int n_threads, const Work& work) {
+    if (n == 0) return;
     constexpr int64_t most = 256;
     const int64_t useful = std::min(n, static_cast<int64_t>(std::min<double>(bytes / (1 << 22), most)));
     if (useful <= 1) return work(0, n);
@@ -35,7 +36,13 @@ inline bool valid_groups(const int64_t* groups, int64_t n_samples, int64_t n_gro
     return std::all_of(groups, groups + n_samples, [=](int64_t g) { return 0 <= g && g < n_groups; });
 }
 
-inline int64_t type_size(fmn_type type) {
+// Whether both sizes of an array are possible. Zero times any size is: then there is nothing to read.
+inline bool valid_sizes(int64_t a, int64_t b) {
+    return a >= 0 && b >= 0 && (a == 0 || b <= (int64_t(1) << 62) / a);
+}
+
+// The size of an fmn_type; 0 for any other number.
+inline int64_t type_size(int32_t type) {
     switch (type) {
         case FMN_INT8: case FMN_UINT8: return 1;
         case FMN_INT16: case FMN_UINT16: case FMN_FLOAT16: case FMN_BFLOAT16: return 2;
@@ -45,7 +52,7 @@ inline int64_t type_size(fmn_type type) {
     return 0;
 }
 
-inline bool is_float(fmn_type type) {
+inline bool is_float(int32_t type) {
     return type == FMN_FLOAT16 || type == FMN_BFLOAT16 || type == FMN_FLOAT32 || type == FMN_FLOAT64;
 }
 

@@ -67,9 +67,10 @@ def fuse(
         Most members. Default: ten for "pool", else no bound, "KF(inf)" in the papers; 1 is "KF(1)".
     max_forward_passes : int >= 1, optional
         Most checkpoints that a prediction runs: every epoch of a window counts, and the final model if it has weight.
-        Default: no bound.
+        Default: no bound. If no window fits, the final model alone is the answer.
     sample_weight : (n_samples,) floats >= 0, or "balanced", optional
-        Default: 1 each. Maximise weighted accuracy; "balanced" gives every class the same weight.
+        Default: 1 each. How much a sample counts when epochs are chosen; "balanced" gives every class the same weight.
+        A fold that leaves no weight is predicted by the final model.
     folds : int >= 2, or 0, optional
         Folds of a cross-validation inside the selection set: the method runs without each fold and is scored on it,
         which gives the plan's `cv_accuracy` and `gain_interval`. 0: none. Default: 5, or 2 from 5000 samples on, for
@@ -83,8 +84,8 @@ def fuse(
     Raises
     ------
     TypeError, ValueError
-        Shapes that do not fit, labels out of range, non-finite or negative probabilities, rows that do not sum to 1;
-        a history of other samples.
+        Shapes that do not fit, labels out of range, masked, non-finite or negative probabilities, rows that do not sum
+        to 1; a history of other samples.
 
     Examples
     --------
@@ -128,6 +129,8 @@ def _number_of_folds(folds: Any, method: str, reader: ProbabilityReader, n_sampl
     if folds is None:
         enough = 2 if n_samples >= _MANY else min(5, n_samples)
         folds = enough if method == AUTO or (reader.in_memory and n_samples >= 50) else 0
+    if folds != 0 and n_samples < 2:
+        raise ValueError("folds: a cross-validation needs at least 2 samples, got 1")
     if folds != 0:
         return int(_check.number(folds, 2, n_samples, "folds", int))
     if method == AUTO:
@@ -196,7 +199,7 @@ def _better(unseen: _Unseen, final: _Unseen, target: Target) -> bool:
 def _planned(problem: Problem, target: Target, found: _Estimate) -> FusionPlan:
     """The plan of a method on the whole selection set."""
     method, seen = METHODS[found.method], problem_for(problem, found.method)
-    members = () if found.final_is_best else method.choose(seen, target)
+    members = () if found.final_is_best else method.members(seen, target)
     mixtures = replay(seen.probs, members, seen.window, method.combine)
     accuracy = tuple(target.score_of(p) / target.total for p in mixtures)
     search, digest = "exact" if method.exact else problem.search, labels_digest(target.labels).hex()
@@ -211,7 +214,7 @@ def _predict_unseen(problem: Problem, target: Target, method: str, folds: int) -
     found = _Unseen(np.zeros(len(y), bool), np.zeros(len(y)))
     for k in range(folds):
         hidden = fold == k
-        members = METHODS[method].choose(seen, target.weighted(np.where(hidden, 0, target.each)))
+        members = METHODS[method].members(seen, target.weighted(np.where(hidden, 0, target.each)))
         fused = deque(replay(seen.probs, members, seen.window, METHODS[method].combine), maxlen=1)[0]
         found.right[hidden], found.of_label[hidden] = _Unseen.of(fused[hidden], y[hidden])
     return found

@@ -136,7 +136,7 @@ def bagged(problem: Problem, target: Target) -> Members:
     for _ in range(BAGS):
         drawn = np.bincount(generator.integers(0, samples, samples), minlength=samples)
         rest = 1.0
-        for epoch, eps in reversed(greedy(problem, target.weighted(target.each * drawn))):
+        for epoch, eps in reversed(METHODS["greedy"].members(problem, target.weighted(target.each * drawn))):
             total[epoch] += rest * eps / BAGS
             rest *= 1 - eps
         final += rest / BAGS
@@ -165,7 +165,7 @@ def likelihood(problem: Problem, target: Target) -> Members:
     """The convex weights of all windows and the final model with the best log-likelihood of the labels.
 
     Found by expectation-maximisation. Small weights are dropped and the others fitted again, until the plan is within
-    its bounds.
+    its bounds. If nothing is left, no window fits the bounds: the final model alone.
     """
     n = problem.n_epochs
     at_label = np.arange(len(target.labels)), target.labels
@@ -174,7 +174,7 @@ def likelihood(problem: Problem, target: Target) -> Members:
     components = np.stack([p[part.start : part.stop].mean(0) for part in parts])
     w = target.each / target.each.max()
     alive = list(range(n + 1))
-    while True:
+    while alive:
         q = _em(components[alive], w)
         passes = len(set().union(*(parts[i] for i in alive)))
         small = q < min(MIN_WEIGHT, q.max())
@@ -183,9 +183,9 @@ def likelihood(problem: Problem, target: Target) -> Members:
         elif passes > problem.max_forward_passes or sum(i < n for i in alive) > problem.max_members:
             del alive[int(q.argmin())]
         else:
-            break
-    weights = {i: float(v) for i, v in zip(alive, q, strict=True)}
-    return members_from_weights(weights, n, final=weights.pop(n, 0.0))
+            weights = {i: float(v) for i, v in zip(alive, q, strict=True)}
+            return members_from_weights(weights, n, final=weights.pop(n, 0.0))
+    return ()
 
 
 def _em(components: Float, w: Float) -> Float:
@@ -285,6 +285,10 @@ class Method(NamedTuple):
     control: bool = False
     exact: bool = False
     combine: str = "linear"
+
+    def members(self, problem: Problem, target: Target) -> Members:
+        """What `choose` finds; the final model alone if no sample has weight, as in a fold or a bootstrap sample."""
+        return self.choose(problem, target) if target.total > 0 else ()
 
 
 _ENTRIES = (

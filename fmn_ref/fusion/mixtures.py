@@ -36,9 +36,8 @@ def replay(probs: ProbabilityReader, members: Members, window: int, combine: str
     """Fused probabilities: those of the last epoch, then after each linear member, or of the geometric members."""
     current = probs[len(probs) - 1]
     yield current
-    if combine == "geometric":
-        if members:
-            yield log_linear_pool(probs, dict(members))
+    if combine == "geometric" and members:
+        yield log_linear_pool(probs, dict(members))
         return
     for epoch, eps in members:
         current = mix(current, probs.mean(window_epochs(epoch, window, len(probs))), eps)

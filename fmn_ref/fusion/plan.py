@@ -38,7 +38,7 @@ class FusionPlan:
     accuracy : tuple of float
         Accuracy on the selection set: of the final model, then after each linear member, or of the pool.
     method, search : str
-        As in `fuse`. After "auto" the method that it chose; "weights" for a plan made by `from_weights`.
+        As in `fuse`. After "auto" the method that it tried; "weights" for a plan made by `from_weights`.
     labels_sha256 : str
         Digest of the selection labels, with which a user of the plan can refuse to score on the selection set.
     combine : {"linear", "geometric"}
@@ -61,6 +61,8 @@ class FusionPlan:
     gain_interval: tuple[float, float] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if not self.members:  # the final model's own probabilities, without a floor
+            object.__setattr__(self, "combine", "linear")
         n_epochs = _check.number(self.n_epochs, 1, 2**31, "n_epochs", int)
         _check.number(self.window, 0, 2**31, "window", int)
         linear = _check.choice(self.combine, COMBINATIONS, "combine") == "linear"
@@ -71,7 +73,7 @@ class FusionPlan:
             raise ValueError("members: a geometric plan has single epochs, each once, and window 0")
         for value in (*self.accuracy, *([] if self.cv_accuracy is None else [self.cv_accuracy])):
             _check.number(value, 0, 1, "accuracy")
-        steps = len(self.members) if linear else min(1, len(self.members))
+        steps = len(self.members) if linear else 1
         if len(self.accuracy) != steps + 1:
             raise ValueError(f"accuracy: expected {steps + 1} values, got {len(self.accuracy)}")
         if self.gain_interval is not None:
@@ -124,7 +126,7 @@ class FusionPlan:
     @property
     def weights(self) -> dict[int, float]:
         """{epoch: weight} of single epochs, without zeros, for the formula of `combine`. Linear weights sum to 1."""
-        if self.combine == "geometric" and self.members:
+        if self.combine == "geometric":
             return {epoch: weight for epoch, weight in sorted(self.members) if weight > 0}
         epochs = np.concatenate([np.arange(part.start, part.stop) for part in self._covered])  # few of n_epochs
         w = np.zeros(len(epochs))
@@ -175,7 +177,7 @@ class FusionPlan:
         reader = ProbabilityReader.of(probs)
         if len(reader) != self.n_epochs:
             raise ValueError(f"probs: expected {self.n_epochs} epochs as in the plan, got {len(reader)}")
-        if self.combine == "geometric" and self.members:  # the last epoch may have no weight: it is not read then
+        if self.combine == "geometric":  # the last epoch may have no weight: it is not read then
             return log_linear_pool(reader, dict(self.members))
         return deque(replay(reader, self.members, self.window, self.combine), maxlen=1)[0]
 

@@ -61,7 +61,8 @@ class ProbabilityReader:
         epoch = _check.index(epoch, len(self), "epoch")
         if epoch in self._checked:
             return self._checked[epoch]
-        p = stored_probabilities(self._probs[epoch], self._shape, f"{self._name}[{epoch}]")
+        given = self._probs[epoch]
+        p = stored_probabilities(given, self._shape, f"{self._name}[{epoch}]{_check.of_file(given)}")
         self._shape = (p.shape[0], p.shape[1])
         if self.in_memory and self._few and not p.flags.owndata:  # a view: keeping it needs no memory
             self._checked[epoch] = p

@@ -303,7 +303,7 @@ def _class_columns(outputs: Any, logits: bool) -> NDArray[Any]:
 def _check_columns(z: NDArray[Any], logits: bool) -> None:
     """Refuse probabilities that were declared logits, and the reverse."""
     if logits:
-        if (z >= 0).all() and (z <= 1).all() and np.allclose(z.sum(1), 1, atol=1e-4):
+        if (z >= 0).all() and (z <= 1).all() and _check.sums_to_one(z):
             raise ValueError("from_logits: the model gives probabilities (rows sum to 1), not logits")
         return
     try:

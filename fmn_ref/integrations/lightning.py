@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import DistributedSampler
 
 from .. import _check, _files
 from ..metrics.curves import correctness
 from ..runs import checkpoints
-from ..runs.recorder import Recorder
+from ..runs.recorder import Recorder, in_sample_order
 from ..runs.retention import Keep
 from ..runs.run import Run
 from ..training import data, distributed
+from ..training.order import RANDOM, Listener, Order, samplers_of
 
 logger = logging.getLogger(__name__)
 OutputsOf = Callable[[Any, Any], tuple[Any, ...]]
@@ -33,7 +34,6 @@ _SCORES = ("logits", "scores", "probs", "preds", "predictions")
 _LABELS = ("labels", "targets", "label", "target", "y")
 _INDEX = ("index", "indices", "idx")
 _SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
-_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _RETURN = 'return {"logits": (n, n_classes)} from it, or give RecorderCallback an outputs_of=function'
 
 
@@ -98,7 +98,8 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
     -----
     **Order.** Rows of the history follow the order of the data set. Lightning adds a DistributedSampler to loaders
     itself: then the callback gathers the rows of all processes by sample number and drops repeated ones. Any other
-    sampler that shuffles or divides needs each sample's number, as "index" in the outputs.
+    sampler that shuffles or divides needs each sample's number, as "index" in the outputs. Fingerprints of the batches
+    notice samples that change places unseen, as in a stream that shuffles.
 
     **Weights.** The callback stores a plain state_dict of the weights that are validated, as
     `trainer.strategy.lightning_module_state_dict()` returns them. If another callback averages weights for validation,
@@ -148,6 +149,8 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
         self._recorder: Recorder | None = None  # in the first process, during fit
         self._weights: dict[str, Any] | None = None  # of the validation that goes on
         self._batches: list[tuple[Any, Any, Any]] = []  # (correct, labels, sample numbers or None) of each
+        self._order = Order(None, "validation")
+        self._listener = Listener(None)  # of the validation that goes on
         self._next_epoch, self._n_batches = 0, -1  # of the recorded epochs; training batches before the last of them
 
     @property
@@ -191,6 +194,7 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
             raise ValueError("validation: nothing to record; fit needs a loader and the module a validation_step")
         if self._stores and type(trainer.strategy).__name__ in _SHARDED:
             raise ValueError("keep: no process has all weights to store them; use keep='none'")
+        self._order = Order(None, "validation")
         self._fast_dev_run = bool(trainer.fast_dev_run)
         if not self._fast_dev_run:
             self.run_dir = distributed.on_rank_zero(lambda: self._open(trainer))
@@ -222,6 +226,7 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._batches, self._weights = [], None
+        self._listener = Listener(None if _records_nothing(trainer) else self._order)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -236,7 +241,10 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
         if not self._batches and self._stores and not _records_nothing(trainer):
             self._weights = self._copy_weights(trainer)  # now, since a callback may swap them before the end
         numbers = _check.labels(index[0], len(correct), name="index") if index and index[0] is not None else None
-        self._batches.append((correct, _check.labels(labels), numbers))
+        labels = _check.labels(labels)
+        self._batches.append((correct, labels, numbers))
+        if numbers is None:
+            self._listener.add(batch, torch.from_numpy(labels))
 
     def _copy_weights(self, trainer: Any) -> dict[str, Any] | None:
         """Copy the weights that are validated; None in all processes but the first."""
@@ -268,12 +276,17 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
 
     def _rows(self, trainer: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
         """Join this process's batches: sample numbers, correctness and labels."""
-        corrects, labels, numbers = zip(*self._batches, strict=True)
+        corrects, classes, numbers = zip(*self._batches, strict=True)
         self._batches = []
-        correct = np.concatenate(corrects)
-        given = all(part is not None for part in numbers)
-        number = np.concatenate(numbers) if given else self._numbers_of_sampler(trainer, len(correct))
-        return number, correct, np.concatenate(labels)
+        correct, labels = np.concatenate(corrects), np.concatenate(classes)
+        if all(part is not None for part in numbers):
+            return np.concatenate(numbers), correct, labels
+        number = self._numbers_of_sampler(trainer, len(correct))
+        if number is None:
+            number = np.arange(len(correct))
+            if trainer.fit_loop.total_batch_idx != self._n_batches:
+                self._listener.check(torch.from_numpy(labels))
+        return number, correct, labels
 
     def _record(self, epoch: int, n_batches: int, correct: Any, labels: Any) -> tuple[float, int]:
         assert self._recorder is not None
@@ -282,21 +295,24 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
             self._recorder.record_correct(number, correct, labels, weights=self._weights)
         return self._recorder.peak_forget_fraction, self._recorder.next_epoch
 
-    def _numbers_of_sampler(self, trainer: Any, n: int) -> NDArray[np.int64]:
-        """Find the sample numbers of this process's n rows by iterating over the sampler once more."""
+    def _numbers_of_sampler(self, trainer: Any, n: int) -> NDArray[np.int64] | None:
+        """Find the sample numbers of this process's n rows by iterating over the sampler once more.
+
+        None where the rows come in the order of the data set.
+        """
         loaders = getattr(trainer.val_dataloaders, "flattened", trainer.val_dataloaders)
         loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
         loader = loaders[self._dataloader_idx] if isinstance(loaders, (tuple, list)) else loaders
         batches = getattr(loader, "batch_sampler", None)
-        samplers = [s for s in (getattr(loader, "sampler", None), getattr(batches, "sampler", None)) if s is not None]
+        samplers = samplers_of(loader)
         if any(isinstance(s, DistributedSampler) and s.dataset is loader.dataset for s in samplers):
             each = samplers[0] if batches is None else (i for batch in batches for i in batch)
             return np.array(list(each)[:n], np.int64)
-        if trainer.world_size > 1 or any(isinstance(s, _RANDOM) for s in samplers):
+        if trainer.world_size > 1 or any(isinstance(s, RANDOM) for s in samplers):
             kind = type(samplers[0] if samplers else loader).__name__
             hint = 'return their numbers, "index" (n,), from validation_step, or do not shuffle'
             raise ValueError(f"validation: a {kind} does not say again which samples it drew; {hint}")
-        return np.arange(n)
+        return None
 
 
 def outputs_and_labels(outputs: Any, batch: Any) -> tuple[Any, Any, Any]:
@@ -337,10 +353,7 @@ def _in_sample_order(
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Gather the rows of all processes in the order of their sample numbers, each sample once."""
     if distributed.world_size() == 1:
-        _, where, back = np.unique(numbers, return_index=True, return_inverse=True)
-        if (labels[where][back] != labels).any():
-            raise ValueError("index: expected each sample's own number, got one with several labels")
-        return correct[where], labels[where]
+        return in_sample_order(numbers, correct, labels)[1:]
     ids, *parts = (torch.from_numpy(a).to(device) for a in (numbers, correct.view(np.uint8), labels))
     correct, labels = (part.cpu().numpy() for part in distributed.gather_rows(ids, *parts))
     return correct.view(bool), labels

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import shutil
@@ -28,7 +27,9 @@ from ..runs.recorder import Recorder
 from ..runs.retention import Keep
 from ..runs.run import Run
 from ..training import data
+from ..training.copies import independent
 from ..training.ensemble import FusedModel, plan_checkpoints
+from ..training.order import Listener, Order
 
 try:
     from safetensors import SafetensorError
@@ -129,13 +130,13 @@ def from_trainer(
     data.check_module(model, "model")
     folders = _checkpoint_folders(_files.absolute(output_dir))
     forward_fn = FORWARD_FNS[_check.choice(task, tuple(FORWARD_FNS), "task")]
-    model = copy.deepcopy(model)
-    batches = data.Batches(eval_data, batch_size, data.device_of(model))
+    model = independent(model)
+    batches, order = data.Batches(eval_data, batch_size, data.device_of(model)), Order(eval_data, "eval_data")
     config = {"output_dir": str(_files.absolute(output_dir).resolve()), "task": task}
 
     def evaluate(step: int) -> Rows:
         _load_checkpoint(model, folders[step])
-        return _score_model(model, batches, forward_fn)
+        return _score_model(model, batches, forward_fn, order)
 
     with Recorder(run_dir, model, checked_keep(keep), half=half, config=config, forward_fn=forward_fn) as recorder:
         done = [step for step in folders if step < recorder.next_epoch]
@@ -157,12 +158,16 @@ def _checkpoint_folders(output_dir: Path) -> dict[int, Path]:
 
 
 @torch.no_grad()
-def _score_model(model: nn.Module, batches: Iterable[Any], forward_fn: data.Forward | None) -> Rows:
-    with data.evaluating(model):
-        outputs = (data.forward(model, batch, forward_fn) for batch in batches)
-        pairs = [(predicted_classes(scores), y) for scores, y in outputs]
-    classes, labels = (torch.cat(parts).cpu().numpy() for parts in zip(*pairs, strict=True))
-    return checked_correctness(classes, labels), labels
+def _score_model(model: nn.Module, batches: Iterable[Any], forward_fn: data.Forward | None, order: Order) -> Rows:
+    listener, pairs = Listener(order), []
+    with data.evaluating(model), listener.listening(model):
+        for batch in batches:
+            scores, y = data.forward(model, batch, forward_fn)
+            listener.add(batch, y)
+            pairs.append((predicted_classes(scores), y))
+    classes, labels = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
+    listener.check(labels)
+    return checked_correctness(classes.numpy(), labels.numpy()), labels.numpy()
 
 
 def _is_recorded(run: Run, steps: list[int], correct: NDArray[np.bool_], labels: Any) -> bool:
@@ -186,11 +191,12 @@ def _same_weights(stored: dict[str, Any], state: dict[str, Any]) -> bool:
 
 
 def _load_checkpoint(model: nn.Module, folder: Path) -> None:
-    if isinstance(model, PreTrainedModel):
-        model.load_state_dict(_from_pretrained(type(model), folder).state_dict())
-        return
-    with _naming(folder):
-        load_model(model, folder / "model.safetensors")
+    with data.computing(model, keep=True) as network:
+        if isinstance(network, PreTrainedModel):
+            network.load_state_dict(_from_pretrained(type(network), folder).state_dict())
+            return
+        with _naming(folder):
+            load_model(network, folder / "model.safetensors")
 
 
 def _from_pretrained(model_class: Any, folder: Path) -> Any:
@@ -239,13 +245,14 @@ def save_fused(folder: AnyPath, plan: FusionPlan, run: Run, processing_class: An
     original, paths = plan_checkpoints(plan, run)
     if not isinstance(original, PreTrainedModel):
         raise TypeError(f"run: expected a model with save_pretrained, got {type(original).__name__}")
-    model, target = copy.deepcopy(original), _files.absolute(folder)
+    model, target = independent(original), _files.absolute(folder)
     target.mkdir(parents=True, exist_ok=True)
     (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
     for member in target.glob("member_*"):
         shutil.rmtree(member)
     for row, path in paths.items():
-        checkpoints.load_into(model, path).save_pretrained(target / f"member_{row:05d}")  # type: ignore[operator]
+        with data.computing(checkpoints.load_into(model, path)) as network:
+            network.save_pretrained(target / f"member_{row:05d}")  # type: ignore[operator]
     if processing_class is not None:
         processing_class.save_pretrained(target)
     plan.save(target / "plan.json")

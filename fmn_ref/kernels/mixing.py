@@ -103,7 +103,7 @@ def best_epsilons(
     w = np.ones(len(labels), np.int64) if weights is None else weights[some]
     epsilon, right, on_grid = np.zeros(len(windows)), *np.zeros((2, len(windows)), np.int64)
     for i, (first, last) in enumerate(windows):
-        parts = []
+        parts = [np.empty((4, 0))]  # of no samples there are no blocks
         for block in blocks(*current.shape):
             then = mean([e[block] for e in epochs[first : last + 1]])
             parts.append(find_intervals(widened(current[block]), then, labels[block]))

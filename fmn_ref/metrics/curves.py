@@ -45,7 +45,7 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     Raises
     ------
     TypeError
-        Strings, objects, or labels that are not integers.
+        Strings, objects, masked values, or labels that are not integers.
     ValueError
         Shapes that do not fit, labels out of range, NaN among the scores.
 
@@ -58,7 +58,7 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     array([ True, False])
     """
     x, name = predictions_or_scores, "predictions_or_scores"
-    a = x.detach() if _check.on_device(x) else _check.array(x, name, bfloat16=True)
+    a = _check.computable(x.detach()) if _check.on_device(x) else _check.array(x, name, bfloat16=True)
     if _check.kind(a) == "b":
         hint = "is it correctness already? Classes are integers"
         raise TypeError(f"{name}: expected class numbers or scores, got bool; {hint}")
@@ -66,13 +66,11 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
     if _check.kind(a) == "i":
         y = _check.labels(labels)
         if a.ndim < 1 or shape[-1] != len(y):
-            raise ValueError(f"predictions: expected shape (..., {len(y)}) as labels, got shape {shape}")
+            hint = "; scores must be floating-point" if shape[-2:-1] == (len(y),) else ""
+            raise ValueError(f"predictions: expected shape (..., {len(y)}) as labels, got shape {shape}{hint}")
         bits = kernels.pack_predictions(adjacent(a.reshape(-1, len(y))), y)
         return np.asarray(kernels.unpack(bits, len(y))).reshape(shape)
-    if a.ndim < 2 or shape[-1] == 0:
-        hint = "; for one score a sample give classes, score > 0 as integers" if a.ndim == 1 else ""
-        raise ValueError(f"scores: expected shape (..., n_samples, n_classes), got shape {shape}{hint}")
-    y = _check.labels(labels, shape[-2], shape[-1])
+    y = _labels_of_scores(shape, labels)
     out = np.empty(shape[:-1], bool)
     for epoch in np.ndindex(shape[:-2]):
         row = kernels.pack_scores(adjacent(a[epoch]), y)
@@ -81,6 +79,20 @@ def correctness(predictions_or_scores: Any, labels: Any) -> NDArray[np.bool_]:
             raise ValueError(f"scores: expected numbers, got NaN at index {at}")
         out[epoch] = kernels.unpack(row[None], len(y))[0]
     return out
+
+
+def _labels_of_scores(shape: tuple[int, ...], labels: Any) -> NDArray[np.int64]:
+    """The labels, if they fit scores of this shape."""
+    expected = "scores: expected shape (..., n_samples, n_classes)"
+    hint = "predicted classes must be integers (.astype(int), without NaN)"
+    if len(shape) < 2 or shape[-1] == 0:
+        hint = f"; {hint}; for one score a sample give classes, score > 0 as integers" if len(shape) == 1 else ""
+        raise ValueError(f"{expected}, got shape {shape}{hint}")
+    y = _check.labels(labels)
+    if len(y) != shape[-2]:
+        hint = f"; {hint}" if len(y) == shape[-1] else ""
+        raise ValueError(f"{expected} with {len(y)} samples as labels, got shape {shape}{hint}")
+    return _check.labels(y, n_classes=shape[-1]) if y.max() >= shape[-1] else y  # the check raises
 
 
 def _first_nan(scores: Any) -> tuple[int, ...]:
@@ -164,7 +176,7 @@ class ForgettingCurves:
         if self.groups is None or other.groups is None:
             n_samples, total = self.n_samples + other.n_samples, self.total + other.total
             return ForgettingCurves(self.counts + other.counts, n_samples, total, self.reference)
-        groups = np.union1d(self.groups, other.groups)
+        groups = _joined(self.groups, other.groups)
         of_self, of_other = np.searchsorted(groups, self.groups), np.searchsorted(groups, other.groups)
 
         def added(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
@@ -178,6 +190,14 @@ class ForgettingCurves:
         return ForgettingCurves(np.ascontiguousarray(counts), n_samples, total, self.reference, groups)
 
 
+def _joined(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    """The groups of both, sorted. A ValueError where NumPy would turn numbers into strings, or integers into floats."""
+    text = [g.dtype.kind if g.dtype.kind in "US" else "" for g in (a, b)]
+    if text[0] != text[1] or np.result_type(a, b).kind == "f":
+        raise ValueError(f"ForgettingCurves: can only add groups of one type, got {a.dtype} and {b.dtype}")
+    return np.union1d(a, b)
+
+
 def forgetting_curves(
     correct: Any, *, reference: int = -1, groups: Any = None, sample_weight: Any = None, progress: bool = False
 ) -> ForgettingCurves:
@@ -189,7 +209,8 @@ def forgetting_curves(
     reference : int
         Row of the epoch that stands for "the end"; negative rows count from the last.
     groups : (n_samples,), optional
-        A label per sample (class, cluster, annotator). Default: no groups. Computes the curves inside each group.
+        A label per sample (class, cluster, annotator): integers, strings, or a column of either, also categorical.
+        Default: no groups. Computes the curves inside each group.
     sample_weight : (n_samples,) float, optional
         Finite, >= 0. Default: 1 each. Fractions become shares of the total weight. Weights are summed in double in the
         order of the samples (on an accelerator in the device's order).
@@ -203,7 +224,8 @@ def forgetting_curves(
     Raises
     ------
     TypeError, ValueError
-        Floats, strings, wrong shapes, values other than 0 and 1, empty arrays, an epoch out of range.
+        Floats, strings, masked values, wrong shapes, values other than 0 and 1, empty arrays, an epoch out of range;
+        groups with gaps or of several types.
 
     Examples
     --------
@@ -237,13 +259,29 @@ def forgetting_curves(
 
 def _groups(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Distinct labels, sorted, and each sample's index among them."""
-    g = np.asarray(groups.detach().cpu() if _check.is_tensor(groups) else groups)
-    if g.shape != (n_samples,) or g.dtype.kind not in "biuUS":
+    g = _check.array(groups, "groups", kinds="biufUSTO")
+    if g.shape != (n_samples,) or g.dtype.kind == "f":
         raise ValueError(
             f"groups: expected {n_samples} integers or strings, one per sample, got shape {g.shape}, dtype {g.dtype}"
         )
+    if g.dtype.kind in "US" and not hasattr(groups, "dtype"):
+        g = np.asarray(groups, object)  # of a list with gaps: NumPy turns NaN into the string "nan"
+    if g.dtype.kind not in "TO":
+        names, member = np.unique(g, return_inverse=True)
+        return names, member.astype(np.int64)
+    g = g.astype(object)
+    _check_one_type(g)
     names, member = np.unique(g, return_inverse=True)
-    return names, member.astype(np.int64)
+    return np.array(names.tolist()), member.astype(np.int64)
+
+
+def _check_one_type(groups: NDArray[Any]) -> None:
+    """Raise a ValueError where an array of objects, such as a column of pandas, holds more than one type of labels."""
+    known: tuple[tuple[type, ...], ...] = ((str,), (bytes,), (int, np.integer, np.bool_))
+    expected = next((types for types in known if isinstance(groups[0], types)), ())
+    for i, value in enumerate(groups):
+        if not isinstance(value, expected):
+            raise ValueError(f"groups: expected only integers or only strings, got {value!r:.40} at sample {i}")
 
 
 def forget_fraction(correct: Any, *, reference: int = -1, sample_weight: Any = None) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _check, _files
+from .. import _check, _files, _stderr
 from ..kernels.backend import kernels_for
 
 _BLOCK_BYTES = 1 << 26
@@ -40,7 +40,9 @@ class Matrix:
             yield slice(0, self.n_samples), self._checked(self.source)
             _files.drop_pages(mapping)
             return
-        with _progress_bar(self.n_samples, progress) as bar, _files.own_read_ahead(mapping) as will_need:
+        options: dict[str, Any] = {"progress": None if progress else False, "unit": " samples", "unit_scale": True}
+        bar = _stderr.progress_bar(None, "reading", self.n_samples, **options)
+        with bar, _files.own_read_ahead(mapping) as will_need:
             will_need(self._rows(0, step)[1])
             for start in range(0, self.n_samples, step):
                 part, rows = self._rows(start, step)
@@ -71,9 +73,3 @@ def adjacent(a: Any) -> Any:
     if not a.dtype.isnative:
         a = a.astype(a.dtype.newbyteorder("="))
     return a if a.size < 2 or a.shape[-1] == 1 or a.strides[-1] == a.itemsize else np.ascontiguousarray(a)
-
-
-def _progress_bar(total: int, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="reading", unit=" samples", unit_scale=True, disable=None if progress else True)

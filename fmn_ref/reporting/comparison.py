@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -215,7 +215,8 @@ def compare(
     Raises
     ------
     ValueError, TypeError
-        As `fuse` and `distill`; also if more than 1 % of the samples are in both sets.
+        As `fuse` and `distill`; also if more than 1 % of the samples are in both sets. Samples are the same if the
+        network is called with the same for them, whatever their batches look like.
     """
     from ..training import data
     from ..training.ensemble import attached_model
@@ -226,18 +227,20 @@ def compare(
     options = {k: v for k, v in run.config.items() if k in recipe} | (distill_options or {})
     if make_student is not None and (train_data is None or "epochs" not in options):
         raise ValueError("make_student: needs train_data, and distill_options with at least epochs")
-    if not allow_overlap:
-        refuse_overlap(data.fingerprints(select_data), data.fingerprints(test_data), "test_data")
     select, test = run.probabilities(select_data), run.probabilities(test_data)
-    table, plans = _mixing_methods(select, select.labels, test, test.labels, search, allow_overlap, window=window)
+    select.order.wanted = test.order.wanted = not allow_overlap
+    labels, test_labels = select.labels, test.labels  # evaluates the last epoch on both
+    refuse_overlap(select.order.fingerprints, test.order.fingerprints, "test_data")
+    table, plans = _mixing_methods(select, labels, test, test_labels, search, allow_overlap, window=window)
 
-    def scores_of(model: Any, samples: Any = select_data, labels: Int = select.labels) -> Scores:
-        return scores(data.predict(model, samples, forward_fn=run.forward_fn)[0].cpu(), labels)
+    def scores_of(model: Any, samples: Any = select_data, probs: Any = select) -> Scores:
+        predicted, _ = data.predict(model, samples, forward_fn=run.forward_fn, order=probs.order)
+        return scores(predicted.cpu(), probs.labels)
 
     if train_data is not None:
         models = _single_models(run, plans, train_data, make_student, options, scores_of)
         for name, m in models:
-            table.rows.append(Row(name, 1, scores_of(m).accuracy, *scores_of(m, test_data, test.labels)))
+            table.rows.append(Row(name, 1, scores_of(m).accuracy, *scores_of(m, test_data, test)))
     return table
 
 
@@ -272,8 +275,8 @@ def _prediction_bytes(probs: Any) -> set[bytes]:
     return {a.tobytes() + b.tobytes() for a, b in zip(probs[0], probs[-1], strict=True)}
 
 
-def refuse_overlap(select: set[bytes], test: set[bytes], name: str) -> None:
-    """Raise a ValueError if more than 1 % of the samples are in both sets."""
+def refuse_overlap(select: Set[Any], test: Set[Any], name: str) -> None:
+    """Raise a ValueError if more than 1 % of the samples are in both sets, of fingerprints or other identities."""
     both = len(select & test)
     if both > 0.01 * min(len(select), len(test)):  # a few equal images are normal in real data
         reason = "so test accuracy would be too high (allow_overlap=True or --allow-overlap permits it)"

@@ -60,7 +60,7 @@ def curves(correct: Any) -> Figure:
 
 def matrix(correct: Any) -> Figure:
     """Plot the forgetting matrix as shares of the samples; below the diagonal are the forgotten samples."""
-    c, epochs = np.asarray(correct), _epochs(correct)
+    c, epochs = _check.bool_matrix(correct), _epochs(correct)
     share = forgetting_matrix(c) / c.shape[1]
     figure, axes = _axes("Right at epoch i, wrong at epoch j", "epoch j", "epoch i", (4.8, 4.0))
     # Forgotten shares set the scale: those an untrained epoch still learns are far larger.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,26 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], n_text
 
 
 def csv_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Write a table as CSV, with a header line and line breaks as on Unix."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    """Write a table as CSV, with a header line and line breaks as on Unix.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe in front.
+    """
+    lines: list[str] = []
+    # the default line end makes csv quote a lone \r too
+    writer = csv.writer(SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n")))
     writer.writerow(columns)
-    writer.writerows(rows)
-    return out.getvalue()
+    writer.writerows(map(_inert, row) for row in rows)
+    return "".join(lines)
+
+
+def _inert(cell: Any) -> Any:
+    if not isinstance(cell, str) or cell[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell  # a number with a sign
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

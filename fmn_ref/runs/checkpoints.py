@@ -218,7 +218,16 @@ def load_into(model: nn.Module, path: AnyPath) -> nn.Module:
         inner.load_state_dict(_renamed(state, inner.state_dict()))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit the model: {error}") from None
+    drop_derived(inner)
     return model
+
+
+def drop_derived(model: nn.Module) -> None:
+    """Let a model drop what it has derived from its weights; those that keep it for evaluation drop it in `train()`."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, mode in modes:
+        module.training = mode
 
 
 def to_cpu(content: Any, *, copy: bool = False) -> Any:

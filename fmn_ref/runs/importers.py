@@ -8,7 +8,9 @@ import io
 import json
 import pickle
 import re
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +20,9 @@ from numpy.typing import NDArray
 from .. import _check, _files
 from .arrays import EpochFiles
 from .pickles import scan
+from .text import read_lines
 
+_MOST = 2.0**128 - 2.0**103  # what float32 rounds to infinity
 Row = tuple[list[float], int]  # logits and label of a sample
 
 
@@ -42,6 +46,9 @@ class from_logits(Sequence[NDArray[np.float32]]):
     """
 
     def __init__(self, logits: Any) -> None:
+        sequence = hasattr(logits, "__getitem__") and hasattr(logits, "__len__")
+        if not sequence or getattr(logits, "shape", None) == ():
+            raise TypeError(f"logits: expected an array or a sequence of arrays, got {type(logits).__name__}")
         self._logits = logits
 
     def __len__(self) -> int:
@@ -53,17 +60,17 @@ class from_logits(Sequence[NDArray[np.float32]]):
 
 def softmax(logits: Any, name: str) -> NDArray[np.float32]:
     """Convert (n_samples, n_classes) logits to probabilities; the largest logit of each row must be finite."""
-    z = _check.array(logits, name)
+    z, file = _check.array(logits, name), _check.of_file(logits)
     if z.dtype.kind != "f" or z.ndim != 2 or 0 in z.shape:
         got = f"shape {z.shape}, dtype {z.dtype}"
-        raise ValueError(f"{name}: expected floating-point (n_samples, n_classes), got {got}")
+        raise ValueError(f"{name}{file}: expected floating-point (n_samples, n_classes), got {got}")
     with np.errstate(over="ignore"):
         z = z.astype(np.float32)
         highest = z.max(1, keepdims=True)
         bad = ~np.isfinite(highest)
         if bad.any():
             row, value = int(bad.argmax()), highest[bad][0]
-            raise ValueError(f"{name}, row {row}: expected finite numbers, the highest is {value}")
+            raise ValueError(f"{name}, row {row}{file}: expected finite numbers, the highest is {value}")
         p = np.exp(z - highest)
     return np.asarray(p / p.sum(1, keepdims=True))
 
@@ -76,7 +83,7 @@ def epoch_files(folder: str | Path, pattern: str = "*.npy") -> Sequence[NDArray[
     folder : path
     pattern : str
         Names of the files; default: all .npy files. They are ordered by the numbers in them: "epoch_2" comes before
-        "epoch_10".
+        "epoch_10". Nothing but numbers may differ, so that labels or a copy are not counted as an epoch.
 
     Returns
     -------
@@ -88,16 +95,28 @@ def epoch_files(folder: str | Path, pattern: str = "*.npy") -> Sequence[NDArray[
     FileNotFoundError
         No file matches.
     ValueError
-        A file is not an array of numbers; the message names the file.
+        A file is not an array of numbers, or is not named like the others; the message names the file.
     """
     return EpochFiles(_in_order(folder, pattern))
 
 
 def _in_order(folder: str | Path, pattern: str) -> list[Path]:
-    """List the files whose names match, ordered by the numbers in them; FileNotFoundError where there is none."""
+    """List one file per epoch, ordered by the numbers in their names; FileNotFoundError where no name matches.
+
+    A ValueError names a file whose name differs from the others in more than numbers, or has the same numbers.
+    """
     paths = sorted(Path(folder).glob(pattern), key=_natural)
     if not paths:
         raise FileNotFoundError(f"{folder}: no {pattern} there")
+    frames = [re.sub(r"\d+", "#", path.name) for path in paths]
+    usual = Counter(frames).most_common(1)[0][0]
+    for path, frame in zip(paths, frames, strict=True):
+        if frame != usual:
+            like = paths[frames.index(usual)].name
+            raise ValueError(f"{path}: not an epoch like {like}? Names may differ in numbers only; move or rename it")
+    for before, path in pairwise(paths):
+        if _natural(before) == _natural(path):
+            raise ValueError(f"{path}: the same epoch as {before.name}")
     return paths
 
 
@@ -122,8 +141,8 @@ def from_cartography(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[n
     FileNotFoundError
         The folder contains no dynamics.
     ValueError
-        A malformed line, or samples, labels or numbers of classes that differ between files; the message names the
-        file and the line or sample.
+        A malformed line, values of other types, an epoch that differs from the file's name; samples, labels or numbers
+        of classes that differ between files. The message names the file and the line or sample.
     """
     paths = _in_order(folder, "dynamics_epoch_*.jsonl")
     epochs: list[dict[str, Row]] = []
@@ -138,24 +157,39 @@ def from_cartography(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[n
             if len(logits) != n_classes or gold != first[guid][1]:
                 raise ValueError(f"{path}: sample {guid!r} has {len(logits)} logits and label {gold}, unlike before")
     dynamics = np.array([[rows[guid][0] for guid in first] for rows in epochs], np.float32)
-    labels = _check.labels([gold for _, gold in first.values()], n_classes=n_classes, name="gold")
+    name = f"{paths[0]}: gold"
+    labels = _check.labels([gold for _, gold in first.values()], n_classes=n_classes, name=name)
     return dynamics, labels, list(first)
 
 
 def _read_dynamics(path: Path) -> dict[str, Row]:
     """Logits and label of each sample at one epoch."""
+    name = re.fullmatch(r"dynamics_epoch_(\d+)\.jsonl", path.name)
+    if name is None:
+        raise ValueError(f"{path}: expected a name like dynamics_epoch_0.jsonl")
     rows: dict[str, Row] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
-            content = json.loads(line)
-            key = next(k for k in content if k.startswith("logits_epoch_"))
-            guid, row = str(content["guid"]), ([float(v) for v in content[key]], int(content["gold"]))
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not a line of training dynamics ({error})") from None
+            guid, row = _row_of(json.loads(line), f"logits_epoch_{int(name[1])}")
+        except Exception as error:  # a line from a stranger may fail in any way
+            reason = f"missing {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}:{number}: not a line of training dynamics ({reason})") from None
         if guid in rows:
             raise ValueError(f"{path}:{number}: sample {guid!r} is there twice")
         rows[guid] = row
     return rows
+
+
+def _row_of(line: Any, key: str) -> tuple[str, Row]:
+    """Sample id, logits and label; a TypeError or ValueError for other types than those that cartography writes."""
+    guid, logits, gold = line["guid"], line[key], line["gold"]
+    if type(guid) not in (str, int) or type(gold) is not int:
+        raise TypeError(f"expected a string or an integer as guid, an integer as gold, got {guid!r:.40}, {gold!r:.40}")
+    if not isinstance(logits, list) or not set(map(type, logits)) <= {int, float}:
+        raise TypeError(f"{key}: expected a list of numbers, got {logits!r:.40}")
+    if not all(-_MOST < v < _MOST or v == -np.inf for v in logits):  # no NaN; -inf masks a class
+        raise ValueError(f"{key}: expected numbers that fit 32 bits, got {logits!r:.40}")
+    return str(guid), (logits, gold)
 
 
 class _Dtype:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from .. import _check, _files
+from .. import _check, _files, _stderr
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from . import arrays, importers
@@ -30,6 +30,32 @@ def check_outputs(options: Mapping[str, Any]) -> None:
             beside_epochs = path.suffix in (".npy", ".jsonl") and path.parent == source.path
             if path == source.path or beside_epochs or source.holds(path):
                 raise ValueError(f"{output}: is one of the files to read; choose another output name")
+
+
+# Names of arguments in messages, and the options of the command line from which they may have been read.
+_OPTIONS = {
+    "probs": ("probs",),
+    "select_probs": ("select",),
+    "test_probs": ("test",),
+    "logits": ("probs",),
+    "labels": ("labels", "select_labels", "probs", "select", "file"),
+    "test_labels": ("test_labels", "test"),
+    "correct": ("correct", "file"),
+    "images": ("images",),
+    "sample_ids": ("path",),
+}
+
+
+def error_line(error: Exception, options: Mapping[str, Any]) -> str:
+    """One line about an error, with the file from which the argument that it names was read."""
+    line = " ".join(str(error).splitlines())
+    if not isinstance(error, (ValueError, TypeError, OSError, ImportError, FloatingPointError)):
+        return f"{type(error).__name__}: {line}"
+    name = re.match(r"(\w+)[:\[, ]", line)
+    for option in _OPTIONS.get(name[1], ()) if name else ():
+        if file := options.get(option):
+            return line if str(file) in line else f"{file}: {line}"
+    return line
 
 
 def load_array(path: str, *names: str) -> NDArray[Any]:
@@ -71,7 +97,7 @@ def load_labels(path: str | None, beside: str, option: str = "--labels") -> NDAr
     """Load labels from their own file, or from `beside`, the .npz file with the probabilities."""
     if path is None and not beside.endswith(".npz"):
         raise ValueError(f"{option}: needed, since {beside} is not an .npz file with 'labels'")
-    return _check.labels(load_array(path or beside, "labels"))
+    return _check.labels(load_array(path or beside, "labels"), name=f"{path or beside}: labels")
 
 
 def has_labels(path: str) -> bool:
@@ -89,23 +115,23 @@ def load_correct(path: str, labels: str | None, verify: bool = True) -> Any:
     without_labels = labels is None and not path.endswith(".npz") and a.dtype.kind != "f"
     if name == "correct" or without_labels:
         return _check.correct_matrix(a, path)
-    return history_of(a, load_labels(labels, path))
+    return history_of(a, load_labels(labels, path), path if labels is None else f"{path} with {labels}")
 
 
-def history_of(a: Any, labels: NDArray[np.int64]) -> CorrectnessHistory:
+def history_of(a: Any, labels: NDArray[np.int64], source: str) -> CorrectnessHistory:
     """Correctness of predictions (n_epochs, n_samples) or scores (n_epochs, n_samples, n_classes).
 
-    Reads one epoch at a time and keeps bits, so a memory-mapped file may be larger than memory.
+    Reads one epoch at a time and keeps bits, so a memory-mapped file may be larger than memory. Errors name `source`.
     """
     if a.ndim != {"f": 3, "i": 2, "u": 2}.get(a.dtype.kind) or len(a) == 0:
-        expected = "predictions (n_epochs, n_samples), or scores (n_epochs, n_samples, n_classes)"
-        raise ValueError(f"expected {expected}, got shape {a.shape}, dtype {a.dtype}")
+        expected = "integer predictions (n_epochs, n_samples) or floating-point scores (n_epochs, n_samples, n_classes)"
+        raise ValueError(f"{source}: expected {expected}, got shape {a.shape}, dtype {a.dtype}")
     history = CorrectnessHistory(len(labels))
     mapping = _files.mapping(a)
-    for i, epoch in enumerate(tqdm(a, "reading", disable=None)):
+    for i, epoch in enumerate(_stderr.progress_bar(a, "reading")):
         try:
             history.append(correctness(epoch, labels))
         except ValueError as error:
-            raise ValueError(f"epoch {i}: {error}") from None
+            raise ValueError(f"{source}: epoch {i}: {error}") from None
         _files.drop_pages(mapping)
     return history

@@ -1,4 +1,4 @@
-"""RunLock: the right of one process to write in a run folder."""
+"""RunLock: the right of one process to write in a run folder; `sole_user`, for folders that processes share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -120,3 +121,33 @@ def _unlock(path: Path, descriptor: int, owner: int) -> None:
                 os.unlink(path)
     finally:  # an interrupt may come in between
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Wait until nobody else is in this `with` for the folder, such as a cache that several trainings share.
+
+    Nothing waits where the system cannot lock files, or where this process may not write.
+    """
+    path, owner = folder / ".lock", os.getpid()
+    descriptor = _waited_for(path)
+    try:
+        yield
+    finally:
+        _unlock(path, descriptor, owner)
+
+
+def _waited_for(path: Path) -> int:
+    while fcntl is not None:
+        try:
+            descriptor = _opened(path)
+        except OSError as error:
+            if error.errno in _NO_PERMISSION:
+                break
+            raise
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _is_open_at(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # its holder deleted the file
+    return -1

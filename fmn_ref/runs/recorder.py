@@ -11,7 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import _check
+from .._check import Bool, Int
 from ..metrics.curves import correctness, forget_fraction
 from ..metrics.history import CorrectnessHistory, labels_digest
 from .folder import AnyPath, RunFolder, checked_suffix, remove_checkpoint
@@ -94,13 +97,14 @@ class Recorder:
         if suffix != ".pt" and save is None:
             raise ValueError(f"suffix: {suffix!r} needs `save`, which writes such files")
         self._history: CorrectnessHistory | None = None
+        self._numbers: list[Any] = []  # those of the samples of the epochs recorded here, once there are some
         self._lock: RunLock | None = self.folder.claim(config, suffix=suffix)
         self.folder.checkpoints.mkdir(exist_ok=True)
         if self.folder.history.exists():
             self._history = CorrectnessHistory.open(self.folder.history)
             self.rewind(self.next_epoch)  # deletes a history without epochs, which a crash may leave
 
-    def record(self, epoch: int, scores_or_predictions: Any, labels: Any) -> None:
+    def record(self, epoch: int, scores_or_predictions: Any, labels: Any, *, index: Any = None) -> None:
         """Store one epoch: its checkpoint first, then its row of the history.
 
         Parameters
@@ -108,7 +112,11 @@ class Recorder:
         epoch : int
             Greater than the last recorded epoch.
         scores_or_predictions, labels
-            As for `correctness`; the same samples in the same order at every epoch.
+            As for `correctness`; the same samples in the same order at every epoch. The Recorder does not see samples:
+            it notices other labels, but not that samples of one class change places.
+        index : (n_samples,) integers, optional
+            Each sample's number, for a loader that shuffles or repeats samples. The row is stored in the order of the
+            numbers, each once. All epochs need the same numbers.
 
         Raises
         ------
@@ -122,7 +130,15 @@ class Recorder:
         right = correctness(scores_or_predictions, labels)
         if right.ndim != 1:
             raise ValueError(f"scores_or_predictions: expected one epoch, got correctness of shape {right.shape}")
+        numbers: Any = None
+        if index is not None:
+            numbers, right, labels = in_sample_order(index, right, labels)
+        if self._numbers and not np.array_equal(self._numbers[0], numbers):
+            raise ValueError(
+                "index: not the sample numbers of the epochs before; give the same, or none, at every epoch"
+            )
         self.record_correct(epoch, right, labels)
+        self._numbers = [numbers]
 
     def record_correct(self, epoch: int, correct: Any, labels: Any, *, weights: dict[str, Any] | None = None) -> None:
         """Store one epoch whose correctness is known already.
@@ -225,7 +241,7 @@ class Recorder:
                 remove_checkpoint(self.folder.checkpoint(e, self._suffix))
             if not len(self._history):  # other samples may be recorded now
                 self.folder.clear()
-                self._history = None
+                self._history, self._numbers = None, []
         return dropped
 
     def _stale_states(self, n_rows: int) -> list[Path]:
@@ -280,3 +296,13 @@ class Recorder:
 
     def __repr__(self) -> str:
         return f"Recorder({str(self.folder.given)!r}, next_epoch={self.next_epoch})"
+
+
+def in_sample_order(index: Any, correct: Any, labels: Any) -> tuple[Int, Bool, Int]:
+    """Sort the rows of an epoch by sample number, each number once: (numbers, correct, labels)."""
+    numbers = _check.labels(index, len(correct), name="index")
+    labels = _check.labels(labels, len(correct))
+    unique, where, back = np.unique(numbers, return_index=True, return_inverse=True)
+    if (labels[where][back] != labels).any():
+        raise ValueError("index: expected each sample's own number, got one with several labels")
+    return unique, correct[where], labels[where]

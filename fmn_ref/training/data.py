@@ -6,10 +6,11 @@ is a tuple, or a dict with a key "labels".
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -17,8 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .. import _check
 from ..runs import checkpoints
-from . import distributed
+from . import distributed, samples
+from .logits import check_logits, check_pair
+from .memory_format import either_format, set_contiguous
+from .order import Listener, Order, samplers_of
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 Augment = Callable[[Tensor], Tensor]
@@ -42,16 +47,40 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     else:
         got = f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}"
         raise ValueError(f"batch: expected (inputs, labels) or a dict, got {got}; {hint}")
-    if labels.is_floating_point() or labels.ndim != 1:
-        raise TypeError(f"labels: expected integers of shape (n,), got {labels.dtype} of shape {tuple(labels.shape)}")
+    if isinstance(labels, (np.ndarray, list, tuple)):
+        labels = torch.from_numpy(_check.labels(labels)).to(device_of(model))
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels: expected integers of shape (n,), got {got}")
     return getattr(output, "logits", output), labels.long()
 
 
 def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[Tensor, Tensor]:
     """Return (logits, labels) of a batch; a `FusedModel` calls the function for each member."""
     function = forward_fn or default_forward
-    ensemble = getattr(model, "_fmn_forward_batch", None)
-    return function(model, batch) if ensemble is None else ensemble(batch, function)
+    if hasattr(type(model), "_fmn_in_place"):
+        with computing(model) as network:
+            return forward(network, batch, forward_fn)
+    ensemble = getattr(type(model), "_fmn_forward_batch", None)
+    outcome = function(model, batch) if ensemble is None else ensemble(model, batch, function)
+    if not isinstance(outcome, (tuple, list)) or len(outcome) != 2:
+        got = f"{len(outcome)} values" if isinstance(outcome, (tuple, list)) else type(outcome).__name__
+        raise TypeError(f"forward_fn: expected (logits, labels), got {got}")
+    return outcome[0], outcome[1]
+
+
+def computing(model: nn.Module, keep: bool = False) -> AbstractContextManager[nn.Module]:
+    """Context with the network that computes with the model's weights; see `InPlace` for one that is another module."""
+    in_place = getattr(type(model), "_fmn_in_place", None)
+    return nullcontext(model) if in_place is None else in_place(model, keep)
+
+
+def augmented(batch: Any, augment: Augment) -> tuple[Any, ...]:
+    """Augment the inputs of a batch, its first item."""
+    if not isinstance(batch, tuple):
+        hint = "augment in the data set, or pass (inputs, labels) and a forward_fn"
+        raise TypeError(f"augment: expected batches that are tuples, got {type(batch).__name__}; {hint}")
+    return augment(batch[0]), *batch[1:]
 
 
 def is_arrays(data: Any) -> bool:
@@ -65,7 +94,7 @@ def as_tensors(data: Any) -> tuple[Tensor, ...]:
     if len(tensors) < 2 or any(t.ndim == 0 or len(t) != len(tensors[0]) for t in tensors) or len(tensors[0]) == 0:
         shapes = [tuple(t.shape) for t in tensors]
         raise ValueError(f"data: expected (inputs, labels) with one row per sample, not empty, got shapes {shapes}")
-    if len(tensors) == 2 and not tensors[1].is_floating_point() and (tensors[1] < 0).any():
+    if len(tensors) == 2 and not tensors[1].is_floating_point() and (_check.computable(tensors[1]) < 0).any():
         raise ValueError(f"labels: expected classes from 0, got {int(tensors[1].min())}")  # torch would ignore -100
     return tensors
 
@@ -74,9 +103,9 @@ def _as_tensor(a: Any) -> Tensor:
     """Convert one array; NumPy's float64 becomes torch's default type, which networks have."""
     if isinstance(a, Tensor):
         return a
-    a = np.asarray(a)
-    if any(stride < 0 for stride in a.strides):
-        a = np.ascontiguousarray(a)
+    a = _check.array(a, "data", kinds="biufc")
+    if any(stride < 0 for stride in a.strides) or not a.dtype.isnative:
+        a = np.ascontiguousarray(a, a.dtype.newbyteorder("="))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of read-only arrays (memory-mapped files); nothing here writes to them
         return torch.as_tensor(a, dtype=torch.get_default_dtype() if a.dtype == np.float64 else None)
@@ -146,19 +175,18 @@ class Batches:
             if self.is_split:
                 raise ValueError("data: a stream cannot be split over processes; pass a DataLoader that does it")
             self.source = DataLoader(data, batch_size)
-        elif not isinstance(data, Dataset) and (
-            not hasattr(data, "__iter__") or isinstance(data, (Tensor, np.ndarray, str, Iterator))
-        ):
-            raise TypeError(f"data: expected (inputs, labels), a Dataset or a DataLoader, got {type(data).__name__}")
+        elif not isinstance(data, Dataset):
+            _check_batches(data)
 
     def __iter__(self) -> Iterator[Any]:
         if self.arrays:
             for rows in self._rows():
-                yield tuple(_take(t, rows, self._shuffle or self.is_split, self.device) for t in self.arrays)
+                taken = (_take(t, rows, self._shuffle or self.is_split, self.device) for t in self.arrays)
+                yield tuple(map(_check.computable, taken))
         else:
             for batch in self._loader():
-                moved = checkpoints.each_tensor(batch, lambda t: t.to(self.device, non_blocking=True))
-                yield tuple(moved) if isinstance(moved, list) else moved
+                there = checkpoints.each_tensor(samples.moved(batch, self.device), _check.computable)
+                yield tuple(there) if isinstance(there, list) else there
 
     def _loader(self) -> Iterable[Any]:
         if not isinstance(self.source, Dataset):
@@ -186,6 +214,12 @@ class Batches:
             rows[-2:] = [torch.cat(rows[-2:])]
         return [r[self._rank :: self._world] for r in rows]
 
+    def set_contiguous(self) -> bool:
+        """Convert images that moved to the device in channels_last format; return whether there were some."""
+        arrays = self.arrays
+        self.arrays = tuple(t.contiguous() if t.ndim == 4 else t for t in arrays)
+        return any(new is not old for new, old in zip(self.arrays, arrays, strict=True))
+
     def ids(self) -> Tensor:
         """Numbers of the samples that this process gets, in order: (n,) int64, on the device."""
         if self.arrays or isinstance(self.source, Dataset):
@@ -196,6 +230,16 @@ class Batches:
                 raise ValueError("data: a stream cannot be split over processes; pass arrays or a Dataset")
             rows = torch.tensor([i for batch in batches for i in batch])
         return rows.to(self.device)
+
+
+def _check_batches(data: Any) -> None:
+    """Raise a TypeError where data is no iterable of batches."""
+    if not hasattr(data, "__iter__") or isinstance(data, (Tensor, np.ndarray, str, Mapping, Iterator)):
+        raise TypeError(f"data: expected (inputs, labels), a Dataset or a DataLoader, got {type(data).__name__}")
+    if isinstance(data, (tuple, list)) and any(hasattr(part, "shape") or isinstance(part, str) for part in data):
+        got = ", ".join(type(part).__name__ for part in data[:4])
+        hint = "a torch Dataset of (inputs, label) takes inputs of several parts, and texts"
+        raise TypeError(f"data: expected arrays (inputs, labels), got {type(data).__name__} of {got}; {hint}")
 
 
 def _resident(t: Tensor, device: torch.device) -> Tensor:
@@ -219,9 +263,7 @@ def _take(t: Tensor, rows: Tensor, scattered: bool, device: torch.device) -> Ten
 def reseed(data: Any, seed: int, epoch: int) -> None:
     """Seed torch's global generator and the data's samplers from (seed, epoch): resuming needs the same draws."""
     torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    batch_sampler = getattr(data, "batch_sampler", None)
-    holders: list[Any] = [data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-    for holder in holders:
+    for holder in (data, *samplers_of(data)):
         if isinstance(getattr(holder, "generator", None), torch.Generator):
             holder.generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
         if hasattr(holder, "set_epoch"):
@@ -229,15 +271,16 @@ def reseed(data: Any, seed: int, epoch: int) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of the first parameter; the CPU for a model without parameters."""
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    """Device of the first parameter, or of the first buffer; the CPU for a model without either."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
     """Put the model into evaluation mode, on `device` if given; afterwards restore its device and every mode."""
     modes, home = [(m, m.training) for m in model.modules()], device_of(model)
+    checkpoints.drop_derived(model)  # an average's weights change without `load_into`
     model.eval()
     try:
         if device is not None:
@@ -260,6 +303,7 @@ def predict(
     log: bool = False,
     amp: bool = False,
     split: bool = False,
+    order: Order | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Predict a data set; nothing leaves the model's device.
 
@@ -276,6 +320,8 @@ def predict(
         Run the network in bfloat16.
     split : bool, default False
         In several processes: each calls this function, evaluates its part, and gets the whole result.
+    order : Order, optional
+        The passes over the data before this one; a change is an error.
 
     Returns
     -------
@@ -285,54 +331,60 @@ def predict(
     Raises
     ------
     TypeError, ValueError
-        No batch; a batch or a model's output of another kind; probabilities where logits are expected.
+        No batch; a batch or a model's output of another kind; probabilities where logits are expected; other samples,
+        or another order, than in the first pass.
     """
     if not isinstance(data, Batches):
         data = Batches(data, batch_size, device_of(model), split=split)
-    parts: list[tuple[Tensor, Tensor]] = []
-    with evaluating(model):
-        for batch in data:
-            with torch.autocast(data.device.type, torch.bfloat16, enabled=amp):
-                logits, labels = forward(model, batch, forward_fn)
-            if not parts:
-                check_logits(logits, "a forward_fn may convert them (Run.open takes it)")
-            logits = logits.float()
-            parts.append((logits.log_softmax(1) if log else logits.softmax(1), labels))
+
+    def predicted() -> tuple[Listener, list[tuple[Tensor, Tensor]]]:
+        listener = Listener(order, fixed=bool(data.arrays))
+        with evaluating(model), computing(model) as network, listener.listening(network):
+            return listener, list(_predict_batches(network, data, forward_fn, log, amp, listener))
+
+    listener, parts = either_format(predicted, partial(set_contiguous, model), data.set_contiguous)
     if not parts:
         raise ValueError("data: expected at least one batch")
     probs, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     if data.is_split:
-        probs, labels = distributed.gather_rows(data.ids(), probs, labels)
+        ids = data.ids()
+        if len(ids) != len(labels):
+            raise ValueError(f"split: expected one row for each of {len(ids)} samples, got {len(labels)}")
+        probs, labels = distributed.gather_rows(ids, probs, labels)
+    listener.check(labels, data.is_split)
     return probs, labels
 
 
-def check_logits(logits: Any, hint: str) -> None:
-    """Raise a ValueError, which ends with the hint, where logits have a wrong shape or are probabilities."""
-    if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"model: expected logits (n, n_classes), got {got}; {hint}")
-    sums = logits.float().sum(-1)
-    if logits.numel() and (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums)):
-        raise ValueError(f"model: expected logits or log-probabilities, got probabilities; {hint}")
+def _predict_batches(
+    network: nn.Module, batches: Batches, forward_fn: Forward | None, log: bool, amp: bool, listener: Listener
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for i, batch in enumerate(batches):
+        with torch.autocast(batches.device.type, torch.bfloat16, enabled=amp):
+            logits, labels = forward(network, batch, forward_fn)
+        if i == 0:
+            check_logits(logits, "a forward_fn may convert them (Run.open takes it)")
+        check_pair(logits, labels)
+        listener.add(batch, labels)
+        logits = logits.float()
+        yield logits.log_softmax(1) if log else logits.softmax(1), labels
 
 
-def inputs_of(batch: Any) -> list[Tensor]:
-    """Input tensors of a batch: the first item of a tuple, or everything but "labels" of a dict, sorted by key."""
-    if isinstance(batch, Mapping):
-        return [v for k, v in sorted(batch.items()) if k != "labels" and isinstance(v, Tensor)]
-    if not isinstance(batch, (tuple, list)) or not batch:
-        raise TypeError(f"batch: expected a tuple or a dict, got {type(batch).__name__}")
-    return [batch[0]]
+def fingerprints(data: Any) -> set[int]:
+    """Hash each sample's inputs, to detect samples that two sets share; no forward_fn."""
+    order, nothing, labels = Order(None), _Nothing(), torch.empty(0)
+    listener = Listener(order)
+    with listener.listening(nothing):
+        for batch in Batches(data, 512, torch.device("cpu")):
+            labels = default_forward(nothing, batch)[1]
+            listener.add(batch, labels)
+    listener.check(labels)
+    return order.fingerprints
 
 
-def fingerprints(data: Any) -> set[bytes]:
-    """Hash each sample's inputs, to detect samples that two sets share."""
-    seen = set()
-    for batch in Batches(data, 512, torch.device("cpu")):
-        arrays = [v.detach().contiguous().reshape(len(v), -1).view(torch.uint8).numpy() for v in inputs_of(batch)]
-        for row in zip(*arrays, strict=True):
-            seen.add(hashlib.blake2b(b"".join(r.tobytes() for r in row), digest_size=16).digest())
-    return seen
+class _Nothing(nn.Module):
+    """A network that ignores what it is called with."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 def arrays_digest(data: Any) -> str | None:
@@ -340,13 +392,4 @@ def arrays_digest(data: Any) -> str | None:
     if not is_arrays(data):
         return None
     inputs, *rest = as_tensors(data)
-    return tensors_digest([inputs[:: max(1, len(inputs) // 100)], *rest])
-
-
-def tensors_digest(tensors: Iterable[Any]) -> str:
-    """Hash the bytes of tensors; other objects are skipped."""
-    digest = hashlib.sha256()
-    for t in tensors:
-        if isinstance(t, Tensor):
-            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return samples.tensors_digest([inputs[:: max(1, len(inputs) // 100)], *rest])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from .. import _check, _files
 from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
-from . import data
-from .engine import Average, EarlyStopping, fit, hidden
+from . import data, distributed
+from .engine import Average, EarlyStopping, fit, shown
+from .order import Order
 from .recipe import Recipe
 from .soft_targets import SoftTargets, Targets
 from .store import Store
+
+RULED_OUT = -1e30  # a log-probability below it is that of a class which the network masks
 
 
 def distill(
@@ -138,20 +141,28 @@ def distill(
     arXiv 2507.08686, Section V ("distilled KF"); Hinton et al. 2015, arXiv 1503.02531 (temperature and its square).
     """
     data.check_module(student, "student")
-    data.check_module(teacher, "teacher")
-    if targets_dir is None and run_dir is not None:
-        targets_dir = RunFolder(run_dir).targets
-    targets_dir = None if targets_dir is None else _files.absolute(targets_dir)
     settings = Recipe.of(recipe)
     setup = asdict(settings) | _checked_setup(epochs, temperature, kd_weight, ema_decay, patience, val_data, run_dir)
-    views = min(_check.number(views, 1, 2**20, "views", int), setup["epochs"])
-    source = SoftTargets(teacher, train_data, settings, targets, views, top_k, augment, forward_fn, targets_dir)
+    folder = RunFolder(run_dir).targets if targets_dir is None and run_dir is not None else targets_dir
+    options = targets, views, top_k, augment, forward_fn, folder
+    source = _soft_targets(teacher, train_data, setup["epochs"], settings, *options)
     rule = None if val_data is None else keep
     files = nullcontext() if run_dir is None else Store(run_dir, setup | source.identity, rule, resume, half, disk_wait)
     with files as store:
         if store is None or not store.load_final(student, setup["epochs"]):
             _fit_student(student, source, setup, val_data, store, progress)
     return student.eval()
+
+
+def _soft_targets(
+    teacher: Any, train_data: Any, epochs: int, recipe: Recipe, targets: str = "auto", views: int = 8, *options: Any
+) -> SoftTargets:
+    """Options of `distill` for its soft targets; a sweep gives them in place of the teacher."""
+    if isinstance(teacher, SoftTargets):
+        return teacher
+    data.check_module(teacher, "teacher")
+    views = min(_check.number(views, 1, 2**20, "views", int), epochs)
+    return SoftTargets(teacher, train_data, recipe, targets, views, *options)
 
 
 def _checked_setup(
@@ -173,7 +184,10 @@ def _checked_setup(
         "ema_decay": ema_decay,
         "patience": patience,
     }
-    return checked if val_data is None else {**checked, "val_data": data.arrays_digest(val_data)}
+    if val_data is None:
+        return checked
+    Order(val_data, "val_data")  # refuses a loader that shuffles
+    return {**checked, "val_data": data.arrays_digest(val_data)}
 
 
 def _fit_student(
@@ -185,9 +199,10 @@ def _fit_student(
     with data.evaluating(source.teacher, device):
         if val_data is not None:
             val = data.Batches(val_data, 256, device, split=True)
-            evaluate = partial(data.predict, data=val, forward_fn=source.forward_fn)
-            if not hidden(progress):
-                probs, labels = evaluate(source.teacher)
+            predict = partial(data.predict, data=val, forward_fn=source.forward_fn)
+            evaluate = partial(predict, order=Order(val_data, "val_data"))
+            if distributed.broadcast(shown(progress)):  # every process predicts its part
+                probs, labels = predict(source.teacher)
                 notes = {"teacher": f"{(probs.argmax(1) == labels).double().mean():.2%}"}
         targets = source.open(device)
         fit(
@@ -210,6 +225,9 @@ def _fit_student(
 
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:
     """Compute the loss of `distill`.
+
+    A class that the student rules out, by a logit of -inf or near the smallest float, has no gradient: the student
+    approaches the teacher's distribution over the other classes.
 
     Parameters
     ----------
@@ -234,7 +252,8 @@ def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, k
         expected, got = tuple(logits.shape), tuple(teacher_log_probs.shape)
         raise ValueError(f"teacher: expected outputs of the student's shape {expected}, got shape {got}")
     soft = (teacher_log_probs / temperature).softmax(1)
-    kd = F.kl_div(F.log_softmax(logits / temperature, 1), soft, reduction="batchmean") * temperature**2
+    log_probs = F.log_softmax(logits / temperature, 1).clamp_min(RULED_OUT)  # 0 * -inf would be NaN
+    kd = F.kl_div(log_probs, soft, reduction="batchmean") * temperature**2
     if kd_weight == 1:
         return kd
     return kd_weight * kd + (1 - kd_weight) * F.cross_entropy(logits, labels)
@@ -319,6 +338,7 @@ def tune_distillation(
     if not trials:
         raise ValueError("temperatures, kd_weights: expected at least one of each")
     options = {"targets_dir": RunFolder(run_dir).targets, **options, "epochs": epochs, "val_data": val_data}
+    source = _shared_targets(teacher, train_data, **options)
     rows = list[dict[str, float]]()
     for temperature, kd_weight in trials:
         folder = RunFolder(run_dir).path / f"temperature_{temperature:g}_kd_weight_{kd_weight:g}"
@@ -326,7 +346,7 @@ def tune_distillation(
         with torch.random.fork_rng():
             torch.manual_seed(options.get("seed", 0))
             student = make_student()
-        distill(student, teacher, train_data, **options)
+        distill(student, source, train_data, **options)
         run = Run.open(folder, student, options.get("forward_fn"))
         accuracies = run.history.correct().mean(1)
         accuracy = float(accuracies.max() if options.get("patience") else accuracies[-1])
@@ -334,3 +354,12 @@ def tune_distillation(
             best = Sweep(temperature, kd_weight, run, rows)
         rows.append({"temperature": temperature, "kd_weight": kd_weight, "accuracy": accuracy})
     return best
+
+
+def _shared_targets(teacher: Any, train_data: Any, *, epochs: Any, targets_dir: AnyPath, **options: Any) -> Any:
+    """Soft targets for all trials of a sweep, which read them once."""
+    recipe = Recipe(**{f.name: options[f.name] for f in fields(Recipe) if f.name in options})
+    n_epochs = _check.number(epochs, 1, 2**31, "epochs", int)
+    names = {"targets": "auto", "views": 8, "top_k": None, "augment": None, "forward_fn": None}
+    chosen = (options.get(name, default) for name, default in names.items())
+    return _soft_targets(teacher, train_data, n_epochs, recipe, *chosen, targets_dir)

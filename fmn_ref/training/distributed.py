@@ -56,6 +56,15 @@ def on_rank_zero(function: Callable[[], Any]) -> Any:
     return result
 
 
+def on_any_rank(fault: bool, split: bool = True) -> bool:
+    """Tell whether any process has a fault, so that all can fail together; without `split`, whether this one has."""
+    if not split or world_size() == 1:
+        return fault
+    faults = [False] * world_size()
+    dist.all_gather_object(faults, fault)
+    return any(faults)
+
+
 def wrap_ddp(model: nn.Module) -> nn.Module:
     """Wrap the model in DistributedDataParallel, which averages gradients over the ranks; unchanged on a single one."""
     if world_size() == 1 or isinstance(model, DistributedDataParallel):

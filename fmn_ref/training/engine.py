@@ -7,19 +7,24 @@ vector. `Store` writes files while the next epoch trains.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from .._stderr import progress_bar, shows
 from ..metrics.curves import correctness
 from ..runs import checkpoints
 from . import data, distributed
+from .copies import independent
+from .ensemble import averaged_tensors, frozen_norms
+from .memory_format import either_format, set_channels_last, set_contiguous
 from .recipe import Recipe
 from .store import Store
 
@@ -33,19 +38,36 @@ class Average:
     """Exponential moving average (EMA) of a network's weights and running statistics, updated after every step."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        self.averaged = AveragedModel(checkpoints.unwrap(model), multi_avg_fn=average, use_buffers=True)
-        self.model: nn.Module = self.averaged.module
+        if any(map(nn.parameter.is_lazy, model.parameters())):
+            raise ValueError("model: expected layers with shapes, to average them; run a batch through the lazy ones")
+        self.model = independent(checkpoints.unwrap(model))
+        self._own = dict(chain(self.model.named_parameters(), self.model.named_buffers()))
+        self._averaged = averaged_tensors(self.model).keys()
+        self._fold = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self._steps = torch.tensor(0)
 
+    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        self.averaged.update_parameters(model)
+        """Fold the weights and the running statistics in, the first ones by copying; copy the other buffers."""
+        groups = defaultdict[Any, tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
+        folds = self._steps > 0
+        for (name, own), new in zip(self._own.items(), chain(model.parameters(), model.buffers()), strict=True):
+            if folds and name in self._averaged:
+                own_group, new_group = groups[own.device, own.dtype]
+                own_group.append(own)
+                new_group.append(new.detach().to(own.device))
+            else:
+                own.copy_(new)
+        for own_group, new_group in groups.values():
+            self._fold(own_group, new_group, self._steps)
+        self._steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": self.model.state_dict(), "steps": self.averaged.n_averaged}
+        return {"weights": self.model.state_dict(), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["weights"])
-        self.averaged.n_averaged.copy_(state["steps"])
+        self._steps.copy_(state["steps"])
 
 
 class EarlyStopping:
@@ -83,8 +105,9 @@ class Loop:
         self, model: nn.Module, recipe: Recipe, epochs: int, average: Average | None, stopping: EarlyStopping | None
     ) -> None:
         if recipe.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            set_channels_last(model)
         self.model, self.recipe = checkpoints.unwrap(model), recipe
+        self.frozen, self._has_run = frozen_norms(model), False
         self.average, self.stopping = average, stopping
         self.result = self.model if average is None else average.model
         wrapped = distributed.wrap_ddp(model)
@@ -105,6 +128,32 @@ class Loop:
         if self.stopping is not None:
             self.stopping.update(epoch, float(right.mean()), self.result)
         return right, labels
+
+    def train(self) -> None:
+        """Put the network into training mode, except for frozen BatchNorm layers."""
+        self.stepped.train()
+        for norm in self.frozen.values():
+            norm.eval()
+
+    def outputs(self, step: Step, batches: data.Batches, batch: Any) -> tuple[Tensor, Any]:
+        """Call `step`. The first call of a network that fails in channels_last format starts again without it."""
+        if self._has_run:
+            return step(self.stepped, batch)
+        buffers = [b for b in self.model.buffers() if not nn.parameter.is_lazy(b)]
+        values, draws = checkpoints.snapshot(buffers), _generator_states(batches.device)
+
+        def undo() -> bool:
+            nonlocal batch
+            batch = checkpoints.each_tensor(batch, Tensor.contiguous)
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
+            _generator_states(batches.device, draws)
+            return False
+
+        formats = partial(set_contiguous, self.model), batches.set_contiguous
+        found = either_format(lambda: step(self.stepped, batch), *formats, undo)
+        self._has_run = True
+        return found
 
     def finish(self) -> None:
         """Leave the result in the model: the best epoch's weights, or the average."""
@@ -145,7 +194,7 @@ def fit(
     """
     loop, device = Loop(model, recipe, epochs, average, stopping), data.device_of(model)
     start = _resume(loop.parts, store)
-    bar = tqdm(range(start, epochs), names[0], epochs, initial=start, disable=hidden(progress), unit="epoch")
+    bar = progress_bar(range(start, epochs), names[0], epochs, progress=shown(progress), initial=start, unit="epoch")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
         for epoch in bar:
             if stopping is not None and stopping.exhausted(epoch - 1):
@@ -172,13 +221,13 @@ def train_one_epoch(
     loop: Loop, batches: data.Batches, step: Step, loss_fn: Loss, augment: data.Augment | None
 ) -> Tensor:
     """Take one pass over the batches; return the loss of the last one."""
-    loop.stepped.train()
+    loop.train()
     loss = None
     for batch in batches:
         if augment is not None:
-            batch = (augment(batch[0]), *batch[1:])
+            batch = data.augmented(batch, augment)
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=loop.recipe.amp):
-            loss = _loss(loss_fn, *step(loop.stepped, batch))
+            loss = _loss(loss_fn, *loop.outputs(step, batches, batch))
         loop.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         loop.optimizer.step()
@@ -187,6 +236,18 @@ def train_one_epoch(
     if loss is None:
         raise ValueError("train_data: expected at least one batch")
     return loss.detach()
+
+
+def _generator_states(device: torch.device, states: list[Tensor] | None = None) -> list[Tensor]:
+    """Return the states of torch's generators on the CPU and on `device`; set them if given."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(
+            torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+        )
+    for generator, state in zip(generators, states or (), strict=False):
+        generator.set_state(state)
+    return [generator.get_state() for generator in generators]
 
 
 def _loss(loss_fn: Loss, outputs: Tensor, targets: Any) -> Tensor:
@@ -212,8 +273,6 @@ def _resume(parts: dict[str, Any], store: Store | None) -> int:
     return int(state["epoch"]) + 1
 
 
-def hidden(progress: bool | None) -> bool | None:
-    """Value of tqdm's `disable`: None shows a bar if stderr is a terminal. Rank zero alone shows one."""
-    if distributed.rank() != 0:
-        return True
-    return None if progress is None else not progress
+def shown(progress: bool | None) -> bool:
+    """Tell whether this process shows a bar: rank zero alone, by default if stderr is a terminal."""
+    return distributed.rank() == 0 and shows(progress)

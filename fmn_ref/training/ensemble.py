@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from ..metrics.scores import FLOOR
 from ..runs import checkpoints
 from ..runs.run import Run
 from . import data
+from .copies import independent
+from .logits import check_logits
+from .memory_format import either_format, set_channels_last, set_contiguous
 
 
 class FusedModel(nn.Module):
@@ -27,6 +32,9 @@ class FusedModel(nn.Module):
     work on them. The run's network must return logits or an object with `.logits`: it is called directly, without the
     run's `forward_fn`. (Pass that to `distill`, which calls it for each member.) Members are frozen and always in
     evaluation mode. To store the ensemble, keep the plan and the run directory; its own `state_dict` loads back too.
+
+    Members are copies of the run's model. If it cannot be copied, they compute in the model itself: one call at a time,
+    with weights swapped in and put back, without gradients, and not under torch.export or torch.compile.
 
     Parameters
     ----------
@@ -64,7 +72,9 @@ class FusedModel(nn.Module):
     def __init__(self, plan: FusionPlan, run: Run) -> None:
         super().__init__()
         model, paths = plan_checkpoints(plan, run)
-        members = (checkpoints.load_into(copy.deepcopy(model), path) for path in paths.values())
+        network = independent(model)
+        with torch.no_grad():  # a ScriptModule's tensors would be copied with a graph
+            members = [copy.deepcopy(checkpoints.load_into(network, path)) for path in paths.values()]
         self._set_members(members, plan)
 
     @classmethod
@@ -78,10 +88,12 @@ class FusedModel(nn.Module):
     def _set_members(self, members: Iterable[nn.Module], plan: FusionPlan) -> None:
         self.combine = plan.combine
         self.members = nn.ModuleList(members)
-        self.members.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.members.requires_grad_(False)
+        set_channels_last(self.members)
         self.register_buffer("weights", torch.tensor(list(plan.weights.values())))
         if plan.combine == "geometric":  # so that neither a state nor a digest of it fits the other kind
             self.register_buffer("geometric", torch.tensor(True))
+        self.register_load_state_dict_post_hook(_drop_derived)  # type: ignore[no-untyped-call]
         self.eval()
 
     def train(self, mode: bool = True) -> FusedModel:
@@ -104,22 +116,29 @@ class FusedModel(nn.Module):
         """
         geometric, total = self.combine == "geometric", torch.zeros(())
         for weight, member in zip(self.weights, self.members, strict=True):
-            logits, labels = forward_fn(member, batch)
-            logits = self._checked_logits(logits)
+            logits, labels = self._member_outputs(member, batch, forward_fn)
             # as in `log_linear_pool`, a member's probabilities below FLOOR count as FLOOR
             part = logits.log_softmax(-1).clamp_min(math.log(FLOOR)) if geometric else logits.softmax(-1)
             total = total + weight * part
         fused = total.log_softmax(-1) if geometric else total.clamp_min(torch.finfo(total.dtype).tiny).log()
         return fused, labels
 
-    def _checked_logits(self, logits: Tensor) -> Tensor:
-        """Convert logits to float32; check the first ones with values."""
-        tracing = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined, no-untyped-call]
-        if not (self._checked or tracing):
+    def _member_outputs(self, member: nn.Module, batch: Any, forward_fn: data.Forward) -> tuple[Tensor, Tensor]:
+        """Compute a member's logits in float32, and labels; check the first logits with values."""
+        if self._checked or torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined, no-untyped-call]
+            logits, labels = data.forward(member, batch, forward_fn)
+        else:
+            call = partial(data.forward, member, batch, forward_fn)
+            logits, labels = either_format(call, partial(set_contiguous, self.members))
             with contextlib.suppress(RuntimeError):  # under vmap and on meta tensors values cannot be read
-                data.check_logits(logits, "plan.apply(run.probabilities(data)) goes by the run's forward_fn")
+                check_logits(logits, "plan.apply(run.probabilities(data)) goes by the run's forward_fn")
                 self._checked = True
-        return logits.float()
+        return logits.float(), labels
+
+
+def _drop_derived(model: nn.Module, keys: Any) -> None:
+    for member in model.members:  # type: ignore[union-attr]
+        checkpoints.drop_derived(member)
 
 
 def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batch_size: int = 512) -> nn.Module:
@@ -130,24 +149,30 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     run : Run
         With its model attached.
     weights : dict of {int: float}
-        Weight of each row of the history, at least 0; scaled to sum 1. For averaged KF: ``plan.weights``.
+        Weight of each row of the history, at least 0; scaled to sum 1. Checkpoints of weight 0 are not read. For
+        averaged KF: ``plan.weights``.
     train_data : (inputs, labels), torch Dataset or DataLoader
-        Data of one pass that recomputes the BatchNorm statistics, which averaging invalidates. Each batch is weighed by
-        its number of samples. Not read where the model has no BatchNorm.
+        Data of one pass that recomputes the BatchNorm statistics, which averaging invalidates. Each layer weighs a
+        batch by the number of values per channel that reach it. Not read where the model has no BatchNorm, or where it
+        is frozen: its statistics are the same in all the epochs, or for a single epoch, none of its parameters is
+        trained.
     batch_size : int, default 512
         Of that pass.
 
     Returns
     -------
     nn.Module
-        A new model in evaluation mode. Integer buffers come from the latest epoch.
+        A new model in evaluation mode. Parameters and running statistics are averaged. Other buffers come from the
+        latest epoch with a weight above 0. If the run's model cannot be copied, the new one computes in it, as the
+        members of a `FusedModel` do.
 
     Raises
     ------
     TypeError
         `run` is not a Run, or `weights` is not a dict of numbers.
     ValueError
-        No weight above 0; an epoch out of range; no model attached; a checkpoint that does not fit.
+        No weight above 0; an epoch out of range; no model attached; a checkpoint that does not fit, or whose weights
+        are not all finite; a ScriptModule with BatchNorm.
     FileNotFoundError
         A checkpoint is missing.
 
@@ -163,18 +188,60 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     ----------
     arXiv 2507.08686 ("averaged KF"); Izmailov et al. 2018, arXiv 1803.05407 (SWA).
     """
-    model = copy.deepcopy(attached_model(run))
-    mean: dict[str, Tensor] = {}
-    for epoch, share in _shares(weights, len(run.history)):
-        state = checkpoints.load_into(model, run.checkpoint(epoch)).state_dict()
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                mean[name] = mean.get(name, 0) + share * value.double()
-    with torch.no_grad():  # tensors of integers keep the values of the latest epoch
-        for name, average in mean.items():
-            state[name].copy_(average)
-    recompute_batchnorm(model, train_data, batch_size=batch_size, forward_fn=run.forward_fn)
+    model = independent(attached_model(run))
+    shares = _shares(weights, len(run.history))
+    steady = _load_average(model, [(run.checkpoint(epoch), share) for epoch, share in shares])
+    with data.computing(model, keep=True) as network:
+        frozen = steady if len(shares) > 1 else {*frozen_norms(network), *_scripted_norms(network)}
+        recompute_batchnorm(network, train_data, batch_size=batch_size, forward_fn=run.forward_fn, frozen=frozen)
+    checkpoints.drop_derived(model)
     return model.eval()
+
+
+@torch.no_grad()
+def _load_average(model: nn.Module, shares: list[tuple[Path, float]]) -> set[str]:
+    """Load the weighted mean of checkpoints; return the names of layers with the same running statistics in all."""
+    mean, first, moved = dict[str, Tensor](), dict[str, Tensor](), set[str]()
+    for path, share in shares:
+        for name, value in averaged_tensors(checkpoints.load_into(model, path)).items():
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"{path}: {name} holds NaN or infinity, which no average can have; leave the epoch out"
+                )
+            wide = value.to(torch.complex128 if value.is_complex() else torch.float64)
+            mean[name] = mean.get(name, 0) + share * wide
+            if _is_statistic(name) and not torch.equal(first.setdefault(name, value.clone()), value):
+                moved.add(name.rpartition(".")[0])
+    for name, value in averaged_tensors(model).items():
+        value.copy_(mean[name])
+    return {name.rpartition(".")[0] for name in first} - moved
+
+
+def averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of a network, by name, that an average of networks averages: parameters and running statistics.
+
+    Running statistics are buffers with names that begin with "running_". Other buffers are not averaged, such as the
+    unit vectors of a power iteration and counters; nor are integers.
+    """
+    named = chain(model.named_parameters(), ((n, b) for n, b in model.named_buffers() if _is_statistic(n)))
+    return {name: t for name, t in named if t.is_floating_point() or t.is_complex()}
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rpartition(".")[2].startswith("running_")
+
+
+def frozen_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers, by name, whose running statistics are frozen: those that are in evaluation mode on purpose.
+
+    They are so inside a network in training mode, or if all of their parameters are frozen too.
+    """
+
+    def is_frozen(layer: nn.Module) -> bool:
+        return model.training or {p.requires_grad for p in layer.parameters()} == {False}
+
+    layers = {n: m for n, m in model.named_modules() if any(map(_is_statistic, dict(m.named_buffers(recurse=False))))}
+    return {name: layer for name, layer in layers.items() if not layer.training and is_frozen(layer)}
 
 
 def _shares(weights: Any, n_epochs: int) -> list[tuple[int, float]]:
@@ -185,16 +252,22 @@ def _shares(weights: Any, n_epochs: int) -> list[tuple[int, float]]:
     total = sum(w for _, w in rows)
     if total == 0:
         raise ValueError("weights: expected at least one above 0")
-    return [(row, weight / total) for row, weight in sorted(rows)]
+    return [(row, weight / total) for row, weight in sorted(rows) if weight / total > 0]
 
 
 @torch.no_grad()
 def recompute_batchnorm(
-    model: nn.Module, train_data: Any, *, batch_size: int = 512, forward_fn: data.Forward | None = None
+    model: nn.Module,
+    train_data: Any,
+    *,
+    batch_size: int = 512,
+    forward_fn: data.Forward | None = None,
+    frozen: Collection[str] = (),
 ) -> None:
-    """Set BatchNorm's running statistics to their mean over the data, each batch weighed by its number of samples.
+    """Set BatchNorm's running statistics to their mean over the data.
 
-    The model is left in evaluation mode. `torch.optim.swa_utils.update_bn` weighs a short last batch like a full one.
+    Each layer weighs a batch by the number of values per channel that reach it, whatever form the batch has. The model
+    is left in evaluation mode. `torch.optim.swa_utils.update_bn` weighs a short last batch like a full one.
 
     Parameters
     ----------
@@ -203,37 +276,53 @@ def recompute_batchnorm(
     train_data : (inputs, labels), torch Dataset or DataLoader
     batch_size : int, default 512
     forward_fn : callable(model, batch) -> (logits, labels), optional
+    frozen : collection of str, default ()
+        Names of layers that keep their statistics; those of momentum 0 keep them too.
 
     Raises
     ------
     ValueError
-        The model has BatchNorm layers, and no batch has two samples.
+        The model has BatchNorm layers, and no batch has two samples; such layers of a ScriptModule.
     """
     model.eval()
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    scripted = _scripted_norms(model).difference(frozen)
+    if scripted:
+        hint = "attach the network that it was made from; its checkpoints fit"
+        raise ValueError(f"model: the statistics of a ScriptModule's {min(scripted)} cannot be recomputed; {hint}")
+    kinds = nn.modules.batchnorm._BatchNorm
+    found = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m.track_running_stats}
+    norms = [m for name, m in found.items() if name not in frozen and m.momentum != 0]
     if not norms:
         return
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-    seen = 0
-    for batch in data.Batches(train_data, batch_size, data.device_of(model)):
-        n = len(data.inputs_of(batch)[0])
+    seen = dict.fromkeys(norms, 0)
+
+    def weigh(norm: Any, args: Any, kwargs: Any) -> None:
+        """Weigh a batch by its values per channel; a single one, which torch refuses, has no variance."""
+        values: Tensor = args[0] if args else kwargs["input"]
+        n = values.numel() // max(1, values.shape[1])
+        norm.train(n > 1)
+        if n > 1:
+            norm.momentum = n / (seen[norm] + n)
+            seen[norm] += n
+
+    with contextlib.ExitStack() as stack:
+        if hasattr(torch.compiler, "set_stance"):  # compiled code would not call the hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for norm in norms:
-            norm.momentum = n / (seen + n)
-        try:
+            norm.reset_running_stats()
+            stack.callback(setattr, norm, "momentum", norm.momentum)
+            stack.callback(norm.register_forward_pre_hook(weigh, with_kwargs=True).remove)
+            stack.callback(norm.eval)
+        for batch in data.Batches(train_data, batch_size, data.device_of(model)):
             data.forward(model, batch, forward_fn)
-        except ValueError:
-            if n > 1:
-                raise
-            continue  # torch refuses a single value per channel: it has no variance
-        seen += n
-    if not seen:
+    if not any(seen.values()):
         raise ValueError("train_data: expected at least one batch of two or more samples, for BatchNorm")
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
+
+
+def _scripted_norms(model: nn.Module) -> set[str]:
+    """Names of BatchNorm layers with a momentum that cannot be set."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)}
+    return {n for n, m in layers.items() if "BatchNorm" in m.original_name and hasattr(m, "running_mean")}
 
 
 def plan_checkpoints(plan: Any, run: Any) -> tuple[nn.Module, dict[int, Path]]:

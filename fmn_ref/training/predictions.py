@@ -6,10 +6,11 @@ when it is created.
 
 from __future__ import annotations
 
-import copy
 import operator
+import threading
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,21 @@ from ..runs.run import Run
 CACHE_BYTES = 4 << 30
 
 
+class _Lock:
+    """A lock that copies and pickles as a new one."""
+
+    def __init__(self) -> None:
+        self.held = threading.RLock()
+
+    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
+        return _Lock, ()
+
+
 class StoredPredictions(Sequence[NDArray[np.float32]]):
     """Sequence of predicted probabilities, one array for each row of a run's history.
 
     Item i has shape (n_samples, n_classes), dtype float32. It is computed at the first read; the latest 4 GiB stay in
-    memory. A subclass implements `_evaluate`.
+    memory. Threads may read; one evaluates at a time. A subclass implements `_evaluate`.
 
     Parameters
     ----------
@@ -35,6 +46,7 @@ class StoredPredictions(Sequence[NDArray[np.float32]]):
     def __init__(self, run: Run) -> None:
         self._run = run
         self._cache: dict[int, NDArray[np.float32]] = {}
+        self._lock, self._evaluating = _Lock(), False
 
     @abstractmethod
     def _evaluate(self, row: int) -> NDArray[np.float32]:
@@ -57,11 +69,22 @@ class StoredPredictions(Sequence[NDArray[np.float32]]):
         if not -len(self) <= operator.index(epoch) < len(self):
             raise IndexError(f"epoch: expected a row in [-{len(self)}, {len(self)}), got {epoch}")
         row = operator.index(epoch) % len(self)
-        if row not in self._cache:
-            self._cache[row] = self._evaluate(row)
-            while len(self._cache) > 2 and sum(p.nbytes for p in self._cache.values()) > CACHE_BYTES:
-                del self._cache[next(iter(self._cache))]
-        return self._cache[row]
+        with self._lock.held:
+            if row not in self._cache:
+                self._cache[row] = self._evaluate_alone(row)
+                while len(self._cache) > 2 and sum(p.nbytes for p in self._cache.values()) > CACHE_BYTES:
+                    del self._cache[next(iter(self._cache))]
+            return self._cache[row]
+
+    def _evaluate_alone(self, row: int) -> NDArray[np.float32]:
+        """Refuse a read from inside an evaluation, which would load other weights into the network that computes."""
+        if self._evaluating:
+            raise ValueError(f"epoch: {row} is read while another epoch is evaluated; use a second run.probabilities")
+        self._evaluating = True
+        try:
+            return self._evaluate(row)
+        finally:
+            self._evaluating = False
 
 
 class Probabilities(StoredPredictions):
@@ -74,7 +97,8 @@ class Probabilities(StoredPredictions):
     Parameters
     ----------
     run : Run
-        With its model attached (``Run.open(run_dir, model)``). The model is copied and does not change.
+        With its model attached (``Run.open(run_dir, model)``). Its weights do not change: a copy is evaluated, or if it
+        cannot be copied, the model itself with weights swapped in and put back.
     samples : (inputs, labels), torch Dataset or DataLoader
         Must keep its order from one pass to the next.
     batch_size : int, default 256
@@ -91,7 +115,7 @@ class Probabilities(StoredPredictions):
         `run` is not a Run, or the data is of no known kind.
     ValueError
         The run has no model attached. When an item is read: a damaged checkpoint, or one that does not fit the model;
-        labels that differ from those of an earlier pass.
+        data that shuffles, or gives other samples than in an earlier pass.
     FileNotFoundError
         When an item is read: its checkpoint is missing.
 
@@ -104,34 +128,37 @@ class Probabilities(StoredPredictions):
     def __init__(
         self, run: Run, samples: Any, *, batch_size: int = 256, amp: bool = False, split: bool = False
     ) -> None:
-        import torch
-
         from . import data
+        from .copies import independent
         from .ensemble import attached_model
+        from .memory_format import set_channels_last
 
-        self._model = copy.deepcopy(attached_model(run)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._model = independent(attached_model(run))
+        set_channels_last(self._model)
         super().__init__(run)
         self._amp = amp
         size = _check.number(batch_size, 1, 2**31, "batch_size", int)
         self._batches = data.Batches(samples, size, data.device_of(self._model), split=split)
-        self._labels: NDArray[np.int64] | None = None
+
+    @cached_property
+    def order(self) -> Any:
+        """What the passes over the data have in common, an `Order`; a loader that shuffles is refused here."""
+        from .order import Order
+
+        return Order(self._batches.source)
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """Labels (n_samples,) in the order of evaluation; evaluates the last epoch if none has been read yet."""
-        if self._labels is None:
+        if self.order.labels is None:
             self[-1]
-        assert self._labels is not None
-        return self._labels
+        labels: NDArray[np.int64] = self.order.labels.numpy().copy()
+        return labels
 
     def _evaluate(self, row: int) -> NDArray[np.float32]:
         from ..runs import checkpoints
         from .data import predict
 
         checkpoints.load_into(self._model, self._run.checkpoint(row))
-        probs, labels = predict(self._model, self._batches, forward_fn=self._run.forward_fn, amp=self._amp)
-        y = labels.cpu().numpy().astype(np.int64)
-        if self._labels is not None and not np.array_equal(y, self._labels):
-            raise ValueError("data: labels or their order changed since the last pass; its loader must not shuffle")
-        self._labels = y
-        return probs.cpu().numpy()
+        options = {"forward_fn": self._run.forward_fn, "amp": self._amp, "order": self.order}
+        return predict(self._model, self._batches, **options)[0].cpu().numpy()

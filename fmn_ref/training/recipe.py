@@ -36,7 +36,8 @@ class Recipe:
     amp : bool, default False
         Train in bfloat16 with autocast.
     channels_last : bool, default True
-        Memory format of convolution weights, and of images that are on a GPU.
+        Memory format of convolution weights, and of images that are on a GPU. A network that fails in it (in `view`)
+        runs in the contiguous format.
     compile : {"none", "default", "reduce-overhead", "max-autotune"}, default "none"
         Mode of `torch.compile`. The last two use CUDA graphs.
     seed : int, default 0

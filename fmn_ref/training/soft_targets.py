@@ -6,22 +6,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import _check, _files
-from ..runs.folder import AnyPath, check_same
-from . import data, distributed
+from .. import _check
+from ..runs import checkpoints
+from ..runs.folder import AnyPath
+from . import data, distributed, samples
 from .recipe import Recipe
+from .target_files import TargetFolder
 
 Targets = tuple[Tensor, Tensor]  # labels (B,), the teacher's log-probabilities (B, K)
 CHUNK = 512  # images that are augmented in one call; fixed, because it decides what the generator draws
+PROBED = 256  # samples of each stored view that the teacher answers again: the first batch of `predict`
+PROBE_TOLERANCE = 0.02  # of a log-probability, absolute and relative: another device may round that much
 
 
 @dataclass
@@ -61,6 +64,7 @@ class SoftTargets:
     augment: data.Augment | None = None
     forward_fn: data.Forward | None = None
     folder: AnyPath | None = None
+    _opened: dict[torch.device, Cached] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check.choice(self.targets, ("auto", "cached", "cached-views", "online"), "targets")
@@ -80,11 +84,22 @@ class SoftTargets:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Describe everything that the targets depend on, for run.json and targets.json."""
+        """Describe what the targets depend on, for run.json."""
         digests = {"data": data.arrays_digest(self.train_data)}
-        digests["teacher"] = data.tensors_digest(self.teacher.state_dict().values())
+        digests["teacher"] = samples.tensors_digest(self.teacher.state_dict().values())
         seeds = {"view_seeds": self.view_seeds} if self.targets == "cached-views" else {}
         return {"targets": self.targets, "top_k": self.top_k, **digests, **seeds}
+
+    @cached_property
+    def full_identity(self) -> dict[str, Any]:
+        """Describe it for targets.json: with every input, and every weight and buffer by its name.
+
+        Code is not in it, such as that of `forward_fn`: the teacher's answers are compared instead (`Cached`).
+        """
+        teacher = checkpoints.unwrap(self.teacher)
+        arrays = enumerate(data.as_tensors(self.train_data))
+        state = dict(chain(teacher.named_buffers(), teacher.state_dict().items()))
+        return self.identity | {"data": samples.named_digest(dict(arrays)), "teacher": samples.named_digest(state)}
 
     @property
     def view_seeds(self) -> list[int]:
@@ -93,8 +108,15 @@ class SoftTargets:
         return [(self.recipe.seed * 1_000_003 + view) * 2 + 1 for view in range(n)]
 
     def open(self, device: torch.device) -> Cached | Online:
-        """Make the targets, or read stored ones; the teacher must be on the device and in evaluation mode."""
-        return Online(self, device) if self.targets == "online" else Cached(self, device)
+        """Make the targets, or read stored ones; the teacher must be on the device and in evaluation mode.
+
+        A second call for the same device returns what the first one did.
+        """
+        if self.targets == "online":
+            return Online(self, device)
+        if device not in self._opened:
+            self._opened[device] = Cached(self, device)
+        return self._opened[device]
 
 
 class Online:
@@ -127,48 +149,69 @@ class Cached:
     With `augment`, a view is what it makes of the samples in their order after `torch.manual_seed(seed of the view)`:
     computed anew in each epoch, with the same result. Without `augment` there is one view, the samples themselves.
 
-    A folder holds a NumPy file for each view, read as a memory map, and targets.json with `SoftTargets.identity`.
-    A folder of another identity is refused.
+    A folder holds a NumPy file for each view, read as a memory map, and targets.json with
+    `SoftTargets.full_identity`. A folder of another identity is refused. So is one whose first answers are not those
+    that the teacher gives now, because its code, `forward_fn` or `augment` changed.
     """
 
     augment = None  # batches are augmented already
 
     def __init__(self, source: SoftTargets, device: torch.device) -> None:
-        self._source, self._device = source, device
-        if source.folder is not None and distributed.rank() == 0:
-            _open_folder(Path(source.folder), source.identity)
-        distributed.barrier()
+        self._source, self._device, self._n_classes = source, device, 0
         self._arrays = data.Batches(source.train_data, source.recipe.batch_size, device).arrays
-        self._targets = [self._load_or_predict(view) for view in range(len(source.view_seeds))]
+        views = range(len(source.view_seeds))
+        if source.folder is None:
+            self._targets: list[tuple[Any, ...]] = [self._predict(self._view(view)) for view in views]
+            return
+        with TargetFolder(source.folder, source.full_identity, source.identity) as folder:
+            self._targets = [self._load_or_predict(folder, view) for view in views]
+            self._n_classes = distributed.broadcast(folder.n_classes)
 
-    def _load_or_predict(self, view: int) -> tuple[Any, ...]:
+    def _load_or_predict(self, folder: TargetFolder, view: int) -> tuple[Any, ...]:
         """Return (log-probabilities (n, K),), or with top_k (log-probabilities, classes), both (n, top_k)."""
-        folder, names = self._source.folder, ["log_probs"] if self._source.top_k is None else ["log_probs", "classes"]
-        if folder is None:
-            return self._predict(self._view(view))
-        paths = [Path(folder) / f"view_{view:05d}.{name}.npy" for name in names]
-        if not distributed.broadcast(all(p.exists() for p in paths)):
+        kinds = ["log_probs"] if self._source.top_k is None else ["log_probs", "classes"]
+        names = [f"view_{view:05d}.{kind}.npy" for kind in kinds]
+        if not distributed.on_rank_zero(lambda: self._is_stored(folder, names, view)):
             found = self._predict(self._view(view))
-            if distributed.rank() == 0:
-                for path, array in zip(paths, found, strict=True):
-                    _files.write_atomic(path, partial(np.save, arr=array.cpu().numpy()))
-            distributed.barrier()
-        return tuple(np.load(path, mmap_mode="r") for path in paths)
+            arrays = {name: array.cpu().numpy() for name, array in zip(names, found, strict=True)}
+            distributed.on_rank_zero(lambda: folder.save(arrays, self._n_classes))
+        return tuple(folder.map(name) for name in names)
+
+    def _is_stored(self, folder: TargetFolder, names: list[str], view: int) -> bool:
+        """Tell whether the files are sound; a ValueError if they hold other answers than the teacher gives."""
+        stored = folder.load(names)
+        if stored is None:
+            return False
+        log_probs, *classes = (torch.tensor(a[:PROBED]) for a in stored)
+        probe = tuple(a[:PROBED] for a in self._view(view, CHUNK))
+        found = data.predict(self._source.teacher, probe, forward_fn=self._source.forward_fn, log=True)[0].cpu()
+        same = found.shape[1] == folder.n_classes
+        if same:
+            found = found.gather(1, classes[0].long()) if classes else found
+            same = torch.allclose(log_probs.float(), found, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE)
+        if not same:
+            cause = "its code, forward_fn or augment is another; choose another folder"
+            raise ValueError(f"teacher: gives other answers than the targets in {folder.path}: {cause}")
+        return True
 
     def _predict(self, arrays: tuple[Any, ...]) -> tuple[Tensor, ...]:
         source = self._source
         log_probs, _ = data.predict(source.teacher, arrays, forward_fn=source.forward_fn, log=True, split=True)
+        self._n_classes = log_probs.shape[1]
         return (log_probs,) if source.top_k is None else compressed(log_probs, source.top_k)
 
-    def _view(self, view: int) -> tuple[Any, ...]:
-        """Arrays of one view: the inputs, augmented if there is an augmentation, and the others unchanged."""
-        augment = self._source.augment
+    def _view(self, view: int, n: int | None = None) -> tuple[Any, ...]:
+        """Arrays of one view: the inputs, augmented if there is an augmentation, and the others unchanged.
+
+        With `n`, a multiple of CHUNK, the first n rows.
+        """
+        augment, arrays = self._source.augment, tuple(a[:n] for a in self._arrays)
         if augment is None:
-            return self._arrays
+            return arrays
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(self._source.view_seeds[view])
-            augmented = [augment(part.to(self._device)) for part in torch.split(self._arrays[0], CHUNK)]
-        return torch.cat(augmented), *self._arrays[1:]
+            augmented = [augment(part.to(self._device)) for part in torch.split(arrays[0], CHUNK)]
+        return torch.cat(augmented), *arrays[1:]
 
     def batches(self, epoch: int) -> data.Batches:
         view = epoch % len(self._targets)
@@ -178,18 +221,8 @@ class Cached:
     def step(self, student: nn.Module, batch: Any) -> tuple[Tensor, Targets]:
         n = len(self._targets[0])
         logits, labels = data.forward(student, batch[:-n], self._source.forward_fn)
-        log_probs = batch[-1] if n == 1 else expanded(batch[-2], batch[-1], logits.shape[1])
+        log_probs = batch[-1] if n == 1 else expanded(batch[-2], batch[-1], self._n_classes)
         return logits, (labels, log_probs)
-
-
-def _open_folder(folder: Path, identity: dict[str, Any]) -> None:
-    """Create the folder with its targets.json, or refuse one that was made for another identity."""
-    path, content = folder / "targets.json", {"format": "fmn_ref.targets", "version": 1, **identity}
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _files.write_json(path, content)
-    found = _files.read_json(path, "fmn_ref.targets")
-    check_same(f"the targets in {folder} were", {key: found.get(key) for key in content}, content)
 
 
 def compressed(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:

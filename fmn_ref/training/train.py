@@ -20,6 +20,7 @@ from .. import _check
 from ..runs.run import Run
 from . import data
 from .engine import Loss, fit
+from .order import Order
 from .recipe import Recipe
 from .store import Store
 
@@ -51,7 +52,8 @@ def train(
         Inputs and labels are tensors or arrays with one row per sample. A DataLoader's own batch size replaces
         `batch_size`.
     val_data : (inputs, labels), torch Dataset or DataLoader
-        Must keep its order from one pass to the next.
+        Must keep its order from one pass to the next. A sampler that shuffles is refused, and so is a pass that shows
+        the samples of the first one in another order, as far as it is looked at (see `Order` in training/order.py).
     epochs : int
         Number of passes over `train_data`, at least 1.
     run_dir : path
@@ -94,6 +96,9 @@ def train(
 
     Notes
     -----
+    Frozen BatchNorm layers keep their statistics: those in evaluation mode, inside a model in training mode or with
+    parameters that require no gradients. All other layers are put into training mode.
+
     A thread writes the files while the next epoch runs. A killed run resumes from the last epoch whose state is
     complete on disk.
 
@@ -124,7 +129,7 @@ def train(
     digests = {"data": data.arrays_digest(train_data), "val_data": data.arrays_digest(val_data)}
     config = {"epochs": epochs, **asdict(settings), **digests}
     device = data.device_of(model)
-    val = data.Batches(val_data, 256, device, split=True)
+    val, order = data.Batches(val_data, 256, device, split=True), Order(val_data, "val_data")
     with Store(run_dir, config, keep, resume, half, disk_wait) as store:
         if not store.load_final(model, epochs):
             fit(
@@ -132,10 +137,10 @@ def train(
                 data.Batches(train_data, settings.batch_size, device, shuffle=True, split=True),
                 epochs,
                 settings,
-                step=forward_fn or data.default_forward,
+                step=partial(data.forward, forward_fn=forward_fn),
                 loss_fn=loss_fn,
                 augment=augment,
-                evaluate=partial(data.predict, data=val, forward_fn=forward_fn),
+                evaluate=partial(data.predict, data=val, forward_fn=forward_fn, order=order),
                 store=store,
                 progress=progress,
             )

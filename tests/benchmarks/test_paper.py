@@ -330,10 +330,12 @@ class TestCommittedResults:
     def results(self):
         return tables.load_results(RESULTS)
 
-    def test_every_table_follows_from_the_pieces(self, results):
-        assert tables.markdown(results) == (RESULTS / "tables.md").read_text()
-        assert tables.to_csv(results) == (RESULTS / "tables.csv").read_text()
-        assert tables.to_json(results) == (RESULTS / "tables.json").read_text()
+    @pytest.mark.parametrize("folder", [path.parent for path in RESULTS.parent.glob("*/pieces")], ids=lambda p: p.name)
+    def test_every_table_follows_from_the_pieces(self, folder):
+        results = tables.load_results(folder)
+        assert tables.markdown(results) == (folder / "tables.md").read_text()
+        assert tables.to_csv(results) == (folder / "tables.csv").read_text()
+        assert tables.to_json(results) == (folder / "tables.json").read_text()
 
     def test_cells_by_hand(self, results):
         """The CSV's means and errors, recomputed from the pieces without the suite's code."""
@@ -353,8 +355,11 @@ class TestCommittedResults:
 
     def test_the_documentation_quotes_them(self, results):
         text = (RESULTS.parents[2] / "docs" / "results.md").read_text()
-        assert tables.summary(results) in text
-        assert f"{len(results)} of {len(suite.all_pieces('cpu', Path()))} pieces" in text
+        middle = tables.load_results(RESULTS.parent / "middle")
+        for name, table in tables.quoted(results, middle).items():
+            assert table in text, name
+        for scale, done in (("cpu", results), ("middle", middle)):
+            assert f"{len(done)} of {len(suite.all_pieces(scale, Path()))} pieces of scale {scale}" in text
 
     def test_the_rule_is_the_fitted_one(self, results):
         rule = tables.fit_rule(results)

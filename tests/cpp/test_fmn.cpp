@@ -601,6 +601,76 @@ static void check_errors() {
     for (const int64_t c : counts) CHECK(c == 0);  // nothing was written
 }
 
+// Truthful calls: there is nothing to read or write, whatever the other sizes are.
+static void check_nothing_to_read() {
+    const int64_t most = std::numeric_limits<int64_t>::max();
+    int64_t right = 7, on_grid = 7;
+    double out = 7;
+    int sound = 7;
+    const double points[] = {0, 1};
+    const void* one[1] = {nullptr};
+    for (const int32_t format : {FMN_BYTES, FMN_BITS}) {
+        const auto pack = format == FMN_BYTES ? fmn_pack : fmn_unpack;
+        for (const auto& m : {fmn_matrix{nullptr, 0, most, 0, format}, fmn_matrix{nullptr, most, 0, 0, format}})
+            CHECK(pack(&m, 3, nullptr, 0) == FMN_OK);
+        const fmn_matrix no_epochs = {nullptr, 0, most, 0, format}, no_samples = {nullptr, (1u << 31) - 1, 0, 0, format};
+        CHECK(fmn_overlap_counts(&no_epochs, 3, nullptr) == FMN_OK);
+        CHECK(fmn_sample_counts(&no_samples, 3, nullptr) == FMN_OK);
+        CHECK(fmn_curve_counts(&no_epochs, 0, 3, &right) == FMN_INVALID_ARGUMENT);  // no reference epoch
+    }
+    for (const auto& e : {std::make_pair(int64_t(0), most), std::make_pair(most, int64_t(0))})
+        CHECK(fmn_pack_predictions(nullptr, FMN_INT64, e.first, e.second, 0, nullptr, 3, nullptr, 0) == FMN_OK);
+    for (const int64_t n_classes : {int64_t(1) << 60, int64_t(1) << 61, most}) {
+        CHECK(fmn_pack_scores(nullptr, FMN_FLOAT64, 0, n_classes, 0, nullptr, 3, nullptr) == FMN_OK);
+        CHECK(fmn_check_probabilities(nullptr, FMN_FLOAT16, 0, n_classes, 0.01, 3, &sound) == FMN_OK && sound == 1);
+        const int64_t windows[] = {0, 0, 0, most - 1, most - 1, most - 1};
+        for (const int64_t n_epochs : {int64_t(1), most}) {
+            const fmn_mixture m = {nullptr, one, n_epochs, FMN_FLOAT32, FMN_FLOAT64, 0, n_classes, nullptr, nullptr};
+            for (int64_t w = 0; w < (n_epochs == 1 ? 1 : 3); ++w) {
+                CHECK(fmn_mixture_right(&m, windows[2 * w], windows[2 * w + 1], points, 2, 3, &right) == FMN_OK);
+                CHECK(fmn_best_epsilon(&m, windows + 2 * w, 1, points, 2, 3, &out, &right, &on_grid) == FMN_OK);
+                CHECK(out == 0.5 && right == 0 && on_grid == 0);
+            }
+        }
+    }
+}
+
+// Sizes whose product is above 2^62, and numbers that are no fmn_type, are refused before anything is read.
+static void check_impossible_arguments() {
+    const Bytes one(64, 1);
+    const int64_t most = std::numeric_limits<int64_t>::max(), half = int64_t(1) << 32, labels[1] = {0};
+    const double points[] = {0, 1};
+    const void* epochs[1] = {one.data()};
+    const auto bad = FMN_INVALID_ARGUMENT;
+    int64_t counts[8] = {};
+    int32_t samples[8] = {};
+    double out = 0;
+    uint8_t bits[8] = {};
+    int sound = 7;
+    for (const auto& size : {std::make_pair(int64_t(1), most), std::make_pair(most, int64_t(2)), std::make_pair(half, half)}) {
+        const fmn_matrix m = {one.data(), size.first, size.second, 0, FMN_BYTES};
+        CHECK(fmn_curve_counts(&m, 0, 0, counts) == bad && fmn_group_counts(&m, 0, labels, 1, 0, counts) == bad);
+        CHECK(fmn_group_sums(&m, 0, labels, 1, points, 0, &out) == bad && fmn_sample_counts(&m, 0, samples) == bad);
+        CHECK(fmn_overlap_counts(&m, 0, counts) == bad && fmn_pack(&m, 0, bits, 0) == bad);
+        CHECK(fmn_pack_predictions(one.data(), FMN_INT8, size.first, size.second, 0, labels, 0, bits, 0) == bad);
+        CHECK(fmn_pack_scores(one.data(), FMN_FLOAT16, size.first, size.second, 0, labels, 0, bits) == bad);
+        CHECK(fmn_check_probabilities(one.data(), FMN_FLOAT16, size.first, size.second, 1, 0, &sound) == bad);
+        const fmn_mixture p = {one.data(), epochs, 1, FMN_FLOAT16, FMN_FLOAT16, size.first, size.second, labels, nullptr};
+        CHECK(fmn_mixture_right(&p, 0, 0, points, 2, 0, counts) == bad);
+        CHECK(fmn_best_epsilon(&p, counts, 1, points, 2, 0, &out, counts + 2, counts + 3) == bad);
+    }
+    for (const int32_t type : {-1, 12, 15, 16, 99, INT32_MIN, INT32_MAX}) {
+        CHECK(fmn_pack_predictions(one.data(), type, 1, 1, 8, labels, 0, bits, 1) == bad);
+        CHECK(fmn_pack_scores(one.data(), type, 1, 1, 8, labels, 0, bits) == bad);
+        CHECK(fmn_check_probabilities(one.data(), type, 1, 1, 1, 0, &sound) == bad);
+        const fmn_mixture p = {one.data(), epochs, 1, type, FMN_FLOAT16, 1, 1, labels, nullptr};
+        CHECK(fmn_mixture_right(&p, 0, 0, points, 2, 0, counts) == bad);
+        const fmn_matrix m = {one.data(), 1, 8, 8, type};
+        CHECK(fmn_curve_counts(&m, 0, 0, counts) == bad && fmn_unpack(&m, 0, bits, 8) == bad);
+    }
+    for (int i = 0; i < 8; ++i) CHECK(counts[i] == 0 && samples[i] == 0 && bits[i] == 0 && out == 0 && sound == 7);
+}
+
 static void check_mixture_errors() {
     const float p[6] = {};
     const void *epochs[] = {p, p}, *missing[] = {p, nullptr};
@@ -668,6 +738,8 @@ int main(int argc, char** argv) {
     for (int64_t i = 0; i < cases; ++i) check_case(rng);
     context = "(large)";
     check_errors();
+    check_nothing_to_read();
+    check_impossible_arguments();
     check_mixture_errors();
     check_large_mixture(rng);
     if (cases > 1000) check_large(rng), check_overflow();

@@ -267,7 +267,7 @@ class TestPlanFile:
             {"search": "fast"},
             {"version": 3},
             {"combine": "harmonic"},
-            {"combine": "geometric"},  # its members have weights
+            {"combine": "geometric", "window": 0},  # its members have weights
             {"combine": "geometric", "members": [{"epoch": 2, "weight": 0.5}]},  # and no window
             {"format": "other"},
             {"selection_accuracy": [0.5, float("nan")]},
@@ -290,6 +290,7 @@ class TestPlanFile:
         assert (made.members, made.weights) == (((1, 2.5), (3, 0.25)), {1: 2.5, 3: 0.25})
         made.save(plan)
         assert fmn.FusionPlan.load(plan) == made
+        assert fmn.FusionPlan((), 5, 0, (0.5,), combine="geometric").combine == "linear"  # the final model as it is
         with pytest.raises(ValueError, match="each once"):
             fmn.FusionPlan(((1, 0.5), (1, 0.5)), 5, 0, (0.5, 0.75), combine="geometric")
         with pytest.raises(ValueError, match="weight"):

@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from inputs import random_probs
+from inputs import BACKENDS, random_probs
 
 import fmn_ref as fmn
-from fmn_ref.fusion.methods import method_names, summaries
+from fmn_ref.fusion.epsilon import Target
+from fmn_ref.fusion.methods import Method, method_names, summaries
 from fmn_ref.fusion.mixtures import mixture
 
 METHODS = method_names()
@@ -98,9 +99,61 @@ def test_greedy_takes_the_best_window_each_round(problem, window):
     assert all(fmn.best_epsilon(current, m, labels, search="exact")[1] <= plan.accuracy[-1] for m in means)
 
 
-def test_no_window_may_be_affordable(problem, each_backend):
-    for method in ("forget", "greedy", "bagged"):
-        assert fmn.fuse(*problem, method=method, max_forward_passes=1).forward_passes == 1
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("window", "passes"), [(1, 1), (1, 2), (2, 1), (2, 3), (2, 4), (20, 1), (20, 11)])
+def test_no_window_may_be_affordable(problem, each_backend, method, window, passes):
+    """Then the answer is the final model, or a single epoch where the method takes those."""
+    plan = fmn.fuse(*problem, method=method, window=window, max_forward_passes=passes, folds=2)
+    assert plan.forward_passes <= passes
+    if plan.window and passes <= window:
+        assert plan.final_model_alone
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        pytest.param(np.eye(24)[7], id="one sample has all the weight"),
+        pytest.param(np.where(np.arange(24) == 7, 1.0, 1e-30), id="one has nearly all"),
+        pytest.param(np.isin(np.arange(24), (3, 7, 9)) * 1.0, id="three samples"),
+        pytest.param(np.full(24, 5e-324), id="the smallest number"),
+        pytest.param(10.0 ** (np.arange(24) * 25 - 300), id="every magnitude"),
+    ],
+)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("folds", [2, 24])
+def test_folds_and_draws_without_weight(method, weight, folds, use_backend):
+    """A fold that leaves no weight chooses the final model; values are finite and equal on every backend."""
+    problem = random_probs(np.random.default_rng(2), n_epochs=6, n_samples=24, n_classes=3, dtype=np.float32)
+    found = []
+    for name in BACKENDS:
+        use_backend(name)
+        for search in ("grid", "exact"):
+            plan = fmn.fuse(*problem, method=method, sample_weight=weight, folds=folds, search=search)
+            assert np.isfinite([plan.cv_accuracy, *plan.gain_interval, *plan.accuracy]).all()
+            found.append((search, plan, plan.cv_accuracy, plan.gain_interval))
+            if np.count_nonzero(weight > 1e-20) == 1:  # the fold that predicts it was chosen without weight
+                assert plan.cv_accuracy == plan.accuracy[0]
+                assert plan.gain_interval == (0, 0)
+    assert found == found[:2] * len(BACKENDS)
+
+
+def test_a_method_sees_no_sample():
+    """Not even a method that divides by the weights is asked."""
+
+    def divides(problem, target):
+        return ((0, float(target.each.sum() / target.total)),)
+
+    labels = np.arange(9) % 3
+    for total, members in ((1, ((0, 1.0),)), (0, ())):
+        target = Target(labels).weighted(np.where(np.arange(len(labels)) == 0, total, 0))
+        assert Method("divides", divides).members(None, target) == members
+
+
+@pytest.mark.parametrize("options", [{"folds": 2}, {"method": "auto"}])
+def test_one_sample_cannot_be_divided_into_folds(options):
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        fmn.fuse([[[0.5, 0.5]]], [0], **options)
+    assert fmn.fuse([[[0.5, 0.5]]], [0]).final_model_alone
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -36,7 +36,13 @@ plan = fmn.fuse(probs, val[1], correct=run.history)
 if torch.distributed.get_rank() == 0:
     plan.save(folder / "plan.json")
 student = fmn.distill(
-    make_model(), fmn.FusedModel(plan, run), train_set, epochs=4, run_dir=folder / "student", **RECIPE
+    make_model(),
+    fmn.FusedModel(plan, run),
+    train_set,
+    epochs=4,
+    run_dir=folder / "student",
+    val_data=val,
+    **RECIPE | {"progress": True},  # every process predicts for the bar, although rank 0 alone shows it
 )
 loader = DataLoader(TensorDataset(*val), 50, sampler=DistributedSampler(TensorDataset(*val), shuffle=False))
 again = run.probabilities(loader, split=True)[-1]

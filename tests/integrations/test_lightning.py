@@ -409,6 +409,30 @@ def test_logits_alone_and_labels_by_name(tmp_path, trained):
         fit(tmp_path / "none", module=make_net(Bare), val=DataLoader(Named(*VAL), 50))
 
 
+class Swapping(torch.utils.data.Sampler):
+    """Two samples change places in each pass, and no class of torch tells."""
+
+    passes = 0
+
+    def __len__(self):
+        return len(VAL[0])
+
+    def __iter__(self):
+        self.passes += 1
+        order = list(range(len(self)))
+        order[self.passes], order[200] = order[200], order[self.passes]
+        return iter(order)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_sanity_val_steps": 0}], ids=["sanity check", "none"])
+def test_samples_of_one_class_that_change_places_are_noticed(tmp_path, options):
+    one_class = VAL[0], torch.zeros_like(VAL[1])
+    with pytest.raises(ValueError, match="validation: the samples or their order changed since the last pass"):
+        fit(tmp_path / "a", val=loader(one_class, 50, sampler=Swapping()), **options)
+    assert len(fmn.Run.open(tmp_path / "a" / "run").history) == 1
+    fit(tmp_path / "b", val=loader(one_class, 50, sampler=list(range(236, -1, -1))), **options)
+
+
 @pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
 def test_a_shuffled_loader_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="a RandomSampler does not say again which samples it drew"):

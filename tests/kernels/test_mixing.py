@@ -7,6 +7,16 @@ from fmn_ref._check import BFLOAT16
 from fmn_ref.kernels import backend, reference
 
 
+def test_no_sample_has_weight(each_backend):
+    """As in a fold that holds all the weight: nothing is right, on every backend."""
+    p, y = np.full((2, 3, 2), 0.5), np.zeros(3, np.int64)
+    for n in (0, 3):
+        found = backend.kernels().best_epsilons(
+            p[0, :n], [p[1, :n]], y[:n], y[:n], np.array([[0, 0]]), np.arange(3) / 2
+        )
+        assert [a.tolist() for a in found] == [[0.5], [0], [0]]
+
+
 @pytest.mark.parametrize("kind", ["floats", "ties"])
 def test_kernels_agree(kind, each_backend):
     """Epsilons, weights and bounds of many small problems, bit for bit with the reference."""

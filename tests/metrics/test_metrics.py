@@ -138,6 +138,60 @@ def test_curves_of_disjoint_samples_add(each_backend, correct, data):
         np.testing.assert_array_equal(row, fmn.forget_fraction(correct[:, groups == name]))
 
 
+class Column:
+    """Shows its values as pandas shows a column: through `__array__`, as objects."""
+
+    def __init__(self, values):
+        self.dtype, self.values = "category", values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, object)
+
+
+@pytest.mark.parametrize("column", [Column, lambda v: np.array(v, object), list, np.array, tuple])
+@pytest.mark.parametrize("values", ["cab", [7, 300, 2], [np.int16(7), 300, True], [b"x", b"y", b"z"]], ids=str)
+def test_groups_of_objects(each_backend, column, values):
+    """Columns of strings or integers, categorical ones too, give the groups of their values."""
+    correct = np.random.default_rng(1).random((4, 30)) < 0.5
+    of_sample = np.arange(30) % 3
+    curves = fmn.forgetting_curves(correct, groups=column([values[i] for i in of_sample]))
+    order = sorted(range(3), key=lambda i: values[i])
+    assert curves.groups.tolist() == [values[i] for i in order]
+    assert curves.groups.dtype != object
+    for row, i in zip(curves.forget, order, strict=True):
+        np.testing.assert_array_equal(row, fmn.forget_fraction(correct[:, of_sample == i]))
+
+
+@pytest.mark.skipif(not hasattr(np.dtypes, "StringDType"), reason="needs NumPy 2")
+def test_groups_of_strings_of_any_length():
+    given = np.array(["b", "a" * 50, "b"], np.dtypes.StringDType())
+    assert fmn.forgetting_curves(GOOD, groups=given).groups.tolist() == ["a" * 50, "b"]
+    gaps = np.array(["b", np.nan, "b"], np.dtypes.StringDType(na_object=np.nan))
+    with pytest.raises(ValueError, match=r"groups: expected .*nan at sample 1"):
+        fmn.forgetting_curves(GOOD, groups=gaps)
+
+
+@pytest.mark.parametrize("gap", [None, np.nan, 1, 0.5, b"a"], ids=repr)
+@pytest.mark.parametrize("column", [Column, lambda v: np.array([*v, 0], object)[:-1], list])
+def test_groups_with_gaps_are_refused(column, gap):
+    """NumPy would make the groups "None", "nan" and "1" of them."""
+    with pytest.raises(ValueError, match=r"groups: expected .* at sample 2|groups: expected 3 "):
+        fmn.forgetting_curves(GOOD, groups=column(["a", "b", gap]))
+
+
+def test_curves_of_groups_of_several_types_do_not_add(each_backend):
+    """NumPy would turn numbers into strings, and large integers into floats."""
+    names, numbers, large = (
+        fmn.forgetting_curves(GOOD, groups=g)
+        for g in (["0", "1", "2"], [0, 1, 2], np.array([0, 2**63, 2**63 + 1], np.uint64))
+    )
+    for a, b in itertools.permutations((names, numbers, large), 2):
+        with pytest.raises(ValueError, match="groups of one type"):
+            a + b
+    small = fmn.forgetting_curves(GOOD, groups=np.array([0, 1, 200], np.uint8))
+    assert (small + numbers).groups.tolist() == [0, 1, 2, 200]
+
+
 def test_weights(each_backend, rng):
     correct = rng.random((6, 50)) < 0.5
     doubled = np.repeat(correct, 2, axis=1)

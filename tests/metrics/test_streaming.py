@@ -139,8 +139,13 @@ def test_tensors_on_an_accelerator_take_the_torch_path(monkeypatch, rng, correct
             np.testing.assert_allclose(got, want, rtol=1e-12 if got.dtype == np.float64 else 0)
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         np.testing.assert_array_equal(fmn.correctness(torch.tensor(scores).to(dtype), labels), expected[1])
-    predictions = torch.tensor(scores.argmax(-1))
-    np.testing.assert_array_equal(fmn.correctness(predictions, labels), expected[1])
+    for dtype in (torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64):  # torch compares few of these
+        predictions = torch.tensor(scores.argmax(-1)).to(dtype)
+        np.testing.assert_array_equal(fmn.correctness(predictions, labels), expected[1])
+        forget = fmn.forget_fraction(torch.tensor(correct).to(dtype))
+        np.testing.assert_array_equal(forget, fmn.forget_fraction(tensors[0]))
+    past_int64 = torch.from_numpy(np.array([2**64 - 1, 3], np.uint64))
+    np.testing.assert_array_equal(fmn.correctness(past_int64, [1, 3]), [False, True])
     with pytest.raises(ValueError, match="0 and 1"):
         fmn.forget_fraction(tensors[1] * 2)
     with pytest.raises(TypeError, match="float32"):

@@ -72,6 +72,87 @@ def test_metric_per_sample(files, capsys):
     assert [r["forgotten"] == "True" for r in rows] == stats.forgotten.tolist()
 
 
+@pytest.mark.parametrize(
+    ("raw", "ids"),
+    [
+        ("\r\n".join(f"img_{i}" for i in range(40)).encode("utf-8-sig"), [f"img_{i}" for i in range(40)]),
+        ("\n".join(f"img_{i}" for i in range(40)).encode("utf-16"), [f"img_{i}" for i in range(40)]),
+        (b"\r".join(b"caf\xe9 %d" % i for i in range(40)), [f"caf\udce9 {i}" for i in range(40)]),
+        ("".join(f"a\u2028\x0c\x85{i}\n" for i in range(40)).encode(), [f"a\u2028\x0c\x85{i}" for i in range(40)]),
+        ("\n".join(f"=cmd({i})" for i in range(40)).encode(), [f"'=cmd({i})" for i in range(40)]),
+    ],
+    ids=["mark", "utf-16", "latin-1", "separators", "formulas"],
+)
+def test_ids_of_any_editor(files, capsys, raw, ids):
+    (files / "ids.txt").write_bytes(raw)
+    run(capsys, "metric", "correct.npy", "--per-sample", "s.csv", "--ids", "ids.txt")
+    with open("s.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        assert [row["sample_id"] for row in csv.DictReader(file)] == ids
+
+
+def test_a_message_names_the_file_of_the_argument(files, capsys):
+    """Where several files were read, the one that the message is about."""
+    p, labels = np.load("probs.npy"), np.load("labels.npy")
+    os.mkdir("epochs")
+    for e, epoch in enumerate(p):
+        np.save(f"epochs/epoch_{e}.npy", epoch if e != 5 else epoch * 2)
+    np.save("few.npy", labels[:7])
+    np.savez("few.npz", labels=labels[:7])
+    np.save("float.npy", labels.astype(float))
+    np.save("two.npy", np.load("correct.npy") * 2)
+    np.savez("int.npz", probs=p.astype(int))
+    np.save("flat.npy", labels[None].astype(float))
+    select, test = ["compare", "--select", "test.npz"], ["--test", "probs.npy", "--test-labels"]
+    for args, named, words in (
+        (["fuse", "probs.npy", "--labels", "few.npy"], "few.npy", "expected 40 samples, got 7"),
+        (["fuse", "probs.npy", "--labels", "few.npz"], "few.npz", "expected 40 samples, got 7"),
+        (["fuse", "probs.npy", "--labels", "float.npy"], "float.npy", "expected integers"),
+        (["fuse", "epochs", "--labels", "labels.npy"], "epoch_5.npy", "rows that sum to 1"),
+        (["fuse", "int.npz", "--labels", "labels.npy"], "int.npz", "floating-point"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "--correct", "two.npy"], "two.npy", "0 and 1"),
+        (["metric", "two.npy"], "two.npy", "0 and 1"),
+        (["metric", "flat.npy", "--labels", "labels.npy"], "flat.npy with labels.npy", "integer predictions"),
+        (["metric", "probs.npy", "--labels", "few.npy"], "probs.npy with few.npy", "7 samples"),
+        ([*select, *test, "few.npy"], "few.npy", "expected 40 samples, got 7"),
+        ([*select, *test, "float.npy"], "float.npy", "expected integers"),
+        ([*select, "--select-labels", "few.npz", *test, "labels.npy"], "few.npz", "expected 40 samples, got 7"),
+    ):
+        assert main([*args, *(["-o", "no.json"] if args[0] == "fuse" else [])]) == 1
+        error = capsys.readouterr().err
+        assert named in error, error
+        assert words in error, error
+        assert error.count("\n") == 1
+    assert not os.path.exists("no.json")
+
+
+@pytest.mark.parametrize("beside", ["labels.npy", "labels_2024.npy", "epoch_0 (1).npy"])
+def test_a_file_beside_the_epochs_is_named(files, capsys, beside):
+    epochs_in("epochs", np.load("probs.npy"))
+    np.save(f"epochs/{beside}", np.load("labels.npy") if "labels" in beside else np.load("probs.npy")[0])
+    assert main(["fuse", "epochs", "--labels", "labels.npy"]) == 1
+    error = capsys.readouterr().err
+    assert f"{beside}: not an epoch like epoch_3.npy" in error
+    assert not os.path.exists("plan.json")
+
+
+def test_any_error_is_one_line(files, capsys, monkeypatch):
+    for error, shown in ((MemoryError("8 GiB\nfor x"), "MemoryError: 8 GiB for x"), (KeyError("a"), "KeyError: 'a'")):
+        monkeypatch.setattr("fmn_ref.cli.load_correct", lambda *a, error=error, **k: (_ for _ in ()).throw(error))
+        assert main(["metric", "correct.npy"]) == 1
+        assert capsys.readouterr().err == f"fmn-ref: error: {shown}\n"
+
+
+def test_one_long_id_is_refused(files, capsys):
+    """NumPy pads ids to the longest one: 8 GB from a file of 2 MB."""
+    os.mkdir("dynamics")
+    guids = ["x" * 2_000_000, *map(str, range(999))]
+    lines = (json.dumps({"guid": g, "logits_epoch_0": [1, 2], "gold": 0}) + "\n" for g in guids)
+    (files / "dynamics/dynamics_epoch_0.jsonl").write_text("".join(lines))
+    assert main(["import", "cartography", "dynamics"]) == 1
+    assert "dynamics: sample_ids: expected ids of similar length" in capsys.readouterr().err
+    assert not os.path.exists("history.npz")
+
+
 def test_fuse_and_apply(files, capsys):
     p, labels = np.load("probs.npy"), np.load("labels.npy")
     content = json.loads(run(capsys, "fuse", "probs.npy", "--labels", "labels.npy", "--json", "--search", "exact"))

@@ -228,6 +228,19 @@ def test_reading_a_history_without_the_package(rng):
     np.testing.assert_array_equal(names["correct"], correct)
 
 
+@pytest.mark.parametrize("method", ["forget", "pool"])
+def test_applying_a_plan_without_the_package(rng, method):
+    p, labels = random_probs(rng)
+    p[p < 0.01] = 0
+    p /= p.sum(-1, keepdims=True)
+    plan = fmn.fuse(p, labels, method=method)
+    assert plan.forward_passes > 1
+    plan.save("plan.json")
+    names = {"probs": p}
+    exec(block(page("formats"), "## plan.json"), names)
+    np.testing.assert_allclose(names["fused"], plan.apply(p), atol=1e-12)
+
+
 def test_the_demo_page_has_the_committed_table():
     results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     assert demo.accuracy_table(results) in page("demo")

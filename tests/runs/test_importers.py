@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -80,12 +81,32 @@ class TestEpochFiles:
         labels = rng.integers(0, 3, 7)
         assert fmn.fuse(found, labels) == fmn.fuse(p, labels)
 
-    def test_names_of_any_kind_can_be_ordered(self, tmp_path):
-        names = ["1.npy", "2.npy", "10.npy", "a.npy", "a1b2.npy", "a1b10.npy", "a02.npy", "x².npy"]
+    @pytest.mark.parametrize(
+        "other",
+        [
+            *("epoch_0 (1).npy", "epoch_1_copy.npy", "._epoch_1.npy", "epoch_1.0.npy", "Epoch_3.npy"),
+            *("labels.npy", "labels_1.npy", "epoch_1_labels.npy", "best.npy", "epoch_².npy"),
+        ],
+    )
+    def test_a_file_that_is_no_epoch_is_not_counted_as_one(self, tmp_path, other):
+        """Copies of a browser or of macOS, labels, a best model: a number in a name does not make an epoch."""
+        for name in ("epoch_0.npy", "epoch_1.npy", "epoch_10.npy", other):
+            np.save(tmp_path / name, np.full((3, 2), 0.5))
+        with pytest.raises(ValueError, match=re.escape(f"{other}: not an epoch like epoch_0.npy")):
+            fmn.epoch_files(tmp_path)
+        assert len(fmn.epoch_files(tmp_path, "epoch_[0-9].npy")) == 2
+
+    def test_one_epoch_is_not_counted_twice(self, tmp_path):
+        for name in ("epoch_1.npy", "epoch_01.npy", "epoch_2.npy"):
+            np.save(tmp_path / name, np.full((3, 2), 0.5))
+        with pytest.raises(ValueError, match=r"epoch_0?1\.npy: the same epoch as epoch_0?1\.npy"):
+            fmn.epoch_files(tmp_path)
+
+    def test_names_may_hold_several_numbers(self, tmp_path):
+        names = [f"lr0.1_epoch_{e}_step_{100 * e}.npy" for e in (0, 2, 10)]
         for i, name in enumerate(names):
             np.save(tmp_path / name, np.full(1, i))
-        assert sorted(a[0] for a in fmn.epoch_files(tmp_path)) == list(range(8))
-        assert [a[0] for a in fmn.epoch_files(str(tmp_path), "[0-9]*.npy")] == [0, 1, 2]
+        assert [a[0] for a in fmn.epoch_files(str(tmp_path))] == [0, 1, 2]
 
     def test_none_there(self, tmp_path):
         for folder in (tmp_path, tmp_path / "none"):
@@ -184,6 +205,75 @@ class TestCartography:
         path.write_text("".join(line + "\n" for line in change(path.read_text().splitlines())))
         with pytest.raises(ValueError, match=rf"dynamics_epoch_3\.jsonl.*{words}"):
             fmn.from_cartography(written[0])
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("dynamics_epoch_0 (1).jsonl", "not an epoch like"),
+            ("dynamics_epoch_0_backup.jsonl", "not an epoch like"),
+            ("dynamics_epoch_12.jsonl", "missing 'logits_epoch_12'"),
+            ("dynamics_epoch_00.jsonl", "the same epoch as"),
+        ],
+    )
+    def test_a_copy_is_not_counted_as_an_epoch(self, written, name, words):
+        (written[0] / name).write_bytes((written[0] / "dynamics_epoch_0.jsonl").read_bytes())
+        with pytest.raises(ValueError, match=rf"dynamics_epoch_.*\.jsonl.*{words}"):
+            fmn.from_cartography(written[0])
+
+    def test_only_dynamics_that_are_all_misnamed(self, tmp_path, rng):
+        write_dynamics(tmp_path, np.zeros((1, 3, 2)), [0, 1, 0], "abc", rng)
+        (tmp_path / "dynamics_epoch_0.jsonl").rename(tmp_path / "dynamics_epoch_0 (1).jsonl")
+        with pytest.raises(ValueError, match=r"\(1\)\.jsonl: expected a name like"):
+            fmn.from_cartography(tmp_path)
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+    def test_marks_and_line_ends_of_other_systems(self, written, encoding, end):
+        folder, logits, labels = written
+        for path in folder.iterdir():
+            path.write_bytes(end.join([*path.read_text().splitlines(), ""]).encode(encoding))
+        found, gold, guids = fmn.from_cartography(folder)
+        np.testing.assert_array_equal(found, logits)
+        np.testing.assert_array_equal(gold, labels)
+        assert guids == [f"s{i}" for i in range(20)]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"guid": None},
+            {"guid": 1.0},
+            {"guid": True},
+            {"guid": ["s4"]},
+            {"gold": 1.0},
+            {"gold": "1"},
+            {"gold": True},
+            {"gold": float("inf")},
+            {"logits_epoch_1": "123"},
+            {"logits_epoch_1": [1, True, 2]},
+            {"logits_epoch_1": [1, "2", 3]},
+            {"logits_epoch_1": [1, None, 3]},
+            {"logits_epoch_1": [1, [2], 3]},
+            {"logits_epoch_1": [1, float("nan"), 3]},
+            {"logits_epoch_1": [1, float("inf"), 3]},
+            {"logits_epoch_1": [1, 1e39, 3]},
+            {"logits_epoch_1": [1, 10**400, 3]},
+            {"logits_epoch_1": [1, -(10**400), 3]},
+            {"logits_epoch_1": {"0": 1}},
+        ],
+        ids=str,
+    )
+    def test_values_of_other_types_are_refused(self, written, change):
+        """int("1"), int(1.7) and str(None) would all have succeeded."""
+        path = written[0] / "dynamics_epoch_1.jsonl"
+        lines = path.read_text().splitlines()
+        lines[4] = json.dumps({**json.loads(lines[4]), **change})
+        path.write_text("\n".join(lines))
+        with pytest.raises(ValueError, match=r"dynamics_epoch_1\.jsonl:5: .*(expected|too large)"):
+            fmn.from_cartography(written[0])
+
+    def test_masked_logits_are_kept(self, tmp_path, rng):
+        write_dynamics(tmp_path, np.array([[[-np.inf, 0.0]]]), [1], "a", rng)
+        np.testing.assert_array_equal(fmn.from_cartography(tmp_path)[0], [[[-np.inf, 0]]])
 
     def test_labels_out_of_range(self, tmp_path, rng):
         write_dynamics(tmp_path, np.zeros((2, 3, 2)), [0, 1, 2], "abc", rng)

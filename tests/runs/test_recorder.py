@@ -180,6 +180,41 @@ def test_a_file_in_the_way(tmp_path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
+def test_sample_numbers_put_a_shuffled_epoch_in_order(tmp_path):
+    """Labels of one class do not tell an order; a DistributedSampler repeats samples."""
+    rng = np.random.default_rng(0)
+    predictions, labels = rng.integers(0, 2, (4, 30)), np.zeros(30, int)
+    numbered, plain = fmn.Recorder(tmp_path / "a"), fmn.Recorder(tmp_path / "b")
+    for epoch, row in enumerate(predictions):
+        order = np.concatenate([rng.permutation(30), [3, 3]])
+        numbered.record(epoch, row[order], labels[order], index=order)
+        plain.record(epoch, row, labels)
+    np.testing.assert_array_equal(numbered.run.history.packed, plain.run.history.packed)
+    assert numbered.run.history.digest == plain.run.history.digest
+
+
+@pytest.mark.parametrize(
+    ("index", "labels", "error", "words"),
+    [
+        ([0, 1, 3], [0, 1, 1], ValueError, "index: not the sample numbers of the epochs before"),
+        (None, [0, 1, 1], ValueError, "index: not the sample numbers of the epochs before"),
+        ([0, 1], [0, 1, 1], ValueError, "index: expected 3 samples, got 2"),
+        ([0, 1, 1], [0, 1, 0], ValueError, "index: expected each sample's own number"),
+        ([0.0, 1.0, 2.0], [0, 1, 1], TypeError, "index: expected integers"),
+        ([-1, 1, 2], [0, 1, 1], ValueError, "index"),
+    ],
+)
+def test_sample_numbers_that_do_not_fit_are_refused(tmp_path, index, labels, error, words):
+    recorder = fmn.Recorder(tmp_path)
+    recorder.record(0, [0, 1, 0], [1, 0, 1], index=[2, 0, 1])
+    with pytest.raises(error, match=words):
+        recorder.record(1, [0, 1, 0], labels, index=index)
+    recorder.record(1, [0, 1, 0], [0, 1, 1], index=[0, 1, 2])
+    np.testing.assert_array_equal(recorder.run.history.correct(), [[False, False, False], [True, True, False]])
+    recorder.rewind(0)
+    recorder.record(0, [0, 1, 0, 1], [1, 0, 1, 0])  # other samples, without numbers
+
+
 class TestPaths:
     def test_another_working_directory_does_not_matter(self, tmp_path, monkeypatch):
         """Another run has the same name there: Hydra changes the directory, and so do notebooks."""

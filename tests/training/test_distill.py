@@ -302,3 +302,83 @@ def test_a_sweep_asks_the_teacher_once(teacher, tmp_path):
 def test_an_empty_sweep_is_refused(teacher, tmp_path):
     with pytest.raises(ValueError, match="temperatures, kd_weights: expected at least one"):
         fmn.tune_distillation(make_model, teacher, TRAIN, VAL, run_dir=tmp_path, kd_weights=(), **SHORT)
+
+
+# --- classes that a network rules out ---
+
+
+class Masked(nn.Module):
+    """A network that gives the logit -inf, or another, to some classes."""
+
+    def __init__(self, mask, value=-torch.inf):
+        super().__init__()
+        self.net, self.mask, self.value = nn.Linear(6, 4), mask, value
+
+    def forward(self, x):
+        mask = self.mask(x) if callable(self.mask) else torch.tensor(self.mask)
+        return self.net(x).masked_fill(mask, self.value)
+
+
+ONE = [False, False, False, True]
+UP_TO_2 = (TRAIN[0], TRAIN[1].clamp(max=2))
+
+
+def by_sample(x):
+    """Rule out class 3, and class 2 for some samples: as for multiple choice with fewer answers."""
+    return torch.stack([torch.zeros(len(x)), torch.zeros(len(x)), x[:, 0] > 0, torch.ones(len(x))], 1).bool()
+
+
+@pytest.mark.parametrize("targets", ["cached", "online"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 4.0}, {"kd_weight": 0.5}, {"ema_decay": 0.9}], ids=str)
+@pytest.mark.parametrize("value", [-torch.inf, -1e9, torch.finfo(torch.float32).min], ids=["inf", "1e9", "min"])
+def test_a_student_with_a_masked_class_learns(targets, options, value):
+    """From a teacher with the same mask, and from one without: then from its answers to the other classes."""
+    for teacher in (Masked(ONE, value), nn.Linear(6, 4)):
+        student = Masked(ONE, value)
+        fmn.distill(student, teacher, UP_TO_2, epochs=20, targets=targets, **RECIPE | {"lr": 0.5} | options)
+        assert student(TEST[0])[:, :3].isfinite().all()
+        if options.get("kd_weight", 1) == 1:
+            agreement = student(TEST[0])[:, :3].argmax(1) == teacher(TEST[0])[:, :3].argmax(1)
+            assert agreement.double().mean() > 0.9
+
+
+def test_a_mask_may_differ_between_samples_and_members(tmp_path):
+    run = fmn.train(Masked(by_sample), *[(x, y.clamp(max=1)) for x, y in (TRAIN, VAL)], epochs=3, run_dir=tmp_path)
+    fused = fmn.FusedModel(fmn.FusionPlan.from_weights({0: 1, 2: 1}, 3), run)
+    for options in ({}, {"targets": "online"}, {"top_k": 2}, {"top_k": 2, "targets_dir": tmp_path / "targets"}):
+        student = fmn.distill(Masked(by_sample), fused, TRAIN, epochs=20, **RECIPE | {"lr": 0.5} | options)
+        probs = student(TEST[0]).softmax(1)
+        assert (probs[by_sample(TEST[0])] == 0).all()
+        assert (probs.argmax(1) == fused(TEST[0]).argmax(1)).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.finfo(torch.float32).min], ids=["inf", "min"])
+def test_masked_classes_have_no_gradient(value):
+    logits, teacher = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4).log_softmax(1)
+    labels, mask = torch.tensor([0, 1, 2, 0, 1]), torch.tensor(ONE)
+    options = {"temperature": 3.0, "kd_weight": 0.7}
+    loss = distillation_loss(logits.masked_fill(mask, value), (labels, teacher.masked_fill(mask, value)), **options)
+    torch.testing.assert_close(loss, distillation_loss(logits[:, :3], (labels, teacher[:, :3]), **options))
+    # a teacher without the mask: the gradient is that of its distribution over the other classes
+    share = (teacher / 3).softmax(1)[:, :3].sum(1, keepdim=True)
+    loss = distillation_loss(logits.masked_fill(mask, value), (labels, teacher), temperature=3.0, kd_weight=1.0)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    rest = (teacher[:, :3] / 3).softmax(1)
+    expected = 3.0 * share * ((logits[:, :3] / 3).softmax(1) - rest) / 5
+    torch.testing.assert_close(gradient[:, :3], expected.detach())
+    assert (gradient[:, 3] == 0).all()
+
+
+def test_a_label_of_a_masked_class_is_still_an_error():
+    with pytest.raises(FloatingPointError, match="the loss is inf"):
+        fmn.distill(Masked(ONE), nn.Linear(6, 4), TRAIN, epochs=1, kd_weight=0.5, **RECIPE)
+
+
+def test_batches_that_cannot_be_augmented_are_named():
+    loader = [{"x": TRAIN[0], "labels": TRAIN[1]}]
+    with pytest.raises(TypeError, match="augment: expected batches that are tuples, got dict"):
+        fmn.distill(make_model(), nn.Linear(6, 4), loader, epochs=1, augment=lambda x: x, forward_fn=by_name, **RECIPE)
+
+
+def by_name(model, batch):
+    return model(batch["x"]), batch["labels"]

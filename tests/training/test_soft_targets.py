@@ -1,8 +1,15 @@
 """Soft targets: cached on disk, one set per view, cut to the top classes."""
 
+import json
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
+from folders import contents, flip_bit
 from networks import RECIPE, make_data
 from torch import nn
 from training_runs import fresh, interrupted_at, same_weights
@@ -114,3 +121,196 @@ def test_targets_of_another_teacher_are_refused(teacher, tmp_path):
 def test_bad_input(teacher, options, words):
     with pytest.raises(ValueError, match=words):
         distilled(teacher, **options)
+
+
+# --- what a cache depends on ---
+
+
+class Scaled(nn.Module):
+    """A teacher whose answers depend on a buffer that its state_dict lacks, and on an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(8)
+        self.net, self.scale = nn.Linear(6, 4), 1.0
+        self.register_buffer("shift", torch.zeros(4), persistent=False)
+
+    def forward(self, x):
+        return self.net(x) * self.scale + self.shift
+
+
+def changed(teacher, **values):
+    for name, value in values.items():
+        setattr(teacher, name, value)
+    return teacher
+
+
+def at(x, row, value):
+    x = x.clone()
+    x[row, 1] = value
+    return x
+
+
+NOISY = {"augment": noisy, "targets": "cached-views", "views": 2}
+OTHERS = {
+    "weights": ({"teacher": nn.Linear(6, 4)}, {}, "teacher: the targets in"),
+    "buffer": ({"teacher": changed(Scaled(), shift=torch.ones(4))}, {}, "teacher: the targets in"),
+    "attribute": ({"teacher": changed(Scaled(), scale=3.0)}, {}, "teacher: gives other answers"),
+    "forward_fn": ({"forward_fn": lambda m, b: (m(-b[0]), b[1])}, {}, "teacher: gives other answers"),
+    "fewer classes": ({"forward_fn": lambda m, b: (m(b[0])[:, :3], b[1])}, {}, "teacher: gives other answers"),
+    "one input": ({"train_data": (at(TRAIN[0], 77, 9.0), TRAIN[1])}, {}, "data: the targets in"),
+    "last input": ({"train_data": (at(TRAIN[0], -1, 9.0), TRAIN[1])}, {}, "data: the targets in"),
+    "type": ({"train_data": (TRAIN[0].double(), TRAIN[1]), "teacher": Scaled().double()}, {}, "the targets in"),
+    "augment": ({**NOISY, "augment": lambda x: x + 9 * torch.randn_like(x)}, NOISY, "teacher: gives other answers"),
+    "seed": ({**NOISY, "seed": 77}, NOISY, "view_seeds: the targets in"),
+    "top_k": ({"top_k": 2}, {}, "top_k: the targets in"),
+    "attribute, top_k": ({"top_k": 2, "teacher": changed(Scaled(), scale=3.0)}, {"top_k": 2}, "gives other answers"),
+}
+
+
+@pytest.mark.parametrize(("other", "first", "words"), OTHERS.values(), ids=OTHERS)
+def test_targets_that_depend_on_something_else_are_refused(tmp_path, other, first, words):
+    def distil(teacher=None, train_data=TRAIN, **options):
+        options = RECIPE | {"epochs": 2, "targets_dir": tmp_path} | options
+        student = nn.Linear(6, 4).to(train_data[0].dtype)
+        return fmn.distill(student, teacher or Scaled(), train_data, **options)
+
+    distil(**first)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        distil(**other)
+    assert contents(tmp_path) == before
+    distil(**first)
+
+
+def test_targets_of_another_combination_are_refused(run, tmp_path):
+    plans = [fmn.FusionPlan.from_weights({3: 0.5, 11: 0.5}, 12, combine) for combine in ("linear", "geometric")]
+    distilled(fmn.FusedModel(plans[0], run), targets_dir=tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="teacher"):
+        distilled(fmn.FusedModel(plans[1], run), targets_dir=tmp_path, epochs=1)
+
+
+def test_stored_targets_are_read_after_a_short_question(tmp_path):
+    asked = []
+
+    class Listening(Scaled):
+        def forward(self, x):
+            asked.append(len(x))
+            return super().forward(x)
+
+    x, y = torch.randn(1000, 6), torch.zeros(1000, dtype=torch.int64)
+    students = []
+    for _ in range(2):
+        asked.clear()
+        students.append(fmn.distill(fresh(1), Listening(), (x, y), **RECIPE | {"epochs": 1, "targets_dir": tmp_path}))
+    assert sum(asked) == soft_targets.PROBED
+    assert same_weights(*students)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: flip_bit(path),
+        lambda path: flip_bit(path, at=8),
+        lambda path: path.write_bytes(path.read_bytes()[:-3]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+        lambda path: np.save(path, np.load(path)[:100]),
+        lambda path: np.save(path, np.load(path).astype("f8")),
+        lambda path: np.save(path, np.load(path)[:, 0]),
+        lambda path: np.save(path, np.array([{}]), allow_pickle=True),
+        lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+    ],
+    ids=["bit", "header", "short", "empty", "missing", "rows", "type", "axes", "objects", "device"],
+)
+def test_damaged_targets_are_made_again(tmp_path, damage, top_k, caplog):
+    options = {"targets_dir": tmp_path / "targets", "top_k": top_k, "epochs": 2}
+    student = distilled(Scaled(), tmp_path / "a", **options)
+    files = contents(tmp_path / "targets")
+    for path in sorted((tmp_path / "targets").glob("*.npy")):
+        damage(path)
+        assert same_weights(distilled(Scaled(), tmp_path / path.stem, **options), student)
+        assert contents(tmp_path / "targets") == files
+
+
+def test_targets_of_version_1_are_made_again(tmp_path, caplog):
+    """They have no checksums. Those of another teacher are refused, as before."""
+    student = distilled(Scaled(), tmp_path / "a")
+    path = tmp_path / "a" / "targets" / "targets.json"
+    current = json.loads(path.read_text())
+    config = json.loads((tmp_path / "a" / "run.json").read_text())["config"]
+    first = {
+        "format": "fmn_ref.targets",
+        "version": 1,
+        **{k: config[k] for k in ("targets", "top_k", "data", "teacher")},
+    }
+    path.write_text(json.dumps(first))
+    np.save(path.parent / "view_00000.log_probs.npy", np.zeros((240, 4), np.float32))
+    options = {"targets_dir": path.parent}
+    assert same_weights(distilled(Scaled(), tmp_path / "b", **options), student)
+    assert "without checksums; the targets are made again" in caplog.text
+    assert json.loads(path.read_text()) == current
+    path.write_text(json.dumps(first | {"teacher": "0123"}))
+    with pytest.raises(ValueError, match="teacher: the targets in"):
+        distilled(Scaled(), tmp_path / "c", **options)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "fmn_ref.targets", "version": 3}'])
+def test_a_damaged_description_is_named(tmp_path, content):
+    distilled(Scaled(), targets_dir=tmp_path, epochs=1)
+    (tmp_path / "targets.json").write_text(content)
+    with pytest.raises(ValueError, match=r"targets\.json"):
+        distilled(Scaled(), targets_dir=tmp_path, epochs=1)
+
+
+DISTIL = """
+import sys, torch, fmn_ref as fmn
+torch.set_num_threads(1)
+torch.manual_seed(3)
+x, teacher, student = torch.randn(20_000, 4), torch.nn.Linear(4, 50), torch.nn.Linear(4, 50)
+options = {"targets_dir": sys.argv[1], "temperature": float(sys.argv[2]), "progress": False, "lr": 0.1}
+fmn.distill(student, teacher, (x, x[:, :3].argmax(1)), epochs=1, **options)
+print(fmn.training.samples.tensors_digest(student.parameters()))
+"""
+
+
+def test_processes_that_share_targets_take_turns(tmp_path):
+    """One makes the cache, the others read it; all get what a process alone gets."""
+
+    def start(folder, temperature):
+        command = [sys.executable, "-c", DISTIL, str(folder), str(temperature)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    together = [start(tmp_path / "shared", t) for t in (1, 1, 2)]
+    outputs = [process.communicate(timeout=300) for process in together]
+    assert [process.returncode for process in together] == [0, 0, 0], outputs
+    alone = start(tmp_path / "alone", 1).communicate(timeout=300)
+    assert outputs[0][0] == outputs[1][0] == alone[0]
+    assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == ["targets.json", "view_00000.log_probs.npy"]
+
+
+def test_threads_that_share_targets_take_turns(tmp_path):
+    with ThreadPoolExecutor(3) as pool:
+        options = {"targets_dir": tmp_path, "epochs": 1, "progress": False}
+        students = list(pool.map(lambda t: distilled(Scaled(), temperature=t, **options), (1.0, 2.0, 3.0)))
+    assert len(students) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["targets.json", "view_00000.log_probs.npy"]
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    code = "import os, signal, sys, pathlib; from fmn_ref.runs.lock import sole_user\n"
+    code += "with sole_user(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    distilled(Scaled(), targets_dir=tmp_path, epochs=1)
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("n_classes", [3, 5])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_a_teacher_of_other_classes_is_refused(tmp_path, n_classes, top_k):
+    teacher = nn.Linear(6, n_classes)
+    for folder in (None, tmp_path, tmp_path):  # predicted, stored, read
+        with pytest.raises(ValueError, match="teacher: expected outputs of the student's shape"):
+            distilled(teacher, targets_dir=folder, top_k=top_k, epochs=1)

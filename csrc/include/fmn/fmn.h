@@ -25,7 +25,8 @@
  * several machines, can therefore be counted in pieces: all epochs of samples 0 to 999, then of samples 1000 to 1999, and so
  * on, into one output.
  *
- * Sizes. n_epochs * n_samples may be up to 2^62 without overflow.
+ * Sizes. n_epochs * n_samples and n_samples * n_classes may be up to 2^62; more is FMN_INVALID_ARGUMENT. Where one of them is
+ * zero there is nothing to read: the other may have any size, and the arrays may be null.
  */
 #ifndef FMN_FMN_H
 #define FMN_FMN_H
@@ -38,7 +39,7 @@ extern "C" {
 
 typedef enum {
     FMN_OK = 0,
-    FMN_INVALID_ARGUMENT = 1, /* a null pointer, a negative size, an index out of range, an unknown format or type */
+    FMN_INVALID_ARGUMENT = 1, /* a null pointer, a size out of range, an index out of range, an unknown format or type */
     FMN_NOT_A_NUMBER = 2,     /* fmn_pack_scores: a score is NaN */
     FMN_OUT_OF_MEMORY = 3     /* only from functions that allocate */
 } fmn_status;
@@ -90,16 +91,16 @@ fmn_status fmn_overlap_counts(const fmn_matrix* correct, int n_threads, int64_t*
 fmn_status fmn_pack(const fmn_matrix* correct, int n_threads, uint8_t* bits, int64_t stride);
 fmn_status fmn_unpack(const fmn_matrix* correct, int n_threads, uint8_t* bytes, int64_t stride);
 
-/* Writes rows of bits: whether predictions[e][i] == labels[i]. `type` is an integer type. The predictions of a row are
+/* Writes rows of bits: whether predictions[e][i] == labels[i]. `type` is an fmn_type of integers. The predictions of a row are
  * adjacent, rows are `stride` bytes apart; no alignment is needed. Row e of the result begins at bits + e * bits_stride. */
-fmn_status fmn_pack_predictions(const void* predictions, fmn_type type, int64_t n_epochs, int64_t n_samples, int64_t stride,
+fmn_status fmn_pack_predictions(const void* predictions, int32_t type, int64_t n_epochs, int64_t n_samples, int64_t stride,
                                 const int64_t* labels, int n_threads, uint8_t* bits, int64_t bits_stride);
 
 /* Writes one row of bits, ceil(n_samples / 8) bytes: whether the arg-max of sample i's scores is labels[i]. As in NumPy, the
- * first of equal scores is the arg-max, and 0.0 equals -0.0. `type` is a floating-point type. The n_classes scores of a
+ * first of equal scores is the arg-max, and 0.0 equals -0.0. `type` is a floating-point fmn_type. The n_classes scores of a
  * sample are adjacent, samples are `stride` bytes apart; labels are in [0, n_classes). O(n_samples * n_classes).
  * Returns FMN_NOT_A_NUMBER if a score is NaN; the row is then written, with "wrong" for each sample that has a NaN. */
-fmn_status fmn_pack_scores(const void* scores, fmn_type type, int64_t n_samples, int64_t n_classes, int64_t stride,
+fmn_status fmn_pack_scores(const void* scores, int32_t type, int64_t n_samples, int64_t n_classes, int64_t stride,
                            const int64_t* labels, int n_threads, uint8_t* bits);
 
 /* A predictor, and the epochs that may be mixed into it. All values are finite; each array is contiguous, in C order. The
@@ -117,7 +118,7 @@ typedef struct {
 
 /* Writes 1 to *sound if every row of scores, a contiguous (n_samples, n_classes) array, holds finite numbers >= 0 whose sum is
  * within `tolerance` of 1; else 0. */
-fmn_status fmn_check_probabilities(const void* scores, fmn_type type, int64_t n_samples, int64_t n_classes, double tolerance,
+fmn_status fmn_check_probabilities(const void* scores, int32_t type, int64_t n_samples, int64_t n_classes, double tolerance,
                                    int n_threads, int* sound);
 
 /* Adds to right[j] the weights of the samples that epsilon[j] * window + (1 - epsilon[j]) * current classifies correctly, in

@@ -1,0 +1,26 @@
+"""What a network must return: logits, one row for each label."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import _check
+
+
+def check_pair(logits: Tensor, labels: Any) -> None:
+    """Raise a ValueError unless a batch has one row of logits for each label."""
+    shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+    if logits.ndim != 2 or shape != (len(logits),):
+        expected = "expected logits (n, n_classes) and labels (n,), which a forward_fn may make"
+        raise ValueError(f"model: {expected}, got shapes {tuple(logits.shape)} and {shape}")
+
+
+def check_logits(logits: Any, hint: str) -> None:
+    """Raise a ValueError, which ends with the hint, where logits have a wrong shape or are probabilities."""
+    if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model: expected logits (n, n_classes), got {got}; {hint}")
+    if logits.numel() and (logits >= 0).all() and _check.sums_to_one(logits):
+        raise ValueError(f"model: expected logits or log-probabilities, got probabilities; {hint}")

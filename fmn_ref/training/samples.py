@@ -1,0 +1,202 @@
+"""Batches of any form, and what a sample in them is: everything that the network is called with for it.
+
+Fingerprints of that find samples that two data sets share, and a data set that changes its order (order.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_DEPTH = 6  # levels of containers that are searched
+_LANES = 64
+_ODD = -7046029254386353131  # 2^64 divided by the golden ratio, as int64
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """Copy a batch with its tensors on the device: tuples, dicts, data classes and objects that have a method `to`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        copied = copy.copy(batch) if isinstance(batch, dict) else dict(batch)
+        copied.update((key, moved(value, device)) for key, value in batch.items())
+        return copied
+    if isinstance(batch, (list, tuple)):
+        parts = [moved(value, device) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        same: Any = copy.copy(batch)
+        for field in fields(batch):
+            object.__setattr__(same, field.name, moved(getattr(batch, field.name), device))
+        return same
+    return batch
+
+
+# --- fingerprints ---
+
+
+def fingerprints(inputs: Any, n: int, labels: Tensor | None = None, head: int | None = None) -> Tensor:
+    """Hash what each of n samples has in `inputs`.
+
+    Parameters
+    ----------
+    inputs : Any
+        Tensors, arrays and lists of texts, in tuples, dicts and other objects. Samples lie along the first or second
+        axis, whichever has their number. A part without such an axis counts for every sample of its batch.
+    n : int
+        Number of labels. Where no axis has it, as with labels of tokens, samples lie along the first axis if it is
+        equally long in all tensors.
+    labels : (n,) tensor, optional
+        Left out where `inputs` holds them beside something else.
+    head : int, optional
+        Number of samples to look at, the first ones. Default: all.
+
+    Returns
+    -------
+    (n_samples,) int64 tensor
+        On the device of the inputs. Zeros at the end of a sample do not count: padding adds them. Empty where nothing
+        can be hashed.
+    """
+    leaves = _leaves(inputs, n, _DEPTH)
+    leaves = [leaf for leaf in leaves if not _equal(leaf, labels)] or leaves
+    rows = [leaf.movedim(axis, 0) for leaf in leaves if (axis := _axis(leaf, n)) is not None]
+    rest = [leaf for leaf in leaves if _axis(leaf, n) is None]
+    if not rows and len({len(t) if t.ndim else None for t in rest}) == 1 and rest[0].ndim:
+        rows, rest = rest, []
+    hashes = _joined([*(_hash_rows(t[:head]) for t in rows), *(_hash_rows(t[None]) for t in rest)])
+    return hashes if rows or not rest else hashes.repeat(n)[:head]
+
+
+def _leaves(tree: Any, n: int, depth: int, in_object: bool = False) -> list[Tensor]:
+    """Find the tensors in a tree; a list of n texts, or of n tensors of other sizes, becomes a tensor of n hashes."""
+    if isinstance(tree, np.ndarray):
+        tree = _numbers(tree)
+    if isinstance(tree, Tensor):
+        return [tree.detach() if tree.layout == torch.strided else tree.detach().to_dense()]
+    is_object = not isinstance(tree, (Mapping, list, tuple))
+    if depth == 0 or (is_object and in_object):  # an object may lead to a whole data set
+        return []
+    leaves = [leaf for part in _parts(tree) for leaf in _leaves(part, n, depth - 1, in_object or is_object)]
+    without = sum(_axis(leaf, n) is None for leaf in leaves)
+    if isinstance(tree, (list, tuple)) and len(tree) == n and 2 * without >= len(leaves):
+        hashes = [_hash_item(item, depth) for item in tree]
+        return [torch.tensor(hashes)] if n and None not in hashes else leaves
+    return leaves
+
+
+def _numbers(a: Any) -> Any:
+    """View an array as a tensor; one of texts or objects becomes a list."""
+    if a.dtype.kind not in "biufc":
+        return a.tolist()
+    a = np.ascontiguousarray(a.astype(a.dtype.newbyteorder("="), copy=False))
+    return torch.from_numpy(a if a.flags.writeable else a.copy())
+
+
+def _parts(tree: Any) -> list[Any]:
+    """What a container or an object holds."""
+    if isinstance(tree, Mapping):
+        return [tree[key] for key in sorted(tree, key=str)]
+    if isinstance(tree, (list, tuple)):
+        return list(tree)
+    return [] if isinstance(tree, (type, nn.Module)) else list(getattr(tree, "__dict__", {}).values())
+
+
+def _axis(t: Tensor, n: int) -> int | None:
+    return next((axis for axis in range(min(2, t.ndim)) if t.shape[axis] == n), None)
+
+
+def _equal(leaf: Tensor, labels: Tensor | None) -> bool:
+    if labels is None or leaf.numel() != labels.numel():
+        return False
+    return bool((leaf.flatten() == labels.flatten().to(leaf.device)).all())
+
+
+def _hash_item(item: Any, depth: int) -> int | None:
+    """Hash one sample's part; None for an object of unknown content."""
+    if hasattr(item, "__array_interface__"):  # an image of PIL
+        item = _numbers(np.asarray(item))
+    if isinstance(item, Tensor):
+        return int(_hash_rows(item.detach()[None]))
+    if isinstance(item, (str, bytes, int, float, complex, type(None))):
+        content = item if isinstance(item, bytes) else repr(item).encode(errors="backslashreplace")
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+    parts = [_hash_item(part, depth - 1) for part in _parts(item)] if depth else []
+    known = [torch.tensor([part]) for part in parts if part is not None]
+    return int(_joined(known)) if known else None
+
+
+def _joined(columns: list[Tensor]) -> Tensor:
+    """Hash several hashes of each row into one; one of a single row counts for all rows."""
+    joined = columns[0] if columns else torch.empty(0, dtype=torch.int64)
+    for column in columns[1:]:
+        joined = (joined + (joined >> 32)) * _ODD + column.to(joined.device)
+    return joined
+
+
+def _hash_rows(t: Tensor) -> Tensor:
+    """Hash each row of a tensor, on its device: (n,) int64.
+
+    Words of 8 bytes are summed up in lanes, as fast as memory is read. The halves of the sums are multiplied by random
+    odd numbers, and added.
+    """
+    content = _bytes_of_rows(t)
+    if content.shape[1] % 8 or content.storage_offset() % 8 or content.data_ptr() % 8:
+        content = nn.functional.pad(content, (0, -content.shape[1] % 8)).clone()
+    lanes = content.view(torch.int64)
+    n_full = lanes.shape[1] // _LANES * _LANES
+    if n_full:
+        rest = lanes[:, n_full:]
+        lanes = lanes[:, :n_full].reshape(len(lanes), n_full // _LANES, _LANES).sum(1)
+        lanes[:, : rest.shape[1]] += rest
+    halves = lanes.view(torch.int32)
+    return (halves * _weights(t.device)[: halves.shape[1]]).sum(1)
+
+
+def _bytes_of_rows(t: Tensor) -> Tensor:
+    """View a tensor as (n, n_bytes) uint8."""
+    t = t.resolve_conj().resolve_neg()
+    return (t.flatten(1) if t.ndim > 1 else t[:, None]).contiguous().view(torch.uint8)
+
+
+@lru_cache
+def _weights(device: torch.device) -> Tensor:
+    """Pseudorandom odd numbers (splitmix64), the same in every process: (2 * _LANES,) int64."""
+    z = torch.arange(1, 2 * _LANES + 1) * _ODD
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        z = (z ^ (z >> shift)) * factor
+    return (z | 1).to(device)
+
+
+def tensors_digest(tensors: Iterable[Any]) -> str:
+    """Hash the bytes of tensors; other objects are skipped."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        if isinstance(t, Tensor):
+            for part in torch.split(t.detach().reshape(1) if t.ndim == 0 else t.detach(), _rows_at_once(t)):
+                digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def named_digest(tensors: dict[Any, Any]) -> str:
+    """Hash tensors with their names, types and shapes, in the order of the names; other objects are skipped."""
+    described = [
+        (str(name), str(t.dtype), tuple(t.shape), tensors_digest([t]))
+        for name, t in sorted(tensors.items(), key=lambda pair: str(pair[0]))
+        if isinstance(t, Tensor)
+    ]
+    return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+
+
+def _rows_at_once(t: Tensor) -> int:
+    """Rows of a tensor that take about 16 MiB: one from a memory map is not read as a whole."""
+    return max(1, (16 << 20) * max(1, len(t)) // max(1, t.nbytes)) if t.ndim else 1
