@@ -249,6 +249,12 @@ def cause(error: BaseException) -> str:
     return text if known and text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
+def read_bytes(path: AnyPath) -> bytes:
+    """Read a whole file."""
+    with reading(path, "a readable file") as file:
+        return file.read()
+
+
 def read_json(path: AnyPath, format: str, newest: int = 1) -> dict[str, Any]:
     """Read a JSON object of the format, of version 1 to `newest`; a ValueError names a file that is none."""
     with reading(path, f"a {format} file") as file:

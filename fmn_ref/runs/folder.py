@@ -108,8 +108,8 @@ class RunFolder:
             raise TypeError(f"config: expected a dict, got {type(config).__name__}")
         try:
             plain = json.loads(json.dumps(config))
-        except TypeError as error:
-            raise TypeError(f"config: {error}") from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(f"config: expected a dict that JSON can hold ({error})") from None
         self.path.mkdir(parents=True, exist_ok=True)
         lock = RunLock.of(self.path)
         try:
@@ -186,7 +186,7 @@ def checked_suffix(suffix: Any) -> str:
 def check_same(what: str, found: dict[str, Any], given: dict[str, Any]) -> None:
     """Raise ValueError, which names the key, where a stored configuration differs from the one that is given."""
     for key in sorted(given.keys() | found.keys()):
-        if found.get(key) != given.get(key):
+        if found.get(key) != given.get(key) and json.dumps(found.get(key)) != json.dumps(given.get(key)):  # NaN is NaN
             differ = f"{what} made with {found.get(key)!r}, not {given.get(key)!r}"
             raise ValueError(f"{key}: {differ}; choose another folder")
 

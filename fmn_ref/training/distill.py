@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _check, _files
+from .. import _check
 from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
 from . import data, distributed
