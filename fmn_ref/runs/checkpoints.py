@@ -106,29 +106,39 @@ def check_readable(content: Any, name: str = "state") -> None:
         try:
             _round_trip(value)
         except Exception as error:  # of somebody else's class
+            fault = f"{where}: {type(value).__name__} could not be read back ({_reason(error)})"
             hint = "give a tensor, a number, a text, or a list or dict of them"
-            raise TypeError(
-                f"{where}: {type(value).__name__} could not be read back ({_reason(error)}); {hint}"
-            ) from error
+            raise TypeError(f"{fault}; {hint}") from error
 
 
 def _unusual(content: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Yield names and values that are neither plain numbers, texts and tensors nor dicts, lists and tuples of them."""
     import torch
 
-    if isinstance(content, torch.Tensor):
-        usual = type(content.data) is torch.Tensor and content.layout == torch.strided
-        if not usual or content.is_meta or torch.nn.parameter.is_lazy(content):
-            yield name, content
-    elif type(content) in (dict, OrderedDict):
-        for key, value in (*content.items(), *getattr(content, "__dict__", {}).items()):
-            yield from _unusual(key, f"{name}: key {key!r}")
-            yield from _unusual(value, f"{name}.{key}")
-    elif type(content) in (list, tuple):
+    kind = type(content)
+    if kind in (dict, OrderedDict):
+        parts = {**content, **getattr(content, "__dict__", {})}  # a state_dict has _metadata
+        for key, value in parts.items():
+            if type(key) is not str:
+                yield from _unusual(key, f"{name}: key {key!r}")
+            if not _is_plain(value):
+                yield from _unusual(value, f"{name}.{key}")
+    elif kind in (list, tuple):
         for i, value in enumerate(content):
-            yield from _unusual(value, f"{name}[{i}]")
-    elif type(content) not in _PLAIN and not (type(content) is int and abs(content) < 2**63):
+            if not _is_plain(value):
+                yield from _unusual(value, f"{name}[{i}]")
+    elif not _is_plain(content.detach() if kind is torch.nn.Parameter else content):
         yield name, content
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether `load` surely reads a value back."""
+    import torch
+
+    kind = type(value)
+    if kind is torch.Tensor:
+        return bool(value.layout is torch.strided and not value.is_meta)
+    return kind in _PLAIN or (kind is int and abs(value) < 2**63)
 
 
 def _round_trip(value: Any) -> None:
