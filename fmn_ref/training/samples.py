@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _DEPTH = 6  # levels of containers that are searched
-_LANES = 64
+_LANES = 61  # a prime number: rows of images and of texts are even, and would always meet the same lanes
 _ODD = -7046029254386353131  # 2^64 divided by the golden ratio, as int64
 
 
@@ -69,8 +69,11 @@ def fingerprints(inputs: Any, n: int, labels: Tensor | None = None, head: int | 
     """
     leaves = _leaves(inputs, n, _DEPTH)
     leaves = [leaf for leaf in leaves if not _equal(leaf, labels)] or leaves
-    rows = [leaf.movedim(axis, 0) for leaf in leaves if (axis := _axis(leaf, n)) is not None]
-    rest = [leaf for leaf in leaves if _axis(leaf, n) is None]
+    axes = [_axis(leaf, n) for leaf in leaves]
+    rows = [
+        leaf.movedim(axis, 0) if axis else leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is not None
+    ]
+    rest = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is None]
     if not rows and len({len(t) if t.ndim else None for t in rest}) == 1 and rest[0].ndim:
         rows, rest = rest, []
     hashes = _joined([*(_hash_rows(t[:head]) for t in rows), *(_hash_rows(t[None]) for t in rest)])
@@ -87,11 +90,15 @@ def _leaves(tree: Any, n: int, depth: int, in_object: bool = False) -> list[Tens
     if depth == 0 or (is_object and in_object):  # an object may lead to a whole data set
         return []
     leaves = [leaf for part in _parts(tree) for leaf in _leaves(part, n, depth - 1, in_object or is_object)]
-    without = sum(_axis(leaf, n) is None for leaf in leaves)
-    if isinstance(tree, (list, tuple)) and len(tree) == n and 2 * without >= len(leaves):
+    if isinstance(tree, (list, tuple)) and len(tree) == n and not _mostly_rows(leaves, n):
         hashes = [_hash_item(item, depth) for item in tree]
         return [torch.tensor(hashes)] if n and None not in hashes else leaves
     return leaves
+
+
+def _mostly_rows(leaves: list[Tensor], n: int) -> bool:
+    """Tell columns of n samples from a list of n samples, which may have some axes of that length by chance."""
+    return 2 * sum(_axis(leaf, n) is not None for leaf in leaves) > len(leaves)
 
 
 def _numbers(a: Any) -> Any:
@@ -112,7 +119,10 @@ def _parts(tree: Any) -> list[Any]:
 
 
 def _axis(t: Tensor, n: int) -> int | None:
-    return next((axis for axis in range(min(2, t.ndim)) if t.shape[axis] == n), None)
+    """Find the axis of n samples: the first or the second."""
+    if t.ndim and t.shape[0] == n:
+        return 0
+    return 1 if t.ndim > 1 and t.shape[1] == n else None
 
 
 def _equal(leaf: Tensor, labels: Tensor | None) -> bool:
@@ -150,7 +160,7 @@ def _hash_rows(t: Tensor) -> Tensor:
     odd numbers, and added.
     """
     content = _bytes_of_rows(t)
-    if content.shape[1] % 8 or content.storage_offset() % 8 or content.data_ptr() % 8:
+    if content.shape[1] % 8 or content.storage_offset() % 8:
         content = nn.functional.pad(content, (0, -content.shape[1] % 8)).clone()
     lanes = content.view(torch.int64)
     n_full = lanes.shape[1] // _LANES * _LANES
@@ -164,7 +174,8 @@ def _hash_rows(t: Tensor) -> Tensor:
 
 def _bytes_of_rows(t: Tensor) -> Tensor:
     """View a tensor as (n, n_bytes) uint8."""
-    t = t.resolve_conj().resolve_neg()
+    if t.is_complex():
+        t = t.resolve_conj().resolve_neg()
     return (t.flatten(1) if t.ndim > 1 else t[:, None]).contiguous().view(torch.uint8)
 
 
