@@ -100,10 +100,14 @@ class Order:
             return False
         if torch.isin(torch.cat(changed), torch.cat(self._first)).double().mean() > BY_CHANCE:
             return True
-        if not self._warned:
-            logger.warning("%s: gives other inputs in each pass; whether it shuffles cannot be told", self._name)
-            self._warned = True
+        self.warn("gives other inputs in each pass")
         return False
+
+    def warn(self, reason: str) -> None:
+        """Log, once, why another order would not be noticed."""
+        if not self._warned:
+            logger.warning("%s: %s; whether it shuffles cannot be told", self._name, reason)
+        self._warned = True
 
 
 class Listener:
@@ -161,14 +165,21 @@ class Listener:
             return
         hashes = None
         if self._watches(len(self._hashes)):
-            heard = dict(enumerate(self._calls)) or batch
-            hashes = fingerprints(heard, len(labels), labels, None if self._first else _HEAD)
+            hashes = self._fingerprints(dict(enumerate(self._calls)) or batch, labels)
         self._hashes.append(hashes)
         self._calls.clear()
         if self._watches(len(self._hashes)):
             self._attach()
         else:
             self._detach()
+
+    def _fingerprints(self, heard: Any, labels: Tensor) -> Tensor:
+        try:
+            return fingerprints(heard, len(labels), labels, None if self._first else _HEAD)
+        except (RuntimeError, TypeError, ValueError) as error:  # a tensor of a kind for which torch lacks operations
+            assert self._order is not None
+            self._order.warn(f"holds what has no fingerprint ({error})")
+            return torch.empty(0, dtype=torch.int64)
 
     def _watches(self, number: int) -> bool:
         """Every batch of the first pass; then batches 0, 1, 4, 16, 64, ..."""

@@ -26,7 +26,8 @@ def moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if callable(getattr(batch, "to", None)):
-        return batch.to(device)
+        there = batch.to(device)
+        return batch if there is None else there  # it may move itself
     if isinstance(batch, Mapping):
         copied = copy.copy(batch) if isinstance(batch, dict) else dict(batch)
         copied.update((key, moved(value, device)) for key, value in batch.items())
@@ -84,8 +85,10 @@ def _leaves(tree: Any, n: int, depth: int, in_object: bool = False) -> list[Tens
     """Find the tensors in a tree; a list of n texts, or of n tensors of other sizes, becomes a tensor of n hashes."""
     if isinstance(tree, np.ndarray):
         tree = _numbers(tree)
+    elif isinstance(tree, Tensor) and tree.is_nested:
+        tree = list(tree.unbind())
     if isinstance(tree, Tensor):
-        return [tree.detach() if tree.layout == torch.strided else tree.detach().to_dense()]
+        return [_plain(tree)]
     is_object = not isinstance(tree, (Mapping, list, tuple))
     if depth == 0 or (is_object and in_object):  # an object may lead to a whole data set
         return []
@@ -94,6 +97,14 @@ def _leaves(tree: Any, n: int, depth: int, in_object: bool = False) -> list[Tens
         hashes = [_hash_item(item, depth) for item in tree]
         return [torch.tensor(hashes)] if n and None not in hashes else leaves
     return leaves
+
+
+def _plain(t: Tensor) -> Tensor:
+    """View a sparse or quantized tensor, or one of a class of its own, as torch's dense kind."""
+    t = t.detach()
+    if t.layout != torch.strided:
+        return t.to_dense()
+    return t.int_repr() if t.is_quantized else t.as_subclass(Tensor)
 
 
 def _mostly_rows(leaves: list[Tensor], n: int) -> bool:
@@ -136,7 +147,7 @@ def _hash_item(item: Any, depth: int) -> int | None:
     if hasattr(item, "__array_interface__"):  # an image of PIL
         item = _numbers(np.asarray(item))
     if isinstance(item, Tensor):
-        return int(_hash_rows(item.detach()[None]))
+        return int(_hash_rows(_plain(item)[None]))
     if isinstance(item, (str, bytes, int, float, complex, type(None))):
         content = item if isinstance(item, bytes) else repr(item).encode(errors="backslashreplace")
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
