@@ -251,9 +251,11 @@ def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, k
     if logits.shape != teacher_log_probs.shape:
         expected, got = tuple(logits.shape), tuple(teacher_log_probs.shape)
         raise ValueError(f"teacher: expected outputs of the student's shape {expected}, got shape {got}")
-    soft = (teacher_log_probs / temperature).softmax(1)
-    log_probs = F.log_softmax(logits / temperature, 1).clamp_min(RULED_OUT)  # 0 * -inf would be NaN
-    kd = F.kl_div(log_probs, soft, reduction="batchmean") * temperature**2
+    student_logits = logits
+    if temperature != 1:
+        student_logits, teacher_log_probs = logits / temperature, teacher_log_probs / temperature
+    log_probs = F.log_softmax(student_logits, 1).clamp_min(RULED_OUT)  # 0 * -inf would be NaN
+    kd = F.kl_div(log_probs, teacher_log_probs.softmax(1), reduction="batchmean") * temperature**2
     if kd_weight == 1:
         return kd
     return kd_weight * kd + (1 - kd_weight) * F.cross_entropy(logits, labels)

@@ -66,7 +66,7 @@ class TargetFolder(contextlib.ExitStack):
         self._read()
 
     def _read(self) -> None:
-        """Read targets.json, or write a new one."""
+        """Read targets.json, if there is one."""
         path = self.path / "targets.json"
         if path.exists():
             found = _files.read_json(path, FORMAT, VERSION)
@@ -76,7 +76,6 @@ class TargetFolder(contextlib.ExitStack):
                 self._files, self.n_classes = _checked(found, path)
                 return
             logger.warning("%s: of an earlier version, without checksums; the targets are made again", path)
-        self._write()
 
     def _write(self) -> None:
         content = {
