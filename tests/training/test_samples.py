@@ -15,8 +15,8 @@ from training_runs import fresh, trained
 
 import fmn_ref as fmn
 from fmn_ref.training import data, ensemble, samples
-from fmn_ref.training.logits import check_logits
 from fmn_ref.training import order as order_module
+from fmn_ref.training.logits import check_logits
 from fmn_ref.training.order import Order
 from fmn_ref.training.samples import fingerprints
 
