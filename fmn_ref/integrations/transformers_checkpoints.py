@@ -24,7 +24,6 @@ from ..metrics.curves import correctness
 from ..metrics.history import labels_digest
 from ..runs import checkpoints
 from ..runs.recorder import Recorder
-from ..runs.retention import Keep
 from ..runs.run import Run
 from ..training import data
 from ..training.copies import independent
@@ -80,13 +79,6 @@ def checked_correctness(outputs: Any, labels: Any) -> NDArray[np.bool_]:
     return correctness(outputs, labels)
 
 
-def checked_keep(keep: str) -> str:
-    """Refuse "every:n", which counts epochs: rows are numbered by steps here."""
-    if Keep.of(keep).rule == "every":
-        raise ValueError(f"keep: expected 'all', 'none' or 'budget:n', got {keep!r}")
-    return keep
-
-
 def from_trainer(
     output_dir: AnyPath,
     run_dir: AnyPath,
@@ -138,7 +130,7 @@ def from_trainer(
         _load_checkpoint(model, folders[step])
         return _score_model(model, batches, forward_fn, order)
 
-    with Recorder(run_dir, model, checked_keep(keep), half=half, config=config, forward_fn=forward_fn) as recorder:
+    with Recorder(run_dir, model, keep, half=half, config=config, forward_fn=forward_fn) as recorder:
         done = [step for step in folders if step < recorder.next_epoch]
         if done and not _is_recorded(recorder.run, done, *evaluate(done[-1])):
             hint = "or of other eval_data; choose another folder"

@@ -1,5 +1,7 @@
 """The history: rows come back as they were appended; a torn last record is dropped, other damage is an error."""
 
+import contextlib
+import itertools
 import os
 import struct
 import zlib
@@ -16,7 +18,7 @@ import fmn_ref as fmn
 from fmn_ref.metrics.history import CorrectnessHistory
 
 CORRECT = np.random.default_rng(3).random((5, 77)) < 0.5
-RECORD = 64 + 64  # 77 bits fit one padded row
+RECORD = 64 + 64  # up to 512 bits fit one padded row
 
 
 def filled(path, correct=CORRECT):
@@ -91,21 +93,33 @@ def test_last_record_of_zeros_is_a_torn_one(path):
         assert len(CorrectnessHistory.open(path)) == 4
 
 
-@pytest.mark.parametrize("at", [0, 4, 8, *range(16, 64), 64, 73, 127])
-def test_corruption_elsewhere_is_an_error_that_names_the_offset(path, at):
-    filled(path)
-    flip_bit(path, 64 + 2 * RECORD + at, 0x40)
-    with pytest.raises(ValueError, match=rf"history\.fmnh.*offset {64 + 2 * RECORD}"):
-        CorrectnessHistory.open(path)
+@pytest.mark.parametrize("n_samples", [1, 77, 511, 512])
+def test_every_bit_of_a_record_is_checked(path, n_samples):
+    """Zeros and padding included: corruption is an error that names the offset, or a torn last record."""
+    filled(path, np.random.default_rng(3).random((3, n_samples)) < 0.5)
+    assert path.stat().st_size == 64 + 3 * RECORD
+    for at, bit in itertools.product(range(RECORD), range(8)):
+        second, last = 64 + RECORD, 64 + 2 * RECORD
+        with flipped(path, second + at, bit), pytest.raises(ValueError, match=rf"history\.fmnh.*offset {second}"):
+            CorrectnessHistory.open(path)
+        with flipped(path, last + at, bit), pytest.warns(UserWarning, match=rf"torn last record at offset {last}"):
+            assert len(CorrectnessHistory.open(path)) == 2
+    assert len(CorrectnessHistory.open(path)) == 3
 
 
 @pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("at", range(64))
-def test_every_byte_of_the_header_is_checked(path, at, verify):
+def test_every_bit_of_the_header_is_checked(path, verify):
     filled(path)
-    flip_bit(path, at, 0x10)
-    with pytest.raises(ValueError, match=r"history\.fmnh"):
-        CorrectnessHistory.open(path, verify=verify)
+    for at, bit in itertools.product(range(64), range(8)):
+        with flipped(path, at, bit), pytest.raises(ValueError, match=r"history\.fmnh"):
+            CorrectnessHistory.open(path, verify=verify)
+
+
+@contextlib.contextmanager
+def flipped(path, at, bit):
+    flip_bit(path, at, 1 << bit)
+    yield
+    flip_bit(path, at, 1 << bit)
 
 
 def test_without_verifying_only_headers_are_read(path):

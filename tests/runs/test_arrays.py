@@ -5,11 +5,14 @@ import io
 import os
 import struct
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import fmn_ref as fmn
+from fmn_ref.fusion import probabilities
+from fmn_ref.kernels import backend
 from fmn_ref.runs import arrays
 
 ARRAY = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -172,6 +175,17 @@ class TestManyFiles:
         assert fmn.fuse(files, labels, **options) == fmn.fuse(self.probs, labels, **options)
         gc.collect()
         assert self.descriptors() == before
+
+    def test_each_file_is_checked_once(self, folder, rng, monkeypatch):
+        checked = []
+
+        def check(a, tolerance):
+            checked.append(a)
+            return backend.kernels().check_probabilities(a, tolerance)
+
+        monkeypatch.setattr(probabilities, "kernels", lambda: SimpleNamespace(check_probabilities=check))
+        fmn.fuse(fmn.epoch_files(folder), rng.integers(0, 3, 40), method="likelihood", folds=0)
+        assert len(checked) == len(self.probs)
 
     def test_they_are_a_sequence(self, folder):
         files = fmn.epoch_files(folder)
