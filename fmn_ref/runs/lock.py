@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from .._files import is_open_at as _is_open_at
+from .._files import is_open_at
 
 try:
     import fcntl
@@ -51,7 +51,7 @@ class RunLock:
     @property
     def valid(self) -> bool:
         """False in a forked child, and if the folder was deleted since."""
-        return self._owner == os.getpid() and (self._descriptor < 0 or _is_open_at(self._descriptor, self.path))
+        return self._owner == os.getpid() and (self._descriptor < 0 or is_open_at(self._descriptor, self.path))
 
     @classmethod
     def forget(cls) -> None:
@@ -90,7 +90,7 @@ def _lock_file(path: Path) -> int:
             os.close(descriptor)
             hint = "of the processes of a distributed job, one records"
             raise ValueError(f"run_dir: {owner} writes in {path.parent}; a run has one writer: {hint}") from None
-        if _is_open_at(descriptor, path):
+        if is_open_at(descriptor, path):
             with contextlib.suppress(OSError):  # a full disk; the text only serves the message above
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
@@ -116,7 +116,7 @@ def _unlock(path: Path, descriptor: int, owner: int) -> None:
     if owner != os.getpid() or descriptor < 0:
         return
     try:
-        if _is_open_at(descriptor, path):  # not the lock of another process in a folder of the same name
+        if is_open_at(descriptor, path):  # not the lock of another process in a folder of the same name
             with contextlib.suppress(OSError):
                 os.unlink(path)
     finally:  # an interrupt may come in between
@@ -147,7 +147,7 @@ def _waited_for(path: Path) -> int:
             raise
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _is_open_at(descriptor, path):
+        if is_open_at(descriptor, path):
             return descriptor
         os.close(descriptor)  # its holder deleted the file
     return -1

@@ -164,6 +164,7 @@ class TestManyFiles:
     @pytest.mark.parametrize("method", ["forget", "greedy", "likelihood", "pool", "auto"])
     def test_few_descriptors_are_held(self, folder, rng, method):
         labels = rng.integers(0, 3, 40)
+        gc.collect()  # other tests may have left some
         before = self.descriptors()
         files = fmn.epoch_files(folder)
         assert self.descriptors() == before
