@@ -1,15 +1,27 @@
-"""Atomic writing of files, JSON files with a format name, and the pages of memory-mapped files.
+"""Files: atomic writing, guarded reading, JSON files with a format name, and the pages of memory-mapped files.
 
-A file is written under a temporary name in the same folder, synced, renamed, and the folder is synced: it is never
-half-written. Every room may use this file; it imports none of them.
+Writing. A file is written under a temporary name in the same folder, synced, renamed, and the folder is synced: it is
+whole or absent. The temporary name is unpredictable, the file is created anew (a link in its place is not followed) and
+locked while it is written. The next write of the same file deletes what killed writers left.
+
+Reading. Only regular files are read, and any fault of a file is one ValueError with its name and the cause.
+
+Every room may use this file; it imports none of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import mmap
 import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -17,62 +29,245 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
-def write_atomic(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
+AnyPath = str | os.PathLike[str]
+_DAY = 86_400.0  # seconds
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp[.\w]*", re.DOTALL)  # the name of the file is in the first group
+_NO_LINKS, _NO_WAITING = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
+_CANNOT_SYNC = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+def absolute(path: AnyPath) -> Path:
+    """Return the path from the root, with the home for `~`: it leads to the same file whatever folder is current."""
+    return Path(os.path.expanduser(path)).absolute()
+
+
+# --- writing ---
+
+
+def write_atomic(path: AnyPath, write: Callable[[IO[bytes]], object]) -> None:
     """Call `write(file)` on a temporary file and move it to `path`; on any error `path` is unchanged."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with _replacement(path, "") as file:
         write(file)
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], ending: str = "") -> Iterator[Path]:
-    """Yield a temporary name to write to, then move it to `path`; on any error `path` is unchanged.
+def replacing(path: AnyPath, ending: str = "") -> Iterator[Path]:
+    """Yield a temporary file's name to write to, then move it to `path`; on any error `path` is unchanged.
 
-    The name is fixed, so that the next process overwrites the file of a killed one.
+    Parameters
+    ----------
+    path : path
+    ending : str
+        How the temporary name ends after ".tmp": some writers choose the format by it.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder does not exist.
+    ValueError
+        `path` is a folder, a device or anything else but a regular file.
     """
-    target = Path(path)
+    with _replacement(path, ending) as file:
+        yield Path(file.name)
+
+
+@contextlib.contextmanager
+def _replacement(path: AnyPath, ending: str) -> Iterator[IO[bytes]]:
+    target = absolute(path)
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target}: the folder {target.parent} does not exist")
-    temporary = target.with_name(f".{target.name}.tmp{ending}")
+        raise FileNotFoundError(f"{path}: the folder {target.parent} does not exist")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path}: expected a regular file to replace; something else has this name")
     try:
-        yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        remove_leftovers(target.parent, target.name)
+        with _locked_new(target, ending) as file:
+            try:
+                yield file
+                file.flush()
+                with open(file.name, "r+b") as written:  # whoever wrote it
+                    os.fsync(written.fileno())
+                if fcntl is None:
+                    file.close()  # Windows moves no open file
+                os.replace(file.name, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(file.name)
+                raise
         sync_folder(target.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+    except OSError as error:
+        if error.filename is None or str(error.filename).startswith(str(target.with_name(f".{target.name}."))):
             error.filename = str(target)  # the error of a full disk has no file name
         raise
 
 
+def _locked_new(target: Path, ending: str) -> IO[bytes]:
+    """Create a file of an unpredictable name beside `target`, and lock it: see `remove_leftovers`."""
+    while True:
+        file = open(unpredictable(target, ending), "xb")  # noqa: SIM115 - the caller closes it
+        if not try_lock(file.fileno(), wait=True) or is_open_at(file.fileno(), Path(file.name)):
+            return file
+        file.close()  # another process took it for a leftover before it was locked
+
+
+def unpredictable(path: Path, ending: str = "") -> Path:
+    """A new temporary name beside the path's, which nobody can have taken."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp{ending}")
+
+
+def remove_leftovers(parent: Path, name: str | None = None) -> None:
+    """Delete the temporary files that killed writers left in `parent`: those for the file `name`, or all.
+
+    A file that nobody has locked has no writer. Where files cannot be locked, one that is a day old has none. Folders
+    of such names are checkpoints that are being deleted.
+    """
+    with contextlib.suppress(OSError):
+        for found in filter(None, map(_TEMPORARY.fullmatch, os.listdir(parent))):
+            if name in (None, found[1]):
+                _remove_leftover(parent / found[0])
+
+
+def _remove_leftover(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError, ValueError), opened(path, _NO_WAITING | _NO_LINKS) as file:
+        free = try_lock(file.fileno())
+        if free or (free is None and time.time() - path.stat().st_mtime > _DAY):
+            path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make a rename or a new file in `folder` survive a power loss. Does nothing on Windows: it cannot open folders."""
-    if hasattr(os, "O_DIRECTORY"):
+    """Make a rename or a new file in `folder` survive a power loss, if the system can sync folders: Windows cannot."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
 
 
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write an indented JSON file."""
-    write_atomic(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+def try_lock(descriptor: int, wait: bool = False) -> bool | None:
+    """Lock an open file until it is closed.
 
-
-def read_json(path: str | os.PathLike[str], format: str, newest: int = 1) -> dict[str, Any]:
-    """Read a JSON object of the format, of version 1 to `newest`; a ValueError names a file that is none."""
+    Returns
+    -------
+    bool or None
+        False if another process has locked it; None if the system cannot lock it.
+    """
+    if fcntl is None:
+        return None
     try:
-        content = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a {format} file: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != format:
-        raise ValueError(f"{path}: not a {format} file")
-    if content.get("version") not in range(1, newest + 1):
-        raise ValueError(f"{path}: {format} version {content.get('version')!r} is not known to this release")
-    return content
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    return True
+
+
+def is_open_at(descriptor: int, path: Path) -> bool:
+    """Tell whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def write_json(path: AnyPath, content: Any) -> None:
+    """Write an indented JSON file."""
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def flush_output() -> None:
+    """Write what was printed. If that fails, drop the rest: the interpreter would fail on it once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+# --- reading ---
+
+
+def opened(path: AnyPath, flags: int = _NO_WAITING) -> IO[bytes]:
+    """Open a regular file to read. ValueError for anything else: reading a FIFO or a device could wait for ever."""
+    try:
+        file = open(absolute(path), "rb", opener=lambda p, reading: os.open(p, reading | flags))  # noqa: SIM115
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    except IsADirectoryError:
+        pass
+    raise ValueError(f"{path}: expected a regular file")
+
+
+@contextlib.contextmanager
+def naming(path: AnyPath, what: str) -> Iterator[None]:
+    """Turn any error into a ValueError of one line: the file's name, "not `what`", and the cause.
+
+    A MemoryError stays one, and says how much was needed. Warnings pass.
+    """
+    try:
+        yield
+    except Warning:
+        raise
+    except MemoryError as error:
+        needed = cause(error) if str(error) else f"reading {os.path.getsize(absolute(path))} bytes needs more memory"
+        raise MemoryError(f"{path}: {needed}") from error
+    except Exception as error:
+        text = cause(error)
+        raise ValueError(text if text.startswith(str(path)) else f"{path}: not {what}: {text}") from error
+
+
+@contextlib.contextmanager
+def reading(path: AnyPath, what: str) -> Iterator[IO[bytes]]:
+    """Open a regular file to read; an error while it is read is that of `naming`.
+
+    Raises
+    ------
+    OSError
+        The file does not exist, or may not be read.
+    ValueError, MemoryError
+    """
+    with opened(path) as file, naming(path, what):
+        yield file
+
+
+def cause(error: BaseException) -> str:
+    """The message of an error in one line, with the error's name where the message alone says little."""
+    text = " ".join(str(error).split())
+    known = isinstance(error, (ValueError, TypeError, OSError, MemoryError, RuntimeError))
+    return text if known and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def read_bytes(path: AnyPath) -> bytes:
+    """Read a whole file."""
+    with reading(path, "a readable file") as file:
+        return file.read()
+
+
+def read_json(path: AnyPath, format: str, newest: int = 1) -> dict[str, Any]:
+    """Read a JSON object of the format, of version 1 to `newest`; a ValueError names a file that is none."""
+    with reading(path, f"a {format} file") as file:
+        content = json.loads(file.read())
+        if not isinstance(content, dict) or content.get("format") != format:
+            raise ValueError(f"{path}: not a {format} file")
+        if content.get("version") not in range(1, newest + 1):
+            raise ValueError(f"{path}: {format} version {content.get('version')!r} is not known to this release")
+        return content
+
+
+# --- pages of mapped files ---
 
 
 def mapping(a: Any) -> mmap.mmap | None:

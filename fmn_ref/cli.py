@@ -7,6 +7,7 @@ after an interrupt.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import logging
@@ -30,7 +31,7 @@ from .reporting.comparison import compare_probabilities
 from .reporting.report import write_report
 from .reporting.tables import csv_table
 from .runs import importers
-from .runs.load import error_line, has_labels, load_correct, load_epochs, load_labels, load_named
+from .runs.load import check_outputs, error_line, has_labels, load_correct, load_epochs, load_labels, load_named
 from .runs.text import BYTES, id_array, read_ids
 
 PROBS = (
@@ -373,26 +374,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def check_output(args: argparse.Namespace) -> None:
-    """Refuse an output that is an input file, or that the next reading of an input folder would include."""
-    names = [vars(args).get(name) for name in ("file", "plan", "probs", "labels", "correct", "ids", "path")]
-    inputs = [Path(name).resolve() for name in names if name]
-    for output in (vars(args).get("output"), vars(args).get("per_sample")):
-        path = Path(output or "").resolve()
-        beside_epochs = path.suffix in (".npy", ".jsonl") and path.parent in inputs
-        if output and (path in inputs or beside_epochs):
-            raise ValueError(f"{output}: is one of the files to read; choose another output name")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        check_output(args)
+        check_outputs(vars(args))
         args.run(args)
+        _files.flush_output()
     except KeyboardInterrupt:
         _stderr.say("fmn-ref: interrupted" + "; run it again to continue" * (args.command == "demo"))
         return 130
     except Exception as error:  # whatever fails is told in one line
+        with contextlib.suppress(OSError):
+            _files.flush_output()
         _stderr.say(f"fmn-ref: error: {error_line(error, vars(args))}")
         return 1
     return 0

@@ -16,6 +16,7 @@ from .mixtures import COMBINATIONS, Members, log_linear_pool, members_from_weigh
 from .probabilities import ProbabilityReader
 
 MOST_WEIGHT = 1e6  # of a member of a log-linear pool
+LISTED = 1000  # epochs that windows may have beyond those that a file lists; each of those takes some bytes
 _VALUE = {"linear": "eps", "geometric": "weight"}  # what a member has beside its epoch, in the file
 
 
@@ -127,13 +128,33 @@ class FusionPlan:
         """{epoch: weight} of single epochs, without zeros, for the formula of `combine`. Linear weights sum to 1."""
         if self.combine == "geometric":
             return {epoch: weight for epoch, weight in sorted(self.members) if weight > 0}
-        w = np.zeros(self.n_epochs)
+        epochs = np.concatenate([np.arange(part.start, part.stop) for part in self._covered])  # few of n_epochs
+        w = np.zeros(len(epochs))
         w[-1] = 1
-        for epoch, eps in self.members:
+        windows = [window_epochs(epoch, self.window, self.n_epochs) for epoch, _ in self._counted]
+        starts = np.searchsorted(epochs, [chosen.start for chosen in windows]).tolist()
+        for (_, eps), chosen, start in zip(self._counted, windows, starts, strict=True):
             w *= 1 - eps
-            chosen = window_epochs(epoch, self.window, self.n_epochs)
-            w[chosen] += eps / len(chosen)
-        return {int(e): float(w[e]) for e in np.flatnonzero(w)}
+            w[start : start + len(chosen)] += eps / len(chosen)
+        return {int(epochs[i]): float(w[i]) for i in np.flatnonzero(w)}
+
+    @property
+    def _counted(self) -> Members:
+        """Linear members that have a weight in the end."""
+        replaced = max((i for i, (_, eps) in enumerate(self.members) if eps == 1), default=0)
+        return tuple((epoch, eps) for epoch, eps in self.members[replaced:] if eps > 0)
+
+    @property
+    def _covered(self) -> list[range]:
+        """Epochs in the windows of these members, and the last epoch."""
+        merged = [range(0)]
+        windows = [window_epochs(epoch, self.window, self.n_epochs) for epoch in sorted(dict(self._counted))]
+        for part in (*windows, range(self.n_epochs - 1, self.n_epochs)):
+            if part.start <= merged[-1].stop:
+                merged[-1] = range(merged[-1].start, part.stop)
+            else:
+                merged.append(part)
+        return merged
 
     def apply(self, probs: Any) -> Float:
         """Replay the plan on other samples.
@@ -185,10 +206,10 @@ class FusionPlan:
     def load(cls, path: str | os.PathLike[str]) -> FusionPlan:
         """Read a plan. A ValueError names a file that is no plan. Runs no code from the file."""
         content = _files.read_json(path, "fmn_ref.plan", newest=2)
-        try:
+        with _files.naming(path, "a valid plan"):
             combine = content["combine"] if content["version"] > 1 else "linear"
             value = _VALUE[_check.choice(combine, COMBINATIONS, "combine")]
-            return cls(
+            plan = cls(
                 members=tuple((m["epoch"], m[value]) for m in content["members"]),
                 n_epochs=content["n_epochs"],
                 window=content["window"],
@@ -200,9 +221,10 @@ class FusionPlan:
                 cv_accuracy=content.get("cv_accuracy"),
                 gain_interval=None if content.get("gain_interval") is None else tuple(content["gain_interval"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"missing {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}: not a valid plan: {reason}") from None
+            most, n_covered = LISTED + os.path.getsize(_files.absolute(path)), sum(map(len, plan._covered))
+            if plan.combine == "linear" and (n_covered > most or n_covered * len(plan.members) > LISTED * most):
+                raise ValueError(f"window: expected windows of epochs that the file lists, got {plan.window}")
+            return plan
 
     def __str__(self) -> str:
         """Method, checkpoints and accuracies in one sentence."""

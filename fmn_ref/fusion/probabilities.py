@@ -11,6 +11,7 @@ from .. import _check
 from .._check import Array, Float
 from ..kernels.backend import kernels
 from ..kernels.mixing import mean, widened
+from ..runs.arrays import MOST_MAPPED
 
 
 class ProbabilityReader:
@@ -26,7 +27,7 @@ class ProbabilityReader:
     Attributes
     ----------
     in_memory : bool
-        Whether `probs` is an array, a list or a tuple: then reading an epoch is cheap.
+        Whether `probs` is an array, a list, a tuple or files: then reading an epoch is cheap.
     """
 
     def __init__(self, probs: Any, name: str = "probs") -> None:
@@ -40,8 +41,10 @@ class ProbabilityReader:
             )
         self._probs, self._name = probs, name
         self._shape: tuple[int, int] | None = None
-        self.in_memory = shape is not None or isinstance(probs, (list, tuple))
-        self._checked: dict[int, Array] = {}
+        self.in_memory = shape is not None or isinstance(probs, (list, tuple)) or hasattr(probs, "paths")
+        self._checked: set[int] = set()
+        self._views: dict[int, Array] = {}
+        self._few = not hasattr(probs, "paths") or len(probs) <= MOST_MAPPED
 
     @classmethod
     def of(cls, probs: Any, name: str = "probs") -> ProbabilityReader:
@@ -57,13 +60,16 @@ class ProbabilityReader:
     def stored(self, epoch: int) -> Array:
         """The probabilities of one epoch in the type in which they are stored."""
         epoch = _check.index(epoch, len(self), "epoch")
-        if epoch in self._checked:
-            return self._checked[epoch]
+        if epoch in self._views:
+            return self._views[epoch]
         given = self._probs[epoch]
-        p = stored_probabilities(given, self._shape, f"{self._name}[{epoch}]{_check.of_file(given)}")
+        name = f"{self._name}[{epoch}]{_check.of_file(given)}"
+        p = stored_probabilities(given, self._shape, name, checked=epoch in self._checked)
         self._shape = (p.shape[0], p.shape[1])
-        if self.in_memory and not p.flags.owndata:  # a view: keeping it needs no memory
-            self._checked[epoch] = p
+        if self.in_memory:  # not computed anew
+            self._checked.add(epoch)
+            if self._few and not p.flags.owndata:  # a view: keeping it needs no memory
+                self._views[epoch] = p
         return p
 
     def alike(self, epochs: Iterable[int]) -> list[Array]:
@@ -76,10 +82,12 @@ class ProbabilityReader:
         return mean(self.alike(epochs))
 
 
-def stored_probabilities(x: Any, shape: tuple[int, int] | None = None, name: str = "probs") -> Array:
+def stored_probabilities(
+    x: Any, shape: tuple[int, int] | None = None, name: str = "probs", *, checked: bool = False
+) -> Array:
     """Probabilities of 16 to 64 bits, (n_samples, n_classes), contiguous; the checks are `_check.probabilities`'s.
 
-    `shape` is the expected shape, or None for any.
+    `shape` is the expected shape, or None for any. Values that were `checked` before are not looked at again.
     """
     a = _check.array(x, name, bfloat16=True)
     if a.dtype.kind == "f" and a.dtype.itemsize > 8:
@@ -87,7 +95,7 @@ def stored_probabilities(x: Any, shape: tuple[int, int] | None = None, name: str
     valid = _check.kind(a) == "f" and a.ndim == 2 and 0 not in a.shape and shape in (None, a.shape)
     if valid:
         a = np.ascontiguousarray(a.astype(a.dtype.newbyteorder("="), copy=False))
-        valid = kernels().check_probabilities(a, _check.TOLERANCE)
+        valid = checked or kernels().check_probabilities(a, _check.TOLERANCE)
     if not valid:
         _check.probabilities(x, shape, name)  # raises the error that says why
     return a

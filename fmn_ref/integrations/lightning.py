@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from .. import _check
+from .. import _check, _files
 from ..metrics.curves import correctness
 from ..runs import checkpoints
 from ..runs.recorder import Recorder, in_sample_order
@@ -139,7 +139,7 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
             data.check_module(model, "model")
         if outputs_of is not None and not callable(outputs_of):
             raise TypeError(f"outputs_of: expected a function, got {type(outputs_of).__name__}")
-        self.run_dir = Path(run_dir)
+        self.run_dir = _files.absolute(run_dir)
         self._keep, self._stores, self._half = keep, Keep.of(keep).rule != "none", half
         self._model, self._forward_fn, self._overwrite = model, forward_fn, overwrite
         self._outputs_of = outputs_of or outputs_and_labels

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import _check
+from .. import _check, _files
 from ..metrics.curves import forget_fraction
 from ..metrics.history import labels_digest
 from ..runs.recorder import Recorder
+from ..runs.retention import Keep
 from ..runs.run import Run
 from ..training import distributed
 
@@ -37,7 +37,6 @@ try:
         Rows,
         causal_lm_forward,
         checked_correctness,
-        checked_keep,
         from_trainer,
         load_fused,
         next_tokens,
@@ -66,9 +65,7 @@ class RecorderCallback(TrainerCallback):
         "classification": labels (N,). "causal_lm": labels (N, T); each token with a label other than -100 is a sample.
     prefix : str, default "eval"
         Which evaluation is recorded: "eval_NAME" for NAME in a dict of eval_datasets.
-    keep : str, default "all"
-        "all", "none" or "budget:n"; see `fmn_ref.Recorder`.
-    half, config
+    keep, half, config
         As in `fmn_ref.Recorder`.
     overwrite : bool, default False
         If the Trainer starts at step 0, discard a run in `run_dir` instead of refusing it.
@@ -110,10 +107,11 @@ class RecorderCallback(TrainerCallback):
         config: dict[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.run_dir, self.prefix, self.keep, self.overwrite = Path(run_dir), prefix, keep, overwrite
+        self.run_dir, self.prefix, self.overwrite = _files.absolute(run_dir), prefix, overwrite
         self.task = _check.choice(task, tuple(FORWARD_FNS), "task")
+        self._stores = Keep.of(keep).rule != "none"
         self._options: dict[str, Any] = {
-            "keep": checked_keep(keep),
+            "keep": keep,
             "half": half,
             "config": config,
             "forward_fn": FORWARD_FNS[task],
@@ -178,7 +176,7 @@ class RecorderCallback(TrainerCallback):
             raise ValueError("eval_strategy: 'no' evaluates nothing; pass eval_strategy='epoch' to TrainingArguments")
         if getattr(args, "train_sampling_strategy", None) == "group_by_length":
             logger.warning("train_sampling_strategy: 'group_by_length' reorders evaluation too: rows are in its order")
-        if self.keep != "none" and AcceleratorState().distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if self._stores and AcceleratorState().distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             hint = "use 'none', and from_trainer on the Trainer's checkpoints"
             raise ValueError(f"keep: no process has all weights to store them; {hint}")
         self._model, self._attached, self._training, self._latest = model, True, True, None

@@ -18,13 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, _files
 from ..fusion.plan import FusionPlan
 from ..metrics.curves import correctness
 from ..metrics.history import labels_digest
 from ..runs import checkpoints
 from ..runs.recorder import Recorder
-from ..runs.retention import Keep
 from ..runs.run import Run
 from ..training import data
 from ..training.copies import independent
@@ -80,13 +79,6 @@ def checked_correctness(outputs: Any, labels: Any) -> NDArray[np.bool_]:
     return correctness(outputs, labels)
 
 
-def checked_keep(keep: str) -> str:
-    """Refuse "every:n", which counts epochs: rows are numbered by steps here."""
-    if Keep.of(keep).rule == "every":
-        raise ValueError(f"keep: expected 'all', 'none' or 'budget:n', got {keep!r}")
-    return keep
-
-
 def from_trainer(
     output_dir: AnyPath,
     run_dir: AnyPath,
@@ -128,17 +120,17 @@ def from_trainer(
         `output_dir`, of a later training in the same folder, or of other `eval_data`.
     """
     data.check_module(model, "model")
-    folders = _checkpoint_folders(Path(output_dir))
+    folders = _checkpoint_folders(_files.absolute(output_dir))
     forward_fn = FORWARD_FNS[_check.choice(task, tuple(FORWARD_FNS), "task")]
     model = independent(model)
     batches, order = data.Batches(eval_data, batch_size, data.device_of(model)), Order(eval_data, "eval_data")
-    config = {"output_dir": str(Path(output_dir).resolve()), "task": task}
+    config = {"output_dir": str(_files.absolute(output_dir).resolve()), "task": task}
 
     def evaluate(step: int) -> Rows:
         _load_checkpoint(model, folders[step])
         return _score_model(model, batches, forward_fn, order)
 
-    with Recorder(run_dir, model, checked_keep(keep), half=half, config=config, forward_fn=forward_fn) as recorder:
+    with Recorder(run_dir, model, keep, half=half, config=config, forward_fn=forward_fn) as recorder:
         done = [step for step in folders if step < recorder.next_epoch]
         if done and not _is_recorded(recorder.run, done, *evaluate(done[-1])):
             hint = "or of other eval_data; choose another folder"
@@ -245,7 +237,7 @@ def save_fused(folder: AnyPath, plan: FusionPlan, run: Run, processing_class: An
     original, paths = plan_checkpoints(plan, run)
     if not isinstance(original, PreTrainedModel):
         raise TypeError(f"run: expected a model with save_pretrained, got {type(original).__name__}")
-    model, target = independent(original), Path(folder)
+    model, target = independent(original), _files.absolute(folder)
     target.mkdir(parents=True, exist_ok=True)
     (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
     for member in target.glob("member_*"):
@@ -274,7 +266,7 @@ def load_fused(folder: AnyPath, model_class: Any) -> FusedModel:
     ValueError
         A file is damaged, or a member is missing or does not fit the class. The message names it.
     """
-    source = Path(folder)
+    source = _files.absolute(folder)
     plan = FusionPlan.load(source / "plan.json")
     members = [_from_pretrained(model_class, source / f"member_{row:05d}") for row in plan.weights]
     return FusedModel.of_members(members, plan)

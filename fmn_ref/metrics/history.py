@@ -5,8 +5,10 @@ zeros to a multiple of 64 bytes. Every row is therefore aligned, and the whole f
 are little-endian. docs/reference/formats.md describes it.
 
     header  8s magic  u32 version  u32 zero  u64 n_samples  32s SHA-256 of the labels (zeros: unknown)
-            u32 CRC-32 of the 56 bytes before it
+            u32 CRC-32 of the 56 bytes before it  4 zeros
     record  4s magic  u32 CRC-32 of the epoch's 8 bytes and the row  i64 epoch  48 zeros  row
+
+Every byte is checked: by its CRC-32, or to be the one that must be there.
 """
 
 from __future__ import annotations
@@ -83,18 +85,25 @@ class CorrectnessHistory:
     def __init__(self, n_samples: int, path: str | os.PathLike[str] | None = None, *, labels: Any = None) -> None:
         self.n_samples: int = _check.number(n_samples, 1, 2**48, "n_samples", int)
         self.digest = NO_LABELS if labels is None else labels_digest(labels, self.n_samples)
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else _files.absolute(path)
         self.epochs: tuple[int, ...] = ()
         self._width = -(-self.n_samples // 8)
         self._rows = np.zeros((0, self._width), np.uint8)  # of a history in memory; grows by doubling
         self._record_size: int = _PAD + -(-self._width // _PAD) * _PAD
         if self.path is not None:
-            if self.path.exists():
-                raise FileExistsError(f"{self.path} exists; CorrectnessHistory.open continues it")
-            header = _HEADER.pack(_MAGIC, 1, 0, self.n_samples, self.digest)
-            header = (header + struct.pack("<I", zlib.crc32(header))).ljust(_PAD, b"\0")
-            _files.write_atomic(self.path, lambda file: file.write(header))
-            self._size = _PAD
+            self._create(self.path)
+
+    def _create(self, path: Path) -> None:
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists; CorrectnessHistory.open continues it")
+        header = _HEADER.pack(_MAGIC, 1, 0, self.n_samples, self.digest)
+        header = (header + struct.pack("<I", zlib.crc32(header))).ljust(_PAD, b"\0")
+        try:
+            _files.write_atomic(path, lambda file: file.write(header))
+        except BaseException:
+            path.unlink(missing_ok=True)  # its folder could not be synced: the next try must find no file
+            raise
+        self._size = _PAD
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> CorrectnessHistory:
@@ -117,13 +126,13 @@ class CorrectnessHistory:
         ValueError
             The file is no history, of a newer version, or corrupt; the message names the file and the offset.
         """
-        with open(path, "rb") as file:
+        with _files.reading(path, "a readable history") as file:
             n_samples, digest = _read_header(file.read(_PAD), path)
-        self = cls(n_samples)
-        self.path, self.digest = Path(path), digest
-        self._size = self.path.stat().st_size
-        self._scan(verify)
-        return self
+            self = cls(n_samples)
+            self.path, self.digest = _files.absolute(path), digest
+            self._size = os.fstat(file.fileno()).st_size
+            self._scan(verify)
+            return self
 
     def _scan(self, verify: bool) -> None:
         """Read the epoch numbers of the intact records."""
@@ -231,10 +240,14 @@ class CorrectnessHistory:
         n: int = _check.number(n_epochs, 0, len(self), "n_epochs", int)
         if self.path is not None:
             self.check_unchanged()
-            kept = self.path.read_bytes()[: self._end(n)]
-            # A new file, so that views of the old one stay valid.
-            _files.write_atomic(self.path, lambda file: file.write(kept))
-            self._size = len(kept)
+            with _files.reading(self.path, "a readable history") as file:
+                kept = file.read(self._end(n))
+            try:  # a new file, so that views of the old one stay valid
+                _files.write_atomic(self.path, lambda file: file.write(kept))
+            finally:  # it is there even if its folder could not be synced
+                self._size = self.path.stat().st_size
+                if self._size == len(kept):
+                    self.epochs = self.epochs[:n]
         self._rows = self._rows.copy()  # views of the old rows keep their values
         self.epochs = self.epochs[:n]
 
@@ -310,8 +323,8 @@ def _read_header(header: bytes, path: str | os.PathLike[str]) -> tuple[int, byte
     if len(header) < _PAD or not header.startswith(_MAGIC):
         raise ValueError(f"{path}: not a history file (bad magic or shorter than its header, offset 0)")
     _, version, _, n_samples, digest = _HEADER.unpack(header[: _HEADER.size])
-    crc = struct.unpack_from("<I", header, _HEADER.size)[0]
-    if zlib.crc32(header[: _HEADER.size]) != crc or not 1 <= n_samples <= 2**48:
+    crc, zeros = struct.unpack_from("<II", header, _HEADER.size)
+    if zlib.crc32(header[: _HEADER.size]) != crc or zeros or not 1 <= n_samples <= 2**48:
         raise ValueError(f"{path}: corrupt header (CRC-32, offset 0)")
     if version != 1:
         raise ValueError(f"{path}: history version {version} is not known to this release")
@@ -324,6 +337,8 @@ def _record_fault(record: NDArray[np.uint8], n_samples: int, before: Sequence[in
     last = before[-1] if before else None
     if magic != _RECORD_MAGIC:
         return "bad magic"
+    if record[_RECORD.size : _PAD].any():
+        return "zeros expected after the epoch"
     if verify and _checksum(epoch, record) != crc:
         return "CRC-32 does not match"
     if epoch < 0 or (last is not None and epoch <= last):

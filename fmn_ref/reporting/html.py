@@ -93,13 +93,13 @@ def chart(epochs: Sequence[int], lines: dict[str, Float], description: str, mark
     marked : int
         Row to mark on the last line.
     """
-    forget, x = "forget" in lines, np.array(epochs, np.float64)
+    forget, first, last = "forget" in lines, epochs[0], max(epochs[-1], epochs[0] + 1)
+    x = np.array([e - first for e in epochs], np.float64)  # as integers: large ones can be equal as floats
     low, high, step = _axis(list(lines.values()), from_zero=forget)
-    first, last = float(x[0]), float(x[-1]) if len(x) > 1 else float(x[0]) + 1
 
     def points(v: Float) -> list[str]:
         rows = _extremes(v)
-        px, py = 1000 * (x[rows] - first) / (last - first), 1000 * (high - v[rows]) / (high - low)
+        px, py = 1000 * x[rows] / (last - first), 1000 * (high - v[rows]) / (high - low)
         return [f"{a:.1f} {b:.1f}" for a, b in zip(px, py, strict=True)]
 
     heights = np.arange(round((high - low) / step) + 1) * step + low
@@ -114,7 +114,7 @@ def chart(epochs: Sequence[int], lines: dict[str, Float], description: str, mark
     labels += [axis_label("y", "bottom", (v - low) / (high - low), f"{round(100 * v, 6):g}%") for v in heights]
     height, kind = list(lines.values())[-1][marked], "forget" * forget
     note = f"{height:.1%} at epoch {epochs[marked]}"
-    labels.append(_marked_point((x[marked] - first) / (last - first), (height - low) / (high - low), kind, note))
+    labels.append(_marked_point(x[marked] / (last - first), (height - low) / (high - low), kind, note))
     svg = f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{"".join(paths)}</svg>'
     return f'<div class="plot{" low" * forget}" role="img" aria-label="{description}">{svg}{"".join(labels)}</div>'
 
@@ -124,10 +124,10 @@ def axis_label(kind: str, side: str, share: float, label: str) -> str:
     return f'<span class="{kind}" style="{side}:{100 * share:.2f}%">{label}</span>'
 
 
-def ticks(first: float, last: float, n: int) -> range:
-    """About n round numbers between two numbers."""
+def ticks(first: int, last: int, n: int) -> range:
+    """About n round numbers between two integers."""
     step = max(1, int(_round_step(max(last - first, 1) / n)))
-    return range(math.ceil(first / step) * step, int(last) + 1, step)
+    return range(-(-first // step) * step, last + 1, step)
 
 
 def _axis(lines: Sequence[Float], from_zero: bool) -> tuple[float, float, float]:

@@ -344,7 +344,7 @@ best test accuracy is in bold.</p>
 def _read_comparison(source: Any) -> tuple[list[tuple[Any, ...]], list[Any], int, int]:
     """Rows (method, forward passes, accuracies, NLL and ECE if known), notes, and the sizes of the two sets."""
     try:
-        content = _loaded(source, lambda path: json.loads(Path(path).read_bytes()))
+        content = _loaded(source, lambda path: json.loads(_files.read_bytes(path)))
         if isinstance(source, Comparison):
             content = json.loads(source.to_json())
         rows = []
@@ -360,7 +360,9 @@ def _read_comparison(source: Any) -> tuple[list[tuple[Any, ...]], list[Any], int
             raise ValueError("rows: expected at least one")
         n, n_test = (_check.number(content[k], 0, 2**62, k, int) for k in ("n_selection", "n_test"))
         return rows, list(content.get("notes", [])), n, n_test
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a file from a stranger may fail in any way
         reason = f"missing {error}" if isinstance(error, KeyError) else error
         where = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "comparison"
         raise ValueError(f"{where}: not a comparison (Comparison.to_json, fmn-ref compare --json): {reason}") from None

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: tensors only, written atomically, loaded without running code from the file.
+"""Checkpoints on disk: tensors and plain values only, written atomically with a checksum, loaded without running code.
 
 torch is imported inside the functions, so that runs without torch checkpoints do not need it.
 """
@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import re
-import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
+from . import archive
 from .folder import AnyPath
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+ROUNDING = 2.0**-11  # relative error of 16 bits
+_PLAIN = (type(None), bool, float, str)  # `load` reads them back, and integers
 
 
 def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
@@ -29,15 +32,15 @@ def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
     model : nn.Module
     path : path
     half : bool, default False
-        Store float32 and float64 as float16, except tensors that hold a number too large for it. `load_into` converts
-        them back.
+        Store float32 and float64 as float16, except tensors in which a weight would lose more than the rounding of 16
+        bits: see `_halved`. `load_into` converts them back.
     """
     save_weights(unwrap(model).state_dict(), path, half=half)
 
 
 def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool = False) -> None:
     """Store a state_dict; see `save_state`."""
-    state = _renamed(to_cpu(state), {})
+    state = copy.copy(_renamed(state, {}))
     if half:
         state.update({name: _halved(value) for name, value in state.items()})
     save(state, path)
@@ -61,12 +64,27 @@ def _renamed(state: Any, own: Any) -> Any:
 
 
 def _halved(value: Any) -> Any:
+    """Round a tensor of 32 or 64 bits to 16, unless the error of a weight is large.
+
+    An error is small if it is at most 2^-11 of the weight, or of the largest weight in each of the tensor's rows,
+    columns and so on that the weight is in. So a weight near zero among large ones may be lost, but neither a row, a
+    column or an element of a vector that is small as a whole, nor a number too large for 16 bits.
+    """
     import torch
 
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.float32, torch.float64):
         return value
-    small = value.half()
-    return small if torch.equal(small.isfinite(), value.isfinite()) else value
+    small, size = value.half(), value.abs()
+    outside = (size < 2.0**-14) | (size > 65504)  # of the numbers that 16 bits hold with full precision
+    if outside.any():
+        error, bound = (small[outside].to(value.dtype) - value[outside]).abs(), size[outside]
+        if size.ndim > 1:
+            others = [[d for d in range(size.ndim) if d != dim] for dim in range(size.ndim)]
+            largest = [size.amax(dims, keepdim=True).expand_as(size)[outside] for dims in others]
+            bound = bound.maximum(torch.stack(largest).amin(0).nan_to_num(0, posinf=0))
+        if (error > ROUNDING * bound).any():
+            return value
+    return small
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -82,39 +100,126 @@ def unwrap(model: Any) -> nn.Module:
             return model  # type: ignore[no-any-return]
 
 
+def check_readable(content: Any, name: str = "state") -> None:
+    """Raise a TypeError that names the entry, unless `load` can read back what `save` writes of the content."""
+    for where, value in _unusual(content, name):
+        try:
+            _round_trip(value)
+        except Exception as error:  # of somebody else's class
+            fault = f"{where}: {type(value).__name__} could not be read back ({_reason(error)})"
+            hint = "give a tensor, a number, a text, or a list or dict of them"
+            raise TypeError(f"{fault}; {hint}") from error
+
+
+def _unusual(content: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield names and values that are neither plain numbers, texts and tensors nor dicts, lists and tuples of them."""
+    import torch
+
+    kind = type(content)
+    if kind in (dict, OrderedDict):
+        parts = {**content, **getattr(content, "__dict__", {})}  # a state_dict has _metadata
+        for key, value in parts.items():
+            if type(key) is not str:
+                yield from _unusual(key, f"{name}: key {key!r}")
+            if not _is_plain(value):
+                yield from _unusual(value, f"{name}.{key}")
+    elif kind in (list, tuple):
+        for i, value in enumerate(content):
+            if not _is_plain(value):
+                yield from _unusual(value, f"{name}[{i}]")
+    elif not _is_plain(content.detach() if kind is torch.nn.Parameter else content):
+        yield name, content
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether `load` surely reads a value back."""
+    import torch
+
+    kind = type(value)
+    if kind is torch.Tensor:
+        return bool(value.layout is torch.strided and not value.is_meta)
+    return kind in _PLAIN or (kind is int and abs(value) < 2**63)
+
+
+def _round_trip(value: Any) -> None:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(_compact(value), buffer)
+    buffer.seek(0)
+    torch.load(buffer, map_location="cpu", weights_only=True)
+
+
 def save(content: Any, path: AnyPath) -> None:
-    """Write `content` as torch.save does, but whole or not at all.
+    """Write `content` as torch.save does, but whole or not at all, with a checksum that other readers ignore.
 
     The file is built in memory: torch.save reports an interruption or a full disk as an error of its zip writer.
     """
     import torch
 
     buffer = io.BytesIO()
-    torch.save(content, buffer)
-    _files.write_atomic(path, lambda file: file.write(buffer.getbuffer()))
+    torch.save(_compact(content), buffer)
+    _files.write_atomic(path, partial(archive.seal, buffer.getbuffer()))
 
 
-def load(path: AnyPath) -> Any:
-    """Load a file that `save` wrote, to the CPU.
+def _compact(content: Any) -> Any:
+    """Move tensors to the CPU, and copy those that are parts of larger ones: torch.save would store those whole."""
+    import torch
+
+    copies: dict[Any, Tensor] = {}
+
+    def alone(t: Tensor) -> Tensor:
+        t = t.detach().to("cpu")
+        if type(t) is not torch.Tensor or t.layout != torch.strided or t.untyped_storage().nbytes() <= t.nbytes:
+            return t
+        key = t.data_ptr(), t.dtype, t.shape, t.stride()
+        if key not in copies:  # tied weights stay tied
+            copies[key] = t.clone()
+        return copies[key]
+
+    return each_tensor(content, alone)
+
+
+def load(path: AnyPath, scan: bool = False) -> Any:
+    """Load a file that `save` or torch.save wrote, to the CPU.
+
+    Parameters
+    ----------
+    path : path
+    scan : bool, default False
+        Look into all that the file contains first. Needed if more than the tensors of a state_dict is used of it.
 
     Raises
     ------
     FileNotFoundError
     ValueError
-        The file is truncated or damaged (a checksum does not match), is no checkpoint, or is a pickle that holds more
-        than tensors and plain containers.
+        The file is truncated or damaged (a checksum does not match), is no checkpoint, or holds more than tensors and
+        plain values. The message names the file and the cause.
     """
     import torch
 
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums it wrote
-        if damaged is not None:
-            raise ValueError(f"checksum of {damaged} does not match")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: not a readable checkpoint of tensors: {reason[0]}") from None
+    with _files.reading(path, "a readable checkpoint of tensors") as file:
+        archive.check(file, scan or torch.__version__ < "2.13")  # later versions compare the sizes of tensors
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:
+            kind = MemoryError if "allocate memory" in str(error) else ValueError  # torch raises a RuntimeError
+            raise kind(_reason(error)) from error
+
+
+def is_own(path: AnyPath) -> bool:
+    """Tell whether `save` wrote the file."""
+    with _files.reading(path, "a checkpoint") as file:
+        return archive.is_sealed(file)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without torch's advice to run the code in a file."""
+    text = _files.cause(error).rpartition("WeightsUnpickler error: ")[2]
+    return re.sub(r"\x1b\[\d*m", "", text.partition(" Please use ")[0])
 
 
 def load_into(model: nn.Module, path: AnyPath) -> nn.Module:

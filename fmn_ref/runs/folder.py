@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 from .. import _files
 from .lock import RunLock
 
-AnyPath = str | os.PathLike[str]
+AnyPath = _files.AnyPath
 RUN_FORMAT = "fmn_ref.run"
 _FRAMEWORKS = ("lightning", "transformers", "keras", "jax")  # run.json keeps their versions where they are loaded
 
@@ -41,13 +40,16 @@ class RunFolder:
 
     Attributes
     ----------
+    given : path
+        The folder as it was given, for messages.
     path, run_json, history, checkpoints, resume, previous_resume, plan, targets : Path
+        Absolute, so that they stay the same if the working directory changes.
     comparisons : tuple of Path
         Files in which a comparison may be stored; the first one that exists counts.
     """
 
     def __init__(self, path: AnyPath) -> None:
-        self.path = Path(path)
+        self.given, self.path = getattr(path, "given", path), _files.absolute(path)
         self.run_json = self.path / "run.json"
         self.history = self.path / "history.fmnh"
         self.checkpoints = self.path / "checkpoints"
@@ -57,14 +59,17 @@ class RunFolder:
         self.comparisons = self.path / "comparison.json", self.path / "cell.json"
         self.targets = self.path / "targets"
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     def check_recorded(self) -> None:
         """Raise FileNotFoundError, with a hint, unless the folder holds a run with a history."""
         if not self.run_json.is_file():
             below = [p.parent for pattern in ("*/run.json", "*/*/run.json") for p in sorted(self.path.glob(pattern))]
             hint = f"; there is one in {below[0]}" if below else ""
-            raise FileNotFoundError(f"{self.path}: no run there (run.json is missing){hint}")
+            raise FileNotFoundError(f"{self.given}: no run there (run.json is missing){hint}")
         if not self.history.is_file():
-            raise FileNotFoundError(f"{self.path}: nothing recorded yet (history.fmnh is missing)")
+            raise FileNotFoundError(f"{self.given}: nothing recorded yet (history.fmnh is missing)")
 
     # --- run.json ---
 
@@ -103,11 +108,13 @@ class RunFolder:
             raise TypeError(f"config: expected a dict, got {type(config).__name__}")
         try:
             plain = json.loads(json.dumps(config))
-        except TypeError as error:
-            raise TypeError(f"config: {error}") from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(f"config: expected a dict that JSON can hold ({error})") from None
         self.path.mkdir(parents=True, exist_ok=True)
         lock = RunLock.of(self.path)
         try:
+            for folder in (self.path, self.checkpoints, self.targets):
+                _files.remove_leftovers(folder)
             self._settle(plain, resume, suffix)
         except BaseException:
             del lock  # the error's traceback holds this frame
@@ -134,6 +141,12 @@ class RunFolder:
             raise ValueError(f"suffix: {ends}; choose another folder")
         if config is not None:
             check_same(f"the run in {self.path} was", found.config, config)
+
+    def holds(self, path: AnyPath) -> bool:
+        """Tell whether a path is that of a file of the run itself; not a plan, a comparison or a report beside it."""
+        real, top = _files.absolute(path).resolve(), self.path.resolve()
+        own = {top / p.name for p in (self.run_json, self.history, self.resume, self.previous_resume)}
+        return real in own or bool({top / self.checkpoints.name, top / self.targets.name} & set(real.parents))
 
     # --- checkpoints ---
 
@@ -173,7 +186,7 @@ def checked_suffix(suffix: Any) -> str:
 def check_same(what: str, found: dict[str, Any], given: dict[str, Any]) -> None:
     """Raise ValueError, which names the key, where a stored configuration differs from the one that is given."""
     for key in sorted(given.keys() | found.keys()):
-        if found.get(key) != given.get(key):
+        if found.get(key) != given.get(key) and json.dumps(found.get(key)) != json.dumps(given.get(key)):  # NaN is NaN
             differ = f"{what} made with {found.get(key)!r}, not {given.get(key)!r}"
             raise ValueError(f"{key}: {differ}; choose another folder")
 
@@ -181,9 +194,7 @@ def check_same(what: str, found: dict[str, Any], given: dict[str, Any]) -> None:
 def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint, a file or a folder, such that no half of it keeps its name."""
     if path.is_dir() and not path.is_symlink():
-        going = path.with_name(f"{path.name}.tmp")
-        shutil.rmtree(going, ignore_errors=True)
-        shutil.rmtree(path.rename(going))
+        shutil.rmtree(path.rename(_files.unpredictable(path)))
     else:
         path.unlink(missing_ok=True)
 

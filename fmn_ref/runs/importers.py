@@ -4,10 +4,10 @@ logits. No reader executes code from a file.
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
-import tokenize
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,7 +17,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _check
+from .. import _check, _files
+from .arrays import EpochFiles
+from .pickles import scan
 from .text import read_lines
 
 _MOST = 2.0**128 - 2.0**103  # what float32 rounds to infinity
@@ -73,8 +75,8 @@ def softmax(logits: Any, name: str) -> NDArray[np.float32]:
     return np.asarray(p / p.sum(1, keepdims=True))
 
 
-def epoch_files(folder: str | Path, pattern: str = "*.npy") -> list[NDArray[Any]]:
-    """Open one .npy file per epoch, memory-mapped.
+def epoch_files(folder: str | Path, pattern: str = "*.npy") -> Sequence[NDArray[Any]]:
+    """Find one .npy file per epoch; each is opened when it is read.
 
     Parameters
     ----------
@@ -85,7 +87,8 @@ def epoch_files(folder: str | Path, pattern: str = "*.npy") -> list[NDArray[Any]
 
     Returns
     -------
-    list of arrays
+    sequence of arrays
+        Memory-mapped. While 64 of them are in use, others are read into memory: each mapping holds a descriptor.
 
     Raises
     ------
@@ -94,7 +97,7 @@ def epoch_files(folder: str | Path, pattern: str = "*.npy") -> list[NDArray[Any]
     ValueError
         A file is not an array of numbers, or is not named like the others; the message names the file.
     """
-    return [_open_numbers(path) for path in _in_order(folder, pattern)]
+    return EpochFiles(_in_order(folder, pattern))
 
 
 def _in_order(folder: str | Path, pattern: str) -> list[Path]:
@@ -115,20 +118,6 @@ def _in_order(folder: str | Path, pattern: str) -> list[Path]:
         if _natural(before) == _natural(path):
             raise ValueError(f"{path}: the same epoch as {before.name}")
     return paths
-
-
-def _open_numbers(path: Path) -> NDArray[Any]:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            array.close()
-            raise ValueError("an .npz file")
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"dtype {array.dtype}")
-    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
-        reason = "objects" if "pickle" in str(error) else error  # NumPy suggests to unpickle the file
-        raise ValueError(f"{path}: not an .npy file of numbers ({reason})") from None
-    return array
 
 
 def _natural(path: Path) -> list[Any]:
@@ -256,16 +245,16 @@ def from_toneva(path: str | Path) -> tuple[NDArray[np.bool_], list[int]]:
     Raises
     ------
     ValueError
-        Not such a file, or a pickle that contains anything but plain containers and numbers.
+        Not such a file, or a pickle that contains anything but plain containers and numbers; the message names the file
+        and the cause.
     """
-    with open(path, "rb") as file:
-        try:
-            content = _PlainUnpickler(file).load()
-            samples = {k: v for k, v in content.items() if isinstance(k, int) and not isinstance(k, bool)}
-            indices = sorted(samples)
-            correct = np.array([samples[i][1] for i in indices], np.float64)
-            if correct.ndim != 2 or 0 in correct.shape or not np.isin(correct, (0, 1)).all():
-                raise ValueError("expected the same number of accuracies, 0 or 1, for every sample")
-        except Exception as error:  # a pickle from a stranger may fail in any way
-            raise ValueError(f"{path}: not example statistics: {error}") from None
-    return np.ascontiguousarray(correct.T == 1), indices
+    with _files.reading(path, "example statistics") as file:
+        data = file.read()
+        scan(data)
+        content = _PlainUnpickler(io.BytesIO(data)).load()
+        samples = {k: v for k, v in content.items() if isinstance(k, int) and not isinstance(k, bool)}
+        indices = sorted(samples)
+        correct = np.array([samples[i][1] for i in indices], np.float64)
+        if correct.ndim != 2 or 0 in correct.shape or not np.isin(correct, (0, 1)).all():
+            raise ValueError("expected the same number of accuracies, 0 or 1, for every sample")
+        return np.ascontiguousarray(correct.T == 1), indices

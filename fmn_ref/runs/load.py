@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import re
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +12,25 @@ from numpy.typing import NDArray
 from .. import _check, _files, _stderr
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
-from . import importers
+from . import arrays, importers
 from .folder import RunFolder
+
+# Options of the command line that are files.
+INPUTS = ["file", "run_dir", "path", "plan", "probs", "labels", "correct", "ids", "images", "comparison"]
+INPUTS += ["select", "select_labels", "test", "test_labels"]
+OUTPUTS = ["output", "per_sample"]
+
+
+def check_outputs(options: Mapping[str, Any]) -> None:
+    """Refuse an output of a command that is one of its inputs: a file, one of a run, or an epoch of a folder."""
+    inputs = [RunFolder(_files.absolute(options[name]).resolve()) for name in INPUTS if options.get(name)]
+    for output in filter(None, map(options.get, OUTPUTS)):
+        path = _files.absolute(output).resolve()
+        for source in inputs:
+            beside_epochs = path.suffix in (".npy", ".jsonl") and path.parent == source.path
+            if path == source.path or beside_epochs or source.holds(path):
+                raise ValueError(f"{output}: is one of the files to read; choose another output name")
+
 
 # Names of arguments in messages, and the options of the command line from which they may have been read.
 _OPTIONS = {
@@ -55,7 +68,7 @@ def load_array(path: str, *names: str) -> NDArray[Any]:
 
 def load_epochs(path: str, logits: bool = False) -> Any:
     """Load the probabilities of all epochs: one array, or a folder with one file per epoch."""
-    folder = Path(path).is_dir() and not RunFolder(path).history.is_file()
+    folder = RunFolder(path).path.is_dir() and not RunFolder(path).history.is_file()
     names = ["probs", "logits", "scores"] if logits else ["probs"]
     epochs = importers.epoch_files(path) if folder else load_array(path, *names)
     return importers.from_logits(epochs) if logits else epochs
@@ -68,30 +81,16 @@ def load_named(path: str, *names: str, verify: bool = True) -> tuple[Any, str]:
     """
     if RunFolder(path).history.is_file():
         path = str(RunFolder(path).history)
-    if Path(path).is_dir():
+    if RunFolder(path).path.is_dir():
         raise FileNotFoundError(f"{path}: a folder, and no run there (history.fmnh is missing)")
-    try:
-        if path.endswith(".fmnh"):
-            return CorrectnessHistory.open(path, verify=verify), ""
-        if path.endswith(".npz"):
-            return _load_member(path, names)
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            array.close()
-            raise ValueError("an .npz file; rename it to end in .npz")
-        return array, ""
-    except (ValueError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error) as error:
-        refused = "pickle" in str(error)  # NumPy suggests to unpickle the file
-        reason = "not an .npy file of numbers" if refused else str(error)
-        raise ValueError(reason if path in reason else f"{path}: {reason}") from None
-
-
-def _load_member(path: str, names: tuple[str, ...]) -> tuple[NDArray[Any], str]:
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
-        for name in names:
-            if name in content:
-                return np.asarray(content[name]), name
-        raise ValueError(f"expected an array named {' or '.join(map(repr, names))}, found {list(content)}")
+    if path.endswith(".fmnh"):
+        return CorrectnessHistory.open(path, verify=verify), ""
+    if path.endswith(".npz"):
+        return arrays.load_npz(path, names)
+    with _files.opened(path) as file:
+        if file.read(4) == b"PK\3\4":
+            raise ValueError(f"{path}: an .npz file; rename it to end in .npz")
+    return arrays.open_npy(path), ""
 
 
 def load_labels(path: str | None, beside: str, option: str = "--labels") -> NDArray[np.int64]:
@@ -102,10 +101,8 @@ def load_labels(path: str | None, beside: str, option: str = "--labels") -> NDAr
 
 
 def has_labels(path: str) -> bool:
-    if not path.endswith(".npz"):
-        return False
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
-        return "labels" in content
+    """Tell whether a file contains labels beside the probabilities."""
+    return path.endswith(".npz") and "labels" in arrays.npz_names(path)
 
 
 def load_correct(path: str, labels: str | None, verify: bool = True) -> Any:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from .._files import is_open_at
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -33,6 +35,7 @@ class RunLock:
 
     def __init__(self, path: Path) -> None:
         self.path, self._descriptor, self._owner = path, _lock_file(path), os.getpid()
+        self.turn = threading.RLock()  # held while something is checked and written: holders may be threads
         weakref.finalize(self, _unlock, path, self._descriptor, self._owner)
 
     @classmethod
@@ -48,7 +51,7 @@ class RunLock:
     @property
     def valid(self) -> bool:
         """False in a forked child, and if the folder was deleted since."""
-        return self._owner == os.getpid() and (self._descriptor < 0 or _is_open_at(self._descriptor, self.path))
+        return self._owner == os.getpid() and (self._descriptor < 0 or is_open_at(self._descriptor, self.path))
 
     @classmethod
     def forget(cls) -> None:
@@ -85,8 +88,9 @@ def _lock_file(path: Path) -> int:
                 return descriptor
             owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
-            raise ValueError(f"run_dir: {owner} writes in {path.parent}; a run has one writer") from None
-        if _is_open_at(descriptor, path):
+            hint = "of the processes of a distributed job, one records"
+            raise ValueError(f"run_dir: {owner} writes in {path.parent}; a run has one writer: {hint}") from None
+        if is_open_at(descriptor, path):
             with contextlib.suppress(OSError):  # a full disk; the text only serves the message above
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
@@ -108,19 +112,11 @@ def _opened(path: Path) -> int:
     raise ValueError(f"{path}: expected a regular file, the lock of the run; remove what is there")
 
 
-def _is_open_at(descriptor: int, path: Path) -> bool:
-    """Tell whether the path still leads to the open file."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except OSError:
-        return False
-
-
 def _unlock(path: Path, descriptor: int, owner: int) -> None:
     if owner != os.getpid() or descriptor < 0:
         return
     try:
-        if _is_open_at(descriptor, path):  # not the lock of another process in a folder of the same name
+        if is_open_at(descriptor, path):  # not the lock of another process in a folder of the same name
             with contextlib.suppress(OSError):
                 os.unlink(path)
     finally:  # an interrupt may come in between
@@ -151,7 +147,7 @@ def _waited_for(path: Path) -> int:
             raise
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _is_open_at(descriptor, path):
+        if is_open_at(descriptor, path):
             return descriptor
         os.close(descriptor)  # its holder deleted the file
     return -1

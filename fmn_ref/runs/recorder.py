@@ -5,7 +5,9 @@ NumPy only: torch is loaded when the state of a torch model is saved. docs/refer
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from .lock import RunLock
 from .retention import Keep
 from .run import Run
 
+logger = logging.getLogger(__name__)
+
 
 class Recorder:
     """Record a training loop of your own in three lines.
@@ -31,13 +35,14 @@ class Recorder:
     model : torch.nn.Module, optional
         Its state is stored at each `record`.
     keep : str, default "all"
-        Which checkpoints stay on disk: "all"; "none", the history alone; "every:n", each n-th epoch; or "budget:n",
-        the n most valuable epochs by the history so far. For the value of an epoch, each sample is one point, split
-        among the kept epochs that classify it correctly. The latest checkpoint always stays, beside the n. Fuse
-        `run.kept` afterwards.
+        Which checkpoints stay on disk: "all"; "none", the history alone; "every:n", each n-th recorded epoch; or
+        "budget:n", the n most valuable epochs by the history so far. For the value of an epoch, each sample is one
+        point, split among the kept epochs that classify it correctly. The latest checkpoint always stays, beside the n.
+        Fuse `run.kept` afterwards.
     half : bool, default False
-        Store floating-point weights in 16 bits, except tensors that would overflow. This halves the disk space and
-        rounds weights by 2^-11; docs/results.md measures the effect.
+        Store floating-point weights in 16 bits, which halves the disk space and rounds weights by 2^-11;
+        docs/results.md measures the effect. A tensor in which a weight would lose more stays as it is: too large for 16
+        bits, or too small as are all weights of its row or column.
     save : callable(path), optional
         Stores the weights of another framework at `path`, as a file or a folder, instead of `model`'s. Everything must
         be on disk when it returns.
@@ -117,7 +122,8 @@ class Recorder:
         ------
         TypeError, ValueError
             As `correctness`; other labels than before; an epoch that is recorded already (`rewind` discards it);
-            another Recorder has recorded here since this one was made. Nothing is written then.
+            another Recorder has recorded here since this one was made; an entry of the model's state that could not be
+            read back, by name. Nothing is written then.
         OSError
             A file cannot be written; everything recorded before is intact.
         """
@@ -148,23 +154,45 @@ class Recorder:
         correct = _check.bool_matrix(_check.array(correct, "correct")[None])[0]
         _check.labels(labels, len(correct))
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
+        with self._taken_lock().turn:
+            self._store(epoch, correct, labels, weights)
+
+    def _store(self, epoch: int, correct: Any, labels: Any, weights: dict[str, Any] | None) -> None:
         self._check_new(epoch, correct, labels)
         stores = self._keep.rule != "none" and not (self._save is None and weights is None and self.model is None)
         if stores:
+            write = self._writer(weights)
             if self._keep.limited:
                 self.folder.remove_unrecorded(self._epochs, self._suffix)
-            self.folder.write_checkpoint(epoch, self._suffix, lambda path: self._write(path, weights))
+            self.folder.write_checkpoint(epoch, self._suffix, write)
         if self._history is None:
             self._history = CorrectnessHistory(len(correct), self.folder.history, labels=labels)
         self._history.append(correct, epoch)
         if stores and self._keep.limited:
-            kept = self.run.kept.history
-            for dropped in self._keep.dropped(kept.epochs, kept.correct()):
-                remove_checkpoint(self.folder.checkpoint(dropped, self._suffix))
+            self._prune(self._history)
+
+    def _writer(self, weights: dict[str, Any] | None) -> Callable[[Path], object]:
+        """Return what writes the checkpoint; TypeError if it could not be read back."""
+        if self._save is not None:
+            return self._save
+        from . import checkpoints
+
+        state = checkpoints.unwrap(self.model).state_dict() if weights is None else weights
+        checkpoints.check_readable(state, "state_dict")
+        return partial(checkpoints.save_weights, state, half=self._half)
+
+    def _prune(self, history: CorrectnessHistory) -> None:
+        """Delete the checkpoints that `keep` does not keep. The epoch is recorded: an error is only logged."""
+        paths = [self.folder.checkpoint(e, self._suffix) for e in history.epochs]
+        rows = [row for row, path in enumerate(paths) if path.exists()]
+        try:
+            for row in self._keep.dropped(rows, history.select(rows).correct()):
+                remove_checkpoint(paths[row])
+        except OSError as error:
+            logger.error("%s; deleted after the next epoch instead", error)
 
     def _check_new(self, epoch: int, correct: Any, labels: Any) -> None:
         """Refuse, before anything is written, an epoch that cannot follow what is on disk."""
-        self._take_lock()
         if self._history is None and self.folder.history.exists():
             raise ValueError(f"{self.folder.history}: made since this Recorder was; a run has one writer")
         if self._history is not None:
@@ -177,43 +205,60 @@ class Recorder:
             hint = f"go on with {self.next_epoch} (recorder.next_epoch), or drop it with recorder.rewind({epoch})"
             raise ValueError(f"epoch: {self.run_dir} is already recorded past {epoch}; {hint}")
 
-    def _take_lock(self) -> None:
+    def _taken_lock(self) -> RunLock:
         if self._lock is None or not self._lock.valid:  # after `close`, in a copy or a forked child
             self._lock = RunLock.of(self.run_dir)
-
-    def _write(self, path: Path, weights: dict[str, Any] | None) -> None:
-        if self._save is not None:
-            self._save(path)
-            return
-        from . import checkpoints
-
-        state = checkpoints.unwrap(self.model).state_dict() if weights is None else weights
-        checkpoints.save_weights(state, path, half=self._half)
+        return self._lock
 
     def rewind(self, epoch: int) -> list[int]:
         """Discard `epoch` and all later ones, with their checkpoints.
 
         Call it when your loop resumes from an earlier state than the last recorded epoch. If no epoch remains, the
-        folder's plan.json and comparison.json are deleted too.
+        folder's plan.json and comparison.json are deleted too. In a folder that `train` or `distill` made, their resume
+        states of discarded epochs are deleted as well, so that they go on from what remains.
 
         Returns
         -------
         list of int
             The epochs that were discarded.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `train` or `distill` made the folder and have no state to go on from after the epochs that would remain;
+            another process writes in the folder. Nothing is changed then.
         """
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         if self._history is None:
             return []
-        self._take_lock()
-        dropped = [e for e in self._epochs if e >= epoch]
-        if dropped:
-            self._history.truncate(len(self._history) - len(dropped))
-        for e in dropped:  # a checkpoint that stayed would be taken for that of the epoch recorded next
-            remove_checkpoint(self.folder.checkpoint(e, self._suffix))
-        if not len(self._history):  # other samples may be recorded now
-            self.folder.clear()
-            self._history, self._numbers = None, []
+        with self._taken_lock().turn:
+            dropped = [e for e in self._epochs if e >= epoch]
+            if dropped:
+                for path in self._stale_states(len(self._epochs) - len(dropped)):
+                    path.unlink()  # first: after a kill, the states must not be ahead of the history
+                self._history.truncate(len(self._history) - len(dropped))
+            for e in dropped:  # a checkpoint that stayed would be taken for that of the epoch recorded next
+                remove_checkpoint(self.folder.checkpoint(e, self._suffix))
+            if not len(self._history):  # other samples may be recorded now
+                self.folder.clear()
+                self._history, self._numbers = None, []
         return dropped
+
+    def _stale_states(self, n_rows: int) -> list[Path]:
+        """List the resume states that are further than the first rows of the history."""
+        from . import checkpoints
+
+        paths = [p for p in (self.folder.resume, self.folder.previous_resume) if p.is_file() and checkpoints.is_own(p)]
+        if not (n_rows and paths):
+            return paths
+        after = {path: checkpoints.load(path, scan=True)["epoch"] for path in paths}
+        last = self._epochs[n_rows - 1]
+        if last not in after.values():
+            known = " or ".join(str(e + 1) for e in sorted(after.values()))
+            raise ValueError(
+                f"epoch: the training in {self.run_dir} can go on from epoch {known} only; rewind to it, or 0"
+            )
+        return [path for path in paths if after[path] > last]
 
     def close(self) -> None:
         """Release the folder's lock; a later `record` or `rewind` takes it again."""
@@ -247,10 +292,10 @@ class Recorder:
         """The run so far; ValueError before the first epoch."""
         if self._history is None or not len(self._history):
             raise ValueError(f"{self.run_dir}: nothing recorded yet")
-        return Run(self.run_dir, self._history, self.model, self.forward_fn)
+        return Run(self.folder, self._history, self.model, self.forward_fn)
 
     def __repr__(self) -> str:
-        return f"Recorder({str(self.run_dir)!r}, next_epoch={self.next_epoch})"
+        return f"Recorder({str(self.folder.given)!r}, next_epoch={self.next_epoch})"
 
 
 def in_sample_order(index: Any, correct: Any, labels: Any) -> tuple[Int, Bool, Int]:

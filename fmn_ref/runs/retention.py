@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 
 class Keep(NamedTuple):
-    """Retention rule: "all", "none", "every" or "budget"; the last two with a number."""
+    """Retention rule: "all", "none", "every" or "budget"; the last two with a number. All count recorded rows."""
 
     rule: str
     n: int = 0
 
     @classmethod
     def of(cls, text: str) -> Keep:
-        """Parse "all", "none", "every:n" (each n-th epoch) or "budget:n" (the n most valuable); else ValueError."""
+        """Parse "all", "none", "every:n" (each n-th row) or "budget:n" (the n most valuable); else ValueError."""
         rule, _, number = text.partition(":") if isinstance(text, str) else (text, "", "")
         if text in ("all", "none"):
             return cls(text)
@@ -30,19 +30,19 @@ class Keep(NamedTuple):
         """True if checkpoints are deleted while the run goes on."""
         return self.rule in ("every", "budget")
 
-    def dropped(self, epochs: Iterable[int], correct: NDArray[np.bool_]) -> list[int]:
-        """List the stored epochs to delete now. The latest always stays, beside a budget.
+    def dropped(self, rows: Iterable[int], correct: NDArray[np.bool_]) -> list[int]:
+        """List the rows whose checkpoints are to be deleted now. The latest always stays, beside a budget.
 
         Parameters
         ----------
-        epochs : iterable of int
-            Stored epochs, ascending.
+        rows : iterable of int
+            Rows of the history whose checkpoints are stored, ascending.
         correct : (n_stored, n_samples) bool
-            A row for each stored epoch.
+            Correctness of these rows.
         """
-        stored = list(epochs)
+        stored = list(rows)
         if self.rule == "every":
-            return [e for e in stored[:-1] if (e + 1) % self.n]
+            return [row for row in stored[:-1] if (row + 1) % self.n]
         dropped = []
         while self.rule == "budget" and len(stored) > self.n + 1:
             i = int(values(correct).argmin())

@@ -31,7 +31,9 @@ class Run:
 
     evaluate: ClassVar[Callable[..., Any]]  # (run, data, **options); the package sets it, from a room above this one
 
-    def __init__(self, run_dir: Path, history: CorrectnessHistory, model: Any = None, forward_fn: Any = None) -> None:
+    def __init__(
+        self, run_dir: AnyPath, history: CorrectnessHistory, model: Any = None, forward_fn: Any = None
+    ) -> None:
         self.folder = RunFolder(run_dir)
         self.run_dir, self.history, self.model, self.forward_fn = self.folder.path, history, model, forward_fn
         self.config, self.suffix, _ = self.folder.read()
@@ -49,7 +51,7 @@ class Run:
         """
         folder = RunFolder(run_dir)
         folder.check_recorded()
-        return cls(folder.path, CorrectnessHistory.open(folder.history), model, forward_fn)
+        return cls(folder, CorrectnessHistory.open(folder.history), model, forward_fn)
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -86,7 +88,7 @@ class Run:
             raise FileNotFoundError(f"{self.folder.checkpoints}: no checkpoint of the run is there")
         if len(rows) == len(self.history):
             return self
-        return Run(self.run_dir, self.history.select(rows), self.model, self.forward_fn)
+        return Run(self.folder, self.history.select(rows), self.model, self.forward_fn)
 
     def probabilities(self, data: Any, *, batch_size: int = 256, amp: bool = False, split: bool = False) -> Any:
         """Predict `data` with every epoch's checkpoint; epochs are computed when they are read.
@@ -114,4 +116,4 @@ class Run:
         return Run.evaluate(self, data, batch_size=batch_size, amp=amp, split=split)
 
     def __repr__(self) -> str:
-        return f"Run({str(self.run_dir)!r}, n_epochs={len(self.history)}, n_samples={self.history.n_samples})"
+        return f"Run({str(self.folder.given)!r}, n_epochs={len(self.history)}, n_samples={self.history.n_samples})"

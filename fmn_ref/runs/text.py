@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _files
+
 _MARKS = (  # the mark of UTF-32 begins with that of UTF-16; no encoding: the bytes are UTF-8 already
     (codecs.BOM_UTF8, ""),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -30,7 +32,7 @@ def read_lines(path: str | Path) -> list[bytes]:
     ValueError
         The file contains NUL, or does not fit its byte-order mark. The message names the file.
     """
-    raw = Path(path).read_bytes()
+    raw = _files.read_bytes(path)
     mark, encoding = next(((m, e) for m, e in _MARKS if raw.startswith(m)), (b"", ""))
     try:
         raw = raw[len(mark) :].decode(encoding).encode() if encoding else raw[len(mark) :]

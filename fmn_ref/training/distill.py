@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -252,9 +251,11 @@ def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, k
     if logits.shape != teacher_log_probs.shape:
         expected, got = tuple(logits.shape), tuple(teacher_log_probs.shape)
         raise ValueError(f"teacher: expected outputs of the student's shape {expected}, got shape {got}")
-    soft = (teacher_log_probs / temperature).softmax(1)
-    log_probs = F.log_softmax(logits / temperature, 1).clamp_min(RULED_OUT)  # 0 * -inf would be NaN
-    kd = F.kl_div(log_probs, soft, reduction="batchmean") * temperature**2
+    student_logits = logits
+    if temperature != 1:
+        student_logits, teacher_log_probs = logits / temperature, teacher_log_probs / temperature
+    log_probs = F.log_softmax(student_logits, 1).clamp_min(RULED_OUT)  # 0 * -inf would be NaN
+    kd = F.kl_div(log_probs, teacher_log_probs.softmax(1), reduction="batchmean") * temperature**2
     if kd_weight == 1:
         return kd
     return kd_weight * kd + (1 - kd_weight) * F.cross_entropy(logits, labels)
@@ -338,11 +339,11 @@ def tune_distillation(
     trials = [(float(t), float(w)) for t in temperatures for w in kd_weights]
     if not trials:
         raise ValueError("temperatures, kd_weights: expected at least one of each")
-    options = {"targets_dir": Path(run_dir) / "targets", **options, "epochs": epochs, "val_data": val_data}
+    options = {"targets_dir": RunFolder(run_dir).targets, **options, "epochs": epochs, "val_data": val_data}
     source = _shared_targets(teacher, train_data, **options)
     rows = list[dict[str, float]]()
     for temperature, kd_weight in trials:
-        folder = Path(run_dir) / f"temperature_{temperature:g}_kd_weight_{kd_weight:g}"
+        folder = RunFolder(run_dir).path / f"temperature_{temperature:g}_kd_weight_{kd_weight:g}"
         options |= {"temperature": temperature, "kd_weight": kd_weight, "run_dir": folder}
         with torch.random.fork_rng():
             torch.manual_seed(options.get("seed", 0))

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 BY_CHANCE = 0.01  # largest share of samples found twice that means nothing: real data holds a few equal images
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _HEAD = 16  # samples of a batch that are looked at in later passes
+_WATCHED = {0, *(4**power for power in range(32))}  # batches that are looked at in later passes
 
 
 class Order:
@@ -99,10 +100,14 @@ class Order:
             return False
         if torch.isin(torch.cat(changed), torch.cat(self._first)).double().mean() > BY_CHANCE:
             return True
-        if not self._warned:
-            logger.warning("%s: gives other inputs in each pass; whether it shuffles cannot be told", self._name)
-            self._warned = True
+        self.warn("gives other inputs in each pass")
         return False
+
+    def warn(self, reason: str) -> None:
+        """Log, once, why another order would not be noticed."""
+        if not self._warned:
+            logger.warning("%s: %s; whether it shuffles cannot be told", self._name, reason)
+        self._warned = True
 
 
 class Listener:
@@ -120,38 +125,65 @@ class Listener:
         self._order = order
         self._first = order is not None and order.labels is None
         self._active = order is not None and (not fixed or (self._first and order.wanted))
-        self._calls, self._hashes = list[Any](), list[Tensor | None]()
+        self._hashes = list[Tensor | None]()
+        self._calls = list[Any]()
+        self._model: nn.Module | None = None
+        self._hook: Any = None
 
     @contextmanager
     def listening(self, model: nn.Module) -> Iterator[None]:
         """Listen to what the network is called with; forget what was heard before."""
-        handle = None
-        self._calls.clear()
+        self._model = model if self._active else None
         self._hashes.clear()
-        if self._active:
-            with suppress(RuntimeError):  # a ScriptModule takes no hooks
-                handle = model.register_forward_pre_hook(self._hear, with_kwargs=True)
+        self._attach()
         try:
             yield
         finally:
-            if handle is not None:
-                handle.remove()
+            self._detach()
+            self._model = None
+
+    def _attach(self) -> None:
+        if self._model is not None and self._hook is None:
+            with suppress(RuntimeError):  # a ScriptModule takes no hooks
+                self._hook = self._model.register_forward_pre_hook(self._hear, with_kwargs=True)
+
+    def _detach(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+        self._calls.clear()
 
     def _hear(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._calls.append({**dict(enumerate(args)), **kwargs})
 
     def add(self, batch: Any, labels: Tensor) -> None:
-        """Take fingerprints of the batch that was just evaluated.
+        """Take fingerprints of the batch that was just evaluated, if it is watched.
 
         Where the network itself was not called, but a method of it, the whole batch counts.
         """
         if not self._active:
             return
-        calls, number = dict(enumerate(self._calls)), len(self._hashes)
+        hashes = None
+        if self._watches(len(self._hashes)):
+            hashes = self._fingerprints(dict(enumerate(self._calls)) or batch, labels)
+        self._hashes.append(hashes)
         self._calls.clear()
-        watched = self._first or number & (number - 1) == 0  # batches 0, 1, 2, 4, 8, ...
-        head = None if self._first else _HEAD
-        self._hashes.append(fingerprints(calls or batch, len(labels), labels, head) if watched else None)
+        if self._watches(len(self._hashes)):
+            self._attach()
+        else:
+            self._detach()
+
+    def _fingerprints(self, heard: Any, labels: Tensor) -> Tensor:
+        try:
+            return fingerprints(heard, len(labels), labels, None if self._first else _HEAD)
+        except (RuntimeError, TypeError, ValueError) as error:  # a tensor of a kind for which torch lacks operations
+            assert self._order is not None
+            self._order.warn(f"holds what has no fingerprint ({error})")
+            return torch.empty(0, dtype=torch.int64)
+
+    def _watches(self, number: int) -> bool:
+        """Every batch of the first pass; then batches 0, 1, 4, 16, 64, ..."""
+        return self._first or number in _WATCHED
 
     def check(self, labels: Tensor, split: bool = False) -> None:
         """Compare the pass with the first one; see `Order.check`."""

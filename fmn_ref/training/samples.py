@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _DEPTH = 6  # levels of containers that are searched
-_LANES = 64
+_LANES = 61  # a prime number: rows of images and of texts are even, and would always meet the same lanes
 _ODD = -7046029254386353131  # 2^64 divided by the golden ratio, as int64
 
 
@@ -26,7 +26,8 @@ def moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if callable(getattr(batch, "to", None)):
-        return batch.to(device)
+        there = batch.to(device)
+        return batch if there is None else there  # it may move itself
     if isinstance(batch, Mapping):
         copied = copy.copy(batch) if isinstance(batch, dict) else dict(batch)
         copied.update((key, moved(value, device)) for key, value in batch.items())
@@ -69,8 +70,11 @@ def fingerprints(inputs: Any, n: int, labels: Tensor | None = None, head: int | 
     """
     leaves = _leaves(inputs, n, _DEPTH)
     leaves = [leaf for leaf in leaves if not _equal(leaf, labels)] or leaves
-    rows = [leaf.movedim(axis, 0) for leaf in leaves if (axis := _axis(leaf, n)) is not None]
-    rest = [leaf for leaf in leaves if _axis(leaf, n) is None]
+    axes = [_axis(leaf, n) for leaf in leaves]
+    rows = [
+        leaf.movedim(axis, 0) if axis else leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is not None
+    ]
+    rest = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis is None]
     if not rows and len({len(t) if t.ndim else None for t in rest}) == 1 and rest[0].ndim:
         rows, rest = rest, []
     hashes = _joined([*(_hash_rows(t[:head]) for t in rows), *(_hash_rows(t[None]) for t in rest)])
@@ -81,17 +85,31 @@ def _leaves(tree: Any, n: int, depth: int, in_object: bool = False) -> list[Tens
     """Find the tensors in a tree; a list of n texts, or of n tensors of other sizes, becomes a tensor of n hashes."""
     if isinstance(tree, np.ndarray):
         tree = _numbers(tree)
+    elif isinstance(tree, Tensor) and tree.is_nested:
+        tree = list(tree.unbind())
     if isinstance(tree, Tensor):
-        return [tree.detach() if tree.layout == torch.strided else tree.detach().to_dense()]
+        return [_plain(tree)]
     is_object = not isinstance(tree, (Mapping, list, tuple))
     if depth == 0 or (is_object and in_object):  # an object may lead to a whole data set
         return []
     leaves = [leaf for part in _parts(tree) for leaf in _leaves(part, n, depth - 1, in_object or is_object)]
-    without = sum(_axis(leaf, n) is None for leaf in leaves)
-    if isinstance(tree, (list, tuple)) and len(tree) == n and 2 * without >= len(leaves):
+    if isinstance(tree, (list, tuple)) and len(tree) == n and not _mostly_rows(leaves, n):
         hashes = [_hash_item(item, depth) for item in tree]
         return [torch.tensor(hashes)] if n and None not in hashes else leaves
     return leaves
+
+
+def _plain(t: Tensor) -> Tensor:
+    """View a sparse or quantized tensor, or one of a class of its own, as torch's dense kind."""
+    t = t.detach()
+    if t.layout != torch.strided:
+        return t.to_dense()
+    return t.int_repr() if t.is_quantized else t.as_subclass(Tensor)
+
+
+def _mostly_rows(leaves: list[Tensor], n: int) -> bool:
+    """Tell columns of n samples from a list of n samples, which may have some axes of that length by chance."""
+    return 2 * sum(_axis(leaf, n) is not None for leaf in leaves) > len(leaves)
 
 
 def _numbers(a: Any) -> Any:
@@ -112,7 +130,10 @@ def _parts(tree: Any) -> list[Any]:
 
 
 def _axis(t: Tensor, n: int) -> int | None:
-    return next((axis for axis in range(min(2, t.ndim)) if t.shape[axis] == n), None)
+    """Find the axis of n samples: the first or the second."""
+    if t.ndim and t.shape[0] == n:
+        return 0
+    return 1 if t.ndim > 1 and t.shape[1] == n else None
 
 
 def _equal(leaf: Tensor, labels: Tensor | None) -> bool:
@@ -126,7 +147,7 @@ def _hash_item(item: Any, depth: int) -> int | None:
     if hasattr(item, "__array_interface__"):  # an image of PIL
         item = _numbers(np.asarray(item))
     if isinstance(item, Tensor):
-        return int(_hash_rows(item.detach()[None]))
+        return int(_hash_rows(_plain(item)[None]))
     if isinstance(item, (str, bytes, int, float, complex, type(None))):
         content = item if isinstance(item, bytes) else repr(item).encode(errors="backslashreplace")
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
@@ -150,7 +171,7 @@ def _hash_rows(t: Tensor) -> Tensor:
     odd numbers, and added.
     """
     content = _bytes_of_rows(t)
-    if content.shape[1] % 8 or content.storage_offset() % 8 or content.data_ptr() % 8:
+    if content.shape[1] % 8 or content.storage_offset() % 8:
         content = nn.functional.pad(content, (0, -content.shape[1] % 8)).clone()
     lanes = content.view(torch.int64)
     n_full = lanes.shape[1] // _LANES * _LANES
@@ -164,7 +185,8 @@ def _hash_rows(t: Tensor) -> Tensor:
 
 def _bytes_of_rows(t: Tensor) -> Tensor:
     """View a tensor as (n, n_bytes) uint8."""
-    t = t.resolve_conj().resolve_neg()
+    if t.is_complex():
+        t = t.resolve_conj().resolve_neg()
     return (t.flatten(1) if t.ndim > 1 else t[:, None]).contiguous().view(torch.uint8)
 
 

@@ -208,9 +208,15 @@ class Store(contextlib.ExitStack):
             {"epoch": int, name: state_dict, ...}, which `load` returns.
         outcome : (correct, labels) or None
             Both (n_samples,); None without a recorder.
+
+        Raises
+        ------
+        TypeError
+            An entry of the state could not be read back. Nothing is written then.
         """
         if distributed.rank() != 0:
             return
+        checkpoints.check_readable(state)
         state = checkpoints.snapshot(state)
         self._writer.put(lambda: self._record(state, outcome), lambda: self._save_resume(state))
 
@@ -232,7 +238,7 @@ class Store(contextlib.ExitStack):
 
 
 def _resume_state(path: Path, names: set[str]) -> dict[str, Any]:
-    state = checkpoints.load(path)
-    if not isinstance(state, dict) or state.keys() != {"epoch", *names} or not isinstance(state["epoch"], int):
+    state = checkpoints.load(path, scan=True)
+    if not isinstance(state, dict) or state.keys() != {"epoch", *names} or type(state["epoch"]) is not int:
         raise ValueError(f"{path}: not what train or distill left to resume from")
     return state

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _files
+from ..runs.arrays import open_npy
 from ..runs.folder import AnyPath, check_same
 from ..runs.lock import sole_user
 from . import distributed
@@ -47,7 +48,7 @@ class TargetFolder(contextlib.ExitStack):
 
     def __init__(self, path: AnyPath, identity: dict[str, Any], first_identity: dict[str, Any]) -> None:
         super().__init__()
-        self.path, self._identity, self._first_identity = Path(path), identity, first_identity
+        self.path, self._identity, self._first_identity = _files.absolute(path), identity, first_identity
         self._files: dict[str, Any] = {}
         self.n_classes = 0
 
@@ -65,7 +66,7 @@ class TargetFolder(contextlib.ExitStack):
         self._read()
 
     def _read(self) -> None:
-        """Read targets.json, or write a new one."""
+        """Read targets.json, if there is one."""
         path = self.path / "targets.json"
         if path.exists():
             found = _files.read_json(path, FORMAT, VERSION)
@@ -75,7 +76,6 @@ class TargetFolder(contextlib.ExitStack):
                 self._files, self.n_classes = _checked(found, path)
                 return
             logger.warning("%s: of an earlier version, without checksums; the targets are made again", path)
-        self._write()
 
     def _write(self) -> None:
         content = {
@@ -105,12 +105,14 @@ class TargetFolder(contextlib.ExitStack):
 
     def map(self, name: str) -> NDArray[Any]:
         """Memory-map a stored array."""
-        return np.load(self.path / name, mmap_mode="r")  # type: ignore[no-any-return]
+        return open_npy(self.path / name)
 
     def save(self, arrays: Arrays, n_classes: int) -> None:
         """Store arrays under their names, then their checksums and the teacher's number of classes."""
         self.n_classes = n_classes
         for name, array in arrays.items():
+            if (self.path / name).is_symlink():
+                (self.path / name).unlink()
             _files.write_atomic(self.path / name, partial(np.save, arr=array))
             self._files[name] = _description(array)
         self._write()

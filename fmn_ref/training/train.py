@@ -145,4 +145,4 @@ def train(
                 progress=progress,
             )
     model.eval()
-    return Run.open(run_dir, model, forward_fn)
+    return Run.open(store.folder, model, forward_fn)  # the working directory may be another one now

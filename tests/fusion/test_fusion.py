@@ -304,6 +304,78 @@ class TestPlanFile:
         with pytest.raises(ValueError, match=r"plan\.json"):
             fmn.FusionPlan.load(plan)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"members": 7},
+            {"members": [[1, 0.5]]},
+            {"members": [{"epoch": 1, "eps": None}]},
+            {"members": [{"epoch": 1e400, "eps": 0.5}]},
+            {"selection_accuracy": None},
+            {"gain_interval": [0.1]},
+            {"gain_interval": 3},
+            {"window": "1"},
+            {"n_epochs": 10**400},
+            {"combine": []},
+            {"search": {}},
+        ],
+    )
+    def test_other_kinds_of_values_are_named(self, plan, change):
+        content = json.loads(plan.read_text())
+        plan.write_text(json.dumps(content | change))
+        with pytest.raises(ValueError, match=r"^\S+plan\.json: not a valid plan: "):
+            fmn.FusionPlan.load(plan)
+
+    def test_a_plan_of_many_epochs_needs_no_memory(self, plan):
+        """300 bytes can say that a plan has 2^31 epochs: only those with a weight count."""
+        content = json.loads(plan.read_text())
+        plan.write_text(json.dumps(content | {"n_epochs": 2**31, "window": 2}))
+        found = fmn.FusionPlan.load(plan)
+        assert found.weights == {0: 0.1, 1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1, 2**31 - 1: 0.5}
+        assert found.forward_passes == 6
+        assert "6 checkpoints" in str(found)
+        with pytest.raises(ValueError, match="expected 2147483648 epochs"):
+            found.apply(np.ones((2, 1, 1)))
+        for window in (2**20, 2**31):
+            plan.write_text(json.dumps(content | {"n_epochs": 2**31, "window": window}))
+            with pytest.raises(ValueError, match=r"plan\.json: not a valid plan: window"):
+                fmn.FusionPlan.load(plan)
+
+    def test_a_window_wider_than_the_run_is_honest(self, plan):
+        made = fmn.FusionPlan(((2, 0.5), (0, 0.25)), 5, 2**31, (0.5, 0.5, 0.5))
+        made.save(plan)
+        assert fmn.FusionPlan.load(plan) == made
+        assert len(made.weights) == 5
+        for members in ((), ((5, 0.0),), ((0, 0.0), (2**31 - 1, 1.0))):  # windows without a weight
+            alone = fmn.FusionPlan(members, 2**31, 2**20 if len(members) < 2 else 0, (0.5,) * (len(members) + 1))
+            alone.save(plan)
+            assert fmn.FusionPlan.load(plan) == alone
+            assert alone.weights == {2**31 - 1: 1}
+
+    def test_overlapping_windows_are_honest(self, plan):
+        """Hundreds of members around the same epochs: few epochs have a weight."""
+        members = tuple((5000 + i % 40, 0.01) for i in range(400))
+        made = fmn.FusionPlan(members, 100_000, 200, (0.5,) * 401)
+        made.save(plan)
+        assert fmn.FusionPlan.load(plan) == made
+        assert len(made.weights) == 441
+
+    @pytest.mark.parametrize("window", [0, 1, 3, 100])
+    def test_weights_are_those_of_every_epoch_written_out(self, rng, window):
+        for _ in range(50):
+            n = int(rng.integers(1, 20))
+            members = tuple(
+                (int(rng.integers(n)), float(rng.choice([0, 1, rng.random()]))) for _ in range(rng.integers(8))
+            )
+            w = np.zeros(n)
+            w[-1] = 1
+            for epoch, eps in members:
+                w *= 1 - eps
+                around = slice(max(epoch - window, 0), epoch + window + 1)
+                w[around] += eps / len(w[around])
+            plan = fmn.FusionPlan(members, n, window, (0.5,) * (len(members) + 1))
+            assert plan.weights == {e: w[e] for e in range(n) if w[e]}
+
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             fmn.FusionPlan.load(tmp_path / "none.json")

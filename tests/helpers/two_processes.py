@@ -45,7 +45,9 @@ student = fmn.distill(
     **RECIPE | {"progress": True},  # every process predicts for the bar, although rank 0 alone shows it
 )
 loader = DataLoader(TensorDataset(*val), 50, sampler=DistributedSampler(TensorDataset(*val), shuffle=False))
-again = run.probabilities(loader, split=True)[-1]
+from_loader = run.probabilities(loader, split=True)
+from_loader[0]  # a second pass must find the samples of the first
+again = from_loader[-1]
 if torch.distributed.get_rank() == 0:
     torch.save([student.state_dict(), torch.tensor(probs[-1]), torch.tensor(again)], folder / "results.pt")
 torch.distributed.barrier()  # or one ends while the other still talks to it

@@ -293,7 +293,7 @@ def test_shards_and_what_does_not_fit(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint-STEP"):
         from_trainer(tmp_path, tmp_path / "run", classifier(), VAL)
     with pytest.raises(ValueError, match="keep: expected 'all'"):
-        from_trainer(tmp_path / "out", tmp_path / "run", classifier(), VAL, keep="every:2")
+        from_trainer(tmp_path / "out", tmp_path / "run", classifier(), VAL, keep="every:0")
 
 
 class Plain(torch.nn.Module):
@@ -405,6 +405,18 @@ def test_budget_beside_save_total_limit(trained, tmp_path):
     )
 
 
+def test_every_counts_evaluations_and_not_steps(trained, tmp_path):
+    trainer, recorder, _ = trained
+    epochs = recorder.run.history.epochs
+    wanted = [epoch for row, epoch in enumerate(epochs) if row % 2 or epoch == epochs[-1]]
+    mine = RecorderCallback(tmp_path / "run", keep="every:2")
+    trainer_of(tmp_path, mine).train()
+    later = from_trainer(trainer.args.output_dir, tmp_path / "later", classifier(), VAL, keep="every:2")
+    for run in (mine.run, later):
+        assert run.history.epochs == epochs
+        assert list(run.kept.history.epochs) == wanted
+
+
 def test_mixed_precision(tmp_path):
     recorder = RecorderCallback(tmp_path / "run")
     trainer = trainer_of(tmp_path, recorder, bf16=True, num_train_epochs=4)
@@ -431,7 +443,7 @@ def test_without_the_framework(monkeypatch):
 def test_refused_arguments(tmp_path):
     with pytest.raises(ValueError, match="task: expected one of 'classification', 'causal_lm', got 'ner'"):
         RecorderCallback(tmp_path, task="ner")
-    for keep in ("every:2", "budget:0", None):
+    for keep in ("every:0", "budget:0", None):
         with pytest.raises(ValueError, match="keep: expected"):
             RecorderCallback(tmp_path, keep=keep)
     spans = SimpleNamespace(predictions=(np.zeros((3, 5)),) * 2, label_ids=(np.zeros(3, int),) * 2)

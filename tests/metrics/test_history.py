@@ -1,5 +1,7 @@
 """The history: rows come back as they were appended; a torn last record is dropped, other damage is an error."""
 
+import contextlib
+import itertools
 import os
 import struct
 import zlib
@@ -16,7 +18,7 @@ import fmn_ref as fmn
 from fmn_ref.metrics.history import CorrectnessHistory
 
 CORRECT = np.random.default_rng(3).random((5, 77)) < 0.5
-RECORD = 64 + 64  # 77 bits fit one padded row
+RECORD = 64 + 64  # up to 512 bits fit one padded row
 
 
 def filled(path, correct=CORRECT):
@@ -91,12 +93,33 @@ def test_last_record_of_zeros_is_a_torn_one(path):
         assert len(CorrectnessHistory.open(path)) == 4
 
 
-@pytest.mark.parametrize("at", [0, 4, 8, 64, 73])
-def test_corruption_elsewhere_is_an_error_that_names_the_offset(path, at):
+@pytest.mark.parametrize("n_samples", [1, 77, 511, 512])
+def test_every_bit_of_a_record_is_checked(path, n_samples):
+    """Zeros and padding included: corruption is an error that names the offset, or a torn last record."""
+    filled(path, np.random.default_rng(3).random((3, n_samples)) < 0.5)
+    assert path.stat().st_size == 64 + 3 * RECORD
+    for at, bit in itertools.product(range(RECORD), range(8)):
+        second, last = 64 + RECORD, 64 + 2 * RECORD
+        with flipped(path, second + at, bit), pytest.raises(ValueError, match=rf"history\.fmnh.*offset {second}"):
+            CorrectnessHistory.open(path)
+        with flipped(path, last + at, bit), pytest.warns(UserWarning, match=rf"torn last record at offset {last}"):
+            assert len(CorrectnessHistory.open(path)) == 2
+    assert len(CorrectnessHistory.open(path)) == 3
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_every_bit_of_the_header_is_checked(path, verify):
     filled(path)
-    flip_bit(path, 64 + 2 * RECORD + at, 0x40)
-    with pytest.raises(ValueError, match=rf"history\.fmnh.*offset {64 + 2 * RECORD}"):
-        CorrectnessHistory.open(path)
+    for at, bit in itertools.product(range(64), range(8)):
+        with flipped(path, at, bit), pytest.raises(ValueError, match=r"history\.fmnh"):
+            CorrectnessHistory.open(path, verify=verify)
+
+
+@contextlib.contextmanager
+def flipped(path, at, bit):
+    flip_bit(path, at, 1 << bit)
+    yield
+    flip_bit(path, at, 1 << bit)
 
 
 def test_without_verifying_only_headers_are_read(path):
@@ -264,3 +287,68 @@ def test_bad_input_loses_nothing(path, call, error, words):
         call(h)
     assert path.read_bytes() == before
     np.testing.assert_array_equal(h.correct(), CORRECT)
+
+
+class FullOnce:
+    """A disk that is full at one call of fsync."""
+
+    def __init__(self, monkeypatch, at):
+        self.calls, self.at, self.real = 0, at, os.fsync
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+    def fsync(self, descriptor):
+        self.calls += 1
+        if self.calls == self.at:
+            full_disk(descriptor)
+        self.real(descriptor)
+
+
+@pytest.mark.parametrize("at", [1, 2])  # the file, its folder
+def test_what_failed_can_be_tried_again(path, monkeypatch, at):
+    with monkeypatch.context() as patch:
+        FullOnce(patch, at)
+        with pytest.raises(OSError, match=r"No space.*history\.fmnh"):
+            CorrectnessHistory(77, path)
+        h = CorrectnessHistory(77, path)
+    for row in CORRECT:
+        h.append(row)
+    with monkeypatch.context() as patch:
+        FullOnce(patch, at)
+        with pytest.raises(OSError, match="No space"):
+            h.truncate(2)
+        h.truncate(2)
+    h.append(CORRECT[4])
+    np.testing.assert_array_equal(h.correct(), CORRECT[[0, 1, 4]])
+    np.testing.assert_array_equal(CorrectnessHistory.open(path).correct(), CORRECT[[0, 1, 4]])
+
+
+def test_a_link_in_its_place_is_not_followed(path):
+    path.symlink_to(path.with_name("elsewhere"))
+    with pytest.raises(FileExistsError, match="open"):
+        CorrectnessHistory(3, path)
+    assert not path.with_name("elsewhere").exists()
+
+
+def test_another_working_directory_does_not_matter(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    h, again = filled("history.fmnh"), CorrectnessHistory.open("history.fmnh")
+    monkeypatch.chdir("/")
+    h.append(CORRECT[0])
+    assert len(CorrectnessHistory.open(path)) == 6
+    assert again.packed.shape == (5, 10)
+    with pytest.raises(ValueError, match="one writer"):
+        again.append(CORRECT[0])
+
+
+def test_the_home_is_filled_in(path, monkeypatch):
+    monkeypatch.setenv("HOME", str(path.parent))
+    filled("~/history.fmnh")
+    assert len(CorrectnessHistory.open("~/history.fmnh")) == len(CorrectnessHistory.open(path)) == 5
+
+
+def test_sizes_beyond_the_file_ask_for_no_memory(path):
+    filled(path)
+    raw = bytearray(path.read_bytes()[:64])
+    raw[16:24] = struct.pack("<Q", 2**48)
+    write_with_checksum(path, raw)
+    assert CorrectnessHistory.open(path).packed.shape == (0, 2**45)

@@ -498,3 +498,89 @@ def test_demo_small(files, capsys):
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert main([*args[:-2], "4"]) == 1
     assert "choose another folder" in capsys.readouterr().err
+
+
+def by_any_name(folder, name):
+    """Paths that lead to one file of a run, from the working directory."""
+    (folder / "link").symlink_to(folder / "run")
+    return [f"run/{name}", f"./run/../run/{name}", f"link/{name}", str(folder / "run" / name)]
+
+
+@pytest.mark.parametrize("name", ["history.fmnh", "run.json", "resume.pt", "checkpoints/epoch_00000.pt"])
+def test_an_output_never_replaces_a_file_of_the_run_that_is_read(files, capsys, name):
+    recorder = fmn.Recorder("run", save=lambda path: path.write_text("weights"))
+    for epoch in np.load("correct.npy")[:3]:
+        recorder.record(recorder.next_epoch, epoch.astype(int), np.ones(40, int))
+    (files / "run" / "resume.pt").write_text("state")
+    before = {p: p.read_bytes() for p in (files / "run").rglob("*") if p.is_file()}
+    for output in by_any_name(files, name):
+        for args in (
+            ["metric", "run", "--per-sample", output],
+            ["metric", "link", "--per-sample", output],
+            ["fuse", "probs.npy", "--labels", "labels.npy", "--correct", "run", "-o", output],
+        ):
+            assert main(args) == 1
+            assert f"{output}: is one of the files to read" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (files / "run").rglob("*") if p.is_file()}
+    run(capsys, "metric", "run", "--per-sample", "run/samples.csv")  # beside them
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["apply", "plan.json", "probs.npy", "-o", "link.json"],
+        ["metric", "correct.npy", "--per-sample", "ids.txt", "--ids", "ids.txt"],
+        ["report", "run", "--images", "images.html", "-o", "images.html"],
+    ],
+)
+def test_an_output_is_never_one_of_the_other_inputs(files, capsys, args):
+    fmn.FusionPlan((), 8, 1, (0.5,)).save("plan.json")
+    (files / "link.json").symlink_to("plan.json")
+    for name in ("ids.txt", "images.html"):
+        (files / name).write_text("mine")
+    assert main(args) == 1
+    assert "is one of the files to read" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "args", [["info"], ["info", "--json"], ["metric", "correct.npy"], ["metric", "correct.npy", "--csv"]]
+)
+def test_output_that_cannot_be_written_is_one_line(files, args):
+    """The interpreter must not complain once more at its end, with another exit status."""
+    command = [sys.executable, "-m", "fmn_ref", *args]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "No space left" in done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "fmn-ref: error: [Errno 32] Broken pipe\n")
+
+
+@pytest.mark.parametrize("output", ["pipe", "folder", "null"])
+def test_an_output_that_is_no_file_is_refused(files, capsys, output):
+    os.mkfifo("pipe")
+    os.mkdir("folder")
+    os.symlink("/dev/null", "null")
+    assert main(["fuse", "probs.npy", "--labels", "labels.npy", "-o", output]) == 1
+    assert f"{output}: expected a regular file to replace" in capsys.readouterr().err
+    assert os.path.exists("/dev/null")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError("float division"), KeyError("x"), RecursionError("deep"), MemoryError(), AssertionError()],
+)
+def test_any_fault_is_one_line(files, capsys, monkeypatch, error):
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr("fmn_ref.cli.load_correct", fails)
+    assert main(["metric", "correct.npy"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("fmn-ref: error: ")
+    assert shown.count("\n") == 1
+    assert len(shown) > len("fmn-ref: error: \n")

@@ -638,3 +638,13 @@ def test_in_a_browser(browser, request, which, width, height):
         assert (heat == Page(path).root.find(".//picture/img").get("src")) == (scheme == "light")
     assert min(corners["light"]) > 240
     assert max(corners["dark"]) < 40
+
+
+def test_epochs_that_are_equal_as_floats(tmp_path):
+    """Numbers of 2^62 and one more: their difference is zero as floating-point numbers."""
+    recorder = fmn.Recorder(tmp_path / "run")
+    for epoch in (2**62 - 1, 2**62):
+        recorder.record(epoch, [0, 1, epoch % 2], [0, 1, 1])
+    page = Page(write_report(tmp_path / "run", tmp_path / "r.html"))
+    path = next(p.get("d") for p in page.root.iter("path") if p.get("class") == "forget")
+    assert [float(p.split()[0]) for p in path[1:].split("L")] == [0, 1000]

@@ -2,15 +2,19 @@
 
 import os
 import pickle
+from collections import OrderedDict, defaultdict, namedtuple
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from folders import flip_bit, full_disk
+from folders import contents, flip_bit, full_disk
 from networks import make_model
 from torch import nn
 from training_runs import fresh, same_weights
 
+import fmn_ref as fmn
 from fmn_ref.runs import checkpoints
 
 
@@ -141,3 +145,178 @@ def test_names_and_versions_stay(tmp_path):
     stored = checkpoints.load(tmp_path / "a.pt")
     assert list(stored) == list(model.state_dict())
     assert stored._metadata == model.state_dict()._metadata
+
+
+def stored_in_16_bits(tmp_path, value):
+    checkpoints.save_weights({"value": value}, tmp_path / "a.pt", half=True)
+    stored = checkpoints.load(tmp_path / "a.pt")["value"]
+    if stored.dtype == value.dtype:
+        assert torch.equal(stored, value)
+    return stored.dtype == torch.float16
+
+
+def large(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+def with_part(value, at, part):
+    value[at] = part
+    return value
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e-5, 1e-30])
+@pytest.mark.parametrize(
+    "small",
+    [
+        lambda scale: scale * large(20, 30),  # the first layer of a network whose inputs are in hertz
+        lambda scale: with_part(large(20, 30), (slice(None), 3), scale * large(20)),  # one input of them is in hertz
+        lambda scale: with_part(large(20, 30), 3, scale * large(30)),  # one row
+        lambda scale: with_part(large(4, 5, 3, 3), (slice(None), 2), scale * large(4, 3, 3)),  # an input channel
+        lambda scale: scale * large(7),  # LayerScale
+        lambda scale: with_part(large(7), 2, scale),  # running_var of a channel that is almost constant
+        lambda scale: torch.tensor(1.1 * scale),
+        lambda scale: (scale * large(20, 30)).double(),
+    ],
+)
+def test_weights_too_small_for_16_bits_stay_whole(tmp_path, small, scale):
+    """LoRA's matrices, LayerScale, rarely used rows of an embedding, an input in a small unit."""
+    assert not stored_in_16_bits(tmp_path, small(scale))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        with_part(large(20, 30), (3, 4), 1e-9),  # lost, and without effect beside the others
+        with_part(large(20, 30), 5, 0.0),  # a pruned row
+        torch.zeros(9),
+        torch.tensor([2.0**-14, -(2.0**-14), 2.0**-24, 0.0, 65504.0, torch.inf, torch.nan]),  # exactly as they are
+        torch.tensor(3.0),
+        large(3).double(),
+        torch.zeros(0, 3),
+    ],
+)
+def test_rounding_without_harm_is_in_16_bits(tmp_path, value):
+    assert stored_in_16_bits(tmp_path, value)
+
+
+@pytest.mark.parametrize("value", [65520.0, -1e5, 1e30])
+def test_weights_too_large_for_16_bits_stay_whole(tmp_path, value):
+    assert not stored_in_16_bits(tmp_path, with_part(large(20, 30), (3, 4), value))
+
+
+class Extra(nn.Linear):
+    """Keeps something beside its weights, as layers of several libraries do."""
+
+    extra = None
+
+    def get_extra_state(self):
+        return {"value": self.extra}
+
+    def set_extra_state(self, state):
+        self.extra = state["value"]
+
+
+def with_extra(extra):
+    model = Extra(2, 2)
+    model.extra = extra
+    return model
+
+
+Pair = namedtuple("Pair", "a b")
+DEEP = [0]
+for _ in range(50):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        *(None, True, 7, -(2**70), 0.5, 1 + 2j, "text", b"bytes", [1, (2, {"a": [None]})], {1: 2, (3, "x"): 4}, {1, 2}),
+        *(torch.Size([1]), torch.float16, torch.device("cpu"), bytearray(b"ab"), DEEP, torch.zeros(2).to_sparse()),
+        OrderedDict(a=torch.ones(2)),
+    ],
+    ids=repr,
+)
+def test_what_can_be_read_back_comes_back(tmp_path, extra):
+    recorder = fmn.Recorder(tmp_path, with_extra(extra))
+    recorder.record(0, [0], [0])
+    found = checkpoints.load_into(Extra(2, 2), recorder.run.checkpoints[0]).extra
+    assert type(found) is type(extra)
+    assert str(found) == str(extra)
+
+
+@pytest.mark.parametrize(
+    ("extra", "where"),
+    [
+        (np.float64(0.1), r"_extra_state\.value"),
+        (np.arange(3.0), r"_extra_state\.value"),
+        ({"deep": [0, Path("x")]}, r"_extra_state\.value\.deep\[1\]"),
+        (Pair(1, 2), r"_extra_state\.value"),
+        (defaultdict(int, a=1), r"_extra_state\.value"),
+        ({np.int64(3): 1}, r"_extra_state\.value: key"),
+        (slice(1), r"_extra_state\.value"),
+        (len, r"_extra_state\.value"),
+        (lambda: 0, r"_extra_state\.value"),
+        (torch.zeros(2, device="meta"), r"_extra_state\.value"),
+    ],
+)
+@pytest.mark.parametrize("half", [False, True])
+def test_what_cannot_be_read_back_is_refused_when_it_is_recorded(tmp_path, extra, where, half):
+    recorder = fmn.Recorder(tmp_path, with_extra(extra), half=half)
+    before = contents(tmp_path)
+    with pytest.raises(TypeError, match=rf"^state_dict\.{where}.*: .*could not be read back"):
+        recorder.record(0, [0], [0])
+    assert contents(tmp_path) == before
+    recorder.model.extra = "text"
+    recorder.record(0, [0], [0])
+
+
+def test_weights_that_are_not_there_yet_are_refused_by_name(tmp_path):
+    with pytest.raises(TypeError, match=r"^state_dict\.weight: "):
+        fmn.Recorder(tmp_path, nn.LazyLinear(3)).record(0, [0], [0])
+
+
+def test_a_part_of_a_large_tensor_is_stored_alone(tmp_path):
+    large = torch.randn(100_000, 4)
+    parts = {
+        "rows": large[5:9],
+        "column": large[:9, 1],
+        "step": large[:40:10].t(),
+        "one": large[0, 0],
+        "none": large[:0],
+    }
+    parts["tied"] = parts["rows"]
+    checkpoints.save(parts, tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").stat().st_size < 5000
+    stored = checkpoints.load(tmp_path / "a.pt")
+    assert all(torch.equal(stored[k], v) for k, v in parts.items())
+    assert stored["tied"].data_ptr() == stored["rows"].data_ptr()
+    assert stored["step"].stride() == (1, 4)
+
+
+def test_tensors_that_share_their_memory_are_stored_once(tmp_path):
+    """Weights of a recurrent network are parts of one buffer; embeddings are tied to the output layer."""
+    buffer = torch.randn(50_000)
+    for tensors in ({"a": buffer, "b": buffer.view(500, 100)}, {"a": buffer.view(500, 100).t(), "b": buffer}):
+        checkpoints.save(tensors, tmp_path / "a.pt")
+        assert (tmp_path / "a.pt").stat().st_size < 1.1 * buffer.nbytes
+        stored = checkpoints.load(tmp_path / "a.pt")
+        assert all(torch.equal(stored[k], v) and stored[k].stride() == v.stride() for k, v in tensors.items())
+    checkpoints.save({"wide": torch.ones(1).expand(1000, 1000)}, tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").stat().st_size < 5000
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_named(tmp_path, make):
+    make(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: expected a regular file"):
+        checkpoints.load(tmp_path / "a.pt")
+
+
+def test_the_message_has_the_cause_and_no_advice_to_run_code(tmp_path):
+    torch.save({"weight": Path("x")}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"^\S+a\.pt: not a readable checkpoint of tensors: .*pathlib") as caught:
+        checkpoints.load(tmp_path / "a.pt")
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)

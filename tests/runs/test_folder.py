@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fresh_process import record_in_another_process
 from torch import nn
 
 import fmn_ref as fmn
+from fmn_ref import _files
 from fmn_ref.runs import lock as module
 from fmn_ref.runs.folder import RunFolder
 from fmn_ref.runs.lock import RunLock
@@ -245,3 +247,41 @@ def test_names_of_files_stay(tmp_path):
     assert [p.name for p in named] == ["run.json", "history.fmnh", "resume.pt", "resume.previous.pt", "targets"]
     assert folder.checkpoint(7).relative_to(tmp_path).as_posix() == "checkpoints/epoch_00007.pt"
     assert folder.checkpoint(123456, ".weights.h5").name == "epoch_123456.weights.h5"
+
+
+class TestLeftovers:
+    def test_what_a_killed_writer_left_is_deleted(self, tmp_path):
+        """Temporary files, half-deleted checkpoints that are folders; not the files of the run, nor other people's."""
+        fmn.Recorder(tmp_path).record(0, LABELS, LABELS)
+        before = contents(tmp_path)
+        for name in (".resume.pt.01234567.tmp", "checkpoints/.epoch_00001.pt.89abcdef.tmp.weights.h5"):
+            (tmp_path / name).write_text("half")
+        (tmp_path / "checkpoints" / ".epoch_00000.orbax.01234567.tmp" / "deep").mkdir(parents=True)
+        (tmp_path / ".mine.tmp").write_text("mine")
+        fmn.Recorder(tmp_path)
+        assert contents(tmp_path) == before | {Path(".mine.tmp"): b"mine"}
+        assert not list((tmp_path / "checkpoints").glob(".*"))
+
+    def test_a_file_that_somebody_is_writing_stays(self, tmp_path):
+        fmn.Recorder(tmp_path).record(0, LABELS, LABELS)
+        with _files.replacing(tmp_path / "report.html") as temporary:
+            temporary.write_text("<html>")
+            fmn.Recorder(tmp_path)
+        assert (tmp_path / "report.html").read_text() == "<html>"
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "history.fmnh", "resume.pt", "checkpoints/epoch_00000.pt", "targets/a.npy"]
+)
+def test_a_run_holds_its_files(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for folder in (".", tmp_path, "link"):
+        assert RunFolder(folder).holds(name)
+        assert RunFolder(folder).holds(tmp_path / "link" / name)
+        assert not RunFolder(folder).holds(tmp_path / "other" / name)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "report.html", "comparison.json", "history.fmnh.csv", "notes/run.json"])
+def test_other_files_beside_a_run_are_not_its_own(tmp_path, name):
+    assert not RunFolder(tmp_path).holds(tmp_path / name)

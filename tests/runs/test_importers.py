@@ -442,3 +442,27 @@ class TestToneva:
     def test_no_such_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"none\.pkl"):
             fmn.from_toneva(tmp_path / "none.pkl")
+
+    @pytest.mark.parametrize(
+        ("data", "words"),
+        [
+            (b"\x80\x04})" + b"\x85" * 1_000_000 + b"K\x01s.", "too deep"),  # the interpreter dies of its hash
+            (b"\x80\x04}K\x01]\x94(h\x00h\x00es.", "contains itself"),  # NumPy would never end
+            (b"\x80\x04Nr\xff\xff\xff\x07.", "memory"),  # 2 GiB
+            (b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f}.", "overflow"),  # a frame of exabytes
+            (b"\x80\x04B\xff\xff\xff\xffabc.", "ends within"),
+            (b"\x80\x04N.", "AttributeError"),
+            (b".", "UnpicklingError"),
+            (b"", "no end"),
+        ],
+    )
+    def test_small_files_that_ask_for_much(self, tmp_path, data, words):
+        (tmp_path / "s.pkl").write_bytes(data)
+        with pytest.raises(ValueError, match=rf"^\S+s\.pkl: not example statistics: .*({words})"):
+            fmn.from_toneva(tmp_path / "s.pkl")
+
+    @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+    def test_what_is_no_file_is_named(self, tmp_path, make):
+        make(tmp_path / "s.pkl")
+        with pytest.raises(ValueError, match=r"s\.pkl: expected a regular file"):
+            fmn.from_toneva(tmp_path / "s.pkl")

@@ -1,8 +1,17 @@
 """The Recorder, in one's own loop."""
 
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
+from folders import full_disk
 from networks import make_data, make_model
 from torch import nn
 from training_runs import fresh
@@ -204,3 +213,115 @@ def test_sample_numbers_that_do_not_fit_are_refused(tmp_path, index, labels, err
     np.testing.assert_array_equal(recorder.run.history.correct(), [[False, False, False], [True, True, False]])
     recorder.rewind(0)
     recorder.record(0, [0, 1, 0, 1], [1, 0, 1, 0])  # other samples, without numbers
+
+
+class TestPaths:
+    def test_another_working_directory_does_not_matter(self, tmp_path, monkeypatch):
+        """Another run has the same name there: Hydra changes the directory, and so do notebooks."""
+        recorders = {}
+        for name, value in (("a", 1.0), ("b", 2.0)):
+            (tmp_path / name).mkdir()
+            monkeypatch.chdir(tmp_path / name)
+            model = nn.Linear(2, 2)
+            nn.init.constant_(model.weight, value)
+            recorders[name] = fmn.Recorder("runs/mine", model)
+            recorders[name].record(0, [0, 1], [0, 1])
+        runs = {name: recorder.run for name, recorder in recorders.items()}
+        recorders["a"].record(1, [0, 1], [0, 1])
+        assert runs["a"].checkpoint(0) == tmp_path / "a" / "runs" / "mine" / "checkpoints" / "epoch_00000.pt"
+        assert fmn.Run.open(tmp_path / "a" / "runs" / "mine").history.epochs == (0, 1)
+        assert fmn.Run.open(tmp_path / "b" / "runs" / "mine").history.epochs == (0,)
+        assert sorted(p.name for p in runs["b"].folder.checkpoints.iterdir()) == ["epoch_00000.pt"]
+        recorders["a"].rewind(1)
+        assert len(runs["a"].kept.history) == 1
+
+    def test_the_home_is_filled_in(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        fmn.Recorder("~/run").record(0, [0], [0])
+        assert fmn.Run.open("~/run").run_dir == fmn.Run.open(tmp_path / "run").run_dir == tmp_path / "run"
+        assert not (tmp_path / "~").exists()
+        fmn.FusionPlan.from_weights({0: 1}, 1).save("~/plan.json")
+        assert fmn.FusionPlan.load("~/plan.json") == fmn.FusionPlan.load(tmp_path / "plan.json")
+
+    def test_a_copy_in_another_process_writes_to_the_same_folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        recorder = pickle.loads(pickle.dumps(fmn.Recorder("run")))
+        monkeypatch.chdir("/")
+        recorder.record(0, [0], [0])
+        assert len(fmn.Run.open(tmp_path / "run").history) == 1
+
+
+class TestOneWriter:
+    def test_of_several_threads_one_records(self, tmp_path):
+        """Those that are refused have not replaced the other's checkpoint."""
+        together = threading.Barrier(4)
+
+        def work(value):
+            model = nn.Linear(50, 50)
+            nn.init.constant_(model.weight, value)
+            recorder = fmn.Recorder(tmp_path, model)
+            together.wait()
+            try:
+                recorder.record(0, [0, 1], [0, 1])
+            except (ValueError, FileExistsError):
+                return None
+            return value
+
+        with ThreadPoolExecutor(4) as pool:
+            recorded = [v for v in pool.map(work, [1.0, 2.0, 3.0, 4.0]) if v is not None]
+        assert len(recorded) == 1
+        stored = torch.load(tmp_path / "checkpoints" / "epoch_00000.pt")
+        assert (stored["weight"] == recorded[0]).all()
+
+    def test_the_ranks_of_a_job_do_not_record_together(self, tmp_path):
+        """Every rank makes a Recorder for one folder: all but one are refused, and told why."""
+        script = "import sys, time, fmn_ref as fmn\nrecorder = fmn.Recorder(sys.argv[1])\nprint('begins', flush=True)\n"
+        script += "sys.stdin.read()\nrecorder.record(0, [0, 1], [0, 1])\n"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        ranks = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], **pipes) for _ in range(3)]
+        began = [rank.stdout.readline() for rank in ranks]  # empty for those that ended
+        faults = [rank.communicate("")[1] for rank in ranks]
+        assert sorted(began) == ["", "", "begins\n"]
+        refused = [fault for fault in faults if fault]
+        assert len(refused) == 2
+        assert all("a run has one writer: of the processes of a distributed job, one records" in f for f in refused)
+        assert len(fmn.Run.open(tmp_path).history) == 1
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_on_a_disk_that_is_full_once_the_same_call_succeeds_later(tmp_path, monkeypatch, at):
+    """At whichever call of fsync."""
+    calls, real = [0], os.fsync
+
+    def fsync(descriptor):
+        calls[0] += 1
+        if calls[0] == at:
+            full_disk(descriptor)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    recorder, done = None, []
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            recorder = recorder or fmn.Recorder(tmp_path, fresh(), keep="every:1")
+            for epoch in range(len(done), 2):
+                recorder.record(epoch, [0, 1], [0, 1])
+                done.append(epoch)
+    monkeypatch.undo()
+    assert done == [0, 1]
+    assert fmn.Run.open(tmp_path).history.epochs == (0, 1)
+    names = ["checkpoints", "epoch_00000.pt", "epoch_00001.pt", "history.fmnh", "run.json"]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.name != ".lock") == names
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["run.json", "history.fmnh"])
+def test_something_else_in_place_of_a_file_is_named(tmp_path, make, name):
+    """A FIFO is not waited for."""
+    fmn.Recorder(tmp_path).record(0, [0], [0])
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    for call in (lambda: fmn.Recorder(tmp_path), lambda: fmn.Run.open(tmp_path)):
+        with pytest.raises((ValueError, FileNotFoundError), match=name):
+            call()

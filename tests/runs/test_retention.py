@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import full_disk
 from networks import RECIPE, make_data, make_model
 from training_runs import fresh, same_weights, trained
 
 import fmn_ref as fmn
 from fmn_ref.runs import checkpoints
+from fmn_ref.runs import recorder as recorder_module
 from fmn_ref.runs.retention import Keep, values
 
 TRAIN, VAL, TEST = make_data()
@@ -304,3 +306,39 @@ def interrupted_in_epoch(folder, epoch):
         return x
 
     return augment
+
+
+@pytest.mark.parametrize("epochs", [range(0, 51, 5), range(100, 1200, 100), [7, 8, 9, 20, 21, 40, 41, 42, 43, 44, 99]])
+def test_every_counts_recorded_rows(tmp_path, epochs):
+    """Epochs that are numbered by steps, begin late or leave some out: each third row, and the latest."""
+    recorder = fmn.Recorder(tmp_path, make_model(), keep="every:3")
+    for epoch in epochs:
+        recorder.record(epoch, [0, 1], [0, 1])
+    rows = [2, 5, 8, 10]
+    assert list(recorder.run.kept.history.epochs) == [list(epochs)[row] for row in rows]
+
+
+def test_every_counts_on_after_a_rewind_and_a_restart(tmp_path):
+    recorder = fmn.Recorder(tmp_path, make_model(), keep="every:2")
+    for epoch in range(10, 60, 10):
+        recorder.record(epoch, [0, 1], [0, 1])
+    recorder.rewind(40)
+    recorder = fmn.Recorder(tmp_path, make_model(), keep="every:2")
+    for epoch in (41, 42):
+        recorder.record(epoch, [0, 1], [0, 1])
+    assert recorder.run.history.epochs == (10, 20, 30, 41, 42)
+    assert recorder.run.kept.history.epochs == (20, 41, 42)
+
+
+@pytest.mark.parametrize("keep", ["every:2", "budget:1"])
+def test_a_deletion_that_fails_is_made_up_for(tmp_path, monkeypatch, caplog, keep):
+    """The epoch is recorded then, and a second call would be refused."""
+    recorder = fmn.Recorder(tmp_path, make_model(), keep=keep)
+    for epoch in range(5):
+        with monkeypatch.context() as patch:
+            if epoch == 3:
+                patch.setattr(recorder_module, "remove_checkpoint", lambda path: full_disk(0))
+            recorder.record(epoch, [0, 1], [0, 1])
+    assert recorder.next_epoch == 5
+    assert "deleted after the next epoch instead" in caplog.text
+    assert len(on_disk(tmp_path)) == (3 if keep == "every:2" else 2)

@@ -15,6 +15,7 @@ from training_runs import fresh, trained
 
 import fmn_ref as fmn
 from fmn_ref.training import data, ensemble, samples
+from fmn_ref.training import order as order_module
 from fmn_ref.training.logits import check_logits
 from fmn_ref.training.order import Order
 from fmn_ref.training.samples import fingerprints
@@ -28,6 +29,16 @@ class Graph:
 
     parts: dict
     name: str = "graph"
+
+
+class Image(torch.Tensor):
+    """A tensor that does not mix with others."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in ("__getitem__", "__get__", "as_subclass", "detach"):
+            return super().__torch_function__(function, types, args, kwargs or {})
+        raise TypeError(f"no {function.__name__} with {types}")
 
 
 class Wrapped(UserDict):
@@ -58,9 +69,14 @@ FORMS = {
     "bfloat16": lambda i: A[i].bfloat16(),
     "half, complex and bool": lambda i: (A[i].half(), torch.complex(A[i], A[i]).conj(), A[i] > 0),
     "sparse": lambda i: A[i].to_sparse(),
+    "sparse rows": lambda i: A[i].to_sparse_csr(),
+    "nested": lambda i: torch.nested.nested_tensor([A[j, : 1 + j % 3] for j in i]),
+    "quantized": lambda i: torch.quantize_per_tensor(A[i], 0.001, 0, torch.qint32),
+    "class of its own": lambda i: A[i].as_subclass(Image),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors|quantize_per_tensor)")
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_sample_has_one_fingerprint_wherever_it_stands(form):
     order = torch.tensor([4, 0, 5, 2, 1, 3])
@@ -413,6 +429,17 @@ def test_inputs_that_are_drawn_anew_are_accepted_with_a_warning(tmp_path, caplog
         run = fmn.train(fresh(), TRAIN, Noisy(*VAL), run_dir=tmp_path, **RECIPE | {"epochs": 4})
     assert len(run.history) == 4
     assert caplog.text.count("val_data: gives other inputs in each pass; whether it shuffles cannot be told") == 1
+
+
+def test_inputs_without_a_fingerprint_are_accepted_with_a_warning(caplog, monkeypatch):
+    def fails(*args):
+        raise NotImplementedError("no such operation")
+
+    monkeypatch.setattr(order_module, "fingerprints", fails)
+    order = Order(VAL)
+    for _ in range(2):
+        data.predict(still_network(), DataLoader(TensorDataset(*VAL), 50), order=order)
+    assert caplog.text.count("data: holds what has no fingerprint (no such operation)") == 1
 
 
 def test_a_pass_of_another_length_is_refused():
