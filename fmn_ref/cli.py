@@ -134,20 +134,20 @@ def command_fuse(args: argparse.Namespace) -> None:
     plan = fuse(probs, labels, correct=correct, sample_weight="balanced" if args.balanced else None, **options)
     plan.save(args.output)
     content = {"output": args.output, "members": plan.members, "weights": plan.weights, "combine": plan.combine}
-    content |= {"selection_accuracy": plan.accuracy, "method": plan.method}
+    content |= {"epochs": plan.epochs} | {"selection_accuracy": plan.accuracy, "method": plan.method}
     content |= {"cv_accuracy": plan.cv_accuracy, "gain_interval": plan.gain_interval}
-    print_result(args, content, f"{plan_table(plan)}\n{plan}\nplan written to {args.output}")
+    print_result(args, content, f"{rounds(plan)}{plan}\nplan written to {args.output}")
 
 
-def plan_table(plan: FusionPlan) -> str:
-    """The members of a plan, a line each: with epsilon and the accuracy reached, or with the weight in the pool."""
-    if plan.combine == "geometric":
-        return "\n".join([f"{'epoch':>6} {'weight':>7}", *(f"{epoch:6d} {w:7.4f}" for epoch, w in plan.members)])
-    rows = [f"{'round':>6} {'epoch':>6} {'eps':>7} {'accuracy':>9}"]
-    rows.append(f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}")
-    for i, ((epoch, eps), accuracy) in enumerate(zip(plan.members, plan.accuracy[1:], strict=True), 1):
-        rows.append(f"{i:6d} {epoch:6d} {eps:7.4f} {accuracy:9.4f}")
-    return "\n".join(rows)
+def rounds(plan: FusionPlan) -> str:
+    """The members of a linear plan in the order of mixing, a line each: epsilon and the accuracy reached."""
+    if plan.combine == "geometric" or not plan.members:
+        return ""
+    lines = [f"{'round':>6} {'epoch' if plan.epochs else 'row':>6} {'eps':>7} {'accuracy':>9}"]
+    lines.append(f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}")
+    for i, ((row, eps), accuracy) in enumerate(zip(plan.members, plan.accuracy[1:], strict=True), 1):
+        lines.append(f"{i:6d} {plan.epoch_of(row):6d} {eps:7.4f} {accuracy:9.4f}")
+    return "\n".join([*lines, "", ""])
 
 
 def command_apply(args: argparse.Namespace) -> None:

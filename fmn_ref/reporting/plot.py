@@ -72,10 +72,11 @@ def matrix(correct: Any) -> Figure:
 
 def plan_weights(plan: FusionPlan) -> Figure:
     """Plot the weight of each checkpoint in the fused prediction."""
-    figure, axes = _axes("Weights of the fused prediction", "epoch", "weight")
-    weights = plan.weights
-    axes.bar(list(weights), list(weights.values()), color=_BLUE, width=0.9)
-    axes.set_xlim(-0.5, plan.n_epochs - 0.5)
+    figure, axes = _axes("Weights of the fused prediction", "epoch" if plan.epochs else "row", "weight")
+    x = np.asarray(plan.epochs or range(plan.n_epochs))
+    width = 0.9 * np.diff(x).min(initial=x[-1] + 1)
+    axes.bar(x[list(plan.weights)], list(plan.weights.values()), color=_BLUE, width=width)
+    axes.set_xlim(x[0] - width, x[-1] + width)
     return figure
 
 

@@ -49,7 +49,7 @@ class from_logits(Sequence[NDArray[np.float32]]):
         sequence = hasattr(logits, "__getitem__") and hasattr(logits, "__len__")
         if not sequence or getattr(logits, "shape", None) == ():
             raise TypeError(f"logits: expected an array or a sequence of arrays, got {type(logits).__name__}")
-        self._logits = logits
+        self._logits, self.epochs = logits, getattr(logits, "epochs", ())
 
     def __len__(self) -> int:
         return len(self._logits)
