@@ -371,7 +371,7 @@ class TestCommittedResults:
             assert f"{len(done)} of {len(suite.all_pieces(scale, Path()))} pieces of scale {scale}" in text
 
     def test_the_rule_is_the_fitted_one(self, results):
-        rule = tables.fit_rule(results)
+        rule = tables.fit_rule([*results, *tables.load_results(RESULTS.parent / "middle")])
         assert rule["coefficients"] == fmn.expectation.RULE
         assert rule["error"] == fmn.expectation.ERROR
 
