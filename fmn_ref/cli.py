@@ -319,13 +319,10 @@ def fuse_options(add: Add) -> None:
 
 
 def import_options(add: Add) -> None:
-    tools = (
-        "cartography: dynamics_epoch_*.jsonl files; toneva: pickled example statistics; lm-eval: samples_*.jsonl files"
-    )
-    add("tool", choices=["cartography", "toneva", "lm-eval"], help=tools)
-    add("path", nargs="+", help="folder of the dynamics, file of the statistics, or folders of checkpoints (lm-eval)")
-    choices = {"task": "name or pattern (default: all)", "metric": "such as acc", "filter": "such as strict-match"}
-    for name, what in choices.items():
+    add("tool", choices=["cartography", "toneva", "lm-eval"], help="the tool that wrote the records")
+    formats = "dynamics_epoch_*.jsonl (cartography), or with samples_*.jsonl: one per checkpoint (lm-eval)"
+    add("path", nargs="+", help=f"file of pickled example statistics (toneva); folder with {formats}")
+    for name, what in {"task": "name or pattern", "metric": "such as acc", "filter": "such as strict-match"}.items():
         add(f"--{name}", help=f"lm-eval: {name}, {what}")
     add("-o", "--output", default="history.npz", help="file to write (default history.npz)")
 

@@ -254,7 +254,7 @@ def _ballots(
     is_right = np.bincount(code.ravel(), right.ravel(), len(names)) / counts.sum(0)
     unsure = (is_right > 0) & (is_right < 1)
     if unsure.any():
-        raise ValueError(f"correct: {where} has the answer {names[unsure][0]!r} both right and wrong")
+        raise ValueError(f"correct: {where} has the answer {names[unsure].tolist()[0]!r} both right and wrong")
     return counts, is_right
 
 

@@ -57,9 +57,12 @@ def answers_summary(
     names = list(map(str, range(len(draws)))) if checkpoints is None else list(checkpoints)
     temporal = temporal_forgetting(rates)
     content = {"n_questions": draws.shape[1], "n_draws": n_draws, "checkpoints": names}
-    content |= {k: v.tolist() for k, v in columns.items()} | {f"temporal_{k}": v for k, v in temporal._asdict().items()}
-    score = f"temporal forgetting: {temporal.score:.2%} of the questions, {temporal.of_errors:.2%} of the final errors"
-    lines = [*_table(titles, names, list(columns.values())), f"{score}, were answered by an earlier checkpoint"]
+    content |= {k: v.tolist() for k, v in columns.items()}
+    content |= {"ever_correct": temporal.ever_correct, "temporal_forgetting": temporal.score}
+    lines = _table(titles, names, list(columns.values()))
+    errors = 1 - curves.accuracy[-1]
+    lost = f"{temporal.score:.2%} of the questions, of {errors:.2%} final errors"
+    lines.append(f"temporal forgetting: {lost}, were answered by an earlier checkpoint")
     if n_draws > 1:
         lines.append("F_e and L_e of the last row compare two draws of that checkpoint: what sampling alone changes")
     lines.append(f"{draws.shape[1]} questions, {n_draws} draw{'s' * (n_draws > 1)} per question and checkpoint")

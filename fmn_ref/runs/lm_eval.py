@@ -124,28 +124,39 @@ def from_lm_eval(
 def _sample_files(folders: Iterable[str | Path], task: str) -> dict[str, list[tuple[str, Path]]]:
     """Tasks and paths of each checkpoint's samples, by its name; the checkpoints in their order."""
     found: dict[Path, list[tuple[str, Path]]] = {}
-    seen = False
     for folder in folders:
-        for parent, _, names in sorted(os.walk(folder), key=lambda entry: natural(entry[0])):
-            for name in sorted(names):
-                match = re.fullmatch(r"samples_(.+?)(_\d{4}-\d\d-\d\dT[\d.-]+)?\.jsonl", name)
-                path = _files.absolute(parent) / name
-                seen = seen or match is not None
-                if match and fnmatch.fnmatchcase(match[1], task) and (match[1], path) not in found.get(path.parent, []):
-                    found.setdefault(path.parent, []).append((match[1], path))
+        inside = _samples_below(_files.absolute(folder))
+        wanted = {path: name for path, name in inside.items() if fnmatch.fnmatchcase(name, task)}
+        if not wanted:
+            names = ", ".join(sorted(set(inside.values())))
+            what = (
+                f"task like {task!r}, but {names}" if inside else "samples_*.jsonl (lm_eval --log_samples writes them)"
+            )
+            raise FileNotFoundError(f"{folder}: no {what} there")
+        for parent in dict.fromkeys(path.parent for path in wanted):
+            found[parent] = [(name, path) for path, name in wanted.items() if path.parent == parent]
     if not found:
-        what = f"samples of a task like {task!r}" if seen else "samples_*.jsonl (lm_eval --log_samples writes them)"
-        raise FileNotFoundError(f"{', '.join(map(str, folders))}: no {what} there")
+        raise ValueError("folders: expected at least one")
     parents = _ordered(list(found))
-    return dict(zip(_names(parents), (found[p] for p in parents), strict=True))
+    return dict(zip(_names(parents), (found[parent] for parent in parents), strict=True))
+
+
+def _samples_below(folder: Path) -> dict[Path, str]:
+    """Paths of the samples in a folder and below, and their tasks."""
+    paths = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
+    pattern = re.compile(r"samples_(.+?)(_\d{4}-\d\d-\d\dT[\d.-]+)?\.jsonl")
+    matches = {path: pattern.fullmatch(path.name) for path in sorted(paths, key=lambda path: natural(str(path)))}
+    return {path: match[1] for path, match in matches.items() if match}
 
 
 def _ordered(parents: list[Path]) -> list[Path]:
     """Sort among themselves the folders whose names differ in numbers only: a shell puts 1000 before 200."""
     frames = [re.sub(r"\d+", "#", str(parent)) for parent in parents]
-    by_number = sorted(parents, key=lambda parent: natural(str(parent)))
-    in_order = {f: (p for p in by_number if re.sub(r"\d+", "#", str(p)) == f) for f in frames}
-    return [next(in_order[f]) for f in frames]
+    of_frame: dict[str, list[Path]] = {frame: [] for frame in frames}
+    for parent, frame in zip(parents, frames, strict=True):
+        of_frame[frame].append(parent)
+    in_order = {f: iter(sorted(like, key=lambda parent: natural(str(parent)))) for f, like in of_frame.items()}
+    return [next(in_order[frame]) for frame in frames]
 
 
 def _names(parents: list[Path]) -> list[str]:
@@ -158,9 +169,28 @@ def _names(parents: list[Path]) -> list[str]:
     return first if len(set(first)) == len(first) else [p.as_posix() for p in below]
 
 
+def _check_one_model(paths: Sequence[Path]) -> None:
+    """A ValueError if the runs in a folder are not of one model: the harness names the folder without the revision."""
+    beside = {path.with_name(f"results_{path.stem.rpartition('_')[2]}.json") for path in paths}
+    models = {}
+    for path in sorted(filter(Path.is_file, beside)) if len(beside) > 1 else ():
+        with _files.reading(path, "results of lm_eval") as file:
+            models[path.name] = _without_seed(json.load(file).get("config", {}).get("model_args"))
+    if len(set(models.values())) > 1:
+        several = "; ".join(f"{name}: {model}" for name, model in models.items())
+        raise ValueError(f"{paths[0].parent}: expected one model, give each its own --output_path ({several})")
+
+
+def _without_seed(model_args: Any) -> str:
+    """The arguments of a model, a text or a dict, without the seed: draws differ in it."""
+    args = [f"{k}={v}" for k, v in model_args.items()] if isinstance(model_args, dict) else str(model_args).split(",")
+    return ",".join(arg for arg in args if not arg.startswith("seed="))
+
+
 def _read_checkpoint(
     files: Sequence[tuple[str, Path]], metric: str | None, filter_name: str | None
 ) -> dict[Key, _Question]:
+    _check_one_model([path for _, path in files])
     questions: dict[Key, _Question] = {}
     for task, path in files:
         for doc_id, new in _read_samples(path, metric, filter_name).items():

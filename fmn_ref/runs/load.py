@@ -57,6 +57,7 @@ def error_line(error: Exception, options: Mapping[str, Any]) -> str:
     name = re.match(r"(\w+)[:\[, ]", line)
     for option in _OPTIONS.get(name[1], ()) if name else ():
         if file := options.get(option):
+            file = " ".join(file) if isinstance(file, list) else file
             return line if str(file) in line else f"{file}: {line}"
     return line
 
