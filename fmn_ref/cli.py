@@ -74,8 +74,8 @@ def command_metric(args: argparse.Namespace) -> None:
     """
     correct = load_correct(args.file, args.labels, verify=not args.no_verify)
     if getattr(correct, "ndim", 2) == 3:
-        if args.csv or args.per_sample:
-            raise ValueError(f"{args.file}: holds several draws per question; --csv and --per-sample need one")
+        if args.csv or args.per_sample or args.reference != -1:
+            raise ValueError(f"{args.file}: has several draws per question; --csv, --per-sample, --reference need one")
         return print_result(args, *answers_summary(correct))
     epochs = list(getattr(correct, "epochs", range(len(correct))))
     curves, n_forgotten = curves_and_forgotten(correct, reference=args.reference, progress=True)

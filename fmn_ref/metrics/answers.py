@@ -146,8 +146,8 @@ def pass_at_k(correct: Any, k: Any, *, last: int = 1) -> NDArray[np.float64]:
     k : int, or (n_checkpoints,) integers
         Number of draws: in all, or of each checkpoint.
     last : int
-        Default: 1, the last checkpoint alone. Otherwise `k` draws are spread evenly over the `last` checkpoints; the
-        latest ones take the remainder.
+        Default: 1, the last checkpoint alone. Otherwise one number `k` of draws is spread evenly over the `last`
+        checkpoints; the latest ones take the remainder.
 
     Returns
     -------
@@ -222,7 +222,7 @@ def maj_at_k(answers: Any, correct: Any, k: Any, *, last: int = 1, seed: int = 0
         raise ValueError(f"answers: expected shape {right.shape} as correct, got shape {a.shape}")
     budget = _budget(k, last, *right.shape[::2])
     used = budget > 0
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(_check.number(seed, 0, 2**64, "seed", int))
     shares = np.empty(right.shape[1])
     for i in range(len(shares)):
         counts, is_right = _ballots(a[used, i], right[used, i], f"question {i}")

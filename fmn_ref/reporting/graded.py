@@ -29,11 +29,8 @@ def import_answers(
     _files.write_atomic(output, lambda file: np.savez(file, **arrays))
     tasks = sorted(set(graded.tasks.tolist()))
     content, text = answers_summary(graded.correct, graded.checkpoints, graded.n_choices)
-    return {
-        "output": str(output),
-        "tasks": tasks,
-        **content,
-    }, f"{text}\nanswers to {', '.join(tasks)} written to {output}"
+    content = {"output": str(output), "tasks": tasks, **content}
+    return content, f"{text}\nanswers to {', '.join(tasks)} written to {output}"
 
 
 def answers_summary(

@@ -95,15 +95,17 @@ def from_lm_eval(
     FileNotFoundError
         No samples there.
     ValueError
-        A malformed line; a metric that is not the share of right draws; several metrics or filters to choose from;
-        questions or numbers of draws that differ. The message names the file or the question.
+        A malformed line; runs of several models in a folder; a metric that is not the share of right draws; several
+        metrics or filters to choose from; questions or numbers of draws that differ. The message names the file or the
+        question.
 
     Examples
     --------
     >>> graded = from_lm_eval(["out/checkpoint-100", "out/checkpoint-200"])  # doctest: +SKIP
     >>> expected_curves(graded.rates).forget  # doctest: +SKIP
     """
-    files = _sample_files([folders] if isinstance(folders, (str, Path)) else folders, task or "*")
+    several = isinstance(folders, Iterable) and not isinstance(folders, str)
+    files = _sample_files(folders if several else [folders], "*" if task is None else task)
     tables: dict[str, dict[Key, _Question]] = {}
     for name, paths in _stderr.progress_bar(files.items(), "reading"):
         tables[name] = _read_checkpoint(paths, metric, filter)
@@ -121,18 +123,18 @@ def from_lm_eval(
     )
 
 
-def _sample_files(folders: Iterable[str | Path], task: str) -> dict[str, list[tuple[str, Path]]]:
+def _sample_files(folders: Any, task: str) -> dict[str, list[tuple[str, Path]]]:
     """Tasks and paths of each checkpoint's samples, by its name; the checkpoints in their order."""
     found: dict[Path, list[tuple[str, Path]]] = {}
     for folder in folders:
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"folders: expected paths, got {type(folder).__name__}")
         inside = _samples_below(_files.absolute(folder))
         wanted = {path: name for path, name in inside.items() if fnmatch.fnmatchcase(name, task)}
         if not wanted:
-            names = ", ".join(sorted(set(inside.values())))
-            what = (
-                f"task like {task!r}, but {names}" if inside else "samples_*.jsonl (lm_eval --log_samples writes them)"
-            )
-            raise FileNotFoundError(f"{folder}: no {what} there")
+            others = f"task like {task!r}, but {', '.join(sorted(set(inside.values())))}"
+            missing = others if inside else "samples_*.jsonl (from lm_eval --log_samples)"
+            raise FileNotFoundError(f"{folder}: no {missing} there")
         for parent in dict.fromkeys(path.parent for path in wanted):
             found[parent] = [(name, path) for path, name in wanted.items() if path.parent == parent]
     if not found:

@@ -239,6 +239,11 @@ class TestMajAtK:
         with pytest.raises(ValueError, match="question 1 has the answer 7 both right and wrong"):
             fmn.maj_at_k([[[1, 2], [7, 7]]], [[[0, 1], [0, 1]]], 1)
 
+    def test_bad_seeds(self, draws):
+        for bad in (-1, None, 0.5):
+            with pytest.raises((ValueError, TypeError), match=r"^seed"):
+                fmn.maj_at_k(draws, draws, 1, seed=bad)
+
     def test_bad_answers(self, draws):
         for bad in (np.zeros(draws.shape), np.zeros((3, 7), int), np.full(draws.shape, None)):
             with pytest.raises((ValueError, TypeError), match=r"^answers"):

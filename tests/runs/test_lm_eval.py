@@ -174,8 +174,9 @@ class TestFolders:
                 fmn.from_lm_eval([out / "checkpoint-100", bad])
         with pytest.raises(FileNotFoundError, match="task like 'gsm8k', but sums_choice, sums_draws"):
             fmn.from_lm_eval(out, task="gsm8k")
-        with pytest.raises(ValueError, match="folders"):
-            fmn.from_lm_eval([])
+        for bad in ([], None, [out, 5]):
+            with pytest.raises((ValueError, TypeError), match="folders: expected"):
+                fmn.from_lm_eval(bad, task="sums_choice")
 
     def test_links_in_circles_end(self, out):
         (out / "checkpoint-100" / "loop").symlink_to(out, target_is_directory=True)
@@ -380,9 +381,9 @@ class TestCommandLine:
         with np.load("draws.npz") as file:
             np.testing.assert_array_equal(file["answers"], graded.answers)
             assert file["checkpoints"].tolist() == CHECKPOINTS
-        for option in (["--csv"], ["--per-sample", "x.csv"]):
+        for option in (["--csv"], ["--per-sample", "x.csv"], ["--reference", "0"]):
             assert main(["metric", "draws.npz", *option]) == 1
-            assert "draws.npz: holds several draws" in capsys.readouterr().err
+            assert "draws.npz: has several draws" in capsys.readouterr().err
         assert not Path("x.csv").exists()
 
     @pytest.mark.parametrize(
