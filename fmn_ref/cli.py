@@ -28,6 +28,7 @@ from .metrics.overview import curves_and_forgotten, first_samples
 from .metrics.samples import NEVER_LEARNED, sample_statistics
 from .metrics.scores import scores
 from .reporting.comparison import compare_probabilities
+from .reporting.graded import answers_summary, import_answers
 from .reporting.report import write_report
 from .reporting.tables import csv_table
 from .runs import importers
@@ -74,6 +75,10 @@ def command_metric(args: argparse.Namespace) -> None:
     Example: fmn-ref metric predictions.npy --labels labels.npy --csv
     """
     correct = load_correct(args.file, args.labels, verify=not args.no_verify)
+    if getattr(correct, "ndim", 2) == 3:
+        if args.csv or args.per_sample or args.reference != -1:
+            raise ValueError(f"{args.file}: has several draws per question; --csv, --per-sample, --reference need one")
+        return print_result(args, *answers_summary(correct))
     epochs = list(getattr(correct, "epochs", range(len(correct))))
     curves, n_forgotten = curves_and_forgotten(correct, reference=args.reference, progress=True)
     gain, error = expected_gain(first_samples(correct))
@@ -219,17 +224,21 @@ def command_import(args: argparse.Namespace) -> None:
 
     Example: fmn-ref import cartography training_dynamics -o history.npz
     """
+    if args.tool == "lm-eval":
+        return print_result(args, *import_answers(args.path, args.output, args.task, args.metric, args.filter))
+    if len(args.path) > 1:
+        raise ValueError(f"{args.tool}: expected one path, got {len(args.path)}")
     if args.tool == "cartography":
-        logits, labels, ids = importers.from_cartography(args.path)
+        logits, labels, ids = importers.from_cartography(args.path[0])
         arrays: dict[str, Any] = {"scores": logits, "labels": labels}
     else:
-        correct, indices = importers.from_toneva(args.path)
+        correct, indices = importers.from_toneva(args.path[0])
         arrays, ids = {"correct": correct}, list(map(str, indices))
     arrays["sample_ids"] = id_array(ids)
     _files.write_atomic(args.output, lambda f: np.savez(f, **arrays))
     shapes = {name: list(a.shape) for name, a in arrays.items()}
-    text = f"{args.output}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
-    print_result(args, {"output": args.output, **shapes}, text)
+    text = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    print_result(args, {"output": args.output, **shapes}, f"{args.output}: {text}")
 
 
 def command_bench(args: argparse.Namespace) -> None:
@@ -313,9 +322,11 @@ def fuse_options(add: Add) -> None:
 
 
 def import_options(add: Add) -> None:
-    tools = "cartography: dynamics_epoch_*.jsonl files; toneva: pickled example statistics"
-    add("tool", choices=["cartography", "toneva"], help=tools)
-    add("path", help="folder of the dynamics, or file of the statistics")
+    add("tool", choices=["cartography", "toneva", "lm-eval"], help="the tool that wrote the records")
+    formats = "dynamics_epoch_*.jsonl (cartography), or with samples_*.jsonl: one per checkpoint (lm-eval)"
+    add("path", nargs="+", help=f"file of pickled example statistics (toneva); folder with {formats}")
+    for name, what in {"task": "name or pattern", "metric": "such as acc", "filter": "such as strict-match"}.items():
+        add(f"--{name}", help=f"lm-eval: {name}, {what}")
     add("-o", "--output", default="history.npz", help="file to write (default history.npz)")
 
 

@@ -5,6 +5,7 @@ fmn_ref.plot.curves(run.history).savefig("curves.png")
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from .. import _check
 from ..fusion.plan import FusionPlan
+from ..metrics import answers
 from ..metrics.curves import forgetting_curves, forgetting_matrix
 from ..metrics.samples import sample_statistics
 from .recovery import Recovery
@@ -114,4 +116,19 @@ def recovery(r: Recovery) -> Figure:
     axes.set_xticks(places, list(counts))
     axes.margins(y=0.2)
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
+    return figure
+
+
+def pass_at_k(correct: Any, last: Sequence[int] | None = None) -> Figure:
+    """Plot Pass@k against k, with the draws spread over each of `last` numbers of checkpoints; default: 1, 2, 4, ..."""
+    right = _check.draws(correct)
+    spread = [2**i for i in range(len(right).bit_length())] if last is None else list(last)
+    figure, axes = _axes("Pass@k of draws spread over the last checkpoints", "draws per question, k", "Pass@k")
+    budgets = range(1, right.shape[2] + 1)
+    for i, n in enumerate(spread):
+        shares = [answers.pass_at_k(right, k, last=n).mean() for k in budgets]
+        color = (_GREY, _BLUE, _GREEN, _RED)[i % 4]
+        axes.plot(budgets, shares, color=color, label="the last alone" if n == 1 else f"the last {n}")
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False, fontsize=8)
     return figure
