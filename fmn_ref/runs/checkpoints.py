@@ -42,24 +42,25 @@ def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool = False) ->
     """Store a state_dict; see `save_state`."""
     state = copy.copy(_renamed(state, {}))
     if half:
-        state.update({name: _halved(value) for name, value in state.items()})
+        small = {id(value): _halved(value) for value in state.values()}
+        state.update({name: small[id(value)] for name, value in state.items()})
     save(state, path)
 
 
-def _uncompiled(name: Any) -> Any:
+def uncompiled(name: Any) -> Any:
     """Remove the prefix that torch.compile puts into the names of a part."""
     return re.sub(r"\b_orig_mod\.|\._orig_mod$", "", name) if isinstance(name, str) else name
 
 
 def _renamed(state: Any, own: Any) -> Any:
     """Give a state_dict the names of `own`, from the same model with other parts compiled; else uncompiled names."""
-    if not isinstance(state, dict) or all(name == _uncompiled(name) for name in (*state, *own)):
+    if not isinstance(state, dict) or all(name == uncompiled(name) for name in (*state, *own)):
         return state
-    names = {_uncompiled(name): name for name in own}
-    renamed: Any = OrderedDict((names.get(_uncompiled(n), _uncompiled(n)), value) for n, value in state.items())
-    versions = {_uncompiled(name): value for name, value in getattr(state, "_metadata", {}).items()}
+    names = {uncompiled(name): name for name in own}
+    renamed: Any = OrderedDict((names.get(uncompiled(n), uncompiled(n)), value) for n, value in state.items())
+    versions = {uncompiled(name): value for name, value in getattr(state, "_metadata", {}).items()}
     modules = getattr(own, "_metadata", None) or versions
-    renamed._metadata = {name: versions[_uncompiled(name)] for name in modules if _uncompiled(name) in versions}
+    renamed._metadata = {name: versions[uncompiled(name)] for name in modules if uncompiled(name) in versions}
     return renamed
 
 
@@ -180,7 +181,7 @@ def _compact(content: Any) -> Any:
     return each_tensor(content, alone)
 
 
-def load(path: AnyPath, scan: bool = False) -> Any:
+def load(path: AnyPath, scan: bool = False, mapped: bool = False) -> Any:
     """Load a file that `save` or torch.save wrote, to the CPU.
 
     Parameters
@@ -188,6 +189,8 @@ def load(path: AnyPath, scan: bool = False) -> Any:
     path : path
     scan : bool, default False
         Look into all that the file contains first. Needed if more than the tensors of a state_dict is used of it.
+    mapped : bool, default False
+        Map the tensors to the file instead of reading them.
 
     Raises
     ------
@@ -202,7 +205,8 @@ def load(path: AnyPath, scan: bool = False) -> Any:
         archive.check(file, scan or torch.__version__ < "2.13")  # later versions compare the sizes of tensors
         file.seek(0)
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            source: Any = _files.absolute(path) if mapped else file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
         except MemoryError:
             raise
         except Exception as error:
@@ -224,7 +228,12 @@ def _reason(error: Exception) -> str:
 
 def load_into(model: nn.Module, path: AnyPath) -> nn.Module:
     """Load a checkpoint into `model`; ValueError, which names the file, if names or shapes do not fit."""
-    inner, state = unwrap(model), load(path)
+    return load_state(model, load(path), path)
+
+
+def load_state(model: nn.Module, state: Any, path: AnyPath) -> nn.Module:
+    """Load a state_dict that comes from a file into `model`; see `load_into`."""
+    inner = unwrap(model)
     try:
         inner.load_state_dict(_renamed(state, inner.state_dict()))
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -242,8 +251,28 @@ def drop_derived(model: nn.Module) -> None:
 
 
 def to_cpu(content: Any, *, copy: bool = False) -> Any:
-    """Copy nested dicts and lists with every tensor moved to the CPU; `copy` copies those that are there already."""
-    return each_tensor(content, lambda t: t.detach().to("cpu", copy=copy))
+    """Copy nested dicts and lists with every tensor moved to the CPU; `copy` copies those that are there already.
+
+    Tensors that share their memory, as tied weights do, share it afterwards.
+    """
+    moved = dict[Any, Any]()
+
+    def there(t: Tensor) -> Tensor:
+        key = memory(t)
+        if key not in moved:
+            moved[key] = t.detach().to("cpu", copy=copy)
+        return moved[key]  # type: ignore[no-any-return]
+
+    return each_tensor(content, there)
+
+
+def memory(t: Tensor) -> Any:
+    """Return what is equal for tensors with the same elements in memory, as tied weights are."""
+    import torch
+
+    if type(t) not in (torch.Tensor, torch.nn.Parameter) or t.layout != torch.strided or not t.numel():
+        return id(t)
+    return t.device, t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg()
 
 
 def snapshot(content: Any) -> Any:
