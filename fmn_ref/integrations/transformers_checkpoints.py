@@ -56,6 +56,13 @@ def causal_lm_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 FORWARD_FNS = {"classification": None, "causal_lm": causal_lm_forward}
 
 
+def check_task(task: str, model: Any) -> None:
+    """Raise a ValueError where `task` is "classification" and the network predicts tokens, by the name of its class."""
+    name = type(checkpoints.unwrap(model)).__name__
+    if task == "classification" and re.search("CausalLM|LMHead", name):
+        raise ValueError(f"task: expected 'causal_lm' for a {name}, whose samples are tokens, got {task!r}")
+
+
 def next_tokens(outputs: Any, labels: Any) -> tuple[Any, Any]:
     """Pair each output with the next label, without -100: (N, T, ...) and (N, T) to (n_tokens, ...) and (n_tokens,)."""
     if labels.ndim != 2 or outputs.shape[:2] != labels.shape:
@@ -122,6 +129,7 @@ def from_trainer(
     data.check_module(model, "model")
     folders = _checkpoint_folders(_files.absolute(output_dir))
     forward_fn = FORWARD_FNS[_check.choice(task, tuple(FORWARD_FNS), "task")]
+    check_task(task, model)
     model = independent(model)
     batches, order = data.Batches(eval_data, batch_size, data.device_of(model)), Order(eval_data, "eval_data")
     config = {"output_dir": str(_files.absolute(output_dir).resolve()), "task": task}

@@ -85,7 +85,9 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(f"{self.run_json}: checkpoint_{error}") from None
 
-    def claim(self, config: dict[str, Any] | None, *, resume: bool = True, suffix: str = ".pt") -> RunLock:
+    def claim(
+        self, config: dict[str, Any] | None, *, resume: bool = True, suffix: str = ".pt", overwrite: bool = False
+    ) -> RunLock:
         """Lock the folder for this process and write its run.json, or check the one that is there.
 
         Parameters
@@ -96,6 +98,8 @@ class RunFolder:
             Whether a run that was begun here may go on.
         suffix : str, default ".pt"
             How the names of checkpoints end.
+        overwrite : bool, default False
+            Delete a run that is here first.
 
         Raises
         ------
@@ -115,6 +119,8 @@ class RunFolder:
         try:
             for folder in (self.path, self.checkpoints, self.targets):
                 _files.remove_leftovers(folder)
+            if overwrite:
+                self._delete_run()
             self._settle(plain, resume, suffix)
         except BaseException:
             del lock  # the error's traceback holds this frame
@@ -168,6 +174,16 @@ class RunFolder:
         recorded = {self.checkpoint(e, suffix) for e in epochs}
         for path in list(self.checkpoints.iterdir()):
             if path not in recorded and re.fullmatch(r"epoch_\d{5,}" + re.escape(suffix), path.name):
+                remove_checkpoint(path)
+
+    def _delete_run(self) -> None:
+        """Delete the run's files: first what others begin with, so that a kill leaves no half of a run."""
+        for path in (self.resume, self.previous_resume):
+            path.unlink(missing_ok=True)
+        self.clear()
+        self.run_json.unlink(missing_ok=True)
+        for path in self.checkpoints.glob("epoch_*") if self.checkpoints.is_dir() else ():
+            if re.fullmatch(r"epoch_\d{5,}(\.\w+)+", path.name, re.ASCII):
                 remove_checkpoint(path)
 
     def clear(self) -> None:

@@ -1,7 +1,7 @@
 """Batches for training and evaluation, and a model's predictions on them.
 
-Data is a tuple (inputs, labels) of tensors or arrays with one row per sample, a torch Dataset, or a DataLoader. A batch
-is a tuple, or a dict with a key "labels".
+Data is a tuple (inputs, labels) of tensors or arrays with one row per sample, a torch Dataset, a list of dicts, or a
+DataLoader. A batch is a tuple, or a dict with a key "labels".
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         labels = torch.from_numpy(_check.labels(labels)).to(device_of(model))
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
         got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: expected integers of shape (n,), got {got}")
+        tokens = "; of tokens? forward_fn=causal_lm_forward" if getattr(labels, "ndim", 1) == 2 else ""
+        raise TypeError(f"labels: expected integers of shape (n,), got {got}{tokens}")
     return getattr(output, "logits", output), labels.long()
 
 
@@ -161,7 +162,7 @@ class Batches:
     def __init__(
         self, data: Any, batch_size: int, device: torch.device, *, shuffle: bool = False, split: bool = False
     ) -> None:
-        self.device, self._batch_size, self._shuffle = device, batch_size, shuffle
+        data, self.device, self._batch_size, self._shuffle = samples.as_dataset(data), device, batch_size, shuffle
         self._rank, self._world = (distributed.rank(), distributed.world_size()) if split else (0, 1)
         if shuffle and batch_size % self._world:
             raise ValueError(f"batch_size: expected a multiple of the {self._world} processes, got {batch_size}")
