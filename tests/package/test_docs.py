@@ -14,6 +14,7 @@ import torch
 from inputs import history_of, random_probs
 from networks import make_data, make_model
 from pages import block, blocks
+from safetensors_files import read_folder, write_folder
 
 import fmn_ref as fmn
 from fmn_ref import demo
@@ -149,6 +150,24 @@ def test_training_guide(capsys):
         exec(code, names)
     assert len(names["sweep"].rows) == 4
     assert names["student"](x_val).shape == (64, 4)
+    capsys.readouterr()
+
+
+def test_averaging_weights(data, capsys):
+    """The last block needs safetensors: tests/integrations/test_transformers.py has it."""
+    model, averaged = data["model"], blocks(page("average-weights"))
+    recorder = fmn.Recorder("run", model)
+    for epoch, name in enumerate(("checkpoint-500", "checkpoint-1000", "checkpoint-1500")):
+        torch.manual_seed(epoch)
+        model.load_state_dict(data["make_model"]().state_dict())
+        recorder.record(epoch, model.eval()(data["x_val"]), data["y_val"])
+        write_folder(name, model.state_dict())
+    data |= {"run": recorder.run, "plan": fmn.FusionPlan.from_weights({0: 0.2, 1: 0.3, 2: 0.5}, 3)}
+    exec(averaged[0], data)
+    exec(averaged[1], data)
+    found, _ = read_folder(data["folder"])
+    for name, p in data["model"].named_parameters():
+        assert torch.equal(found[name], p), name
     capsys.readouterr()
 
 
