@@ -42,8 +42,8 @@ def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool = False) ->
     """Store a state_dict; see `save_state`."""
     state = copy.copy(_renamed(state, {}))
     if half:
-        small = {id(value): _halved(value) for value in state.values()}
-        state.update({name: small[id(value)] for name, value in state.items()})
+        tensors = {name: value for name, value in state.items() if hasattr(value, "layout")}
+        state.update(_each_once(tensors, _halved))
     save(state, path)
 
 
@@ -167,18 +167,13 @@ def _compact(content: Any) -> Any:
     """Move tensors to the CPU, and copy those that are parts of larger ones: torch.save would store those whole."""
     import torch
 
-    copies: dict[Any, Tensor] = {}
-
     def alone(t: Tensor) -> Tensor:
         t = t.detach().to("cpu")
         if type(t) is not torch.Tensor or t.layout != torch.strided or t.untyped_storage().nbytes() <= t.nbytes:
             return t
-        key = t.data_ptr(), t.dtype, t.shape, t.stride()
-        if key not in copies:  # tied weights stay tied
-            copies[key] = t.clone()
-        return copies[key]
+        return t.clone()
 
-    return each_tensor(content, alone)
+    return _each_once(content, alone)
 
 
 def load(path: AnyPath, scan: bool = False, mapped: bool = False) -> Any:
@@ -255,15 +250,20 @@ def to_cpu(content: Any, *, copy: bool = False) -> Any:
 
     Tensors that share their memory, as tied weights do, share it afterwards.
     """
-    moved = dict[Any, Any]()
+    return _each_once(content, lambda t: t.detach().to("cpu", copy=copy))
 
-    def there(t: Tensor) -> Tensor:
+
+def _each_once(content: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Copy as `each_tensor` does, with one result for all tensors that share their memory: tied weights stay tied."""
+    found = dict[Any, Any]()
+
+    def once(t: Tensor) -> Tensor:
         key = memory(t)
-        if key not in moved:
-            moved[key] = t.detach().to("cpu", copy=copy)
-        return moved[key]  # type: ignore[no-any-return]
+        if key not in found:
+            found[key] = function(t)
+        return found[key]  # type: ignore[no-any-return]
 
-    return each_tensor(content, there)
+    return each_tensor(content, once)
 
 
 def memory(t: Tensor) -> Any:
