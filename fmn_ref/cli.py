@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, _files, _stderr
+from . import __version__, _files, _stderr, cli_import
 from .fusion.expectation import expected_gain
 from .fusion.fuse import fuse
 from .fusion.methods import method_names
@@ -30,9 +30,8 @@ from .metrics.scores import scores
 from .reporting.comparison import compare_probabilities
 from .reporting.report import write_report
 from .reporting.tables import csv_table
-from .runs import importers
 from .runs.load import check_outputs, error_line, has_labels, load_correct, load_epochs, load_labels, load_named
-from .runs.text import BYTES, id_array, read_ids
+from .runs.text import BYTES, read_ids
 
 PROBS = (
     "probabilities (n_epochs, n_samples, n_classes): an .npy file; an .npz file with 'probs', and optionally 'labels'; "
@@ -213,21 +212,11 @@ def command_demo(args: argparse.Namespace) -> None:
 
 
 def command_import(args: argparse.Namespace) -> None:
-    """Convert the records of another tool to an .npz file for `fmn-ref metric`.
+    """Make a run of saved checkpoints, or convert the records of another tool, for `fmn-ref metric`.
 
-    Example: fmn-ref import cartography training_dynamics -o history.npz
+    Example: fmn-ref import checkpoints runs/old --model mine:make_model --data mine:validation_data -o runs/imported
     """
-    if args.tool == "cartography":
-        logits, labels, ids = importers.from_cartography(args.path)
-        arrays: dict[str, Any] = {"scores": logits, "labels": labels}
-    else:
-        correct, indices = importers.from_toneva(args.path)
-        arrays, ids = {"correct": correct}, list(map(str, indices))
-    arrays["sample_ids"] = id_array(ids)
-    _files.write_atomic(args.output, lambda f: np.savez(f, **arrays))
-    shapes = {name: list(a.shape) for name, a in arrays.items()}
-    text = f"{args.output}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
-    print_result(args, {"output": args.output, **shapes}, text)
+    print_result(args, *cli_import.import_records(args))
 
 
 def command_bench(args: argparse.Namespace) -> None:
@@ -309,13 +298,6 @@ def fuse_options(add: Add) -> None:
     window_options(add)
 
 
-def import_options(add: Add) -> None:
-    tools = "cartography: dynamics_epoch_*.jsonl files; toneva: pickled example statistics"
-    add("tool", choices=["cartography", "toneva"], help=tools)
-    add("path", help="folder of the dynamics, or file of the statistics")
-    add("-o", "--output", default="history.npz", help="file to write (default history.npz)")
-
-
 def apply_options(add: Add) -> None:
     add("plan", help="plan.json, as fuse wrote it")
     add("probs", help=PROBS)
@@ -350,7 +332,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[Add], 
     "metric": (command_metric, metric_options),
     "bench": (command_bench, bench_options),
     "fuse": (command_fuse, fuse_options),
-    "import": (command_import, import_options),
+    "import": (command_import, cli_import.import_options),
     "apply": (command_apply, apply_options),
     "compare": (command_compare, compare_options),
     "report": (command_report, report_options),

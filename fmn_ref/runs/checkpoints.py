@@ -11,11 +11,14 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
-from . import archive
+from . import archive, references
 from .folder import AnyPath
+from .torch_files import load as load
+from .torch_files import reason
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -106,7 +109,7 @@ def check_readable(content: Any, name: str = "state") -> None:
         try:
             _round_trip(value)
         except Exception as error:  # of somebody else's class
-            fault = f"{where}: {type(value).__name__} could not be read back ({_reason(error)})"
+            fault = f"{where}: {type(value).__name__} could not be read back ({reason(error)})"
             hint = "give a tensor, a number, a text, or a list or dict of them"
             raise TypeError(f"{fault}; {hint}") from error
 
@@ -179,53 +182,25 @@ def _compact(content: Any) -> Any:
     return each_tensor(content, alone)
 
 
-def load(path: AnyPath, scan: bool = False) -> Any:
-    """Load a file that `save` or torch.save wrote, to the CPU.
-
-    Parameters
-    ----------
-    path : path
-    scan : bool, default False
-        Look into all that the file contains first. Needed if more than the tensors of a state_dict is used of it.
-
-    Raises
-    ------
-    FileNotFoundError
-    ValueError
-        The file is truncated or damaged (a checksum does not match), is no checkpoint, or holds more than tensors and
-        plain values. The message names the file and the cause.
-    """
-    import torch
-
-    with _files.reading(path, "a readable checkpoint of tensors") as file:
-        archive.check(file, scan or torch.__version__ < "2.13")  # later versions compare the sizes of tensors
-        file.seek(0)
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise
-        except Exception as error:
-            kind = MemoryError if "allocate memory" in str(error) else ValueError  # torch raises a RuntimeError
-            raise kind(_reason(error)) from error
-
-
 def is_own(path: AnyPath) -> bool:
     """Tell whether `save` wrote the file."""
     with _files.reading(path, "a checkpoint") as file:
         return archive.is_sealed(file)
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong, without torch's advice to run the code in a file."""
-    text = _files.cause(error).rpartition("WeightsUnpickler error: ")[2]
-    return re.sub(r"\x1b\[\d*m", "", text.partition(" Please use ")[0])
-
-
 def load_into(model: nn.Module, path: AnyPath) -> nn.Module:
     """Load a checkpoint into `model`; ValueError, which names the file, if names or shapes do not fit."""
-    inner, state = unwrap(model), load(path)
+    inner = unwrap(model)
+    if references.is_reference(path):
+        return load_weights(model, references.load_state(Path(path), inner), path)
+    return load_weights(model, _renamed(load(path), inner.state_dict()), path)
+
+
+def load_weights(model: nn.Module, state: dict[str, Any], path: AnyPath) -> nn.Module:
+    """Load a state_dict, which `path` names in errors, into `model`."""
+    inner = unwrap(model)
     try:
-        inner.load_state_dict(_renamed(state, inner.state_dict()))
+        inner.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit the model: {error}") from None
     drop_derived(inner)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import _check
 from ..fusion.plan import FusionPlan
 from ..metrics.scores import FLOOR
-from ..runs import checkpoints
+from ..runs import checkpoints, references
 from ..runs.run import Run
 from . import data
 from .copies import independent
@@ -341,7 +341,7 @@ def attached_model(run: Any) -> nn.Module:
         raise TypeError(f"run: expected a Run, got {type(run).__name__}")
     if not isinstance(run.model, nn.Module):
         hint = f"use Run.open({str(run.run_dir)!r}, model=...)"
-        if run.suffix != ".pt":
+        if run.suffix not in (".pt", references.SUFFIX):
             hint = f"this is for networks of torch, and its checkpoints are {run.suffix} files"
         raise ValueError(f"run: no model attached; {hint}")
     return checkpoints.unwrap(run.model)

@@ -1,0 +1,213 @@
+"""from_checkpoints: a run of the checkpoints that another program saved, each evaluated once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import _check, _files, _stderr
+from ..metrics.curves import correctness
+from ..runs import checkpoints, foreign, references
+from ..runs.discovery import find_checkpoints
+from ..runs.folder import AnyPath
+from ..runs.recorder import Recorder
+from ..runs.run import Run
+from .copies import independent
+from .data import Batches, Forward, arrays_digest, check_module, device_of, predict
+from .kept import KeptPredictions, data_digest
+from .logits import predicted_classes
+from .order import Order
+
+
+def from_checkpoints(
+    source: AnyPath | Iterable[AnyPath],
+    model: nn.Module,
+    data: Any,
+    run_dir: AnyPath,
+    *,
+    key: str | None = None,
+    forward_fn: Forward | None = None,
+    link: bool = True,
+    keep: str = "all",
+    half: bool = False,
+    keep_predictions: bool = False,
+    batch_size: int = 256,
+    progress: bool | None = None,
+) -> Run:
+    """Evaluate the checkpoints of a training that is over, and make a run of them.
+
+    Each checkpoint is evaluated once, in the order of epochs or steps, with one network in memory. If interrupted, call
+    it again to go on; called again later, it adds checkpoints that are new. Nothing from a file is executed.
+
+    Parameters
+    ----------
+    source : path, pattern or list of paths
+        A folder of files (.pt, .pth, .pth.tar, .ckpt, .bin, .safetensors), or of folders with one of these, with shards
+        and their index, or of torch.distributed.checkpoint. A text such as "runs/a/epoch_*.pt" is a pattern. Epochs
+        come from the names: the number after "epoch", after "step", after "checkpoint", else the one that differs;
+        without numbers, from "epoch" or "global_step" in the files. A folder's links and files named "last" or "best"
+        are left out with a warning.
+    model : torch.nn.Module
+        A network that the checkpoints fit, on the device to use. Its own weights do not change.
+    data : (inputs, labels), torch Dataset or DataLoader
+        Labelled data that the network was not trained on, always in the same order.
+    run_dir : path
+        Folder of the run; created if missing.
+    key : str, optional
+        Where the weights are in a file, if several state_dicts fit: "model_ema", or "a.b" for one inside another.
+        By default averaged copies (names with "ema", "swa") are not taken. Prefixes of names such as "module.",
+        "_orig_mod.", "model." and "net." are removed where the names of the model then fit exactly.
+    forward_fn : callable(model, batch) -> (logits, labels), optional
+        See `train`.
+    link : bool, default True
+        Refer to the files where they are; the run then needs them, unchanged. If False, the weights are copied.
+    keep : str, default "all"
+        Of `Recorder`: which copies, or references, stay.
+    half : bool, default False
+        Store copies in 16 bits; needs ``link=False``.
+    keep_predictions : bool, default False
+        Store the probabilities, as float16, so that `run.probabilities` of the same data reads instead of evaluating.
+    batch_size : int, default 256
+        Ignored for a DataLoader.
+    progress : bool, optional
+        Show a progress bar; default: if standard error is a terminal.
+
+    Returns
+    -------
+    Run
+        Its epochs are the numbers of the checkpoints, `run.history.epochs`.
+
+    Raises
+    ------
+    FileNotFoundError
+        No checkpoint is there.
+    TypeError, ValueError
+        A checkpoint is damaged, does not fit the model (what is missing and left over is listed) or changed since it
+        was recorded; two files claim one epoch; `run_dir` holds another run, or one of other data; the network returns
+        no finite logits.
+    ImportError
+        A .safetensors file, and safetensors is not installed.
+
+    Examples
+    --------
+    >>> import tempfile, torch, fmn_ref as fmn
+    >>> model, folder = torch.nn.Linear(8, 2), tempfile.mkdtemp()
+    >>> x = torch.randn(64, 8); y = (x[:, 0] > 0).long()
+    >>> for epoch in (1, 2, 10):
+    ...     torch.save({"epoch": epoch, "model": model.state_dict()}, f"{folder}/epoch_{epoch}.pt")
+    >>> run = fmn.from_checkpoints(folder, model, (x, y), tempfile.mkdtemp())
+    >>> run.history.epochs
+    (1, 2, 10)
+    """
+    check_module(model, "model")
+    if half and link:
+        raise ValueError("half: copies are stored in 16 bits, and nothing is copied; pass link=False")
+    files = find_checkpoints(source, _read_counter)
+    first = next(iter(files.values()))
+    if _files.absolute(run_dir).resolve() == first.parent.resolve():
+        raise ValueError(f"run_dir: {run_dir} is the folder of the checkpoints; choose another one")
+    evaluation = _Evaluation(model, data, forward_fn, batch_size, key)
+    digest = data_digest(data) if keep_predictions else ""
+    if digest is None:
+        raise TypeError("keep_predictions: the data holds objects by which it could not be recognised later")
+    evaluation.load(first)  # what does not fit is refused before anything is written
+    config = {"made_by": "from_checkpoints", "key": key, "link": link, "data": arrays_digest(data)}
+    options: dict[str, Any] = {"suffix": references.SUFFIX, "save": evaluation.refer} if link else {"half": half}
+    with Recorder(run_dir, model, keep, config=config, forward_fn=forward_fn, **options) as recorder:
+        new = _new_files(recorder, files, evaluation)
+        with _stderr.progress_bar(new.items(), "checkpoints", progress=progress) as bar:
+            for epoch, path in bar:
+                correct = evaluation.record(recorder, epoch, path, link, digest)
+                peak = recorder.peak_forget_fraction
+                bar.set_postfix_str(f"epoch {epoch}, accuracy {correct.mean():.1%}, peak F_e {peak:.1%}")
+        return recorder.run
+
+
+def _read_counter(path: Path, name: str) -> int | None:
+    return foreign.counter_of(foreign.read_content(path), name)
+
+
+class _Evaluation:
+    """One network that is evaluated with the weights of each checkpoint."""
+
+    def __init__(self, model: nn.Module, data: Any, forward_fn: Forward | None, batch_size: int, key: str | None):
+        self.network = independent(checkpoints.unwrap(model))
+        size = _check.number(batch_size, 1, 2**31, "batch_size", int)
+        self._batches, self._order = Batches(data, size, device_of(self.network)), Order(data, "data")
+        self._forward_fn, self._key = forward_fn, key
+        self._loaded: tuple[Path, str] | None = None
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Load a checkpoint into the network; return its weights."""
+        state, key = foreign.read_state(path, checkpoints.unwrap(self.network), self._key)
+        checkpoints.load_weights(self.network, state, path)
+        self._loaded = path, key
+        return self.network.state_dict()
+
+    def refer(self, path: Path) -> None:
+        """Write a reference to the checkpoint that is loaded."""
+        assert self._loaded is not None
+        references.write_reference(path, target=self._loaded[0], key=self._loaded[1])
+
+    def record(self, recorder: Recorder, epoch: int, path: Path, link: bool, digest: str) -> NDArray[np.bool_]:
+        """Evaluate a checkpoint, store its predictions if there is a digest of the data, and record it."""
+        weights = self.load(path)
+        with _naming(path):
+            output = _unchanged if digest else predicted_classes
+            outputs, labels = predict(
+                self.network, self._batches, forward_fn=self._forward_fn, output=output, order=self._order
+            )
+            correct = correctness(outputs, labels.cpu())
+        if digest:
+            kept = KeptPredictions(recorder.folder)
+            kept.begin(digest, labels.cpu().numpy())
+            kept.write(epoch, outputs.softmax(1).cpu().numpy())
+        recorder.record_correct(epoch, correct, labels.cpu(), weights=None if link else weights)
+        return correct
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the checkpoint in an error of its evaluation."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} (with the weights of {path})") from error
+
+
+def _new_files(recorder: Recorder, files: dict[int, Path], evaluation: _Evaluation) -> dict[int, Path]:
+    """Files that are not recorded yet; ValueError where a recorded one is another, or a new one lies between them."""
+    history = recorder.run.history.epochs if recorder.next_epoch else ()
+    new = {epoch: path for epoch, path in files.items() if epoch not in history}
+    late = [path for epoch, path in new.items() if epoch < recorder.next_epoch]
+    if late:
+        where = f"before epoch {recorder.next_epoch - 1}, which is recorded already"
+        raise ValueError(f"{late[0]}: comes {where}; evaluate the checkpoints again into another run_dir")
+    stored = {epoch: recorder.folder.checkpoint(epoch, recorder.run.suffix) for epoch in history}
+    there = [epoch for epoch in history if epoch in files and stored[epoch].exists()]
+    for epoch in there:
+        if references.is_reference(stored[epoch]):
+            references.follow(stored[epoch], files[epoch])
+        elif epoch == there[-1]:
+            _check_same(stored[epoch], files[epoch], evaluation)
+    return new
+
+
+def _check_same(stored: Path, path: Path, evaluation: _Evaluation) -> None:
+    """Refuse a file whose weights are not those of the copy, up to the rounding of 16 bits."""
+    state = checkpoints.snapshot(evaluation.load(path))
+    copied = checkpoints.load_into(evaluation.network, stored).state_dict()
+    tensors = [name for name, value in state.items() if isinstance(value, Tensor)]
+    if not all(torch.allclose(state[n].float(), copied[n].float(), 1e-3, 1e-7, equal_nan=True) for n in tensors):
+        raise ValueError(f"{path}: not the weights that were recorded as {stored.name}; choose another run_dir")
