@@ -360,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         _files.flush_output()
     except KeyboardInterrupt:
-        _stderr.say("fmn-ref: interrupted" + "; run it again to continue" * (args.command == "demo"))
+        _stderr.say("fmn-ref: interrupted" + "; run it again to continue" * (args.command in ("demo", "import")))
         return 130
     except Exception as error:  # whatever fails is told in one line
         with contextlib.suppress(OSError):

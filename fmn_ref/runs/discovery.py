@@ -197,7 +197,7 @@ def _listed(paths: Iterable[AnyPath]) -> list[_Checkpoint]:
 
 def _numbered(found: list[_Checkpoint], counter: Callable[[Path, str], Any]) -> dict[int, Path]:
     """Give each checkpoint its number."""
-    placed = [c for c in found if re.search(r"\d", c.name, re.ASCII)]
+    placed = sorted(c for c in found if re.search(r"\d", c.name, re.ASCII))
     if not placed:
         return _by_content(found, counter)
     unplaced = {c.name: "no number in its name" for c in found if c not in placed}

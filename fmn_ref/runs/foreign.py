@@ -117,9 +117,9 @@ def read_state(path: Path, model: nn.Module, key: str | None = None) -> tuple[di
         raise ValueError(f"{path}: expected {wanted}, got {_some(known) or type(content).__name__}")
     names = _Names(model)
     fitting = {name: fit for name, state in found.items() if (fit := names.fit(state)) is not None}
-    chosen = _choose(path, fitting) if fitting else ""
     if not fitting:
         raise ValueError(f"{path}: does not fit the model: {names.differences(found)}")
+    chosen = _choose(path, fitting) if key is None else key
     taken = {own: found[chosen][name] for own, name in fitting[chosen].items()}
     if path.is_dir():
         taken = distributed_files.read_tensors(path, taken)
