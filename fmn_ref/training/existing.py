@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 
 from .. import _check, _files, _stderr
 from ..metrics.curves import correctness
+from ..metrics.history import labels_digest
 from ..runs import checkpoints, foreign, references
 from ..runs.discovery import find_checkpoints
-from ..runs.folder import AnyPath
+from ..runs.folder import AnyPath, RunFolder
 from ..runs.recorder import Recorder
 from ..runs.run import Run
 from .copies import independent
-from .data import Batches, Forward, arrays_digest, check_module, device_of, predict
+from .data import Batches, Forward, Output, arrays_digest, check_module, device_of, predict
 from .kept import KeptPredictions, data_digest
 from .logits import predicted_classes
 from .order import Order
@@ -117,7 +117,8 @@ def from_checkpoints(
     digest = data_digest(data) if keep_predictions else ""
     if digest is None:
         raise TypeError("keep_predictions: the data holds objects by which it could not be recognised later")
-    evaluation.load(first)  # what does not fit is refused before anything is written
+    if not RunFolder(run_dir).run_json.exists():
+        evaluation.load(first)  # what does not fit is refused before anything is written
     config = {"made_by": "from_checkpoints", "key": key, "link": link, "data": arrays_digest(data)}
     options: dict[str, Any] = {"suffix": references.SUFFIX, "save": evaluation.refer} if link else {"half": half}
     with Recorder(run_dir, model, keep, config=config, forward_fn=forward_fn, **options) as recorder:
@@ -156,34 +157,29 @@ class _Evaluation:
         assert self._loaded is not None
         references.write_reference(path, target=self._loaded[0], key=self._loaded[1])
 
+    def evaluate(self, path: Path, output: Output = predicted_classes) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
+        """Predict with the checkpoint that is loaded, whose path is for errors: (outputs, labels, correctness)."""
+        try:
+            forward_fn, order = self._forward_fn, self._order
+            outputs, labels = predict(self.network, self._batches, forward_fn=forward_fn, output=output, order=order)
+            return outputs, labels.cpu(), correctness(outputs, labels.cpu())
+        except ValueError as error:
+            raise ValueError(f"{error} (with the weights of {path})") from error
+
     def record(self, recorder: Recorder, epoch: int, path: Path, link: bool, digest: str) -> NDArray[np.bool_]:
         """Evaluate a checkpoint, store its predictions if there is a digest of the data, and record it."""
         weights = self.load(path)
-        with _naming(path):
-            output = _unchanged if digest else predicted_classes
-            outputs, labels = predict(
-                self.network, self._batches, forward_fn=self._forward_fn, output=output, order=self._order
-            )
-            correct = correctness(outputs, labels.cpu())
+        outputs, labels, correct = self.evaluate(path, _unchanged if digest else predicted_classes)
         if digest:
             kept = KeptPredictions(recorder.folder)
-            kept.begin(digest, labels.cpu().numpy())
+            kept.begin(digest, labels.numpy())
             kept.write(epoch, outputs.softmax(1).cpu().numpy())
-        recorder.record_correct(epoch, correct, labels.cpu(), weights=None if link else weights)
+        recorder.record_correct(epoch, correct, labels, weights=None if link else weights)
         return correct
 
 
 def _unchanged(logits: Tensor) -> Tensor:
     return logits
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the checkpoint in an error of its evaluation."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{error} (with the weights of {path})") from error
 
 
 def _new_files(recorder: Recorder, files: dict[int, Path], evaluation: _Evaluation) -> dict[int, Path]:
@@ -199,15 +195,20 @@ def _new_files(recorder: Recorder, files: dict[int, Path], evaluation: _Evaluati
     for epoch in there:
         if references.is_reference(stored[epoch]):
             references.follow(stored[epoch], files[epoch])
-        elif epoch == there[-1]:
-            _check_same(stored[epoch], files[epoch], evaluation)
+    if there and not (references.is_reference(stored[there[-1]]) and recorder.run.config["data"]):
+        _check_latest(recorder.run, there[-1], files[there[-1]], evaluation)
     return new
 
 
-def _check_same(stored: Path, path: Path, evaluation: _Evaluation) -> None:
-    """Refuse a file whose weights are not those of the copy, up to the rounding of 16 bits."""
-    state = checkpoints.snapshot(evaluation.load(path))
-    copied = checkpoints.load_into(evaluation.network, stored).state_dict()
-    tensors = [name for name, value in state.items() if isinstance(value, Tensor)]
-    if not all(torch.allclose(state[n].float(), copied[n].float(), 1e-3, 1e-7, equal_nan=True) for n in tensors):
-        raise ValueError(f"{path}: not the weights that were recorded as {stored.name}; choose another run_dir")
+def _check_latest(run: Run, epoch: int, path: Path, evaluation: _Evaluation) -> None:
+    """Evaluate the latest recorded checkpoint once more: neither its weights nor the data may be others."""
+    row, weights = run.history.epochs.index(epoch), checkpoints.snapshot(evaluation.load(path))
+    _, labels, correct = evaluation.evaluate(path)
+    same = run.history.digest == labels_digest(labels) and np.mean(run.history[row] != correct) < 0.05  # by rounding
+    if same and not references.is_reference(run.checkpoints[row]):
+        copied = checkpoints.load_into(evaluation.network, run.checkpoints[row]).state_dict()
+        pairs = [(value, copied[name]) for name, value in weights.items() if isinstance(value, Tensor)]
+        same = all(torch.allclose(a.float(), b.float(), 1e-3, 1e-7, equal_nan=True) for a, b in pairs)  # of 16 bits
+    if not same:
+        what = f"holds a run of other checkpoints than {path}, or of other data"
+        raise ValueError(f"run_dir: {run.folder.given} {what}; choose another folder")

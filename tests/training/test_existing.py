@@ -254,7 +254,7 @@ def test_other_checkpoints_in_the_same_run_are_refused(folder, tmp_path):
         torch.save(state, tmp_path / "other" / f"epoch_{epoch}.pt")
     with pytest.raises(ValueError, match=r"epoch_1\.pt: epoch_1\.pt changed"):
         fmn.from_checkpoints(tmp_path / "other", make_model(), VAL, tmp_path / "run")
-    with pytest.raises(ValueError, match="not the weights that were recorded as epoch_00003"):
+    with pytest.raises(ValueError, match="holds a run of other checkpoints than"):
         fmn.from_checkpoints(tmp_path / "other", make_model(), VAL, tmp_path / "copies", link=False)
 
 
@@ -263,6 +263,17 @@ def test_other_data_is_refused(folder, tmp_path):
     fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
     with pytest.raises(ValueError, match="data: the run in"):
         fmn.from_checkpoints(folder, make_model(), TEST, tmp_path / "run")
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_other_data_in_a_loader_is_refused(folder, tmp_path, link):
+    plain(folder, 2)
+    fmn.from_checkpoints(folder, make_model(), loader(VAL), tmp_path / "run", link=link)
+    fmn.from_checkpoints(folder, make_model(), loader(VAL, 50), tmp_path / "run", link=link)
+    order = torch.arange(240).roll(1)
+    for other in (TEST, (VAL[0][order], VAL[1]), (VAL[0][:100], VAL[1][:100])):
+        with pytest.raises(ValueError, match=r"holds a run of other checkpoints than .*, or of other data"):
+            fmn.from_checkpoints(folder, make_model(), loader(other), tmp_path / "run", link=link)
 
 
 def test_an_epoch_before_the_recorded_ones_is_refused(folder, tmp_path):
