@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
-from . import foreign
 from .folder import AnyPath
 
 if TYPE_CHECKING:
@@ -92,10 +91,14 @@ def _compare(path: Path, target: Path) -> None:
 
 def _stamp(target: Path) -> dict[str, dict[str, int]]:
     """Size and time of each file of a checkpoint, by name."""
+    from . import foreign  # loaded late: opening a run needs none of it
+
     found = {path.name: path.stat() for path in foreign.files_of(target)}
     return {name: {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in found.items()}
 
 
 def load_state(path: Path, model: nn.Module) -> dict[str, Any]:
     """Read the weights that a reference stands for, under the names of the model."""
+    from . import foreign
+
     return foreign.read_state(check_unchanged(path), model, read_reference(path)["key"])[0]
