@@ -10,6 +10,7 @@ import glob
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,8 +59,11 @@ def find_checkpoints(source: AnyPath | Iterable[AnyPath], counter: Callable[[Pat
     """
     if isinstance(source, (str, os.PathLike)):
         found, left_out = _search(source)
-    else:
+    elif isinstance(source, Iterable) and not isinstance(source, bytes):
+        source = list(source)
         found, left_out = _listed(source), {}
+    else:
+        raise TypeError(f"source: expected a folder, a pattern or a list of paths, got {type(source).__name__}")
     if not found:
         reasons = f"; left out: {_some(left_out)}" if left_out else _hint(source)
         raise FileNotFoundError(f"{source}: no checkpoints there{reasons}")
@@ -97,7 +101,7 @@ def _search(source: AnyPath) -> tuple[list[_Checkpoint], dict[str, str]]:
         paths = [Path(path) for path in glob.glob(str(top))]
         top = _shared_folder(paths) if paths else top
     elif top.exists():
-        paths, top = [top], top.parent
+        return _listed([top]), {}
     else:
         raise FileNotFoundError(f"{source}: no such folder")
     found, left_out = list[_Checkpoint](), dict[str, str]()
@@ -112,8 +116,8 @@ def _search(source: AnyPath) -> tuple[list[_Checkpoint], dict[str, str]]:
 
 
 def _shared_folder(paths: list[Path]) -> Path:
-    """The folder from which the paths' names differ; of a single path, one level higher if its name has no number."""
-    alone = len(paths) == 1 and not re.search(r"\d", paths[0].name, re.ASCII)
+    """The folder from which the paths' names differ; of a single path, one level higher if that one names an epoch."""
+    alone = len(paths) == 1 and not re.search(r"\d", paths[0].name, re.ASCII) and _labelled(paths[0].parent.name)
     return paths[0].parent.parent if alone else Path(os.path.commonpath([path.parent for path in paths]))
 
 
@@ -151,6 +155,8 @@ def _inside(folder: Path) -> Path | str | None:
     """The checkpoint in a folder of its own; the reason if it cannot be told; None if there is none."""
     if (folder / distributed_files.METADATA).is_file():
         return folder
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return "may not be read"
     for name in _KNOWN:
         if (folder / name).is_file():
             return "a link inside" if (folder / name).is_symlink() else folder / name
@@ -205,7 +211,7 @@ def _numbered(found: list[_Checkpoint], counter: Callable[[Path, str], Any]) -> 
         logger.warning("left out: %s", _some(unplaced))
     labelled = [_labelled(c.name) for c in placed]
     shared = [label for label in _LABELS if all(label in numbers for numbers in labelled)]
-    columns = [(f"the {label}", [numbers[label] for numbers in labelled]) for label in shared]
+    columns = [(label, [numbers[label] for numbers in labelled]) for label in shared]
     if not columns:
         columns = _varying(placed)
     for what, numbers in columns:
@@ -215,17 +221,9 @@ def _numbered(found: list[_Checkpoint], counter: Callable[[Path, str], Any]) -> 
                 logger.warning("%s: took %s for the epoch", placed[0].name, what)
             return {_checked(n, c.name): c.path for n, c in zip(numbers, placed, strict=True)}
     what, numbers = columns[0]
-    first, second = _twins(placed, numbers)
-    raise ValueError(f"{first} and {second}: both claim {what} of the same number; choose with a pattern or a list")
-
-
-def _twins(placed: list[_Checkpoint], numbers: list[int]) -> tuple[str, str]:
-    seen = dict[int, str]()
-    for number, (name, _) in sorted(zip(numbers, placed, strict=True)):
-        if number in seen:
-            return seen[number], name
-        seen[number] = name
-    raise AssertionError(numbers)
+    twice = next(n for n, count in Counter(numbers).items() if count > 1)
+    first, second, *_ = (c.name for n, c in zip(numbers, placed, strict=True) if n == twice)
+    raise ValueError(f"{first} and {second}: both claim {what} {twice}; choose with a pattern or a list")
 
 
 def _checked(number: int, name: str) -> int:

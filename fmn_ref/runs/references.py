@@ -24,10 +24,9 @@ def is_reference(path: AnyPath) -> bool:
     return str(path).endswith(SUFFIX)
 
 
-def write_reference(path: Path, *, target: Path, key: str) -> None:
-    """Write a reference to a checkpoint, as it is now; `key` as `foreign.read_state` returned it."""
-    stamp = _stamp(target)
-    content = {"format": FORMAT, "version": 1, "path": str(target), "key": key, "files": stamp}
+def write_reference(path: Path, *, target: Path, key: str, files: dict[str, Any]) -> None:
+    """Write a reference to a checkpoint, with its `stamp` and the key that `foreign.read_state` returned."""
+    content = {"format": FORMAT, "version": 1, "path": str(target), "key": key, "files": files}
     _files.write_json(path, content)
 
 
@@ -77,11 +76,12 @@ def follow(path: Path, target: Path) -> None:
     """Let a reference refer to where its checkpoint was moved; ValueError if it is not the same checkpoint."""
     _compare(path, target)
     if target_of(path) != target:
-        write_reference(path, target=target, key=read_reference(path)["key"])
+        content = read_reference(path)
+        write_reference(path, target=target, key=content["key"], files=content["files"])
 
 
 def _compare(path: Path, target: Path) -> None:
-    recorded, now = read_reference(path)["files"], _stamp(target)
+    recorded, now = read_reference(path)["files"], stamp(target)
     for name in sorted(now.keys() | recorded.keys()):
         was, is_ = recorded.get(name), now.get(name)
         if was != is_:
@@ -89,7 +89,7 @@ def _compare(path: Path, target: Path) -> None:
             raise ValueError(f"{target}: {name} changed since it was recorded ({was} before, {is_} now); {hint}")
 
 
-def _stamp(target: Path) -> dict[str, dict[str, int]]:
+def stamp(target: Path) -> dict[str, dict[str, int]]:
     """Size and time of each file of a checkpoint, by name."""
     from . import foreign  # loaded late: opening a run needs none of it
 

@@ -143,26 +143,26 @@ class _Evaluation:
         size = _check.number(batch_size, 1, 2**31, "batch_size", int)
         self._batches, self._order = Batches(data, size, device_of(self.network)), Order(data, "data")
         self._forward_fn, self._key = forward_fn, key
-        self._loaded: tuple[Path, str] | None = None
+        self._loaded = dict[str, Any]()  # what a reference to the checkpoint says
 
     def load(self, path: Path) -> dict[str, Any]:
         """Load a checkpoint into the network; return its weights."""
+        files = references.stamp(path)  # before it is read: it may change meanwhile
         state, key = foreign.read_state(path, checkpoints.unwrap(self.network), self._key)
         checkpoints.load_weights(self.network, state, path)
-        self._loaded = path, key
+        self._loaded = {"target": path, "key": key, "files": files}
         return self.network.state_dict()
 
     def refer(self, path: Path) -> None:
         """Write a reference to the checkpoint that is loaded."""
-        assert self._loaded is not None
-        references.write_reference(path, target=self._loaded[0], key=self._loaded[1])
+        references.write_reference(path, **self._loaded)
 
     def evaluate(self, path: Path, output: Output = predicted_classes) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
         """Predict with the checkpoint that is loaded, whose path is for errors: (outputs, labels, correctness)."""
         try:
             forward_fn, order = self._forward_fn, self._order
             outputs, labels = predict(self.network, self._batches, forward_fn=forward_fn, output=output, order=order)
-            return outputs, labels.cpu(), correctness(outputs, labels.cpu())
+            return outputs.cpu(), labels.cpu(), correctness(outputs.cpu(), labels.cpu())
         except ValueError as error:
             raise ValueError(f"{error} (with the weights of {path})") from error
 
@@ -173,7 +173,7 @@ class _Evaluation:
         if digest:
             kept = KeptPredictions(recorder.folder)
             kept.begin(digest, labels.numpy())
-            kept.write(epoch, outputs.softmax(1).cpu().numpy())
+            kept.write(epoch, outputs.softmax(1).numpy())
         recorder.record_correct(epoch, correct, labels, weights=None if link else weights)
         return correct
 

@@ -162,7 +162,7 @@ def several_in_one_epoch(folder):
 def lightnings_second_version(folder):
     save_all(folder, "epoch={}.ckpt")
     torch.save(weights(2), folder / "epoch=2-v1.ckpt")
-    return Refused("epoch=2-v1.ckpt and epoch=2.ckpt: both claim the epoch")
+    return Refused("epoch=2-v1.ckpt and epoch=2.ckpt: both claim epoch 2")
 
 
 @case

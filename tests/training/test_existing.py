@@ -410,8 +410,53 @@ def test_a_list_of_files(folder, tmp_path):
     plain(folder, 4)
     paths = [folder / f"epoch_{epoch}.pt" for epoch in (4, 2)]
     assert fmn.from_checkpoints(paths, make_model(), VAL, tmp_path / "run").history.epochs == (2, 4)
+    one = fmn.from_checkpoints(folder / "epoch_3.pt", make_model(), VAL, tmp_path / "one")
+    assert one.history.epochs == (3,)
     with pytest.raises(FileNotFoundError, match=r"epoch_9\.pt: no such checkpoint"):
         fmn.from_checkpoints([folder / "epoch_9.pt"], make_model(), VAL, tmp_path / "other")
+
+
+def test_the_only_file_of_a_numbered_folder(folder, tmp_path):
+    """The folder's number counts where it says epoch or step, not a year or the like."""
+    for name in ("checkpoint-70", "run-2024"):
+        (folder / name).mkdir()
+        torch.save({"epoch": 4, "model": states(1)[0][0]}, folder / name / "weights.bin")
+    named = fmn.from_checkpoints(f"{folder}/checkpoint-*/weights.bin", make_model(), VAL, tmp_path / "named")
+    assert named.history.epochs == (70,)
+    inside = fmn.from_checkpoints(folder / "run-2024" / "weights.bin", make_model(), VAL, tmp_path / "inside")
+    assert inside.history.epochs == (4,)
+
+
+@pytest.mark.parametrize("copies", [{}, {"link": False}, {"keep_predictions": True}])
+def test_a_network_that_cannot_be_copied(folder, tmp_path, copies):
+    """A forward that was replaced on the instance: the weights are swapped in and put back."""
+    plain(folder, 3)
+    model = make_model()
+    original = model.forward
+    model.forward = lambda x: original(x)
+    run = fmn.from_checkpoints(folder, model, VAL, tmp_path / "run", **copies)
+    np.testing.assert_array_equal(run.history.correct(), by_plain_loop(tmp_path / "own", 3).correct())
+    right = fmn.correctness(np.stack(run.probabilities(VAL)[:]), VAL[1])
+    assert (right != run.history.correct()).mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"format": "fmn_ref.reference", "version": 2}',
+        '{"format": "fmn_ref.reference", "version": 1, "path": 3, "key": "", "files": {}}',
+        '{"format": "fmn_ref.reference", "version": 1, "path": "/gone\\u0000", "key": "", "files": {}}',
+        '{"format": "fmn_ref.reference", "version": 1, "path": "gone.pt", "key": "", "files": {}}',
+    ],
+)
+def test_a_damaged_reference_is_named(folder, tmp_path, text):
+    plain(folder, 1)
+    run = fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
+    run.checkpoint(0).write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"epoch_00001\.ref\.json|gone"):
+        run.probabilities(VAL)[0]
 
 
 def test_timms_layout(folder, tmp_path):
@@ -469,6 +514,9 @@ def test_arguments(folder, tmp_path):
     plain(folder, 1)
     with pytest.raises(TypeError, match="model: expected a torch"):
         fmn.from_checkpoints(folder, "resnet", VAL, tmp_path / "run")
+    for source in (None, b"old", 3):
+        with pytest.raises(TypeError, match="source: expected a folder, a pattern or a list of paths"):
+            fmn.from_checkpoints(source, make_model(), VAL, tmp_path / "run")
     with pytest.raises(ValueError, match=r"half: .*link=False"):
         fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run", half=True)
     with pytest.raises(ValueError, match=r"run_dir: .* is the folder of the checkpoints"):
