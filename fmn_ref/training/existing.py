@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -113,102 +113,142 @@ def from_checkpoints(
     first = next(iter(files.values()))
     if _files.absolute(run_dir).resolve() == first.parent.resolve():
         raise ValueError(f"run_dir: {run_dir} is the folder of the checkpoints; choose another one")
-    evaluation = _Evaluation(model, data, forward_fn, batch_size, key)
+    loader = _Loader(key)
+    evaluation = Evaluation(model, data, loader.load, forward_fn=forward_fn, batch_size=batch_size)
     digest = data_digest(data) if keep_predictions else ""
     if digest is None:
         raise TypeError("keep_predictions: the data holds objects by which it could not be recognised later")
     if not RunFolder(run_dir).run_json.exists():
         evaluation.load(first)  # what does not fit is refused before anything is written
     config = {"made_by": "from_checkpoints", "key": key, "link": link, "data": arrays_digest(data)}
-    options: dict[str, Any] = {"suffix": references.SUFFIX, "save": evaluation.refer} if link else {"half": half}
+    options: dict[str, Any] = {"suffix": references.SUFFIX, "save": loader.refer} if link else {"half": half}
     with Recorder(run_dir, model, keep, config=config, forward_fn=forward_fn, **options) as recorder:
-        new = _new_files(recorder, files, evaluation)
-        with _stderr.progress_bar(new.items(), "checkpoints", progress=progress) as bar:
-            for epoch, path in bar:
-                correct = evaluation.record(recorder, epoch, path, link, digest)
-                peak = recorder.peak_forget_fraction
-                bar.set_postfix_str(f"epoch {epoch}, accuracy {correct.mean():.1%}, peak F_e {peak:.1%}")
-        return recorder.run
+        return evaluation.record(recorder, files, digest=digest, progress=progress)
 
 
 def _read_counter(path: Path, name: str) -> int | None:
     return foreign.counter_of(foreign.read_content(path), name)
 
 
-class _Evaluation:
-    """One network that is evaluated with the weights of each checkpoint."""
+class _Loader:
+    """Reads checkpoints, and refers to the latest one."""
 
-    def __init__(self, model: nn.Module, data: Any, forward_fn: Forward | None, batch_size: int, key: str | None):
-        self.network = independent(checkpoints.unwrap(model))
+    def __init__(self, key: str | None) -> None:
+        self._key, self._loaded = key, dict[str, Any]()
+
+    def load(self, network: nn.Module, path: Path) -> None:
+        """Load a checkpoint into the network."""
+        files = references.stamp(path)  # before it is read: it may change meanwhile
+        state, key = foreign.read_state(path, network, self._key)
+        checkpoints.load_weights(network, state, path)
+        self._loaded = {"target": path, "key": key, "files": files}
+
+    def refer(self, path: Path) -> None:
+        """Write a reference to the checkpoint that was loaded last."""
+        references.write_reference(path, **self._loaded)
+
+
+class Evaluation:
+    """One network that is evaluated with the weights of each checkpoint.
+
+    Parameters
+    ----------
+    model : nn.Module
+        It does not change.
+    data, forward_fn, batch_size
+        As in `from_checkpoints`.
+    load : callable(network, path)
+        Loads a checkpoint into the network.
+    name : str
+        Of the argument `data`, for messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        load: Callable[[nn.Module, Path], object],
+        *,
+        forward_fn: Forward | None = None,
+        batch_size: int = 256,
+        name: str = "data",
+    ) -> None:
+        self._network = independent(checkpoints.unwrap(model))
         size = _check.number(batch_size, 1, 2**31, "batch_size", int)
-        self._batches, self._order = Batches(data, size, device_of(self.network)), Order(data, "data")
-        self._forward_fn, self._key = forward_fn, key
-        self._loaded = dict[str, Any]()  # what a reference to the checkpoint says
+        self._batches, self._order = Batches(data, size, device_of(self._network)), Order(data, name)
+        self._load, self._forward_fn, self._name = load, forward_fn, name
 
     def load(self, path: Path) -> dict[str, Any]:
         """Load a checkpoint into the network; return its weights."""
-        files = references.stamp(path)  # before it is read: it may change meanwhile
-        state, key = foreign.read_state(path, checkpoints.unwrap(self.network), self._key)
-        checkpoints.load_weights(self.network, state, path)
-        self._loaded = {"target": path, "key": key, "files": files}
-        return self.network.state_dict()
+        self._load(self._network, path)
+        return self._network.state_dict()
 
-    def refer(self, path: Path) -> None:
-        """Write a reference to the checkpoint that is loaded."""
-        references.write_reference(path, **self._loaded)
+    def record(
+        self, recorder: Recorder, files: dict[int, Path], *, digest: str = "", progress: bool | None = None
+    ) -> Run:
+        """Record the checkpoints that are not recorded yet, and keep predictions if there is a digest of the data."""
+        new = self._new_files(recorder, files)
+        with _stderr.progress_bar(new.items(), "checkpoints", progress=progress) as bar:
+            for epoch, path in bar:
+                accuracy = self._record_one(recorder, epoch, path, digest).mean()
+                peak = recorder.peak_forget_fraction
+                bar.set_postfix_str(f"epoch {epoch}, accuracy {accuracy:.1%}, peak F_e {peak:.1%}")
+        return recorder.run
 
-    def evaluate(self, path: Path, output: Output = predicted_classes) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
-        """Predict with the checkpoint that is loaded, whose path is for errors: (outputs, labels, correctness)."""
-        try:
-            forward_fn, order = self._forward_fn, self._order
-            outputs, labels = predict(self.network, self._batches, forward_fn=forward_fn, output=output, order=order)
-            return outputs.cpu(), labels.cpu(), correctness(outputs.cpu(), labels.cpu())
-        except ValueError as error:
-            raise ValueError(f"{error} (with the weights of {path})") from error
-
-    def record(self, recorder: Recorder, epoch: int, path: Path, link: bool, digest: str) -> NDArray[np.bool_]:
-        """Evaluate a checkpoint, store its predictions if there is a digest of the data, and record it."""
+    def _record_one(self, recorder: Recorder, epoch: int, path: Path, digest: str) -> NDArray[np.bool_]:
         weights = self.load(path)
-        outputs, labels, correct = self.evaluate(path, _unchanged if digest else predicted_classes)
+        outputs, labels, correct = self._evaluate(path, _unchanged if digest else predicted_classes)
         if digest:
             kept = KeptPredictions(recorder.folder)
             kept.begin(digest, labels.numpy())
             kept.write(epoch, outputs.softmax(1).numpy())
-        recorder.record_correct(epoch, correct, labels, weights=None if link else weights)
+        recorder.record_correct(epoch, correct, labels, weights=weights)
         return correct
+
+    def _evaluate(self, path: Path, output: Output = predicted_classes) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
+        """Predict with the checkpoint that is loaded, whose path is for errors: (outputs, labels, correctness)."""
+        try:
+            forward_fn, order = self._forward_fn, self._order
+            outputs, labels = predict(self._network, self._batches, forward_fn=forward_fn, output=output, order=order)
+            return outputs.cpu(), labels.cpu(), correctness(outputs.cpu(), labels.cpu())
+        except ValueError as error:
+            raise ValueError(f"{error} (with the weights of {path})") from error
+
+    def _new_files(self, recorder: Recorder, files: dict[int, Path]) -> dict[int, Path]:
+        """Files that are not recorded; ValueError where a recorded one is another, or a new one lies between them."""
+        history = recorder.run.history.epochs if recorder.next_epoch else ()
+        new = {epoch: path for epoch, path in files.items() if epoch not in history}
+        for epoch, path in new.items():
+            if epoch < recorder.next_epoch:
+                raise self._refusal(recorder.folder, f"{path}, which comes before epoch {recorder.next_epoch - 1}")
+        stored = {epoch: recorder.folder.checkpoint(epoch, recorder.run.suffix) for epoch in history}
+        there = [epoch for epoch in history if epoch in files]
+        referred = [epoch for epoch in there if stored[epoch].exists() and references.is_reference(stored[epoch])]
+        for epoch in referred:
+            references.follow(stored[epoch], files[epoch])
+        if there and not (there[-1:] == referred[-1:] and recorder.run.config.get("data")):
+            self._check_latest(recorder.run, there[-1], files[there[-1]])
+        return new
+
+    def _check_latest(self, run: Run, epoch: int, path: Path) -> None:
+        """Evaluate the latest recorded checkpoint once more: neither its weights nor the data may be others."""
+        row, weights = run.history.epochs.index(epoch), checkpoints.snapshot(self.load(path))
+        _, labels, correct = self._evaluate(path)
+        same = run.history.digest == labels_digest(labels)
+        same = same and bool(np.mean(run.history[row] != correct) < 0.05)  # another device may round differently
+        stored = run.checkpoints[row]
+        if same and stored.exists() and not references.is_reference(stored):
+            copied = checkpoints.load_into(self._network, stored).state_dict()
+            pairs = [(value, copied[name]) for name, value in weights.items() if isinstance(value, Tensor)]
+            same = all(torch.allclose(a.float(), b.float(), 1e-3, 1e-7, equal_nan=True) for a, b in pairs)  # of 16 bits
+        if not same:
+            raise self._refusal(run.folder, f"{path}, or of other {self._name}")
+
+    def _refusal(self, folder: RunFolder, what: str) -> ValueError:
+        return ValueError(
+            f"run_dir: {folder.given} holds a run of other checkpoints than {what}; choose another folder"
+        )
 
 
 def _unchanged(logits: Tensor) -> Tensor:
     return logits
-
-
-def _new_files(recorder: Recorder, files: dict[int, Path], evaluation: _Evaluation) -> dict[int, Path]:
-    """Files that are not recorded yet; ValueError where a recorded one is another, or a new one lies between them."""
-    history = recorder.run.history.epochs if recorder.next_epoch else ()
-    new = {epoch: path for epoch, path in files.items() if epoch not in history}
-    late = [path for epoch, path in new.items() if epoch < recorder.next_epoch]
-    if late:
-        where = f"before epoch {recorder.next_epoch - 1}, which is recorded already"
-        raise ValueError(f"{late[0]}: comes {where}; evaluate the checkpoints again into another run_dir")
-    stored = {epoch: recorder.folder.checkpoint(epoch, recorder.run.suffix) for epoch in history}
-    there = [epoch for epoch in history if epoch in files and stored[epoch].exists()]
-    for epoch in there:
-        if references.is_reference(stored[epoch]):
-            references.follow(stored[epoch], files[epoch])
-    if there and not (references.is_reference(stored[there[-1]]) and recorder.run.config["data"]):
-        _check_latest(recorder.run, there[-1], files[there[-1]], evaluation)
-    return new
-
-
-def _check_latest(run: Run, epoch: int, path: Path, evaluation: _Evaluation) -> None:
-    """Evaluate the latest recorded checkpoint once more: neither its weights nor the data may be others."""
-    row, weights = run.history.epochs.index(epoch), checkpoints.snapshot(evaluation.load(path))
-    _, labels, correct = evaluation.evaluate(path)
-    same = run.history.digest == labels_digest(labels) and np.mean(run.history[row] != correct) < 0.05  # by rounding
-    if same and not references.is_reference(run.checkpoints[row]):
-        copied = checkpoints.load_into(evaluation.network, run.checkpoints[row]).state_dict()
-        pairs = [(value, copied[name]) for name, value in weights.items() if isinstance(value, Tensor)]
-        same = all(torch.allclose(a.float(), b.float(), 1e-3, 1e-7, equal_nan=True) for a, b in pairs)  # of 16 bits
-    if not same:
-        what = f"holds a run of other checkpoints than {path}, or of other data"
-        raise ValueError(f"run_dir: {run.folder.given} {what}; choose another folder")

@@ -281,7 +281,7 @@ def test_an_epoch_before_the_recorded_ones_is_refused(folder, tmp_path):
     (folder / "epoch_2.pt").rename(tmp_path / "epoch_2.pt")
     fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
     (tmp_path / "epoch_2.pt").rename(folder / "epoch_2.pt")
-    with pytest.raises(ValueError, match=r"epoch_2\.pt: comes before epoch 3"):
+    with pytest.raises(ValueError, match=r"epoch_2\.pt, which comes before epoch 3"):
         fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
 
 
@@ -404,6 +404,27 @@ def test_a_compiled_model_takes_the_files(folder, tmp_path):
     model = torch.compile(make_model(), backend="eager")
     run = fmn.from_checkpoints(folder, model, VAL, tmp_path / "run")
     np.testing.assert_array_equal(run.history.correct(), by_plain_loop(tmp_path / "own", 2).correct())
+
+
+def test_what_is_left_out_or_guessed_is_said(folder, tmp_path, caplog):
+    for name in ("a_1_7.pt", "a_2_9.pt", "last.pt", "a_3_8.pt.tmp", "readme.txt"):
+        torch.save(make_model().state_dict(), folder / name)
+    run = fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
+    assert run.history.epochs == (1, 2)
+    assert "left out: a_3_8.pt.tmp (unfinished, by its name), last.pt (a copy, by its name)" in caplog.text
+    assert "took number 1 of the name for the epoch" in caplog.text
+    assert "readme" not in caplog.text
+
+
+def test_one_progress_bar(folder, tmp_path, capsys):
+    plain(folder, 3)
+    run = fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run", progress=True)
+    printed = capsys.readouterr().err
+    peak = fmn.forget_fraction(run.history).max()
+    assert f"epoch 3, accuracy {run.history[2].mean():.1%}, peak F_e {peak:.1%}" in printed
+    assert "3/3" in printed
+    fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "quiet", progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_list_of_files(folder, tmp_path):
