@@ -14,17 +14,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import _files
+from . import archive
 from .pickles import scan
+from .torch_files import reason
 
 METADATA = ".metadata"
-_CLASSES: tuple[str, ...] = (
-    "Metadata",
-    "MetadataIndex",
-    "TensorStorageMetadata",
-    "BytesStorageMetadata",
-    "TensorProperties",
-)
-_CLASSES += ("ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING")
+_CLASSES = ["Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties"]
+_CLASSES += ["ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"]
 _ALLOWED = {f"torch.distributed.checkpoint.metadata.{name}" for name in _CLASSES}
 _ALLOWED |= {f"torch.distributed.checkpoint.filesystem.{name}" for name in ("_StorageInfo", "_StoragePrefix")}
 _ALLOWED |= {"torch.Size", "torch.serialization._get_layout", "collections.OrderedDict", "builtins.set"}
@@ -64,6 +60,8 @@ def read_metadata(folder: Path) -> Any:
                 raise ValueError(f"its file {path.name!r} is not in the folder")
         known = sum(path.stat().st_size for path in paths)
         for name, entry in tensors_of(found).items():
+            if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+                raise ValueError(f"parts of {name} are missing")
             if math.prod(entry.size) * entry.properties.dtype.itemsize > known:
                 raise ValueError(f"{name} is larger than the files")
         return found
@@ -89,9 +87,21 @@ def outline(folder: Path) -> dict[str, Any]:
     return tree
 
 
+def _check_parts(folder: Path, names: set[str]) -> None:
+    """Check the archive of each part of the tensors, which torch's reader does not."""
+    for index, info in read_metadata(folder).storage_data.items():
+        if index.fqn in names and not getattr(info, "transform_descriptors", None):
+            with _files.opened(folder / str(info.relative_path)) as file:
+                file.seek(info.offset)
+                part = io.BytesIO(file.read(info.length))
+            with _files.naming(folder / str(info.relative_path), f"a readable file of {index.fqn}"):
+                archive.check(part)
+
+
 def read_tensors(folder: Path, outlined: dict[str, Any]) -> dict[str, Any]:
     """Read the tensors of a part of the outline."""
     import torch
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -100,8 +110,13 @@ def read_tensors(folder: Path, outlined: dict[str, Any]) -> dict[str, Any]:
             return read_metadata(folder)
 
     meta = {key: t for key, t in outlined.items() if isinstance(t, torch.Tensor)}
-    found = {t.fmn_name: torch.empty(t.shape, dtype=t.dtype) for t in meta.values()}  # type: ignore[attr-defined]
+    found = {t.fmn_name: torch.zeros(t.shape, dtype=t.dtype) for t in meta.values()}  # type: ignore[attr-defined]
     with _files.naming(folder, "a readable distributed checkpoint"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that there is one process
-        load(found, storage_reader=Reader(folder), no_dist=True)
+        _check_parts(folder, set(found))
+        try:
+            load(found, storage_reader=Reader(folder), no_dist=True)
+        except CheckpointException as error:  # no Exception, but an interruption as well
+            failure, _ = next(iter(error.failures.values()))
+            raise ValueError(reason(failure)) if isinstance(failure, Exception) else failure from None
     return {key: found[t.fmn_name] for key, t in meta.items()}  # type: ignore[attr-defined]

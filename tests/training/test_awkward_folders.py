@@ -748,12 +748,38 @@ def distributed_metadata_that_leads_outside(folder):
 
 
 @case
+def a_damaged_byte_in_a_distributed_file(folder):
+    path = next(save_distributed(folder, (1,)).glob("*.distcp"))
+    data = bytearray(path.read_bytes())
+    data[bytes(data).index(weights(1)["weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    return Refused("not a readable file of model.module.weight: the checksum")
+
+
+@case
+def a_distributed_file_cut_short(folder):
+    path = next(save_distributed(folder, (1,)).glob("*.distcp"))
+    path.write_bytes(path.read_bytes()[:100])
+    return Refused("not a readable file of model.module.")
+
+
+@case
 def a_distributed_tensor_that_asks_for_memory(folder):
     place = save_distributed(folder, (1,))
     metadata = pickle.loads((place / ".metadata").read_bytes())
-    metadata.state_dict_metadata["model.module.weight"].size = torch.Size((2**40, 2**20))
+    entry = metadata.state_dict_metadata["model.module.weight"]
+    entry.size = entry.chunks[0].sizes = torch.Size((2**40, 2**20))
     (place / ".metadata").write_bytes(pickle.dumps(metadata))
     return Refused("model.module.weight is larger than the files")
+
+
+@case
+def a_part_of_a_distributed_tensor_missing(folder):
+    place = save_distributed(folder, (1,))
+    metadata = pickle.loads((place / ".metadata").read_bytes())
+    metadata.state_dict_metadata["model.module.weight"].chunks[0].sizes = torch.Size((2, N_IN))
+    (place / ".metadata").write_bytes(pickle.dumps(metadata))
+    return Refused("parts of model.module.weight are missing")
 
 
 @case
