@@ -36,6 +36,7 @@ except ImportError:  # Windows
 
 AnyPath = str | os.PathLike[str]
 _DAY = 86_400.0  # seconds
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp[.\w]*", re.DOTALL)  # the name of the file is in the first group
 _NO_LINKS, _NO_WAITING = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
 _CANNOT_SYNC = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -124,10 +125,10 @@ def remove_leftovers(parent: Path, name: str | None = None) -> None:
     A file that nobody has locked has no writer. Where files cannot be locked, one that is a day old has none. Folders
     of such names are checkpoints that are being deleted.
     """
-    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{8}}\.tmp[.\w]*", re.DOTALL)
     with contextlib.suppress(OSError):
-        for found in [n for n in os.listdir(parent) if ".tmp" in n and pattern.fullmatch(n)]:
-            _remove_leftover(parent / found)
+        for found in filter(None, map(_TEMPORARY.fullmatch, os.listdir(parent))):
+            if name in (None, found[1]):
+                _remove_leftover(parent / found[0])
 
 
 def _remove_leftover(path: Path) -> None:

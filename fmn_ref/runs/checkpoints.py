@@ -43,7 +43,7 @@ def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
 
 def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool = False) -> None:
     """Store a state_dict; see `save_state`."""
-    state = _renamed(to_cpu(state), {})
+    state = copy.copy(_renamed(state, {}))
     if half:
         state.update({name: _halved(value) for name, value in state.items()})
     save(state, path)
@@ -148,7 +148,7 @@ def _round_trip(value: Any) -> None:
     import torch
 
     buffer = io.BytesIO()
-    torch.save(to_cpu(value), buffer)
+    torch.save(_compact(value), buffer)
     buffer.seek(0)
     torch.load(buffer, map_location="cpu", weights_only=True)
 
@@ -166,12 +166,13 @@ def save(content: Any, path: AnyPath) -> None:
 
 
 def _compact(content: Any) -> Any:
-    """Copy the tensors that are parts of larger ones: torch.save would store those whole."""
+    """Move tensors to the CPU, and copy those that are parts of larger ones: torch.save would store those whole."""
     import torch
 
     copies: dict[Any, Tensor] = {}
 
     def alone(t: Tensor) -> Tensor:
+        t = t.detach().to("cpu")
         if type(t) is not torch.Tensor or t.layout != torch.strided or t.untyped_storage().nbytes() <= t.nbytes:
             return t
         key = t.data_ptr(), t.dtype, t.shape, t.stride()
