@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .training.averages import average_checkpoints
     from .training.distill import Sweep, distill, tune_distillation
     from .training.ensemble import FusedModel, averaged_model
+    from .training.existing import from_checkpoints
     from .training.noise import asymmetric_noise, symmetric_noise, transition_noise
     from .training.predictions import Probabilities
     from .training.recipe import Recipe
@@ -58,6 +59,7 @@ _LAZY = {
     "runs.importers": ("epoch_files", "from_cartography", "from_logits", "from_toneva"),
     "training.augmentation": ("crop_flip",),
     "training.averages": ("average_checkpoints",),
+    "training.existing": ("from_checkpoints",),
     "training.distill": ("Sweep", "distill", "tune_distillation"),
     "training.ensemble": ("FusedModel", "averaged_model"),
     "training.noise": ("asymmetric_noise", "symmetric_noise", "transition_noise"),
@@ -78,7 +80,15 @@ __all__ += [
     "compare_probabilities",
 ]
 __all__ += ["correctness", "crop_flip", "distill", "epoch_files", "expected_gain", "forget_fraction"]
-__all__ += ["forgetting_curves", "forgetting_matrix", "from_cartography", "from_logits", "from_toneva", "fuse"]
+__all__ += [
+    "forgetting_curves",
+    "forgetting_matrix",
+    "from_cartography",
+    "from_checkpoints",
+    "from_logits",
+    "from_toneva",
+    "fuse",
+]
 __all__ += ["learned_fraction", "recovery", "sample_statistics", "symmetric_noise", "train", "transition_noise"]
 __all__ += ["tune_distillation"]
 

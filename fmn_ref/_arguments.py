@@ -126,13 +126,6 @@ def fuse_options(add: Add) -> None:
     window_options(add)
 
 
-def import_options(add: Add) -> None:
-    tools = "cartography: dynamics_epoch_*.jsonl files; toneva: pickled example statistics"
-    add("tool", choices=["cartography", "toneva"], help=tools)
-    add("path", help="folder of the dynamics, or file of the statistics")
-    add("-o", "--output", default="history.npz", help="file to write (default history.npz)")
-
-
 def apply_options(add: Add) -> None:
     add("plan", help="plan.json, as fuse wrote it")
     add("probs", help=PROBS)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, _arguments, _files, _stderr
+from . import __version__, _arguments, _files, _stderr, cli_import
 from .fusion.expectation import expected_gain
 from .fusion.fuse import fuse
 from .fusion.plan import FusionPlan
@@ -34,11 +34,10 @@ from .reporting import terminal
 from .reporting.comparison import compare_probabilities
 from .reporting.report import write_report
 from .reporting.tables import csv_table
-from .runs import importers
 from .runs.arrays import write_epochs
 from .runs.load import check_outputs, error_line, has_labels, load_correct, load_epochs, load_labels, load_named
 from .runs.run import Run
-from .runs.text import BYTES, id_array, read_ids
+from .runs.text import BYTES, read_ids
 
 # Each benchmark: its module under fmn_ref.benchmarks, and how to call its function `benchmark`.
 SUITES: dict[str, tuple[str, Callable[[Any, argparse.Namespace], Any]]] = {
@@ -218,21 +217,11 @@ def command_demo(args: argparse.Namespace) -> None:
 
 
 def command_import(args: argparse.Namespace) -> None:
-    """Convert the records of another tool to an .npz file for `fmn-ref metric`.
+    """Make a run of saved checkpoints, or convert the records of another tool, for `fmn-ref metric`.
 
-    Example: fmn-ref import cartography training_dynamics -o history.npz
+    Example: fmn-ref import checkpoints runs/old --model mine:make_model --data mine:validation_data -o runs/imported
     """
-    if args.tool == "cartography":
-        logits, labels, ids = importers.from_cartography(args.path)
-        arrays: dict[str, Any] = {"scores": logits, "labels": labels}
-    else:
-        correct, indices = importers.from_toneva(args.path)
-        arrays, ids = {"correct": correct}, list(map(str, indices))
-    arrays["sample_ids"] = id_array(ids)
-    _files.write_atomic(args.output, lambda f: np.savez(f, **arrays))
-    shapes = {name: list(a.shape) for name, a in arrays.items()}
-    text = f"{args.output}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
-    print_result(args, {"output": args.output, **shapes}, text)
+    print_result(args, *cli_import.import_records(args))
 
 
 def command_bench(args: argparse.Namespace) -> None:
@@ -266,7 +255,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[_argum
     "bench": (command_bench, partial(_arguments.bench_options, list(SUITES))),
     "predict": (command_predict, _arguments.predict_options),
     "fuse": (command_fuse, _arguments.fuse_options),
-    "import": (command_import, _arguments.import_options),
+    "import": (command_import, cli_import.import_options),
     "apply": (command_apply, _arguments.apply_options),
     "compare": (command_compare, _arguments.compare_options),
     "report": (command_report, _arguments.report_options),
@@ -295,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         _files.flush_output()
     except KeyboardInterrupt:
-        _stderr.say("fmn-ref: interrupted" + "; run it again to continue" * (args.command == "demo"))
+        _stderr.say("fmn-ref: interrupted" + "; run it again to continue" * (args.command in ("demo", "import")))
         return 130
     except Exception as error:  # whatever fails is told in one line
         with contextlib.suppress(OSError):

@@ -11,11 +11,14 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
-from . import archive
+from . import archive, references
 from .folder import AnyPath
+from .torch_files import load as load
+from .torch_files import reason
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,7 +43,7 @@ def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
 
 def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool = False) -> None:
     """Store a state_dict; see `save_state`."""
-    state = copy.copy(_renamed(state, {}))
+    state = copy.copy(renamed(state, {}))
     if half:
         tensors = {name: value for name, value in state.items() if hasattr(value, "layout")}
         state.update(_each_once(tensors, _halved))
@@ -52,16 +55,16 @@ def uncompiled(name: Any) -> Any:
     return re.sub(r"\b_orig_mod\.|\._orig_mod$", "", name) if isinstance(name, str) else name
 
 
-def _renamed(state: Any, own: Any) -> Any:
+def renamed(state: Any, own: Any) -> Any:
     """Give a state_dict the names of `own`, from the same model with other parts compiled; else uncompiled names."""
     if not isinstance(state, dict) or all(name == uncompiled(name) for name in (*state, *own)):
         return state
     names = {uncompiled(name): name for name in own}
-    renamed: Any = OrderedDict((names.get(uncompiled(n), uncompiled(n)), value) for n, value in state.items())
+    found: Any = OrderedDict((names.get(uncompiled(n), uncompiled(n)), value) for n, value in state.items())
     versions = {uncompiled(name): value for name, value in getattr(state, "_metadata", {}).items()}
     modules = getattr(own, "_metadata", None) or versions
-    renamed._metadata = {name: versions[uncompiled(name)] for name in modules if uncompiled(name) in versions}
-    return renamed
+    found._metadata = {name: versions[uncompiled(name)] for name in modules if uncompiled(name) in versions}
+    return found
 
 
 def _halved(value: Any) -> Any:
@@ -107,7 +110,7 @@ def check_readable(content: Any, name: str = "state") -> None:
         try:
             _round_trip(value)
         except Exception as error:  # of somebody else's class
-            fault = f"{where}: {type(value).__name__} could not be read back ({_reason(error)})"
+            fault = f"{where}: {type(value).__name__} could not be read back ({reason(error)})"
             hint = "give a tensor, a number, a text, or a list or dict of them"
             raise TypeError(f"{fault}; {hint}") from error
 
@@ -176,61 +179,25 @@ def _compact(content: Any) -> Any:
     return _each_once(content, alone)
 
 
-def load(path: AnyPath, scan: bool = False, mapped: bool = False) -> Any:
-    """Load a file that `save` or torch.save wrote, to the CPU.
-
-    Parameters
-    ----------
-    path : path
-    scan : bool, default False
-        Look into all that the file contains first. Needed if more than the tensors of a state_dict is used of it.
-    mapped : bool, default False
-        Map the tensors to the file instead of reading them.
-
-    Raises
-    ------
-    FileNotFoundError
-    ValueError
-        The file is truncated or damaged (a checksum does not match), is no checkpoint, or holds more than tensors and
-        plain values. The message names the file and the cause.
-    """
-    import torch
-
-    with _files.reading(path, "a readable checkpoint of tensors") as file:
-        archive.check(file, scan or torch.__version__ < "2.13")  # later versions compare the sizes of tensors
-        file.seek(0)
-        try:
-            source: Any = _files.absolute(path) if mapped else file
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-        except MemoryError:
-            raise
-        except Exception as error:
-            kind = MemoryError if "allocate memory" in str(error) else ValueError  # torch raises a RuntimeError
-            raise kind(_reason(error)) from error
-
-
 def is_own(path: AnyPath) -> bool:
     """Tell whether `save` wrote the file."""
     with _files.reading(path, "a checkpoint") as file:
         return archive.is_sealed(file)
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong, without torch's advice to run the code in a file."""
-    text = _files.cause(error).rpartition("WeightsUnpickler error: ")[2]
-    return re.sub(r"\x1b\[\d*m", "", text.partition(" Please use ")[0])
-
-
 def load_into(model: nn.Module, path: AnyPath) -> nn.Module:
     """Load a checkpoint into `model`; ValueError, which names the file, if names or shapes do not fit."""
-    return load_state(model, load(path), path)
+    inner = unwrap(model)
+    if references.is_reference(path):
+        return load_weights(model, references.load_state(Path(path), inner), path)
+    return load_weights(model, renamed(load(path), inner.state_dict()), path)
 
 
-def load_state(model: nn.Module, state: Any, path: AnyPath) -> nn.Module:
-    """Load a state_dict that comes from a file into `model`; see `load_into`."""
+def load_weights(model: nn.Module, state: dict[str, Any], path: AnyPath) -> nn.Module:
+    """Load a state_dict, which `path` names in errors, into `model`."""
     inner = unwrap(model)
     try:
-        inner.load_state_dict(_renamed(state, inner.state_dict()))
+        inner.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit the model: {error}") from None
     drop_derived(inner)

@@ -14,7 +14,7 @@ from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from . import arrays, importers
 from .content import content_of
-from .folder import RunFolder
+from .folder import DOOR, RunFolder
 
 # Options of the command line that are files.
 INPUTS = ["file", "run_dir", "path", "plan", "probs", "labels", "correct", "ids", "images", "comparison"]
@@ -103,7 +103,7 @@ def load_named(path: str, *names: str, verify: bool = True) -> tuple[Any, str]:
     if RunFolder(path).history.is_file():
         path = str(RunFolder(path).history)
     if RunFolder(path).path.is_dir():
-        raise FileNotFoundError(f"{path}: a folder, and no run there (history.fmnh is missing)")
+        raise FileNotFoundError(f"{path}: a folder, and no run there (history.fmnh is missing){DOOR}")
     if path.endswith(".fmnh"):
         return CorrectnessHistory.open(path, verify=verify), ""
     if path.endswith(".npz"):

@@ -254,7 +254,7 @@ class Recorder:
                     path.unlink()  # first: after a kill, the states must not be ahead of the history
                 self._history.truncate(len(self._history) - len(dropped))
             for e in dropped:  # a checkpoint that stayed would be taken for that of the epoch recorded next
-                remove_checkpoint(self.folder.checkpoint(e, self._suffix))
+                self.folder.discard(e, self._suffix)
             if not len(self._history):  # other samples may be recorded now
                 self.folder.clear()
                 self._history, self._numbers = None, []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from .. import _files
-from . import checkpoints
+from . import torch_files
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,11 @@ def parts(value: Any) -> Iterator[Tensor]:
         yield read(start, min(n, start + PART))
 
 
+def loaded(value: Any) -> Any:
+    """Read a tensor in a file as a whole; other values are returned as they are."""
+    return value.read(0, math.prod(value.shape)).reshape(value.shape) if isinstance(value, FileTensor) else value
+
+
 def is_dense(value: Any) -> bool:
     """Tell whether a value is a tensor with an element for each place, or one in a file."""
     import torch
@@ -97,7 +102,7 @@ def read_state(path: AnyPath) -> dict[str, Any]:
 def _read_file(path: Path) -> dict[str, Any]:
     with _files.opened(path) as file:
         zipped = file.read(2) == b"PK"
-    state = checkpoints.load(path, scan=True, mapped=True) if zipped else _read_safetensors(path)
+    state = torch_files.load(path, scan=True, mapped=True) if zipped else read_safetensors(path)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path}: does not fit: expected a state_dict of tensors, got {type(state).__name__}")
     return state
@@ -125,7 +130,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
-def _read_safetensors(path: Path) -> dict[str, FileTensor]:
+def read_safetensors(path: Path) -> dict[str, FileTensor]:
     """Read the header, and check that its tensors fill the file without gaps."""
     with _files.reading(path, "a checkpoint of torch or safetensors") as file:
         size = file.seek(0, 2)

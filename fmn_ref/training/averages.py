@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import _check, _files
 from .._stderr import progress_bar
-from ..runs import checkpoints, tensors
+from ..runs import checkpoints, references, tensors
 from ..runs.run import Run
 
 _FACTOR = re.compile(r"(^|\.)(lora|vera|oft|boft|hada|lokr)_")  # of adapters whose weight is a product of tensors
@@ -103,7 +103,7 @@ def average_checkpoints(
         raise FileExistsError(f"{out}: exists; choose a new folder")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{out}: the folder {target.parent} does not exist")
-    sources = open_sources(_chosen_paths(run, weights))
+    sources = open_sources(_chosen_paths(run, weights), getattr(run, "model", None))
     excluded = left_out(run.model) if isinstance(run, Run) and isinstance(run.model, nn.Module) else set()
     names, tied = _untied(sources)
     bar = progress_bar(None, "averaging", progress=progress, unit="B", unit_scale=True)
@@ -145,9 +145,9 @@ def shares_of(weights: Any, n_epochs: int) -> list[tuple[int, float]]:
     return [(row, weight / total) for row, weight in sorted(rows) if weight / total > 0]
 
 
-def open_sources(chosen: Iterable[tuple[Path, float]]) -> list[Source]:
+def open_sources(chosen: Iterable[tuple[Path, float]], model: Any = None) -> list[Source]:
     """Open checkpoints; ValueError, which names the file, where one has other tensors than the latest."""
-    sources = [Source(path, share, tensors.read_state(path)) for path, share in chosen]
+    sources = [Source(path, share, _read_state(path, model)) for path, share in chosen]
     latest = sources[-1]
     if not latest.state:
         raise ValueError(f"{latest.path}: holds no tensor")
@@ -158,6 +158,13 @@ def open_sources(chosen: Iterable[tuple[Path, float]]) -> list[Source]:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"{source.path}: does not fit {latest.path}: they differ in {', '.join(names[:3])}{more}")
     return sources
+
+
+def _read_state(path: Path, model: Any) -> dict[str, Any]:
+    """Open a checkpoint; one that a run refers to has the names of the run's network, if there is one."""
+    if references.is_reference(path) and isinstance(model, nn.Module):
+        return references.load_state(path, checkpoints.unwrap(model), lazily=True)
+    return tensors.read_state(references.check_unchanged(path) if references.is_reference(path) else path)
 
 
 def _form(value: Any) -> tuple[Any, ...]:
@@ -329,7 +336,7 @@ def load_mean(model: nn.Module, sources: list[Source]) -> set[str]:
             if is_statistic(name):
                 layer = known.rpartition(".")[0]
                 steady[layer] = steady.get(layer, True) and same
-    checkpoints.load_state(model, state, latest.path)
+    checkpoints.load_weights(model, checkpoints.renamed(state, model.state_dict()), latest.path)
     return {layer for layer, same in steady.items() if same}
 
 

@@ -27,6 +27,7 @@ from .order import Listener, Order, samplers_of
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 Augment = Callable[[Tensor], Tensor]
+Output = Callable[[Tensor], Tensor]
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -302,6 +303,7 @@ def predict(
     batch_size: int = 256,
     forward_fn: Forward | None = None,
     log: bool = False,
+    output: Output | None = None,
     amp: bool = False,
     split: bool = False,
     order: Order | None = None,
@@ -317,6 +319,8 @@ def predict(
     forward_fn : callable(model, batch) -> (logits, labels), optional
     log : bool, default False
         Return log-probabilities.
+    output : callable(logits) -> (n, ...) tensor, optional
+        What is returned in place of probabilities, such as `logits.predicted_classes`.
     amp : bool, default False
         Run the network in bfloat16.
     split : bool, default False
@@ -337,11 +341,12 @@ def predict(
     """
     if not isinstance(data, Batches):
         data = Batches(data, batch_size, device_of(model), split=split)
+    output = output or partial(torch.log_softmax if log else torch.softmax, dim=1)
 
     def predicted() -> tuple[Listener, list[tuple[Tensor, Tensor]]]:
         listener = Listener(order, fixed=bool(data.arrays))
         with evaluating(model), computing(model) as network, listener.listening(network):
-            return listener, list(_predict_batches(network, data, forward_fn, log, amp, listener))
+            return listener, list(_predict_batches(network, data, forward_fn, output, amp, listener))
 
     listener, parts = either_format(predicted, partial(set_contiguous, model), data.set_contiguous)
     if not parts:
@@ -357,7 +362,7 @@ def predict(
 
 
 def _predict_batches(
-    network: nn.Module, batches: Batches, forward_fn: Forward | None, log: bool, amp: bool, listener: Listener
+    network: nn.Module, batches: Batches, forward_fn: Forward | None, output: Output, amp: bool, listener: Listener
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for i, batch in enumerate(batches):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=amp):
@@ -366,8 +371,7 @@ def _predict_batches(
             check_logits(logits, "a forward_fn may convert them (Run.open takes it)")
         check_pair(logits, labels)
         listener.add(batch, labels)
-        logits = logits.float()
-        yield logits.log_softmax(1) if log else logits.softmax(1), labels
+        yield output(logits.float()), labels
 
 
 def fingerprints(data: Any) -> set[int]:

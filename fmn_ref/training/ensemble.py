@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import _files
 from ..fusion.plan import FusionPlan
 from ..metrics.scores import FLOOR
-from ..runs import checkpoints
+from ..runs import checkpoints, references
 from ..runs.run import Run
 from . import data
 from .averages import is_statistic, load_mean, open_sources, shares_of
@@ -255,7 +255,8 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     """
     model = independent(attached_model(run))
     shares = shares_of(weights, len(run.history))
-    steady = load_mean(model, open_sources((run.checkpoint(epoch), share) for epoch, share in shares))
+    paths = ((run.checkpoint(epoch), share) for epoch, share in shares)
+    steady = load_mean(model, open_sources(paths, model))
     with data.computing(model, keep=True) as network:
         frozen = steady if len(shares) > 1 else {*frozen_norms(network), *_scripted_norms(network)}
         recompute_batchnorm(network, train_data, batch_size=batch_size, forward_fn=run.forward_fn, frozen=frozen)
@@ -362,7 +363,7 @@ def attached_model(run: Any) -> nn.Module:
         raise TypeError(f"run: expected a Run, got {type(run).__name__}")
     if not isinstance(run.model, nn.Module):
         hint = f"use Run.open({str(run.run_dir)!r}, model=...)"
-        if run.suffix != ".pt":
+        if run.suffix not in (".pt", references.SUFFIX):
             hint = f"this is for networks of torch, and its checkpoints are {run.suffix} files"
         raise ValueError(f"run: no model attached; {hint}")
     return checkpoints.unwrap(run.model)

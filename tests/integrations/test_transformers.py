@@ -746,3 +746,44 @@ def test_the_guide(tmp_path, monkeypatch):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"kills": kills, "processes": processes}[sys.argv[2]](Path(sys.argv[1]))
+
+
+def test_from_checkpoints_reads_what_a_trainer_saved(trained, tmp_path):
+    """The same run as the callback's, from the Trainer's folders as they are; nothing is copied."""
+    trainer, recorder, _ = trained
+    out = Path(trainer.args.output_dir)
+    run = fmn.from_checkpoints(out, classifier(5), VAL, tmp_path / "run")
+    assert run.history.epochs == recorder.run.history.epochs
+    np.testing.assert_array_equal(run.history.correct(), recorder.run.history.correct())
+    np.testing.assert_array_equal(run.probabilities(VAL)[3], recorder.run.probabilities(VAL)[3])
+    assert {path.suffix for path in (tmp_path / "run" / "checkpoints").iterdir()} == {".json"}
+    whole = BertForSequenceClassification.from_pretrained(out / "checkpoint-6")
+    whole.save_pretrained(tmp_path / "shards" / "checkpoint-6", max_shard_size="4KB")
+    shards = fmn.from_checkpoints(tmp_path / "shards", classifier(5), VAL, tmp_path / "run2")
+    np.testing.assert_array_equal(shards.history.correct(), recorder.run.history.correct()[:1])
+
+
+def test_from_checkpoints_reads_tied_weights_of_a_causal_model(tmp_path):
+    model = gpt2(3)
+    model.save_pretrained(tmp_path / "out" / "checkpoint-9")
+    batches = [collate([texts(30, 2)[i] for i in range(30)])]
+    run = fmn.from_checkpoints(tmp_path / "out", gpt2(7), batches, tmp_path / "run", forward_fn=causal_lm_forward)
+    with torch.no_grad():
+        logits, labels = causal_lm_forward(model.eval(), batches[0])
+    np.testing.assert_array_equal(run.history.correct(), [fmn.correctness(logits, labels)])
+
+
+def test_from_checkpoints_reads_what_accelerate_saved(tmp_path):
+    accelerate = importlib.import_module("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = accelerator.prepare(Plain())
+    expected = []
+    for epoch in range(3):
+        torch.nn.init.normal_(accelerator.unwrap_model(model).table.weight)
+        accelerator.save_state(tmp_path / "saved" / f"checkpoint_{epoch}")
+        with torch.no_grad():
+            logits = model.eval()(torch.stack([s["input_ids"] for s in VAL]))
+        expected.append(fmn.correctness(logits, labels_of(VAL)))
+    run = fmn.from_checkpoints(tmp_path / "saved", Plain(), VAL, tmp_path / "run")
+    assert run.history.epochs == (0, 1, 2)
+    np.testing.assert_array_equal(run.history.correct(), expected)

@@ -86,8 +86,13 @@ def test_readme_and_quickstart(capsys):
 
 def test_the_front_page(data):
     (recording,), train = blocks(page("index").split("## I train")[0]), block(page("index"), "## I train")
-    names = data | {"scores": data["model"](data["x_val"]).detach(), "labels": data["y_val"], "epoch": 0}
+    names = dict(data)
+    Path("runs/old").mkdir(parents=True)
+    for epoch in (3, 20):
+        torch.save(data["model"].state_dict(), f"runs/old/epoch_{epoch}.pt")
+    names["val_data"] = data["x_val"], data["y_val"]
     exec(recording, names)
+    assert names["run"].history.epochs == (3, 20)
     names |= {"train_data": (data["x_train"], data["y_train"]), "val_data": (data["x_val"], data["y_val"])}
     exec(train.replace("epochs=40", "epochs=2, progress=False"), names)
     assert len(names["run"].history) == 2
@@ -111,7 +116,8 @@ def test_own_loop(data):
 
 
 def test_existing_checkpoints(data, capsys):
-    paths = [Path(f"checkpoint_{i}.pt") for i in range(4)]
+    Path("runs/old").mkdir(parents=True)
+    paths = [Path(f"runs/old/checkpoint_{i}.pt") for i in range(4)]
     for path in paths:
         train_one_epoch(data["model"], data["x_train"], data["y_train"])
         torch.save(data["model"].state_dict(), path)
@@ -119,6 +125,7 @@ def test_existing_checkpoints(data, capsys):
     for code in blocks(page("existing-checkpoints")):
         exec(code, names)
     assert names["log_probs"].shape == (240, 4)
+    np.testing.assert_array_equal(names["run"].history.correct(), names["recorder"].run.history.correct())
     assert "| auto |" in capsys.readouterr().out
 
 

@@ -394,3 +394,23 @@ def test_two_checkpoints_of_2_GB_need_300_MB(tmp_path):
     assert done.returncode == 0, done.stderr[-1000:]
     check_large(tmp_path)
     print("peak resident memory, kB:", done.stdout)
+
+
+def test_checkpoints_that_a_run_refers_to_are_averaged_under_the_names_of_its_network(tmp_path):
+    """With their containers and prefixes; without a network nothing is known of them."""
+    models = [make_model() for _ in range(3)]
+    (tmp_path / "old").mkdir()
+    for i, model in enumerate(models):
+        content = {"epoch": i, "model": {f"module.{k}": v for k, v in model.state_dict().items()}, "optimizer": {}}
+        torch.save(content, tmp_path / "old" / f"ckpt_{i}.pth.tar")
+    run = fmn.from_checkpoints(tmp_path / "old", make_model(), VAL, tmp_path / "run", progress=False)
+    found = read_folder(fmn.average_checkpoints(run, {0: 1, 2: 3}, tmp_path / "mean"))[0]
+    mean = fmn.averaged_model(run, {0: 1, 2: 3}, TRAIN)
+    for name, p in mean.named_parameters():
+        expected = (
+            0.25 * models[0].get_parameter(name).double() + 0.75 * models[2].get_parameter(name).double()
+        ).float()
+        assert torch.equal(p, expected)
+        assert torch.equal(found[name], expected)
+    with pytest.raises(ValueError, match="expected tensors, but 'epoch' is a int"):
+        fmn.average_checkpoints(fmn.Run.open(tmp_path / "run"), {0: 1}, tmp_path / "none")
