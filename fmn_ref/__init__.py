@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from .runs.importers import epoch_files, from_cartography, from_logits, from_toneva
     from .runs.lm_eval import GradedAnswers, from_lm_eval
     from .training.augmentation import crop_flip
+    from .training.averages import average_checkpoints
     from .training.distill import Sweep, distill, tune_distillation
     from .training.ensemble import FusedModel, averaged_model
+    from .training.existing import from_checkpoints
     from .training.noise import asymmetric_noise, symmetric_noise, transition_noise
     from .training.predictions import Probabilities
     from .training.recipe import Recipe
@@ -60,6 +62,8 @@ _LAZY = {
     "runs.importers": ("epoch_files", "from_cartography", "from_logits", "from_toneva"),
     "runs.lm_eval": ("GradedAnswers", "from_lm_eval"),
     "training.augmentation": ("crop_flip",),
+    "training.averages": ("average_checkpoints",),
+    "training.existing": ("from_checkpoints",),
     "training.distill": ("Sweep", "distill", "tune_distillation"),
     "training.ensemble": ("FusedModel", "averaged_model"),
     "training.noise": ("asymmetric_noise", "symmetric_noise", "transition_noise"),
@@ -70,11 +74,12 @@ _LAZY = {
 
 __all__ = ["Backend", "Comparison", "CorrectnessHistory", "ForgettingCurves", "FusedModel", "FusionPlan"]
 __all__ += ["GradedAnswers", "Probabilities", "Recipe", "Recorder", "Recovery", "Run", "SampleStatistics", "Sweep"]
-__all__ += ["asymmetric_noise", "averaged_model", "backend", "best_epsilon", "compare", "compare_probabilities"]
-__all__ += ["correctness", "crop_flip", "distill", "epoch_files", "expected_curves", "expected_gain"]
-__all__ += ["forget_fraction", "forgetting_curves", "forgetting_matrix", "from_cartography", "from_lm_eval"]
-__all__ += ["from_logits", "from_toneva", "fuse", "learned_fraction", "maj_at_k", "pass_at_k", "recovery"]
-__all__ += ["sample_statistics", "symmetric_noise", "temporal_forgetting", "train", "transition_noise"]
+__all__ += ["asymmetric_noise", "average_checkpoints", "averaged_model", "backend", "best_epsilon", "compare"]
+__all__ += ["compare_probabilities", "correctness", "crop_flip", "distill", "epoch_files", "expected_curves"]
+__all__ += ["expected_gain", "forget_fraction", "forgetting_curves", "forgetting_matrix", "from_cartography"]
+__all__ += ["from_checkpoints", "from_lm_eval", "from_logits", "from_toneva", "fuse", "learned_fraction", "maj_at_k"]
+__all__ += ["pass_at_k", "recovery", "sample_statistics", "symmetric_noise", "temporal_forgetting", "train"]
+__all__ += ["transition_noise"]
 __all__ += ["tune_distillation"]
 
 

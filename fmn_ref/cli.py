@@ -9,39 +9,37 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import json
 import logging
+import shutil
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import __version__, _files, _stderr
+from . import __version__, _arguments, _files, _stderr, cli_import
 from .fusion.expectation import expected_gain
 from .fusion.fuse import fuse
-from .fusion.methods import method_names
 from .fusion.plan import FusionPlan
 from .kernels.backend import backend
 from .metrics.history import labels_digest
 from .metrics.overview import curves_and_forgotten, first_samples
-from .metrics.samples import NEVER_LEARNED, sample_statistics
+from .metrics.samples import sample_statistics
 from .metrics.scores import scores
+from .reporting import terminal
 from .reporting.comparison import compare_probabilities
-from .reporting.graded import answers_summary, import_answers
+from .reporting.graded import answers_summary
 from .reporting.report import write_report
 from .reporting.tables import csv_table
-from .runs import importers
+from .runs.arrays import write_epochs
 from .runs.load import check_outputs, error_line, has_labels, load_correct, load_epochs, load_labels, load_named
-from .runs.text import BYTES, id_array, read_ids
+from .runs.run import Run
+from .runs.text import BYTES, read_ids
 
-PROBS = (
-    "probabilities (n_epochs, n_samples, n_classes): an .npy file; an .npz file with 'probs', and optionally 'labels'; "
-    "or a folder with one .npy file (n_samples, n_classes) per epoch, ordered by the numbers in the file names"
-)
-BESIDE = "; default: 'labels' in the .npz file with the "
-LABELS = "true classes (n_samples,): an .npy file, or an .npz file with 'labels'"
-LOGITS = "the files contain logits: apply softmax"
 # Each benchmark: its module under fmn_ref.benchmarks, and how to call its function `benchmark`.
 SUITES: dict[str, tuple[str, Callable[[Any, argparse.Namespace], Any]]] = {
     "metric": ("speed.metric", lambda run, a: run(a.epochs, a.samples, a.output)),
@@ -56,7 +54,6 @@ SUITES: dict[str, tuple[str, Callable[[Any, argparse.Namespace], Any]]] = {
     "descent": ("experiments.double_descent", lambda run, a: run(a.data, a.output, a.seeds)),
     "boosting": ("experiments.boosting", lambda run, a: run(a.output)),
 }
-Add = Callable[..., object]  # ArgumentParser.add_argument
 
 
 def command_info(args: argparse.Namespace) -> None:
@@ -72,6 +69,7 @@ def command_info(args: argparse.Namespace) -> None:
 def command_metric(args: argparse.Namespace) -> None:
     """Print accuracy, forget fraction and learned fraction per epoch.
 
+    Example: fmn-ref metric runs/mine
     Example: fmn-ref metric predictions.npy --labels labels.npy --csv
     """
     correct = load_correct(args.file, args.labels, verify=not args.no_verify)
@@ -98,20 +96,16 @@ def command_metric(args: argparse.Namespace) -> None:
         write_per_sample(args, correct, epochs)
     if args.csv:
         return print(csv_table(list(columns), zip(*columns.values(), strict=True)), end="")
-    print_result(args, {**summary, **columns}, metric_text(columns, summary, epochs[args.reference]))
+    text = terminal.metric_text(columns, summary, epochs[args.reference], args.all)
+    if sys.stdout.isatty() and not args.no_plot:
+        text = f"{terminal.curves_text(columns, summary, *terminal_form())}\n{text}"
+    print_result(args, {**summary, **columns}, text)
 
 
-def metric_text(columns: dict[str, list[Any]], summary: dict[str, Any], reference: int) -> str:
-    """A line per epoch, then the peak, the forgotten samples and the expected gain."""
-    lines = [f"{'epoch':>6} {'accuracy':>9} {'F_e':>9} {'L_e':>9} {'retained':>9}"]
-    for epoch, *values in zip(*columns.values(), strict=True):
-        lines.append(f"{epoch:6d} " + " ".join(f"{v:9.4f}" for v in values))
-    peak = f"peak forget fraction {summary['peak_forget_fraction']:.2%} at epoch {summary['peak_epoch']}"
-    share = f"{summary['forgotten_samples']} of {summary['n_samples']} samples"
-    lines.append(f"{peak}; {share} were right once and are wrong at epoch {reference}")
-    gain = f"{100 * summary['expected_gain']:.0f} ± {100 * summary['expected_gain_error']:.0f} points"
-    lines.append(f"fusing the checkpoints may add about {gain} (a rule fitted on small networks: docs/results.md)")
-    return "\n".join(lines)
+def terminal_form() -> tuple[int, bool]:
+    """Width of the terminal, and whether standard output can show braille."""
+    encoded = "\u28ff".encode(sys.stdout.encoding or "ascii", "ignore")
+    return shutil.get_terminal_size().columns, bool(encoded)
 
 
 def write_per_sample(args: argparse.Namespace, correct: Any, epochs: list[int]) -> None:
@@ -130,6 +124,7 @@ def write_per_sample(args: argparse.Namespace, correct: Any, epochs: list[int]) 
 def command_fuse(args: argparse.Namespace) -> None:
     """Choose checkpoints and weights on a selection set and write them as a plan.
 
+    Example: fmn-ref fuse select.npz --method pool
     Example: fmn-ref fuse probs.npy --labels labels.npy --method auto -o plan.json
     """
     probs = load_epochs(args.probs, args.logits)
@@ -141,18 +136,7 @@ def command_fuse(args: argparse.Namespace) -> None:
     content = {"output": args.output, "members": plan.members, "weights": plan.weights, "combine": plan.combine}
     content |= {"epochs": plan.epochs} | {"selection_accuracy": plan.accuracy, "method": plan.method}
     content |= {"cv_accuracy": plan.cv_accuracy, "gain_interval": plan.gain_interval}
-    print_result(args, content, f"{rounds(plan)}{plan}\nplan written to {args.output}")
-
-
-def rounds(plan: FusionPlan) -> str:
-    """The members of a linear plan in the order of mixing, a line each: epsilon and the accuracy reached."""
-    if plan.combine == "geometric" or not plan.members:
-        return ""
-    lines = [f"{'round':>6} {'epoch' if plan.epochs else 'row':>6} {'eps':>7} {'accuracy':>9}"]
-    lines.append(f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}")
-    for i, ((row, eps), accuracy) in enumerate(zip(plan.members, plan.accuracy[1:], strict=True), 1):
-        lines.append(f"{i:6d} {plan.epoch_of(row):6d} {eps:7.4f} {accuracy:9.4f}")
-    return "\n".join([*lines, "", ""])
+    print_result(args, content, f"{terminal.rounds(plan)}{plan}\nplan written to {args.output}")
 
 
 def command_apply(args: argparse.Namespace) -> None:
@@ -177,6 +161,26 @@ def command_apply(args: argparse.Namespace) -> None:
         content |= of_fused._asdict() | {f"final_model_{k}": v for k, v in of_final._asdict().items()}
         text += "".join(f"\n{name}: {s}" for name, s in (("fused", of_fused), ("final model alone", of_final)))
     print_result(args, content, text)
+
+
+def command_predict(args: argparse.Namespace) -> None:
+    """Predict data with every checkpoint of a run, for fuse, apply, compare and metric.
+
+    Example: fmn-ref predict runs/mine --model train:make_model --data train:test_data -o test.npz
+    """
+    from .training.data import check_module
+
+    whole = Run.open(args.run_dir)
+    forward_fn = _arguments.named_object(args.forward_fn, "--forward-fn") if args.forward_fn else None
+    model = _arguments.called(args.model, "--model")
+    check_module(model, f"--model: {args.model}")
+    run = Run.open(args.run_dir, model, forward_fn).kept
+    probs = run.probabilities(_arguments.called(args.data, "--data"), batch_size=args.batch_size, amp=args.amp)
+    shape = write_epochs(args.output, _stderr.progress_bar(probs, "predicting"), lambda: {"labels": probs.labels})
+    n, epochs = len(whole.history), list(run.history.epochs)
+    text = f"probabilities {shape} written to {args.output}"
+    text += f"; {len(epochs)} of {n} epochs have a checkpoint: {epochs}" * (len(epochs) < n)
+    print_result(args, {"output": args.output, "shape": list(shape), "epochs": epochs}, text)
 
 
 def command_compare(args: argparse.Namespace) -> None:
@@ -220,25 +224,11 @@ def command_demo(args: argparse.Namespace) -> None:
 
 
 def command_import(args: argparse.Namespace) -> None:
-    """Convert the records of another tool to an .npz file for `fmn-ref metric`.
+    """Make a run of saved checkpoints, or convert the records of another tool, for `fmn-ref metric`.
 
-    Example: fmn-ref import cartography training_dynamics -o history.npz
+    Example: fmn-ref import checkpoints runs/old --model mine:make_model --data mine:validation_data -o runs/imported
     """
-    if args.tool == "lm-eval":
-        return print_result(args, *import_answers(args.path, args.output, args.task, args.metric, args.filter))
-    if len(args.path) > 1:
-        raise ValueError(f"{args.tool}: expected one path, got {len(args.path)}")
-    if args.tool == "cartography":
-        logits, labels, ids = importers.from_cartography(args.path[0])
-        arrays: dict[str, Any] = {"scores": logits, "labels": labels}
-    else:
-        correct, indices = importers.from_toneva(args.path[0])
-        arrays, ids = {"correct": correct}, list(map(str, indices))
-    arrays["sample_ids"] = id_array(ids)
-    _files.write_atomic(args.output, lambda f: np.savez(f, **arrays))
-    shapes = {name: list(a.shape) for name, a in arrays.items()}
-    text = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-    print_result(args, {"output": args.output, **shapes}, f"{args.output}: {text}")
+    print_result(args, *cli_import.import_records(args))
 
 
 def command_bench(args: argparse.Namespace) -> None:
@@ -265,120 +255,29 @@ def print_result(args: argparse.Namespace, content: dict[str, Any], text: str) -
     print(json.dumps(content, indent=1) if args.json else text)
 
 
-def demo_options(add: Add) -> None:
-    add("-o", "--output", default="runs/demo", help="folder (default runs/demo); finished runs are reused")
-    add("--seeds", type=int, default=5, help="runs per noise rate (default 5)")
-    add("--epochs", type=int, default=40, help="epochs of each run (default 40)")
-
-
-def metric_options(add: Add) -> None:
-    add("file", help="run directory, .fmnh history, or .npy or .npz file with correctness, predictions or scores")
-    add("--labels", help=f"{LABELS}; needed for predictions and scores{BESIDE}predictions")
-    add("--reference", type=int, default=-1, help="row to compare each epoch with (default: the last)")
-    never = "forgetting events of a sample that was never right, as that project counts them (default nan)"
-    add("--never-learned", choices=NEVER_LEARNED, default="nan", help=never)
-    add("--per-sample", metavar="CSV", help="also write a table with a row per sample to this file")
-    add("--ids", help="text file with one sample id per line, for --per-sample")
-    add("--csv", action="store_true", help="print CSV")
-    add("--no-verify", action="store_true", help="skip the CRC-32 check of a history, which reads it once more")
-
-
-def bench_options(add: Add) -> None:
-    suites = "metric: kernels; fusion: searches; training: training loop; the others: experiments"
-    add("suite", choices=list(SUITES), help=suites)
-    add("--epochs", type=int, default=200, help="metric: epochs of the large matrix (default 200)")
-    add("--samples", type=int, default=1_281_167, help="metric: its samples (default 1281167)")
-    scales = "paper: cpu takes 5 hours on two cores, middle two days, gpu hours on a GPU (default cpu)"
-    add("--scale", choices=["cpu", "middle", "gpu"], default="cpu", help=scales)
-    folders = "mnist/, cifar-100-binary/, cifar-100n/, tiny-imagenet-200/"
-    add("--data", help=f"paper, descent, training: folder that contains {folders}")
-    device = "device (default: training: cuda if available; paper: cuda at scale gpu, else cpu)"
-    add("--device", choices=["cpu", "cuda"], help=f"training, paper: {device}")
-    add("--only", default="", help="paper: regular expression; run only the pieces whose names match")
-    add("--jobs", type=int, default=1, help="paper: pieces to run at the same time (default 1)")
-    add("--seeds", type=int, default=3, help="paper, descent: seeds per setting (default 3)")
-    add("--clean", action="store_true", help="paper: delete the checkpoints of finished pieces")
-    add("-o", "--output", help="folder for the results; paper resumes from it")
-
-
-def window_options(add: Add) -> None:
-    add("--logits", action="store_true", help=LOGITS)
-    add("--window", type=int, default=1, help="half width of the window around a member (default 1)")
-    search = "search for epsilon among 101 values (grid, the default) or in the whole interval [0, 1] (exact)"
-    add("--search", choices=["grid", "exact"], default="grid", help=search)
-
-
-def fuse_options(add: Add) -> None:
-    add("probs", help=PROBS)
-    add("--labels", help=f"{LABELS}{BESIDE}probabilities")
-    add("--correct", help="correctness of the same samples, .fmnh or .npy: forget then reads only the chosen epochs")
-    add("--method", choices=method_names(), default="forget", help="how epochs are chosen (default forget)")
-    add("--max-members", type=int, help="most members (default: ten for pool, else no bound)")
-    add("--max-forward-passes", type=int, help="most checkpoints that one prediction may evaluate")
-    add("--folds", type=int, help="folds of the cross-validation that estimates the plan's gain (default 5; 0: none)")
-    add("--balanced", action="store_true", help="maximise balanced accuracy: every class has the same weight")
-    add("-o", "--output", default="plan.json", help="plan to write (default plan.json)")
-    window_options(add)
-
-
-def import_options(add: Add) -> None:
-    add("tool", choices=["cartography", "toneva", "lm-eval"], help="the tool that wrote the records")
-    formats = "dynamics_epoch_*.jsonl (cartography), or with samples_*.jsonl: one per checkpoint (lm-eval)"
-    add("path", nargs="+", help=f"file of pickled example statistics (toneva); folder with {formats}")
-    for name, what in {"task": "name or pattern", "metric": "such as acc", "filter": "such as strict-match"}.items():
-        add(f"--{name}", help=f"lm-eval: {name}, {what}")
-    add("-o", "--output", default="history.npz", help="file to write (default history.npz)")
-
-
-def apply_options(add: Add) -> None:
-    add("plan", help="plan.json, as fuse wrote it")
-    add("probs", help=PROBS)
-    add("--labels", help=f"{LABELS}: print accuracy, NLL and calibration error too")
-    add("-o", "--output", default="fused.npy", help="file to write (default fused.npy)")
-    add("--logits", action="store_true", help=LOGITS)
-    add("--allow-selection-data", action="store_true", help="print the accuracy on the samples that chose the plan")
-
-
-def compare_options(add: Add) -> None:
-    for name, what in (("select", "samples to choose on"), ("test", "samples to score on")):
-        add(f"--{name}", required=True, help=f"{what}: {PROBS}")
-        add(f"--{name}-labels", help=f"{LABELS}{BESIDE}probabilities")
-    add("--csv", action="store_true", help="print CSV")
-    add("--allow-overlap", action="store_true", help="permit test samples that are in the selection set")
-    window_options(add)
-
-
-def report_options(add: Add) -> None:
-    add("run_dir", help="run directory")
-    add("--labels", help=f"{LABELS}: show the classes of the recorded samples")
-    shapes = "(n_samples, h, w), (n_samples, h, w, c) or (n_samples, c, h, w), uint8 or floats"
-    add("--images", help=f"pictures of the recorded samples, {shapes}: an .npy file, or an .npz file with 'images'")
-    add("--plan", help="plan.json (default: the one in the run directory)")
-    add("--comparison", help="output of `fmn-ref compare --json` (default: the run directory's comparison.json)")
-    add("-o", "--output", help="file to write (default: report.html in the run directory)")
-
-
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[Add], None]]] = {
-    "demo": (command_demo, demo_options),
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[_arguments.Add], None]]] = {
+    "demo": (command_demo, _arguments.demo_options),
     "info": (command_info, lambda add: None),
-    "metric": (command_metric, metric_options),
-    "bench": (command_bench, bench_options),
-    "fuse": (command_fuse, fuse_options),
-    "import": (command_import, import_options),
-    "apply": (command_apply, apply_options),
-    "compare": (command_compare, compare_options),
-    "report": (command_report, report_options),
+    "metric": (command_metric, _arguments.metric_options),
+    "bench": (command_bench, partial(_arguments.bench_options, list(SUITES))),
+    "predict": (command_predict, _arguments.predict_options),
+    "fuse": (command_fuse, _arguments.fuse_options),
+    "import": (command_import, cli_import.import_options),
+    "apply": (command_apply, _arguments.apply_options),
+    "compare": (command_compare, _arguments.compare_options),
+    "report": (command_report, _arguments.report_options),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     purpose = "Measure what a network forgot during training, and recover it from its checkpoints."
-    p = argparse.ArgumentParser("fmn-ref", description=purpose)
+    p = _arguments.Parser("fmn-ref", description=purpose)
     p.add_argument("--version", action="version", version=__version__)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (run, add_options) in COMMANDS.items():
-        summary, _, example = (run.__doc__ or "").partition("\n\n")
-        c = commands.add_parser(name, help=summary, description=summary, epilog=example.strip())
+        summary, _, examples = (inspect.getdoc(run) or "").partition("\n\n")
+        lines = argparse.RawDescriptionHelpFormatter
+        c = commands.add_parser(name, help=summary, description=summary, epilog=examples, formatter_class=lines)
         c.set_defaults(run=run)
         c.add_argument("--json", action="store_true", help="print JSON")
         add_options(c.add_argument)
@@ -392,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         _files.flush_output()
     except KeyboardInterrupt:
-        _stderr.say("fmn-ref: interrupted" + "; run it again to continue" * (args.command == "demo"))
+        _stderr.say("fmn-ref: interrupted" + "; run it again to continue" * (args.command in ("demo", "import")))
         return 130
     except Exception as error:  # whatever fails is told in one line
         with contextlib.suppress(OSError):

@@ -18,16 +18,7 @@ import fmn_ref as fmn
 def record_checkpoints(
     folder: Path, run_dir: str, model: nn.Module, loader: Iterable[tuple[torch.Tensor, ...]]
 ) -> fmn.Run:
-    recorder = fmn.Recorder(run_dir, model)
-    saved = {
-        int(path.name[len("checkpoint-") : -len(".pth.tar")]): path for path in folder.glob("checkpoint-*.pth.tar")
-    }
-    for epoch in sorted(saved.keys() - set(range(recorder.next_epoch))):
-        with torch.serialization.safe_globals([argparse.Namespace]), torch.no_grad():  # refuses any other class
-            model.load_state_dict(timm.models.load_state_dict(str(saved[epoch]), use_ema=False, weights_only=True))
-            parts = [(model.eval()(x), y) for x, y in loader]
-        recorder.record(epoch, *map(torch.cat, zip(*parts, strict=True)))
-    return recorder.run
+    return fmn.from_checkpoints(folder, model, loader, run_dir)  # key="state_dict_ema" takes the averaged weights
 
 
 def main() -> None:

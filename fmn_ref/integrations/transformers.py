@@ -36,6 +36,7 @@ try:
         AnyPath,
         Rows,
         causal_lm_forward,
+        check_task,
         checked_correctness,
         from_trainer,
         load_fused,
@@ -172,6 +173,7 @@ class RecorderCallback(TrainerCallback):
         return float(forget_fraction(history).max())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        check_task(self.task, model)
         if args.eval_strategy == "no":
             raise ValueError("eval_strategy: 'no' evaluates nothing; pass eval_strategy='epoch' to TrainingArguments")
         if getattr(args, "train_sampling_strategy", None) == "group_by_length":

@@ -8,27 +8,25 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import _check, _files
 from ..fusion.plan import FusionPlan
 from ..metrics.curves import correctness
-from ..metrics.history import labels_digest
 from ..runs import checkpoints
 from ..runs.recorder import Recorder
 from ..runs.run import Run
 from ..training import data
 from ..training.copies import independent
 from ..training.ensemble import FusedModel, plan_checkpoints
-from ..training.order import Listener, Order
+from ..training.existing import Evaluation
 
 try:
     from safetensors import SafetensorError
@@ -54,6 +52,13 @@ def causal_lm_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 FORWARD_FNS = {"classification": None, "causal_lm": causal_lm_forward}
+
+
+def check_task(task: str, model: Any) -> None:
+    """Raise a ValueError where `task` is "classification" and the network predicts tokens, by the name of its class."""
+    name = type(checkpoints.unwrap(model)).__name__
+    if task == "classification" and re.search("CausalLM|LMHead", name):
+        raise ValueError(f"task: expected 'causal_lm' for a {name}, whose samples are tokens, got {task!r}")
 
 
 def next_tokens(outputs: Any, labels: Any) -> tuple[Any, Any]:
@@ -122,23 +127,12 @@ def from_trainer(
     data.check_module(model, "model")
     folders = _checkpoint_folders(_files.absolute(output_dir))
     forward_fn = FORWARD_FNS[_check.choice(task, tuple(FORWARD_FNS), "task")]
-    model = independent(model)
-    batches, order = data.Batches(eval_data, batch_size, data.device_of(model)), Order(eval_data, "eval_data")
+    check_task(task, model)
+    options: dict[str, Any] = {"forward_fn": forward_fn, "batch_size": batch_size, "name": "eval_data"}
+    evaluation = Evaluation(model, eval_data, _load_checkpoint, **options)
     config = {"output_dir": str(_files.absolute(output_dir).resolve()), "task": task}
-
-    def evaluate(step: int) -> Rows:
-        _load_checkpoint(model, folders[step])
-        return _score_model(model, batches, forward_fn, order)
-
     with Recorder(run_dir, model, keep, half=half, config=config, forward_fn=forward_fn) as recorder:
-        done = [step for step in folders if step < recorder.next_epoch]
-        if done and not _is_recorded(recorder.run, done, *evaluate(done[-1])):
-            hint = "or of other eval_data; choose another folder"
-            raise ValueError(f"run_dir: {run_dir} holds a run of other checkpoints than {output_dir}'s, {hint}")
-        for step in folders:
-            if step >= recorder.next_epoch:
-                recorder.record_correct(step, *evaluate(step))
-        return recorder.run
+        return evaluation.record(recorder, folders)
 
 
 def _checkpoint_folders(output_dir: Path) -> dict[int, Path]:
@@ -147,39 +141,6 @@ def _checkpoint_folders(output_dir: Path) -> dict[int, Path]:
     if not found:
         raise FileNotFoundError(f"{output_dir}: no checkpoint-STEP there")
     return dict(sorted((int(p.name[11:]), p) for p in found))
-
-
-@torch.no_grad()
-def _score_model(model: nn.Module, batches: Iterable[Any], forward_fn: data.Forward | None, order: Order) -> Rows:
-    listener, pairs = Listener(order), []
-    with data.evaluating(model), listener.listening(model):
-        for batch in batches:
-            scores, y = data.forward(model, batch, forward_fn)
-            listener.add(batch, y)
-            pairs.append((predicted_classes(scores), y))
-    classes, labels = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
-    listener.check(labels)
-    return checked_correctness(classes.numpy(), labels.numpy()), labels.numpy()
-
-
-def _is_recorded(run: Run, steps: list[int], correct: NDArray[np.bool_], labels: Any) -> bool:
-    """Tell whether `run` holds these steps, and for the last one this correctness and the weights of `run.model`."""
-    history = run.history
-    if history.digest != labels_digest(labels) or not set(steps) <= set(history.epochs):
-        return False
-    row = history.epochs.index(steps[-1])
-    path = run.checkpoints[row]
-    if path.is_file():
-        return _same_weights(checkpoints.load(path), checkpoints.unwrap(run.model).state_dict())
-    return bool(np.mean(history[row] != correct) < 0.05)  # another device may round differently
-
-
-def _same_weights(stored: dict[str, Any], state: dict[str, Any]) -> bool:
-    """Compare two state_dicts up to the rounding of 16 bits."""
-    tensors = [k for k, v in state.items() if isinstance(v, Tensor)]
-    return stored.keys() == state.keys() and all(
-        torch.allclose(stored[k].float(), state[k].cpu().float(), rtol=1e-3, atol=1e-7, equal_nan=True) for k in tensors
-    )
 
 
 def _load_checkpoint(model: nn.Module, folder: Path) -> None:

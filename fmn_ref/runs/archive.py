@@ -7,8 +7,10 @@ directory, described alike in both places. `seal` puts a CRC-32 of the whole fil
 
 from __future__ import annotations
 
+import mmap
 import struct
 import zlib
+from collections.abc import Set
 from typing import IO, Any, NamedTuple
 
 from .pickles import scan
@@ -57,7 +59,7 @@ def is_sealed(file: IO[bytes]) -> bool:
     return file.read(len(_SEAL)) == _SEAL
 
 
-def check(file: IO[bytes], scanned: bool = True) -> None:
+def check(file: IO[bytes], scanned: bool = True, dropped: Set[bytes] = frozenset()) -> None:
     """Check a file before torch.load reads it; a ValueError says what is wrong.
 
     A sealed file must match its checksum. The entries of another one must match theirs, and their own headers.
@@ -68,6 +70,8 @@ def check(file: IO[bytes], scanned: bool = True) -> None:
     scanned : bool, default True
         Scan the pickle, and compare what it says of the tensors' storages with the entries. If False, only a pickle
         that could be harmful is scanned.
+    dropped : set of bytes
+        As for `scan`.
     """
     size, sealed = file.seek(0, 2), is_sealed(file)
     if sealed and b"%08x" % _crc(file, 0, size - 8) != _read(file, size - 8, 8):
@@ -82,7 +86,24 @@ def check(file: IO[bytes], scanned: bool = True) -> None:
     pickled = sizes[b"data.pkl"]
     data = _read(file, _check_local(file, pickled, pickled.header)[0], pickled.size)
     if scanned or b"bytearray" in data or sum(map(data.count, _NESTING)) > _NESTED:
-        _check_storages(scan(data, contents=True), sizes)
+        _check_storages(scan(data, contents=True, dropped=dropped), sizes)
+
+
+def check_legacy(file: IO[bytes], dropped: Set[bytes] = frozenset()) -> None:
+    """Check a file that torch before 1.6 wrote: five pickles, then the bytes of the storages, without a checksum.
+
+    A ValueError says what is wrong. `dropped` as for `scan`.
+    """
+    size = file.seek(0, 2)
+    _require(size > 0, "it is empty")
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        _require(data[:2] == b"\x80\2", "torch.save writes no such file")
+        for identifier in scan(data, contents=True, count=5, dropped=dropped):
+            match identifier:
+                case [b"storage", kind, bytes(), _, int(n), _] if kind in _ELEMENT:
+                    _require(0 <= n * _ELEMENT[kind] <= size, "a tensor is larger than the file")
+                case _:
+                    raise ValueError("it refers to a tensor that it does not contain")
 
 
 def _check_entries(file: IO[bytes], entries: list[_Entry], directory: int) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 import weakref
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -92,6 +92,63 @@ def _check_size(header: Header, size: int, exact: bool) -> None:
     needed = math.prod(header.shape) * header.dtype.itemsize
     if min(header.shape, default=0) < 0 or needed > size or (exact and needed < size):
         raise ValueError(f"shape {header.shape} of {header.dtype} needs {needed} bytes, and {size} are there")
+
+
+def write_epochs(
+    path: AnyPath, epochs: Iterable[NDArray[Any]], others: Callable[[], Mapping[str, Any]]
+) -> tuple[int, ...]:
+    """Write arrays of equal shape as one, with one in memory at a time.
+
+    Parameters
+    ----------
+    path : path
+        An .npy file; or an .npz file, in which the array is called "probs".
+    epochs : sized iterable of arrays
+    others : callable() -> dict of arrays
+        For an .npz file: what else to store. It is called after the last epoch.
+
+    Returns
+    -------
+    tuple of int
+        Shape of what was written.
+
+    Raises
+    ------
+    ValueError
+        Another suffix; there is no epoch.
+    """
+    suffix = _files.absolute(path).suffix
+    if suffix not in (".npy", ".npz"):
+        raise ValueError(f"output: expected a name ending in .npy or .npz, got {str(path)!r}")
+    shape: tuple[int, ...] = ()
+
+    def write(file: IO[bytes]) -> None:
+        nonlocal shape
+        if suffix == ".npy":
+            shape = _write_npy(file, epochs)
+            return
+        with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+            with archive.open("probs.npy", "w", force_zip64=True) as member:
+                shape = _write_npy(member, epochs)
+            for name, value in others().items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(value), allow_pickle=False)
+
+    _files.write_atomic(path, write)
+    return shape
+
+
+def _write_npy(file: IO[bytes], epochs: Any) -> tuple[int, ...]:
+    shape: tuple[int, ...] = ()
+    for epoch in epochs:
+        if not shape:
+            shape = (len(epochs), *epoch.shape)
+            header = {"descr": np.lib.format.dtype_to_descr(epoch.dtype), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(epoch).data)
+    if not shape:
+        raise ValueError("epochs: expected at least one")
+    return shape
 
 
 class EpochFiles(Sequence[NDArray[Any]]):

@@ -11,11 +11,14 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
-from . import archive
+from . import archive, references
 from .folder import AnyPath
+from .torch_files import load as load
+from .torch_files import reason
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,27 +43,28 @@ def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
 
 def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool = False) -> None:
     """Store a state_dict; see `save_state`."""
-    state = copy.copy(_renamed(state, {}))
+    state = copy.copy(renamed(state, {}))
     if half:
-        state.update({name: _halved(value) for name, value in state.items()})
+        tensors = {name: value for name, value in state.items() if hasattr(value, "layout")}
+        state.update(_each_once(tensors, _halved))
     save(state, path)
 
 
-def _uncompiled(name: Any) -> Any:
+def uncompiled(name: Any) -> Any:
     """Remove the prefix that torch.compile puts into the names of a part."""
     return re.sub(r"\b_orig_mod\.|\._orig_mod$", "", name) if isinstance(name, str) else name
 
 
-def _renamed(state: Any, own: Any) -> Any:
+def renamed(state: Any, own: Any) -> Any:
     """Give a state_dict the names of `own`, from the same model with other parts compiled; else uncompiled names."""
-    if not isinstance(state, dict) or all(name == _uncompiled(name) for name in (*state, *own)):
+    if not isinstance(state, dict) or all(name == uncompiled(name) for name in (*state, *own)):
         return state
-    names = {_uncompiled(name): name for name in own}
-    renamed: Any = OrderedDict((names.get(_uncompiled(n), _uncompiled(n)), value) for n, value in state.items())
-    versions = {_uncompiled(name): value for name, value in getattr(state, "_metadata", {}).items()}
+    names = {uncompiled(name): name for name in own}
+    found: Any = OrderedDict((names.get(uncompiled(n), uncompiled(n)), value) for n, value in state.items())
+    versions = {uncompiled(name): value for name, value in getattr(state, "_metadata", {}).items()}
     modules = getattr(own, "_metadata", None) or versions
-    renamed._metadata = {name: versions[_uncompiled(name)] for name in modules if _uncompiled(name) in versions}
-    return renamed
+    found._metadata = {name: versions[uncompiled(name)] for name in modules if uncompiled(name) in versions}
+    return found
 
 
 def _halved(value: Any) -> Any:
@@ -106,7 +110,7 @@ def check_readable(content: Any, name: str = "state") -> None:
         try:
             _round_trip(value)
         except Exception as error:  # of somebody else's class
-            fault = f"{where}: {type(value).__name__} could not be read back ({_reason(error)})"
+            fault = f"{where}: {type(value).__name__} could not be read back ({reason(error)})"
             hint = "give a tensor, a number, a text, or a list or dict of them"
             raise TypeError(f"{fault}; {hint}") from error
 
@@ -166,48 +170,13 @@ def _compact(content: Any) -> Any:
     """Move tensors to the CPU, and copy those that are parts of larger ones: torch.save would store those whole."""
     import torch
 
-    copies: dict[Any, Tensor] = {}
-
     def alone(t: Tensor) -> Tensor:
         t = t.detach().to("cpu")
         if type(t) is not torch.Tensor or t.layout != torch.strided or t.untyped_storage().nbytes() <= t.nbytes:
             return t
-        key = t.data_ptr(), t.dtype, t.shape, t.stride()
-        if key not in copies:  # tied weights stay tied
-            copies[key] = t.clone()
-        return copies[key]
+        return t.clone()
 
-    return each_tensor(content, alone)
-
-
-def load(path: AnyPath, scan: bool = False) -> Any:
-    """Load a file that `save` or torch.save wrote, to the CPU.
-
-    Parameters
-    ----------
-    path : path
-    scan : bool, default False
-        Look into all that the file contains first. Needed if more than the tensors of a state_dict is used of it.
-
-    Raises
-    ------
-    FileNotFoundError
-    ValueError
-        The file is truncated or damaged (a checksum does not match), is no checkpoint, or holds more than tensors and
-        plain values. The message names the file and the cause.
-    """
-    import torch
-
-    with _files.reading(path, "a readable checkpoint of tensors") as file:
-        archive.check(file, scan or torch.__version__ < "2.13")  # later versions compare the sizes of tensors
-        file.seek(0)
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise
-        except Exception as error:
-            kind = MemoryError if "allocate memory" in str(error) else ValueError  # torch raises a RuntimeError
-            raise kind(_reason(error)) from error
+    return _each_once(content, alone)
 
 
 def is_own(path: AnyPath) -> bool:
@@ -216,17 +185,19 @@ def is_own(path: AnyPath) -> bool:
         return archive.is_sealed(file)
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong, without torch's advice to run the code in a file."""
-    text = _files.cause(error).rpartition("WeightsUnpickler error: ")[2]
-    return re.sub(r"\x1b\[\d*m", "", text.partition(" Please use ")[0])
-
-
 def load_into(model: nn.Module, path: AnyPath) -> nn.Module:
     """Load a checkpoint into `model`; ValueError, which names the file, if names or shapes do not fit."""
-    inner, state = unwrap(model), load(path)
+    inner = unwrap(model)
+    if references.is_reference(path):
+        return load_weights(model, references.load_state(Path(path), inner), path)
+    return load_weights(model, renamed(load(path), inner.state_dict()), path)
+
+
+def load_weights(model: nn.Module, state: dict[str, Any], path: AnyPath) -> nn.Module:
+    """Load a state_dict, which `path` names in errors, into `model`."""
+    inner = unwrap(model)
     try:
-        inner.load_state_dict(_renamed(state, inner.state_dict()))
+        inner.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit the model: {error}") from None
     drop_derived(inner)
@@ -242,8 +213,33 @@ def drop_derived(model: nn.Module) -> None:
 
 
 def to_cpu(content: Any, *, copy: bool = False) -> Any:
-    """Copy nested dicts and lists with every tensor moved to the CPU; `copy` copies those that are there already."""
-    return each_tensor(content, lambda t: t.detach().to("cpu", copy=copy))
+    """Copy nested dicts and lists with every tensor moved to the CPU; `copy` copies those that are there already.
+
+    Tensors that share their memory, as tied weights do, share it afterwards.
+    """
+    return _each_once(content, lambda t: t.detach().to("cpu", copy=copy))
+
+
+def _each_once(content: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Copy as `each_tensor` does, with one result for all tensors that share their memory: tied weights stay tied."""
+    found = dict[Any, Any]()
+
+    def once(t: Tensor) -> Tensor:
+        key = memory(t)
+        if key not in found:
+            found[key] = function(t)
+        return found[key]  # type: ignore[no-any-return]
+
+    return each_tensor(content, once)
+
+
+def memory(t: Tensor) -> Any:
+    """Return what is equal for tensors with the same elements in memory, as tied weights are."""
+    import torch
+
+    if type(t) not in (torch.Tensor, torch.nn.Parameter) or t.layout != torch.strided or not t.numel():
+        return id(t)
+    return t.device, t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg()
 
 
 def snapshot(content: Any) -> Any:

@@ -21,6 +21,10 @@ AnyPath = _files.AnyPath
 RUN_FORMAT = "fmn_ref.run"
 _FRAMEWORKS = ("lightning", "transformers", "keras", "jax")  # run.json keeps their versions where they are loaded
 
+DOOR = (
+    "; fmn_ref.from_checkpoints, or `fmn-ref import checkpoints`, makes one of checkpoints that were saved without it"
+)
+
 
 class RunInfo(NamedTuple):
     """Content of run.json."""
@@ -42,7 +46,7 @@ class RunFolder:
     ----------
     given : path
         The folder as it was given, for messages.
-    path, run_json, history, checkpoints, resume, previous_resume, plan, targets : Path
+    path, run_json, history, checkpoints, resume, previous_resume, plan, targets, predictions : Path
         Absolute, so that they stay the same if the working directory changes.
     comparisons : tuple of Path
         Files in which a comparison may be stored; the first one that exists counts.
@@ -58,6 +62,7 @@ class RunFolder:
         self.plan = self.path / "plan.json"
         self.comparisons = self.path / "comparison.json", self.path / "cell.json"
         self.targets = self.path / "targets"
+        self.predictions = self.path / "predictions"
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -67,7 +72,7 @@ class RunFolder:
         if not self.run_json.is_file():
             below = [p.parent for pattern in ("*/run.json", "*/*/run.json") for p in sorted(self.path.glob(pattern))]
             hint = f"; there is one in {below[0]}" if below else ""
-            raise FileNotFoundError(f"{self.given}: no run there (run.json is missing){hint}")
+            raise FileNotFoundError(f"{self.given}: no run there (run.json is missing){hint or DOOR}")
         if not self.history.is_file():
             raise FileNotFoundError(f"{self.given}: nothing recorded yet (history.fmnh is missing)")
 
@@ -85,7 +90,9 @@ class RunFolder:
         except ValueError as error:
             raise ValueError(f"{self.run_json}: checkpoint_{error}") from None
 
-    def claim(self, config: dict[str, Any] | None, *, resume: bool = True, suffix: str = ".pt") -> RunLock:
+    def claim(
+        self, config: dict[str, Any] | None, *, resume: bool = True, suffix: str = ".pt", overwrite: bool = False
+    ) -> RunLock:
         """Lock the folder for this process and write its run.json, or check the one that is there.
 
         Parameters
@@ -96,6 +103,8 @@ class RunFolder:
             Whether a run that was begun here may go on.
         suffix : str, default ".pt"
             How the names of checkpoints end.
+        overwrite : bool, default False
+            Delete a run that is here first.
 
         Raises
         ------
@@ -113,8 +122,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = RunLock.of(self.path)
         try:
-            for folder in (self.path, self.checkpoints, self.targets):
+            for folder in (self.path, self.checkpoints, self.targets, self.predictions):
                 _files.remove_leftovers(folder)
+            if overwrite:
+                self._delete_run()
             self._settle(plain, resume, suffix)
         except BaseException:
             del lock  # the error's traceback holds this frame
@@ -146,13 +157,24 @@ class RunFolder:
         """Tell whether a path is that of a file of the run itself; not a plan, a comparison or a report beside it."""
         real, top = _files.absolute(path).resolve(), self.path.resolve()
         own = {top / p.name for p in (self.run_json, self.history, self.resume, self.previous_resume)}
-        return real in own or bool({top / self.checkpoints.name, top / self.targets.name} & set(real.parents))
+        return real in own or bool(
+            {top / p.name for p in (self.checkpoints, self.targets, self.predictions)} & set(real.parents)
+        )
 
     # --- checkpoints ---
 
     def checkpoint(self, epoch: int, suffix: str = ".pt") -> Path:
         """Path of one epoch's checkpoint, whether it exists or not."""
         return self.checkpoints / f"epoch_{epoch:05d}{suffix}"
+
+    def prediction(self, epoch: int) -> Path:
+        """Path of the kept predictions of one epoch, whether it exists or not."""
+        return self.predictions / f"epoch_{epoch:05d}.npy"
+
+    def discard(self, epoch: int, suffix: str) -> None:
+        """Delete one epoch's checkpoint, and predictions that it made."""
+        self.prediction(epoch).unlink(missing_ok=True)
+        remove_checkpoint(self.checkpoint(epoch, suffix))
 
     def write_checkpoint(self, epoch: int, suffix: str, write: Callable[[Path], object]) -> None:
         """Have `write(path)` store one epoch's checkpoint, in place of what a crash left under its name."""
@@ -168,6 +190,16 @@ class RunFolder:
         recorded = {self.checkpoint(e, suffix) for e in epochs}
         for path in list(self.checkpoints.iterdir()):
             if path not in recorded and re.fullmatch(r"epoch_\d{5,}" + re.escape(suffix), path.name):
+                remove_checkpoint(path)
+
+    def _delete_run(self) -> None:
+        """Delete the run's files: first what others begin with, so that a kill leaves no half of a run."""
+        for path in (self.resume, self.previous_resume):
+            path.unlink(missing_ok=True)
+        self.clear()
+        self.run_json.unlink(missing_ok=True)
+        for path in self.checkpoints.glob("epoch_*") if self.checkpoints.is_dir() else ():
+            if re.fullmatch(r"epoch_\d{5,}(\.\w+)+", path.name, re.ASCII):
                 remove_checkpoint(path)
 
     def clear(self) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check, _files
+from . import standins
 from .arrays import EpochFiles
 from .pickles import scan
 from .text import natural, read_lines
@@ -188,38 +189,14 @@ def _row_of(line: Any, key: str) -> tuple[str, Row]:
     return str(guid), (logits, gold)
 
 
-class _Dtype:
-    """Stand-in for numpy.dtype that accepts the types of numbers only."""
-
-    def __init__(self, name: Any, *flags: Any) -> None:
-        if not isinstance(name, str) or not re.fullmatch("b1|[iu][1248]|f[248]", name):
-            raise pickle.UnpicklingError("it contains a NumPy type that is no number")
-        self.name, self.order = name, "="
-
-    def __setstate__(self, state: Any) -> None:
-        if state[1] not in ("<", ">", "|", "="):
-            raise pickle.UnpicklingError("it contains a NumPy type of unknown byte order")
-        self.order = state[1]
-
-
-class _Scalar:
-    """Stand-in for NumPy's function that makes a scalar of a type and bytes; returns a plain number."""
-
-    def __new__(cls, dtype: Any, data: Any) -> Any:
-        return np.frombuffer(data, dtype.order + dtype.name).item()
-
-    def __setstate__(self, state: Any) -> None:  # without this, a pickle could set attributes of the class
-        raise pickle.UnpicklingError("it sets the state of a number")
-
-
 class _PlainUnpickler(pickle.Unpickler):
     """Unpickler of dicts, lists, tuples, strings and numbers (also NumPy's); refuses to import or call anything."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "dtype"):
-            return _Dtype
+            return standins.NumberType
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
-            return _Scalar
+            return standins.Number
         raise pickle.UnpicklingError(f"it refers to {module}.{name}; only plain containers and numbers are read")
 
     def persistent_load(self, pid: Any) -> NoReturn:

@@ -13,7 +13,8 @@ from .. import _check, _files, _stderr
 from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from . import arrays, importers
-from .folder import RunFolder
+from .content import content_of
+from .folder import DOOR, RunFolder
 
 # Options of the command line that are files.
 INPUTS = ["file", "run_dir", "path", "plan", "probs", "labels", "correct", "ids", "images", "comparison"]
@@ -49,8 +50,28 @@ _OPTIONS = {
 }
 
 
+# What an option reads, in words and as `content_of` tells it; the others read text or folders of many files.
+_ARRAYS, _KINDS = "arrays (.npy or .npz)", {"npy", "npz"}
+_HISTORY = f"a run directory, a history (.fmnh) or {_ARRAYS}", {*_KINDS, "correctness", "history"}
+_READS: dict[str, tuple[str, set[str]]] = {"file": _HISTORY, "correct": _HISTORY}
+_READS |= dict.fromkeys(("probs", "select", "test"), (_ARRAYS, _KINDS))
+_READS |= {name: (_ARRAYS, {*_KINDS, "correctness"}) for name in ("labels", "select_labels", "test_labels", "images")}
+_READS |= {"plan": ("a plan that `fmn-ref fuse` wrote", {"plan"}), "run_dir": ("a run directory", set())}
+
+
 def error_line(error: Exception, options: Mapping[str, Any]) -> str:
-    """One line about an error, with the file from which the argument that it names was read."""
+    """One line about an error, with its file; where the command cannot read such a file, what it is."""
+    line = _line_with_file(error, options)
+    outputs = [options.get(name) for name in OUTPUTS]
+    for option, (expected, kinds) in _READS.items():
+        file = options.get(option)
+        content = content_of(file) if file and file not in outputs and line.startswith(f"{file}: ") else None
+        if content is not None and content.kind not in kinds:
+            return f"{file}: expected {expected}, got {content.words}"
+    return line
+
+
+def _line_with_file(error: Exception, options: Mapping[str, Any]) -> str:
     line = " ".join(str(error).splitlines())
     if not isinstance(error, (ValueError, TypeError, OSError, ImportError, FloatingPointError)):
         return f"{type(error).__name__}: {line}"
@@ -66,7 +87,7 @@ def load_array(path: str, *names: str) -> NDArray[Any]:
     """Load a .npy file, memory-mapped, or the first of `names` that an .npz file contains."""
     a: NDArray[Any] | CorrectnessHistory = load_named(path, *names)[0]
     if isinstance(a, CorrectnessHistory):
-        raise ValueError(f"{path}: holds correctness, not {names[0]}; save the arrays of run.probabilities as .npy")
+        raise ValueError(f"{path}: holds correctness, not {names[0]}; `fmn-ref predict` writes a run's probabilities")
     return a
 
 
@@ -86,14 +107,14 @@ def load_named(path: str, *names: str, verify: bool = True) -> tuple[Any, str]:
     if RunFolder(path).history.is_file():
         path = str(RunFolder(path).history)
     if RunFolder(path).path.is_dir():
-        raise FileNotFoundError(f"{path}: a folder, and no run there (history.fmnh is missing)")
+        raise FileNotFoundError(f"{path}: a folder, and no run there (history.fmnh is missing){DOOR}")
     if path.endswith(".fmnh"):
         return CorrectnessHistory.open(path, verify=verify), ""
     if path.endswith(".npz"):
         return arrays.load_npz(path, names)
-    with _files.opened(path) as file:
-        if file.read(4) == b"PK\3\4":
-            raise ValueError(f"{path}: an .npz file; rename it to end in .npz")
+    content = content_of(path)
+    if content is not None and content.kind == "npz":
+        raise ValueError(f"{path}: an .npz file; rename it to end in .npz")
     return arrays.open_npy(path), ""
 
 

@@ -7,7 +7,7 @@ million deep kills the interpreter. `scan` follows the program without making an
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 DEEPEST = 1000  # as deep as Python's pickle module can write
@@ -16,14 +16,19 @@ _BYTEARRAY = (b"builtins\nbytearray", b"__builtin__\nbytearray")  # of an intege
 _ENCODE = [b"_codecs\nencode"]
 
 
-def scan(data: bytes, contents: bool = False) -> list[Any]:
+def scan(data: Any, contents: bool = False, *, count: int = 1, dropped: Set[bytes] = frozenset()) -> list[Any]:
     """Check a pickle; a ValueError says what is wrong and where.
 
     Parameters
     ----------
-    data : bytes
+    data : bytes or mmap
     contents : bool, default False
         Read numbers one by one, for the result.
+    count : int, default 1
+        Number of pickles that follow each other.
+    dropped : set of bytes
+        Classes, as b"module\\nname", whose objects the loader makes without their content: these may refer to each
+        other in circles.
 
     Returns
     -------
@@ -31,9 +36,11 @@ def scan(data: bytes, contents: bool = False) -> list[Any]:
         Persistent identifiers, which torch uses for the storages of tensors. Each is the list of a tuple's values:
         integers, and the bytes of texts and of the names of globals.
     """
-    machine, steps = _Machine(data, contents), _STEPS
-    while (op := machine.take_op()) != _STOP:
-        steps[op](machine)
+    machine, steps = _Machine(data, contents, dropped), _STEPS
+    for _ in range(count):
+        machine.stack, machine.marks, machine.memo = [], [], {}
+        while (op := machine.take_op()) != _STOP:
+            steps[op](machine)
     return machine.persistent
 
 
@@ -50,11 +57,15 @@ class _Container:
         self.parts: list[Any] = []  # of a short tuple; the function of what a call returned
 
 
+_EMPTY = object()  # an object without content
+
+
 class _Machine:
     """The stack and the memo of a pickle that is scanned."""
 
-    def __init__(self, data: bytes, contents: bool) -> None:
-        self.data, self.at, self.contents, self.most = data, 0, contents, EXPANSION * len(data)
+    def __init__(self, data: Any, contents: bool, dropped: Set[bytes]) -> None:
+        self.data: bytes = data
+        self.at, self.contents, self.most, self.dropped = 0, contents, EXPANSION * len(data), dropped
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -111,6 +122,8 @@ class _Machine:
     def extend(self, parts: list[Any]) -> None:
         """Put the parts into the latest value."""
         [target] = self.pop(1)
+        if target is _EMPTY:
+            return self.push(_EMPTY)
         if not isinstance(target, _Container) or target.complete or target in parts:
             raise ValueError(f"a value contains itself, or changes after its use, at offset {self.at - 1}")
         self.fill(target, parts)
@@ -128,6 +141,8 @@ class _Machine:
 
     def call(self) -> None:
         function, arguments = self.pop(2)
+        if isinstance(function, bytes) and function in self.dropped:
+            return self.push(_EMPTY)
         first = next(iter(getattr(arguments, "parts", [])), b"")
         if function in _BYTEARRAY and not (isinstance(first, bytes) or getattr(first, "parts", [])[:1] == _ENCODE):
             raise ValueError(f"it asks for memory at offset {self.at - 1}")

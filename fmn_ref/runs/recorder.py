@@ -6,6 +6,7 @@ NumPy only: torch is loaded when the state of a torch model is saved. docs/refer
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,8 @@ class Recorder:
         Written to run.json; anything that JSON can hold. A run that was made with another one is not continued.
     forward_fn : callable, optional
         Passed on to `run`; see `train`.
+    overwrite : bool, default False
+        Delete a run that is in `run_dir`, with its checkpoints, and begin anew.
 
     Raises
     ------
@@ -64,6 +67,9 @@ class Recorder:
     -----
     The process that records holds the folder's lock until `close`, the end of the process, or until the Recorder is
     garbage. It is a context manager that closes itself.
+
+    `record` logs a warning, once, if a part of `model` with dropout or BatchNorm is in training mode: then the scores
+    probably come from a network that drops units at random.
 
     Examples
     --------
@@ -86,6 +92,7 @@ class Recorder:
         suffix: str = ".pt",
         config: dict[str, Any] | None = None,
         forward_fn: Any = None,
+        overwrite: bool = False,
     ) -> None:
         if model is not None and not hasattr(model, "state_dict"):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -97,8 +104,9 @@ class Recorder:
         if suffix != ".pt" and save is None:
             raise ValueError(f"suffix: {suffix!r} needs `save`, which writes such files")
         self._history: CorrectnessHistory | None = None
+        self._warned = False
         self._numbers: list[Any] = []  # those of the samples of the epochs recorded here, once there are some
-        self._lock: RunLock | None = self.folder.claim(config, suffix=suffix)
+        self._lock: RunLock | None = self.folder.claim(config, suffix=suffix, overwrite=overwrite)
         self.folder.checkpoints.mkdir(exist_ok=True)
         if self.folder.history.exists():
             self._history = CorrectnessHistory.open(self.folder.history)
@@ -139,6 +147,14 @@ class Recorder:
             )
         self.record_correct(epoch, right, labels)
         self._numbers = [numbers]
+        self._warn_of_training_mode(epoch)
+
+    def _warn_of_training_mode(self, epoch: int) -> None:
+        part = None if self._warned or self.model is None else _random_part(self.model)
+        if part is not None:
+            hint = "compute the scores in model.eval(), and call model.train() after `record`"
+            logger.warning("%s: epoch %d: a %s of the model is in training mode; %s", self.run_dir, epoch, part, hint)
+            self._warned = True
 
     def record_correct(self, epoch: int, correct: Any, labels: Any, *, weights: dict[str, Any] | None = None) -> None:
         """Store one epoch whose correctness is known already.
@@ -238,7 +254,7 @@ class Recorder:
                     path.unlink()  # first: after a kill, the states must not be ahead of the history
                 self._history.truncate(len(self._history) - len(dropped))
             for e in dropped:  # a checkpoint that stayed would be taken for that of the epoch recorded next
-                remove_checkpoint(self.folder.checkpoint(e, self._suffix))
+                self.folder.discard(e, self._suffix)
             if not len(self._history):  # other samples may be recorded now
                 self.folder.clear()
                 self._history, self._numbers = None, []
@@ -296,6 +312,13 @@ class Recorder:
 
     def __repr__(self) -> str:
         return f"Recorder({str(self.folder.given)!r}, next_epoch={self.next_epoch})"
+
+
+def _random_part(model: Any) -> str | None:
+    """Name the class of a layer in training mode that computes otherwise than in evaluation mode."""
+    layers = model.modules() if callable(getattr(model, "modules", None)) else ()
+    classes = (type(layer).__name__ for layer in layers if getattr(layer, "training", False))
+    return next((name for name in classes if re.search("Drop|BatchNorm", name)), None)
 
 
 def in_sample_order(index: Any, correct: Any, labels: Any) -> tuple[Int, Bool, Int]:

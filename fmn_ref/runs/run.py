@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..metrics.history import CorrectnessHistory
+from . import references
 from .folder import AnyPath, RunFolder
 
 
@@ -67,8 +68,9 @@ class Run:
             The checkpoint does not exist: `keep`, or somebody, deleted it.
         """
         path = self.checkpoints[row]
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such checkpoint; run.kept is the run with only those that are there")
+        if not references.exists(path):
+            gone = references.target_of(path) if path.exists() else path
+            raise FileNotFoundError(f"{gone}: no such checkpoint; run.kept is the run with only those that are there")
         return path
 
     @property
@@ -83,7 +85,7 @@ class Run:
         FileNotFoundError
             No checkpoint exists.
         """
-        rows = [i for i, path in enumerate(self.checkpoints) if path.exists()]
+        rows = [i for i, path in enumerate(self.checkpoints) if references.exists(path)]
         if not rows:
             raise FileNotFoundError(f"{self.folder.checkpoints}: no checkpoint of the run is there")
         if len(rows) == len(self.history):

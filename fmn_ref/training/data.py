@@ -1,7 +1,7 @@
 """Batches for training and evaluation, and a model's predictions on them.
 
-Data is a tuple (inputs, labels) of tensors or arrays with one row per sample, a torch Dataset, or a DataLoader. A batch
-is a tuple, or a dict with a key "labels".
+Data is a tuple (inputs, labels) of tensors or arrays with one row per sample, a torch Dataset, a list of dicts, or a
+DataLoader. A batch is a tuple, or a dict with a key "labels".
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .order import Listener, Order, samplers_of
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 Augment = Callable[[Tensor], Tensor]
+Output = Callable[[Tensor], Tensor]
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,8 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         labels = torch.from_numpy(_check.labels(labels)).to(device_of(model))
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
         got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: expected integers of shape (n,), got {got}")
+        tokens = "; of tokens? forward_fn=causal_lm_forward" if getattr(labels, "ndim", 1) == 2 else ""
+        raise TypeError(f"labels: expected integers of shape (n,), got {got}{tokens}")
     return getattr(output, "logits", output), labels.long()
 
 
@@ -161,7 +163,7 @@ class Batches:
     def __init__(
         self, data: Any, batch_size: int, device: torch.device, *, shuffle: bool = False, split: bool = False
     ) -> None:
-        self.device, self._batch_size, self._shuffle = device, batch_size, shuffle
+        data, self.device, self._batch_size, self._shuffle = samples.as_dataset(data), device, batch_size, shuffle
         self._rank, self._world = (distributed.rank(), distributed.world_size()) if split else (0, 1)
         if shuffle and batch_size % self._world:
             raise ValueError(f"batch_size: expected a multiple of the {self._world} processes, got {batch_size}")
@@ -301,6 +303,7 @@ def predict(
     batch_size: int = 256,
     forward_fn: Forward | None = None,
     log: bool = False,
+    output: Output | None = None,
     amp: bool = False,
     split: bool = False,
     order: Order | None = None,
@@ -316,6 +319,8 @@ def predict(
     forward_fn : callable(model, batch) -> (logits, labels), optional
     log : bool, default False
         Return log-probabilities.
+    output : callable(logits) -> (n, ...) tensor, optional
+        What is returned in place of probabilities, such as `logits.predicted_classes`.
     amp : bool, default False
         Run the network in bfloat16.
     split : bool, default False
@@ -336,11 +341,12 @@ def predict(
     """
     if not isinstance(data, Batches):
         data = Batches(data, batch_size, device_of(model), split=split)
+    output = output or partial(torch.log_softmax if log else torch.softmax, dim=1)
 
     def predicted() -> tuple[Listener, list[tuple[Tensor, Tensor]]]:
         listener = Listener(order, fixed=bool(data.arrays))
         with evaluating(model), computing(model) as network, listener.listening(network):
-            return listener, list(_predict_batches(network, data, forward_fn, log, amp, listener))
+            return listener, list(_predict_batches(network, data, forward_fn, output, amp, listener))
 
     listener, parts = either_format(predicted, partial(set_contiguous, model), data.set_contiguous)
     if not parts:
@@ -356,7 +362,7 @@ def predict(
 
 
 def _predict_batches(
-    network: nn.Module, batches: Batches, forward_fn: Forward | None, log: bool, amp: bool, listener: Listener
+    network: nn.Module, batches: Batches, forward_fn: Forward | None, output: Output, amp: bool, listener: Listener
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for i, batch in enumerate(batches):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=amp):
@@ -365,8 +371,7 @@ def _predict_batches(
             check_logits(logits, "a forward_fn may convert them (Run.open takes it)")
         check_pair(logits, labels)
         listener.add(batch, labels)
-        logits = logits.float()
-        yield logits.log_softmax(1) if log else logits.softmax(1), labels
+        yield output(logits.float()), labels
 
 
 def fingerprints(data: Any) -> set[int]:

@@ -19,6 +19,7 @@ from .. import _check
 from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
 from . import data, distributed
+from .agreement import Agreement
 from .engine import Average, EarlyStopping, fit, shown
 from .order import Order
 from .recipe import Recipe
@@ -59,6 +60,9 @@ def distill(
 
     The temperature softens both distributions; KL is summed over classes and averaged over samples. The papers give
     neither number. The defaults use the soft targets alone, which suits noisy labels.
+
+    A warning is logged if the student rarely chooses the teacher's class on the last training batches: it then ends
+    near chance, or far below its teacher.
 
     Parameters
     ----------
@@ -205,13 +209,14 @@ def _fit_student(
                 probs, labels = predict(source.teacher)
                 notes = {"teacher": f"{(probs.argmax(1) == labels).double().mean():.2%}"}
         targets = source.open(device)
+        loss_fn = Agreement(partial(distillation_loss, temperature=setup["temperature"], kd_weight=setup["kd_weight"]))
         fit(
             student,
             targets.batches,
             setup["epochs"],
             source.recipe,
             step=targets.step,
-            loss_fn=partial(distillation_loss, temperature=setup["temperature"], kd_weight=setup["kd_weight"]),
+            loss_fn=loss_fn,
             augment=targets.augment,
             evaluate=evaluate,
             store=store,
@@ -221,6 +226,8 @@ def _fit_student(
             names=("distill", "student"),
             notes=notes,
         )
+    if setup["kd_weight"] > 0:
+        loss_fn.warn(source.recipe, setup["epochs"])
 
 
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:

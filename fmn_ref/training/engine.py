@@ -22,8 +22,9 @@ from .._stderr import progress_bar, shows
 from ..metrics.curves import correctness
 from ..runs import checkpoints
 from . import data, distributed
+from .averages import averaged_tensors
 from .copies import independent
-from .ensemble import averaged_tensors, frozen_norms
+from .ensemble import frozen_norms
 from .memory_format import either_format, set_channels_last, set_contiguous
 from .recipe import Recipe
 from .store import Store

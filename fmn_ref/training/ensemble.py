@@ -7,19 +7,19 @@ import copy
 import math
 from collections.abc import Collection, Iterable
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _files
 from ..fusion.plan import FusionPlan
 from ..metrics.scores import FLOOR
-from ..runs import checkpoints
+from ..runs import checkpoints, references
 from ..runs.run import Run
 from . import data
+from .averages import is_statistic, load_mean, open_sources, shares_of
 from .copies import independent
 from .logits import check_logits
 from .memory_format import either_format, set_channels_last, set_contiguous
@@ -31,7 +31,9 @@ class FusedModel(nn.Module):
     Calling it returns log-probabilities, shape (batch, n_classes), dtype float32: softmax, arg-max and cross-entropy
     work on them. The run's network must return logits or an object with `.logits`: it is called directly, without the
     run's `forward_fn`. (Pass that to `distill`, which calls it for each member.) Members are frozen and always in
-    evaluation mode. To store the ensemble, keep the plan and the run directory; its own `state_dict` loads back too.
+    evaluation mode. To store the ensemble, keep the plan and the run directory, or use `save`.
+
+    Attributes: `plan`, and `members`, one network for each of the plan's weights.
 
     Members are copies of the run's model. If it cannot be copied, they compute in the model itself: one call at a time,
     with weights swapped in and put back, without gradients, and not under torch.export or torch.compile.
@@ -72,10 +74,7 @@ class FusedModel(nn.Module):
     def __init__(self, plan: FusionPlan, run: Run) -> None:
         super().__init__()
         model, paths = plan_checkpoints(plan, run)
-        network = independent(model)
-        with torch.no_grad():  # a ScriptModule's tensors would be copied with a graph
-            members = [copy.deepcopy(checkpoints.load_into(network, path)) for path in paths.values()]
-        self._set_members(members, plan)
+        self._set_members(_load_members(model, paths.values()), plan)
 
     @classmethod
     def of_members(cls, members: Iterable[nn.Module], plan: FusionPlan) -> FusedModel:
@@ -85,8 +84,61 @@ class FusedModel(nn.Module):
         self._set_members(members, plan)
         return self
 
+    def save(self, folder: _files.AnyPath) -> None:
+        """Write the ensemble to a folder: plan.json, and the weights of each member.
+
+        Without a run directory, this is all that predicting needs. For a Transformers model, use `save_fused` instead.
+
+        Parameters
+        ----------
+        folder : path
+            Created if missing; an ensemble in it is replaced. member_00003.pt is row 3 of the run.
+
+        Raises
+        ------
+        OSError
+            The folder cannot be written.
+        """
+        target = _files.absolute(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
+        for stale in target.glob("member_*.pt"):
+            stale.unlink()
+        for path, member in zip(_member_paths(target, self.plan), self.members, strict=True):
+            checkpoints.save_state(member, path)
+        self.plan.save(target / "plan.json")
+
+    @classmethod
+    def load(cls, folder: _files.AnyPath, model: nn.Module) -> FusedModel:
+        """Load an ensemble that `save` wrote.
+
+        Parameters
+        ----------
+        folder : path
+        model : nn.Module
+            A network of the members' architecture, on the device to use. Its own weights do not change.
+
+        Raises
+        ------
+        TypeError
+            `model` is no module.
+        FileNotFoundError
+            `folder` contains no plan.json, or a member is missing.
+        ValueError
+            A file is damaged, or a member does not fit the model. The message names it.
+
+        Examples
+        --------
+        >>> fused.save("fused")  # doctest: +SKIP
+        >>> fused = fmn.FusedModel.load("fused", make_model())  # doctest: +SKIP
+        """
+        data.check_module(model, "model")
+        source = _files.absolute(folder)
+        plan = FusionPlan.load(source / "plan.json")
+        return cls.of_members(_load_members(checkpoints.unwrap(model), _member_paths(source, plan)), plan)
+
     def _set_members(self, members: Iterable[nn.Module], plan: FusionPlan) -> None:
-        self.combine = plan.combine
+        self.plan, self.combine = plan, plan.combine
         self.members = nn.ModuleList(members)
         self.members.requires_grad_(False)
         set_channels_last(self.members)
@@ -136,6 +188,16 @@ class FusedModel(nn.Module):
         return logits.float(), labels
 
 
+def _load_members(model: nn.Module, paths: Iterable[Path]) -> list[nn.Module]:
+    network = independent(model)
+    with torch.no_grad():  # a ScriptModule's tensors would be copied with a graph
+        return [copy.deepcopy(checkpoints.load_into(network, path)) for path in paths]
+
+
+def _member_paths(folder: Path, plan: FusionPlan) -> list[Path]:
+    return [folder / f"member_{row:05d}.pt" for row in plan.weights]
+
+
 def _drop_derived(model: nn.Module, keys: Any) -> None:
     for member in model.members:  # type: ignore[union-attr]
         checkpoints.drop_derived(member)
@@ -143,6 +205,9 @@ def _drop_derived(model: nn.Module, keys: Any) -> None:
 
 def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batch_size: int = 512) -> nn.Module:
     """Average the weights of checkpoints into one model: averaged KF, SWA, or EMA over epochs.
+
+    The files are read in parts: memory holds the network twice, whatever the number of checkpoints. To write the
+    average of networks that are too large for that, use `average_checkpoints`.
 
     Parameters
     ----------
@@ -171,8 +236,8 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     TypeError
         `run` is not a Run, or `weights` is not a dict of numbers.
     ValueError
-        No weight above 0; an epoch out of range; no model attached; a checkpoint that does not fit, or whose weights
-        are not all finite; a ScriptModule with BatchNorm.
+        No weight above 0; an epoch out of range; no model attached; a checkpoint that does not fit, or holds NaN;
+        infinite, 8-bit or adapter weights that differ; a ScriptModule with BatchNorm.
     FileNotFoundError
         A checkpoint is missing.
 
@@ -189,46 +254,14 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     arXiv 2507.08686 ("averaged KF"); Izmailov et al. 2018, arXiv 1803.05407 (SWA).
     """
     model = independent(attached_model(run))
-    shares = _shares(weights, len(run.history))
-    steady = _load_average(model, [(run.checkpoint(epoch), share) for epoch, share in shares])
+    shares = shares_of(weights, len(run.history))
+    paths = ((run.checkpoint(epoch), share) for epoch, share in shares)
+    steady = load_mean(model, open_sources(paths, model))
     with data.computing(model, keep=True) as network:
         frozen = steady if len(shares) > 1 else {*frozen_norms(network), *_scripted_norms(network)}
         recompute_batchnorm(network, train_data, batch_size=batch_size, forward_fn=run.forward_fn, frozen=frozen)
     checkpoints.drop_derived(model)
     return model.eval()
-
-
-@torch.no_grad()
-def _load_average(model: nn.Module, shares: list[tuple[Path, float]]) -> set[str]:
-    """Load the weighted mean of checkpoints; return the names of layers with the same running statistics in all."""
-    mean, first, moved = dict[str, Tensor](), dict[str, Tensor](), set[str]()
-    for path, share in shares:
-        for name, value in averaged_tensors(checkpoints.load_into(model, path)).items():
-            if not value.isfinite().all():
-                raise ValueError(
-                    f"{path}: {name} holds NaN or infinity, which no average can have; leave the epoch out"
-                )
-            wide = value.to(torch.complex128 if value.is_complex() else torch.float64)
-            mean[name] = mean.get(name, 0) + share * wide
-            if _is_statistic(name) and not torch.equal(first.setdefault(name, value.clone()), value):
-                moved.add(name.rpartition(".")[0])
-    for name, value in averaged_tensors(model).items():
-        value.copy_(mean[name])
-    return {name.rpartition(".")[0] for name in first} - moved
-
-
-def averaged_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of a network, by name, that an average of networks averages: parameters and running statistics.
-
-    Running statistics are buffers with names that begin with "running_". Other buffers are not averaged, such as the
-    unit vectors of a power iteration and counters; nor are integers.
-    """
-    named = chain(model.named_parameters(), ((n, b) for n, b in model.named_buffers() if _is_statistic(n)))
-    return {name: t for name, t in named if t.is_floating_point() or t.is_complex()}
-
-
-def _is_statistic(name: str) -> bool:
-    return name.rpartition(".")[2].startswith("running_")
 
 
 def frozen_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -240,19 +273,8 @@ def frozen_norms(model: nn.Module) -> dict[str, nn.Module]:
     def is_frozen(layer: nn.Module) -> bool:
         return model.training or {p.requires_grad for p in layer.parameters()} == {False}
 
-    layers = {n: m for n, m in model.named_modules() if any(map(_is_statistic, dict(m.named_buffers(recurse=False))))}
+    layers = {n: m for n, m in model.named_modules() if any(map(is_statistic, dict(m.named_buffers(recurse=False))))}
     return {name: layer for name, layer in layers.items() if not layer.training and is_frozen(layer)}
-
-
-def _shares(weights: Any, n_epochs: int) -> list[tuple[int, float]]:
-    """Check the weights; return (row, weight) in order of rows, with weights of sum 1."""
-    if not isinstance(weights, dict):
-        raise TypeError(f"weights: expected {{epoch: weight}}, got {type(weights).__name__}")
-    rows = [(_check.index(e, n_epochs, "epoch"), _check.number(w, 0, 1e300, "weights")) for e, w in weights.items()]
-    total = sum(w for _, w in rows)
-    if total == 0:
-        raise ValueError("weights: expected at least one above 0")
-    return [(row, weight / total) for row, weight in sorted(rows) if weight / total > 0]
 
 
 @torch.no_grad()
@@ -344,7 +366,7 @@ def attached_model(run: Any) -> nn.Module:
         raise TypeError(f"run: expected a Run, got {type(run).__name__}")
     if not isinstance(run.model, nn.Module):
         hint = f"use Run.open({str(run.run_dir)!r}, model=...)"
-        if run.suffix != ".pt":
+        if run.suffix not in (".pt", references.SUFFIX):
             hint = f"this is for networks of torch, and its checkpoints are {run.suffix} files"
         raise ValueError(f"run: no model attached; {hint}")
     return checkpoints.unwrap(run.model)

@@ -24,3 +24,11 @@ def check_logits(logits: Any, hint: str) -> None:
         raise ValueError(f"model: expected logits (n, n_classes), got {got}; {hint}")
     if logits.numel() and (logits >= 0).all() and _check.sums_to_one(logits):
         raise ValueError(f"model: expected logits or log-probabilities, got probabilities; {hint}")
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """Return the likeliest class of each sample; ValueError where a logit is NaN."""
+    highest, classes = logits.max(1)
+    if highest.isnan().any():
+        raise ValueError("model: expected numbers as logits, got NaN")
+    return classes

@@ -96,7 +96,8 @@ class Probabilities(StoredPredictions):
     """Probabilities that each checkpoint of a torch run predicts on one data set, computed when they are read.
 
     ``probabilities[i]`` is the (n_samples, n_classes) float32 array of row i of the run's history. The latest 4 GiB
-    stay in memory. One network is on the device at a time, whatever the number of epochs.
+    stay in memory. One network is on the device at a time, whatever the number of epochs. Predictions that the run
+    keeps of the same data (see `from_checkpoints`) are read instead.
     ``fuse(probabilities, labels, correct=run.history)`` reads only the last epoch and the chosen windows.
 
     Parameters
@@ -152,18 +153,31 @@ class Probabilities(StoredPredictions):
 
         return Order(self._batches.source)
 
+    @cached_property
+    def _kept(self) -> Any:
+        """Predictions of the same data that the run keeps, or None."""
+        from .kept import KeptPredictions
+
+        return KeptPredictions.matching(self._run.folder, self._batches.source)
+
     @property
     def labels(self) -> NDArray[np.int64]:
         """Labels (n_samples,) in the order of evaluation; evaluates the last epoch if none has been read yet."""
+        if self.order.labels is None and self._kept is not None:
+            return self._kept.labels  # type: ignore[no-any-return]
         if self.order.labels is None:
             self[-1]
         labels: NDArray[np.int64] = self.order.labels.numpy().copy()
         return labels
 
     def _evaluate(self, row: int) -> NDArray[np.float32]:
-        from ..runs import checkpoints
+        from ..runs import checkpoints, references
         from .data import predict
 
+        kept = None if self._kept is None else self._kept.read(self._run.history.epochs[row])
+        if kept is not None:
+            references.check_unless_gone(self._run.checkpoints[row])
+            return kept  # type: ignore[no-any-return]
         checkpoints.load_into(self._model, self._run.checkpoint(row))
         options = {"forward_fn": self._run.forward_fn, "amp": self._amp, "order": self.order}
         return predict(self._model, self._batches, **options)[0].cpu().numpy()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 _DEPTH = 6  # levels of containers that are searched
 _LANES = 61  # a prime number: rows of images and of texts are even, and would always meet the same lanes
@@ -41,6 +42,34 @@ def moved(batch: Any, device: torch.device) -> Any:
             object.__setattr__(same, field.name, moved(getattr(batch, field.name), device))
         return same
     return batch
+
+
+class Samples(Dataset[Any]):
+    """A sequence of dicts, one for each sample, as a data set. Lists of numbers in them become tensors."""
+
+    def __init__(self, sequence: Any) -> None:
+        self._sequence = sequence
+
+    def __len__(self) -> int:
+        return len(self._sequence)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        sample = self._sequence[i]
+        return {key: torch.tensor(v) if isinstance(v, list) else v for key, v in sample.items()}
+
+
+def as_dataset(data: Any) -> Any:
+    """Return `Samples` of a list of dicts, and of a Hugging Face data set; other data as they are.
+
+    A list of dicts may be one of batches too. In a sample, the label is a number, or a part is a list of numbers.
+    """
+    of_dicts = isinstance(data, Sequence) and all(isinstance(sample, Mapping) for sample in data)
+    foreign = type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "__getitem__")
+    if not (of_dicts or foreign) or not hasattr(data, "__len__") or not len(data) or not isinstance(data[0], Mapping):
+        return data
+    label = data[0].get("labels")
+    is_number = isinstance(label, (int, np.integer)) or (isinstance(label, (Tensor, np.ndarray)) and label.ndim == 0)
+    return Samples(data) if is_number or any(isinstance(v, list) for v in data[0].values()) else data
 
 
 # --- fingerprints ---

@@ -50,7 +50,7 @@ def train(
         Trained in place, on the device where its parameters are. It returns logits, or an object with `.logits`.
     train_data : (inputs, labels), torch Dataset or DataLoader
         Inputs and labels are tensors or arrays with one row per sample. A DataLoader's own batch size replaces
-        `batch_size`.
+        `batch_size`. A list of dicts with a key "labels", one for each sample, is taken as a Dataset.
     val_data : (inputs, labels), torch Dataset or DataLoader
         Must keep its order from one pass to the next. A sampler that shuffles is refused, and so is a pass that shows
         the samples of the first one in another order, as far as it is looked at (see `Order` in training/order.py).

@@ -604,3 +604,18 @@ def main(folder, devices=1, accident=None):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), *sys.argv[2:])
+
+
+def test_checkpoints_of_a_finished_training(tmp_path):
+    """What ModelCheckpoint saved, without the callback: the history is that of the logits dumped by hand."""
+    model = Net()
+    saver = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, save_last=True, save_weights_only=False)
+    trainer = L.Trainer(
+        max_epochs=4, callbacks=[saver], logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.fit(model, DataLoader(TensorDataset(*TRAIN), 48, shuffle=True), DataLoader(TensorDataset(*VAL), 64))
+    by_hand = [torch.cat([*model.dumped[epoch]]) for epoch in sorted(model.dumped)]
+    for number, network in enumerate((make_model(), Net())):
+        run = fmn.from_checkpoints(tmp_path / "saved", network, VAL, tmp_path / f"run{number}")
+        assert run.history.epochs == (0, 1, 2, 3)
+        np.testing.assert_array_equal(run.history.correct(), [fmn.correctness(z, VAL[1]) for z in by_hand])

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -320,6 +321,86 @@ def test_a_plain_module(tmp_path):
         save_fused(tmp_path / "fused", fmn.FusionPlan.from_weights({0: 1}, 3), imported)
 
 
+AVERAGES = (Path(__file__).parents[2] / "docs" / "howto" / "average-weights.md").read_text()
+
+
+@pytest.mark.parametrize("most", [5_000_000_000, 20_000], ids=["one file", "shards"])
+def test_an_average_of_folders_loads_with_from_pretrained(tmp_path, most):
+    """GPT-2 ties its head to the embedding."""
+    models = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=2, n_head=2)
+        models.append(GPT2LMHeadModel(config).eval())
+        models[-1].save_pretrained(tmp_path / f"checkpoint-{seed}", max_shard_size="10KB" if seed else "1GB")
+    folders = [tmp_path / f"checkpoint-{seed}" for seed in range(3)]
+    out = fmn.average_checkpoints(folders, {0: 0.5, 1: 0.25, 2: 0.25}, tmp_path / "mean", max_shard_bytes=most)
+    found, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert found.lm_head.weight is found.transformer.wte.weight
+    for name, p in found.named_parameters():
+        each = (share * m.get_parameter(name).double() for share, m in zip((0.5, 0.25, 0.25), models, strict=True))
+        assert torch.equal(p, sum(each).float()), name
+    files = sorted(out.glob("*.safetensors"))
+    assert (len(files) > 1) == (most == 20_000)
+    assert sum(len(load_file(file)) for file in files) == len(list(found.named_parameters()))
+
+
+def test_load_model_ties_an_average_again(tmp_path, monkeypatch):
+    """As the guide shows it."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = torch.nn.Embedding(7, 3), torch.nn.Linear(3, 7, bias=False)
+            self.head.weight = self.embedding.weight
+
+    models = [Tied(), Tied()]
+    for i, model in enumerate(models):
+        torch.save(model.state_dict(), tmp_path / f"{i}.pt")
+    folder = fmn.average_checkpoints([tmp_path / "0.pt", tmp_path / "1.pt"], {0: 1, 1: 1}, tmp_path / "mean")
+    names = {"model": Tied(), "folder": folder}
+    exec(blocks(AVERAGES)[2], names)
+    assert names["model"].head.weight is names["model"].embedding.weight
+    mean = (models[0].head.weight.double() + models[1].head.weight.double()) / 2
+    assert torch.equal(names["model"].head.weight, mean.float())
+
+
+def test_every_type_is_read_by_the_library(tmp_path):
+    """Tensors of odd sizes, in an order that the writer must change to align them."""
+    types = ("bool", "uint8", "float16", "bfloat16", "int32", "float32", "int64", "float64", "complex64")
+    state = {name: torch.arange(5).to(getattr(torch, name)) for name in types}
+    state |= {
+        "float8": torch.arange(3).to(torch.float8_e4m3fn),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3),
+    }
+    torch.save(state, tmp_path / "a.pt")
+    out = fmn.average_checkpoints([tmp_path / "a.pt"], {0: 1}, tmp_path / "mean")
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == state.keys()
+    for name, t in state.items():
+        assert found[name].dtype == t.dtype
+        assert torch.equal(
+            found[name].double() if "float8" in name else found[name], t.double() if "float8" in name else t
+        )
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, partial(torch.compile, backend="eager")], ids=["plain", "compiled"])
+def test_a_causal_model_needs_its_task(tmp_path, wrap):
+    """Its samples are tokens."""
+    config = GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    model = wrap(GPT2LMHeadModel(config))
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="task: expected 'causal_lm' for a GPT2LMHeadModel"):
+        from_trainer(tmp_path / "out", tmp_path / "imported", model, [])
+    args = SimpleNamespace(eval_strategy="epoch")
+    with pytest.raises(ValueError, match="task: expected 'causal_lm' for a GPT2LMHeadModel"):
+        RecorderCallback(tmp_path / "run").on_train_begin(args, SimpleNamespace(global_step=0), None, model=model)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "imported").exists()
+
+
 def test_results_load_with_from_pretrained(trained, tmp_path):
     trainer, recorder, _ = trained
     run, x = recorder.run, torch.stack([s["input_ids"] for s in VAL])
@@ -465,8 +546,11 @@ def test_refused_trainings(tmp_path, caplog, monkeypatch):
         train(RecorderCallback(run), eval_strategy="no")
     with pytest.raises(ValueError, match="compute_metrics: the recorder's was not called"):
         train(RecorderCallback(run), compute_metrics=None)
-    with pytest.raises(ValueError, match=r"labels: expected shape \(n_samples,\).*task='causal_lm'"):
+    with pytest.raises(ValueError, match="task: expected 'causal_lm' for a GPT2LMHeadModel"):
         train(RecorderCallback(run), gpt2(), (texts(16, 1), texts(8, 2)), data_collator=collate)
+    tokens = SimpleNamespace(predictions=np.zeros((4, 3), int), label_ids=np.zeros((4, 3), int))
+    with pytest.raises(ValueError, match=r"labels: expected shape \(n_samples,\).*task='causal_lm'"):
+        RecorderCallback(run).compute_metrics(tokens)  # of a class with another name
     with pytest.raises(ValueError, match=r"labels: expected shape \(n_sequences, n_tokens\), got \(90,\)"):
         train(RecorderCallback(run, task="causal_lm"))
     broken = classifier()
@@ -662,3 +746,44 @@ def test_the_guide(tmp_path, monkeypatch):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"kills": kills, "processes": processes}[sys.argv[2]](Path(sys.argv[1]))
+
+
+def test_from_checkpoints_reads_what_a_trainer_saved(trained, tmp_path):
+    """The same run as the callback's, from the Trainer's folders as they are; nothing is copied."""
+    trainer, recorder, _ = trained
+    out = Path(trainer.args.output_dir)
+    run = fmn.from_checkpoints(out, classifier(5), VAL, tmp_path / "run")
+    assert run.history.epochs == recorder.run.history.epochs
+    np.testing.assert_array_equal(run.history.correct(), recorder.run.history.correct())
+    np.testing.assert_array_equal(run.probabilities(VAL)[3], recorder.run.probabilities(VAL)[3])
+    assert {path.suffix for path in (tmp_path / "run" / "checkpoints").iterdir()} == {".json"}
+    whole = BertForSequenceClassification.from_pretrained(out / "checkpoint-6")
+    whole.save_pretrained(tmp_path / "shards" / "checkpoint-6", max_shard_size="4KB")
+    shards = fmn.from_checkpoints(tmp_path / "shards", classifier(5), VAL, tmp_path / "run2")
+    np.testing.assert_array_equal(shards.history.correct(), recorder.run.history.correct()[:1])
+
+
+def test_from_checkpoints_reads_tied_weights_of_a_causal_model(tmp_path):
+    model = gpt2(3)
+    model.save_pretrained(tmp_path / "out" / "checkpoint-9")
+    batches = [collate([texts(30, 2)[i] for i in range(30)])]
+    run = fmn.from_checkpoints(tmp_path / "out", gpt2(7), batches, tmp_path / "run", forward_fn=causal_lm_forward)
+    with torch.no_grad():
+        logits, labels = causal_lm_forward(model.eval(), batches[0])
+    np.testing.assert_array_equal(run.history.correct(), [fmn.correctness(logits, labels)])
+
+
+def test_from_checkpoints_reads_what_accelerate_saved(tmp_path):
+    accelerate = importlib.import_module("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = accelerator.prepare(Plain())
+    expected = []
+    for epoch in range(3):
+        torch.nn.init.normal_(accelerator.unwrap_model(model).table.weight)
+        accelerator.save_state(tmp_path / "saved" / f"checkpoint_{epoch}")
+        with torch.no_grad():
+            logits = model.eval()(torch.stack([s["input_ids"] for s in VAL]))
+        expected.append(fmn.correctness(logits, labels_of(VAL)))
+    run = fmn.from_checkpoints(tmp_path / "saved", Plain(), VAL, tmp_path / "run")
+    assert run.history.epochs == (0, 1, 2)
+    np.testing.assert_array_equal(run.history.correct(), expected)

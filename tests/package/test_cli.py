@@ -1,5 +1,6 @@
 """The command line, called as a user calls it."""
 
+import contextlib
 import csv
 import importlib
 import json
@@ -10,10 +11,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from inputs import history_of, random_probs
 
 import fmn_ref as fmn
-from fmn_ref.cli import SUITES, main
+from fmn_ref.cli import COMMANDS, SUITES, main, parser
 from fmn_ref.fusion import expectation
 from fmn_ref.metrics.scores import scores
 
@@ -373,13 +375,16 @@ def test_final_model_alone(files, capsys):
         (["apply", "plan3.json", "probs.npy", "--labels", "labels.npy", "-o", "labels.npy"], "is one of the files"),
         (["metric", "correct.npy", "--per-sample", "correct.npy"], "is one of the files"),
         (["metric", ".."], "..: a folder, and no run there (history.fmnh is missing)"),
-        (["fuse", "history.fmnh", "--labels", "labels.npy"], "history.fmnh: holds correctness, not probs"),
+        (
+            ["fuse", "history.fmnh", "--labels", "labels.npy"],
+            "history.fmnh: expected arrays (.npy or .npz), got a correctness history",
+        ),
         (["compare", "--select", "test.npz", "--test", "run"], "run: holds correctness"),
         (["fuse", "header.npy", "--labels", "labels.npy"], "header.npy"),
         (["metric", "disguised"], "disguised: an .npz file"),
         (["metric", "history.fmnh", "--labels", "labels3.npy"], "labels3.npy: not the labels"),
         (["demo", "--seeds", "0"], "seeds"),
-        (["metric", "text.npy"], "text.npy: not an .npy file"),
+        (["metric", "text.npy"], "got a text file"),
         (["import", "cartography", "dynamics"], "dynamics_epoch_0.jsonl:2"),
         (["import", "cartography", "run"], "run: no dynamics_epoch_*.jsonl"),
         (["import", "cartography", "dynamics", "-o", "dynamics/dynamics_epoch_0.jsonl"], "one of the files"),
@@ -596,3 +601,170 @@ def test_any_fault_is_one_line(files, capsys, monkeypatch, error):
     assert shown.startswith("fmn-ref: error: ")
     assert shown.count("\n") == 1
     assert len(shown) > len("fmn-ref: error: \n")
+
+
+NETWORK = """
+import torch
+x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+y = (x[:, 0] > 0).long()
+def make_model(): return torch.nn.Linear(6, 2)
+def data(): return x, y
+same_data = x, y
+def by_hand(model, batch): return model(batch[0]) * 2, batch[1]
+def broken(): raise KeyError("of mine")
+"""
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Working directory with a module of a user's and a run of three epochs."""
+    name = f"network_{abs(hash(tmp_path))}"  # modules stay imported
+    (tmp_path / f"{name}.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = importlib.import_module(name)
+    fmn.train(mine.make_model(), mine.data(), mine.data(), epochs=3, run_dir="run", progress=False)
+    return name, mine
+
+
+def test_predict_writes_what_fuse_apply_compare_and_metric_read(trained, capsys):
+    name, mine = trained
+    model = ["--model", f"{name}:make_model"]
+    content = json.loads(run(capsys, "predict", "run", *model, "--data", f"{name}:data", "--json"))
+    assert content == {"output": "probs.npz", "shape": [3, 30, 2], "epochs": [0, 1, 2]}
+    run(capsys, "predict", "run", *model, "--data", f"{name}:same_data", "-o", "probs.npy", "--batch-size", 7)
+    expected = fmn.Run.open("run", mine.make_model()).probabilities(mine.data())
+    with np.load("probs.npz") as found:
+        np.testing.assert_array_equal(found["probs"], np.stack(list(expected)))
+        np.testing.assert_array_equal(found["labels"], mine.y)
+    np.testing.assert_allclose(np.load("probs.npy"), np.stack(list(expected)), atol=1e-6)
+    run(capsys, "fuse", "probs.npz")
+    run(capsys, "apply", "plan.json", "probs.npz", "--allow-selection-data")
+    run(capsys, "compare", "--select", "probs.npz", "--test", "probs.npz", "--allow-overlap")
+    found = json.loads(run(capsys, "metric", "probs.npz", "--json"))
+    assert found["accuracy"] == fmn.Run.open("run").history.correct().mean(1).tolist()
+
+
+def test_predict_takes_a_forward_fn_and_names_missing_checkpoints(trained, capsys):
+    name, mine = trained
+    options = ["--model", f"{name}:make_model", "--data", f"{name}:data", "--forward-fn", f"{name}:by_hand"]
+    os.unlink("run/checkpoints/epoch_00001.pt")
+    assert "2 of 3 epochs have a checkpoint: [0, 2]" in run(capsys, "predict", "run", *options)
+    model = mine.make_model()
+    model.load_state_dict(fmn.checkpoints.load("run/checkpoints/epoch_00002.pt"))
+    with np.load("probs.npz") as found:
+        np.testing.assert_allclose(found["probs"][1], (2 * model(mine.x)).softmax(1).detach(), atol=1e-6)
+
+
+def test_predict_says_which_argument_is_wrong(trained, capsys):
+    name, _ = trained
+    good = {"--model": f"{name}:make_model", "--data": f"{name}:data", "-o": "p.npz"}
+    for option, value, words in (
+        ("--model", name, "--model: expected module:function"),
+        ("--model", "no_such_module:f", "--model: No module named 'no_such_module'"),
+        ("--model", f"{name}:nothing", "has no attribute 'nothing'"),
+        ("--model", f"{name}:x", f"--model: {name}:x: expected a torch.nn.Module, got Tensor"),
+        ("--data", f"{name}:broken", "KeyError: 'of mine'"),
+        ("--data", f"{name}:x", "data: expected"),
+        ("-o", "p.txt", ".npy or .npz"),
+        ("-o", "run/history.fmnh", "one of the files to read"),
+    ):
+        args = [word for pair in (good | {option: value}).items() for word in pair]
+        assert main(["predict", "run", *args]) == 1
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    assert not os.path.exists("p.npz")
+
+
+@pytest.mark.parametrize(
+    ("args", "usage", "words"),
+    [
+        (["metrc", "x"], "usage: fmn-ref [-h]", "did you mean metric?"),
+        (["metric", "x", "--labls", "y"], "usage: fmn-ref metric [-h]", "did you mean --labels?"),
+        (["metric", "x", "--labls=y"], "usage: fmn-ref metric [-h]", "did you mean --labels?"),
+        (["fuse", "x", "--method", "forgt"], "usage: fmn-ref fuse [-h]", "did you mean forget?"),
+        (["metric", "x", "y"], "usage: fmn-ref metric [-h]", "unrecognized arguments: y"),
+        (["metric", "x", "--qqqq"], "usage: fmn-ref metric [-h]", "unrecognized arguments: --qqqq\n"),
+    ],
+)
+def test_a_typo_shows_the_usage_of_its_command_and_what_was_meant(capsys, args, usage, words):
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith(usage)
+    assert words in error
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_help_has_an_example_that_parses(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Example: ")]
+    assert lines
+    for line in lines:
+        words = line.partition("fmn-ref ")[2].split()
+        assert parser().parse_args(words).command == command
+
+
+def test_a_file_in_the_wrong_place_is_told_by_its_content(files, capsys):
+    torch.save({"w": torch.ones(2)}, "epoch_3.npy")
+    np.savez("history.npz", correct=np.load("correct.npy"), labels=np.load("labels.npy"))
+    fmn.FusionPlan.from_weights({0: 1}, 2).save("plan.json")
+    (files / "labels.txt").write_text("0 1\n")
+    labels = ["--labels", "labels.npy"]
+    for args, words in (
+        (["metric", "epoch_3.npy"], "got a checkpoint of torch; `fmn-ref predict`"),
+        (["fuse", "epoch_3.npy", *labels], "expected arrays (.npy or .npz), got a checkpoint of torch"),
+        (["fuse", "history.npz"], "got an .npz file of correctness or predictions, which `fmn-ref metric` reads"),
+        (["fuse", "history.fmnh", *labels], "got a correctness history, which `fmn-ref metric` reads"),
+        (["fuse", "probs.npy", "--labels", "labels.txt"], "labels.txt: expected arrays (.npy or .npz), got a text"),
+        (["metric", "plan.json"], "got a fusion plan, which `fmn-ref apply` reads"),
+        (["apply", "test.npz", "test.npz"], "test.npz: expected a plan that `fmn-ref fuse` wrote, got an .npz file"),
+        (["report", "test.npz"], "test.npz: expected a run directory, got an .npz file with labels, probs"),
+    ):
+        assert main(args) == 1
+        error = capsys.readouterr().err
+        assert words in error, error
+        assert error.count("\n") == 1
+
+
+def test_long_histories_are_summarised_unless_all_is_asked_for(tmp_path, capsys):
+    correct = np.random.default_rng(0).random((200, 50)) < 0.5
+    np.save(tmp_path / "c.npy", correct)
+    peak = int(fmn.forget_fraction(correct).argmax())
+    lines = run(capsys, "metric", tmp_path / "c.npy").splitlines()
+    shown = [int(line.split()[0]) for line in lines[1:-3]]
+    assert len(shown) <= 21
+    assert {0, peak, 199} <= set(shown)
+    assert f"{len(shown)} of 200 epochs; --all prints the others" in lines
+    assert len(run(capsys, "metric", tmp_path / "c.npy", "--all").splitlines()) == 203
+    assert len(json.loads(run(capsys, "metric", tmp_path / "c.npy", "--json"))["epoch"]) == 200
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(
+    ("options", "encoding", "drawn"),
+    [([], "utf-8", True), ([], "ascii", True), (["--no-plot"], "utf-8", False), (["--json"], "utf-8", False)],
+)
+def test_curves_are_drawn_to_a_terminal_alone(files, options, encoding, drawn):
+    import pty
+
+    master, slave = pty.openpty()
+    environment = os.environ | {"COLUMNS": "60", "PYTHONIOENCODING": f"{encoding}:replace"}
+    command = [sys.executable, "-m", "fmn_ref", "metric", "correct.npy", *options]
+    subprocess.run(command, stdout=slave, env=environment, check=True)
+    os.close(slave)
+    text = b""
+    with contextlib.suppress(OSError):  # Linux reports the end as an error
+        while part := os.read(master, 1 << 16):
+            text += part
+    os.close(master)
+    lines = text.decode(encoding).splitlines()
+    assert any("forget fraction F_e" in line for line in lines) == drawn
+    if drawn:
+        curve = lines[1:7]
+        assert all(len(line) <= 60 for line in curve)
+        assert any(0x2801 <= ord(c) <= 0x28FF for line in curve for c in line) == (encoding == "utf-8")
+        assert any("*" in line for line in curve) == (encoding == "ascii")

@@ -14,6 +14,7 @@ import torch
 from inputs import history_of, random_probs
 from networks import make_data, make_model
 from pages import block, blocks
+from safetensors_files import read_folder, write_folder
 
 import fmn_ref as fmn
 from fmn_ref import demo
@@ -85,8 +86,13 @@ def test_readme_and_quickstart(capsys):
 
 def test_the_front_page(data):
     (recording,), train = blocks(page("index").split("## I train")[0]), block(page("index"), "## I train")
-    names = data | {"scores": data["model"](data["x_val"]).detach(), "labels": data["y_val"], "epoch": 0}
+    names = dict(data)
+    Path("runs/old").mkdir(parents=True)
+    for epoch in (3, 20):
+        torch.save(data["model"].state_dict(), f"runs/old/epoch_{epoch}.pt")
+    names["val_data"] = data["x_val"], data["y_val"]
     exec(recording, names)
+    assert names["run"].history.epochs == (3, 20)
     names |= {"train_data": (data["x_train"], data["y_train"]), "val_data": (data["x_val"], data["y_val"])}
     exec(train.replace("epochs=40", "epochs=2, progress=False"), names)
     assert len(names["run"].history) == 2
@@ -110,7 +116,8 @@ def test_own_loop(data):
 
 
 def test_existing_checkpoints(data, capsys):
-    paths = [Path(f"checkpoint_{i}.pt") for i in range(4)]
+    Path("runs/old").mkdir(parents=True)
+    paths = [Path(f"runs/old/checkpoint_{i}.pt") for i in range(4)]
     for path in paths:
         train_one_epoch(data["model"], data["x_train"], data["y_train"])
         torch.save(data["model"].state_dict(), path)
@@ -118,6 +125,7 @@ def test_existing_checkpoints(data, capsys):
     for code in blocks(page("existing-checkpoints")):
         exec(code, names)
     assert names["log_probs"].shape == (240, 4)
+    np.testing.assert_array_equal(names["run"].history.correct(), names["recorder"].run.history.correct())
     assert "| auto |" in capsys.readouterr().out
 
 
@@ -149,6 +157,24 @@ def test_training_guide(capsys):
         exec(code, names)
     assert len(names["sweep"].rows) == 4
     assert names["student"](x_val).shape == (64, 4)
+    capsys.readouterr()
+
+
+def test_averaging_weights(data, capsys):
+    """The last block needs safetensors: tests/integrations/test_transformers.py has it."""
+    model, averaged = data["model"], blocks(page("average-weights"))
+    recorder = fmn.Recorder("run", model)
+    for epoch, name in enumerate(("checkpoint-500", "checkpoint-1000", "checkpoint-1500")):
+        torch.manual_seed(epoch)
+        model.load_state_dict(data["make_model"]().state_dict())
+        recorder.record(epoch, model.eval()(data["x_val"]), data["y_val"])
+        write_folder(name, model.state_dict())
+    data |= {"run": recorder.run, "plan": fmn.FusionPlan.from_weights({0: 0.2, 1: 0.3, 2: 0.5}, 3)}
+    exec(averaged[0], data)
+    exec(averaged[1], data)
+    found, _ = read_folder(data["folder"])
+    for name, p in data["model"].named_parameters():
+        assert torch.equal(found[name], p), name
     capsys.readouterr()
 
 

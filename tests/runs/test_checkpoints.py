@@ -320,3 +320,29 @@ def test_the_message_has_the_cause_and_no_advice_to_run_code(tmp_path):
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
     assert "weights_only" not in str(caught.value)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 3), nn.Linear(3, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_tied_weights_are_stored_once(tmp_path, half):
+    model = Tied()
+    checkpoints.save_state(model, tmp_path / "a.pt", half=half)
+    stored = checkpoints.load(tmp_path / "a.pt")
+    assert stored["head.weight"].data_ptr() == stored["embedding.weight"].data_ptr()
+    assert stored["head.weight"].dtype == (torch.float16 if half else torch.float32)
+    copied = checkpoints.to_cpu(model.state_dict(), copy=True)  # as from another device
+    assert copied["head.weight"].data_ptr() == copied["embedding.weight"].data_ptr() != model.head.weight.data_ptr()
+
+
+def test_views_of_one_memory_that_are_not_the_same_stay_apart():
+    t, z = torch.arange(6.0).view(2, 3), torch.tensor([1 + 2j])
+    views = {"a": t, "b": t.T, "c": t[0], "d": t[1], "e": t.view(torch.int32), "f": z, "g": z.conj()}
+    found = checkpoints.to_cpu(views, copy=True)
+    for name, expected in views.items():
+        assert torch.equal(found[name], expected)

@@ -325,3 +325,61 @@ def test_something_else_in_place_of_a_file_is_named(tmp_path, make, name):
     for call in (lambda: fmn.Recorder(tmp_path), lambda: fmn.Run.open(tmp_path)):
         with pytest.raises((ValueError, FileNotFoundError), match=name):
             call()
+
+
+def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
+    with fmn.Recorder(tmp_path, nn.Linear(2, 2), config={"lr": 1}) as recorder:
+        for epoch in range(3):
+            recorder.record(epoch, [0, 1], [0, 1])
+    (tmp_path / "resume.pt").write_bytes(b"of train")
+    (tmp_path / "plan.json").write_text("{}")
+    mine = [tmp_path / "notes.txt", tmp_path / "checkpoints" / "mine.pt", tmp_path / "checkpoints" / "epoch_best.pt"]
+    for path in mine:
+        path.write_text("keep")
+    with fmn.Recorder(tmp_path, config={"lr": 2}, overwrite=True) as recorder:
+        assert recorder.next_epoch == 0
+        left = {p for p in tmp_path.rglob("*") if p.is_file()}
+        assert left == {*mine, tmp_path / "run.json", tmp_path / ".lock"}
+        recorder.record(0, [0, 1, 1], [0, 1, 1])
+    run = fmn.Run.open(tmp_path)
+    assert (run.config, run.history.n_samples) == ({"lr": 2}, 3)
+
+
+def test_overwrite_takes_a_new_folder_and_a_damaged_one(tmp_path):
+    with fmn.Recorder(tmp_path / "new", overwrite=True) as recorder:
+        recorder.record(0, [0, 1], [0, 1])
+    for name in ("run.json", "history.fmnh"):
+        (tmp_path / "new" / name).write_bytes(b"damaged")
+    with fmn.Recorder(tmp_path / "new", overwrite=True) as recorder:
+        recorder.record(0, [0, 1, 1], [0, 1, 1])
+    assert fmn.Run.open(tmp_path / "new").history.n_samples == 3
+
+
+def test_overwrite_leaves_the_run_of_another_process(tmp_path):
+    script = "import sys, fmn_ref, time; r = fmn_ref.Recorder(sys.argv[1]); r.record(0, [1], [1]); print('there', "
+    script += "flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "there\n"
+        with pytest.raises(ValueError, match="a run has one writer"):
+            fmn.Recorder(tmp_path, overwrite=True)
+        other.stdin.close()
+    assert fmn.Run.open(tmp_path).history.epochs == (0,)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.BatchNorm1d(2)])
+def test_scores_of_a_network_in_training_mode_are_reported_once(tmp_path, caplog, layer):
+    model = nn.Sequential(nn.Linear(2, 2), layer)
+    recorder = fmn.Recorder(tmp_path, model)
+    for epoch in range(2):
+        recorder.record(epoch, [0, 1], [0, 1])
+    (record,) = caplog.records
+    assert f"epoch 0: a {type(layer).__name__} of the model is in training mode" in record.getMessage()
+
+
+def test_a_network_that_computes_the_same_in_both_modes_is_not_reported(tmp_path, caplog):
+    fmn.Recorder(tmp_path / "a", nn.Linear(2, 2)).record(0, [0, 1], [0, 1])
+    fmn.Recorder(tmp_path / "b", nn.Sequential(nn.Dropout(0.1)).eval()).record(0, [0, 1], [0, 1])
+    fmn.Recorder(tmp_path / "c").record(0, [0, 1], [0, 1])
+    assert not caplog.records

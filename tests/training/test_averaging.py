@@ -11,7 +11,7 @@ from training_runs import same_weights
 
 import fmn_ref as fmn
 from fmn_ref.runs import checkpoints
-from fmn_ref.training import engine, ensemble
+from fmn_ref.training import averages, engine
 
 TRAIN, VAL, _ = make_data(n=60)
 X, Y = TRAIN
@@ -75,7 +75,7 @@ def test_a_moving_average_of_steps_follows_the_same_rule():
         model.temporary = torch.rand(2)
         ours.update(model)
         theirs.update_parameters(model)
-    for name in ensemble.averaged_tensors(models[0]):
+    for name in averages.averaged_tensors(models[0]):
         assert torch.equal(ours.model.state_dict()[name], theirs.module.state_dict()[name]), name
     for name in ("direction", "steps", "mask", "net.1.num_batches_tracked"):
         assert torch.equal(ours.model.state_dict()[name], models[-1].state_dict()[name]), name

@@ -93,3 +93,55 @@ def test_complex_inputs_stay_complex(rng):
     x = rng.standard_normal((4, 2)) + 1j * rng.standard_normal((4, 2))
     (batch,) = Batches((x, np.zeros(4, int)), 4, torch.device("cpu"))
     np.testing.assert_array_equal(batch[0].numpy(), x)
+
+
+class Named(nn.Module):
+    """Takes a sample's parts by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(x)
+
+
+X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+Y = (X[:, 0] > 0).long()
+LISTS = {
+    "tensors": [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)],
+    "numbers": [{"x": x.tolist(), "labels": int(y)} for x, y in zip(X, Y, strict=True)],
+    "arrays": tuple({"x": x.numpy(), "labels": np.int64(y)} for x, y in zip(X, Y, strict=True)),
+    "batches": [{"x": x, "labels": y} for x, y in zip(X.split(7), Y.split(7), strict=True)],
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_a_list_of_dicts_gives_what_arrays_give(tmp_path, kind):
+    model = Named()
+    recorder = fmn.Recorder(tmp_path, model)
+    recorder.record(0, model(X).detach(), Y)
+    probs = recorder.run.probabilities(LISTS[kind], batch_size=7)
+    np.testing.assert_allclose(probs[0], model(X).softmax(1).detach(), atol=1e-6)
+    assert probs.labels.tolist() == Y.tolist()
+
+
+def test_a_list_of_samples_trains_in_another_order_each_time():
+    """A list of batches would be read as it is."""
+    batches = Batches(LISTS["numbers"], 10, torch.device("cpu"), shuffle=True)
+    first, second = (torch.cat([b["labels"] for b in batches]) for _ in range(2))
+    assert len(first) == 50
+    assert first.sum() == second.sum()
+    assert not torch.equal(first, second)
+
+
+def test_a_dict_with_an_array_of_labels_is_no_list_of_samples(tmp_path):
+    data = {"x": X, "names": ["a"] * 50}, Y
+    with pytest.raises(TypeError, match=r"data: expected arrays \(inputs, labels\), got tuple of dict, Tensor"):
+        fmn.train(Named(), data, data, epochs=1, run_dir=tmp_path, progress=False)
+
+
+def test_labels_of_tokens_lead_to_their_forward_fn(tmp_path):
+    data = [{"x": X, "labels": torch.zeros(50, 3, dtype=int)}]
+    with pytest.raises(TypeError, match=r"of shape \(50, 3\); of tokens\? forward_fn=causal_lm_forward"):
+        fmn.train(Named(), data, data, epochs=1, run_dir=tmp_path, progress=False)

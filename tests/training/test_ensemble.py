@@ -1,6 +1,8 @@
 """FusedModel, averaged_model and lazy probabilities, compared with torch's swa_utils and with sums by hand."""
 
 import dataclasses
+import inspect
+import os
 from pathlib import Path
 
 import numpy as np
@@ -303,3 +305,45 @@ def test_a_fused_model_of_networks_without_logits_is_refused(tmp_path, last, wor
     assert recorder.run.probabilities(VAL)[0].shape == (240, 4)
     with pytest.raises(ValueError, match=words):
         fmn.FusedModel(PLAN_OF_ONE, recorder.run)(VAL[0])
+
+
+@pytest.mark.parametrize("combine", ["linear", "geometric"])
+def test_a_saved_ensemble_needs_no_run(run, tmp_path, combine):
+    plan = fmn.FusionPlan.from_weights({3: 0.25, 11: 0.75}, 12, combine)
+    fused = fmn.FusedModel(plan, run)
+    fused.save(tmp_path / "fused")
+    assert sorted(os.listdir(tmp_path / "fused")) == ["member_00003.pt", "member_00011.pt", "plan.json"]
+    code = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+import fmn_ref as fmn
+from networks import make_data, make_model
+torch.save(fmn.FusedModel.load(sys.argv[1], make_model())(make_data()[2][0]), sys.argv[1] + ".out")
+"""
+    python(code, tmp_path / "fused", os.path.dirname(inspect.getfile(make_model)))
+    assert torch.equal(torch.load(tmp_path / "fused.out"), fused(TEST[0]))
+    loaded = fmn.FusedModel.load(tmp_path / "fused", make_model())
+    assert loaded.plan == plan
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_saving_again_replaces_the_ensemble(run, tmp_path):
+    fmn.FusedModel(fmn.FusionPlan.from_weights({1: 1, 2: 1}, 12), run).save(tmp_path)
+    fused = fmn.FusedModel(fmn.FusionPlan.from_weights({2: 1, 5: 1}, 12), run)
+    fused.save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["member_00002.pt", "member_00005.pt", "plan.json"]
+    assert torch.equal(fmn.FusedModel.load(tmp_path, make_model())(TEST[0]), fused(TEST[0]))
+
+
+def test_a_saved_ensemble_that_cannot_be_loaded_is_named(run, tmp_path):
+    fmn.FusedModel(fmn.FusionPlan.from_weights({1: 1, 2: 1}, 12), run).save(tmp_path)
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
+        fmn.FusedModel.load(tmp_path, make_model)
+    with pytest.raises(ValueError, match=r"member_00001\.pt: does not fit the model"):
+        fmn.FusedModel.load(tmp_path, torch.nn.Linear(2, 2))
+    (tmp_path / "member_00002.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"member_00002\.pt"):
+        fmn.FusedModel.load(tmp_path, make_model())
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"plan\.json"):
+        fmn.FusedModel.load(tmp_path, make_model())

@@ -1,0 +1,86 @@
+"""What `fmn-ref import` does: a run of checkpoints, or an .npz file of the records of another tool."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import _files
+from ._arguments import called, named_object
+from .metrics.curves import forget_fraction
+from .reporting.graded import import_answers
+from .runs import importers
+from .runs.text import id_array
+
+Result = tuple[dict[str, Any], str]  # what is printed with --json, and without
+_OPTIONS = ("key", "keep_predictions", "batch_size")
+
+
+def import_options(add: Callable[..., object]) -> None:
+    tools = "checkpoints: of torch; the others: the tool that wrote the records"
+    add("tool", choices=["checkpoints", "cartography", "toneva", "lm-eval"], help=tools)
+    paths = "folder or quoted pattern of checkpoints; folder with dynamics_epoch_*.jsonl (cartography); file of pickled"
+    paths += " example statistics (toneva); folders with samples_*.jsonl, one per checkpoint (lm-eval)"
+    add("path", nargs="+", help=paths)
+    add("-o", "--output", help="run directory for checkpoints, else the file to write (default history.npz)")
+    add("--model", metavar="MODULE:FUNCTION", help="checkpoints: function that returns the network")
+    data = "function that returns labelled data: (inputs, labels), a Dataset or a DataLoader"
+    add("--data", metavar="MODULE:FUNCTION", help=f"checkpoints: {data}")
+    add("--forward-fn", metavar="MODULE:FUNCTION", help="checkpoints: function (model, batch) -> (logits, labels)")
+    add("--key", help="checkpoints: where the weights are in a file, such as model_ema (default: found by their names)")
+    add("--copy", action="store_true", help="checkpoints: copy the weights instead of referring to the files")
+    add(
+        "--keep-predictions",
+        action="store_true",
+        help="checkpoints: store the probabilities, so that fusing reads them",
+    )
+    add("--batch-size", type=int, default=256, help="checkpoints: samples at a time (default 256)")
+    for name, what in {"task": "name or pattern", "metric": "such as acc", "filter": "such as strict-match"}.items():
+        add(f"--{name}", help=f"lm-eval: {name}, {what}")
+
+
+def import_records(args: argparse.Namespace) -> Result:
+    """Read what `args.tool` wrote at `args.path`, and write it to `args.output`."""
+    if args.tool != "checkpoints":
+        args.output = args.output or "history.npz"
+    if args.tool == "lm-eval":
+        return import_answers(args.path, args.output, args.task, args.metric, args.filter)
+    if len(args.path) > 1:
+        raise ValueError(f"{args.tool}: expected one path, got {len(args.path)}; put a pattern in quotes")
+    [path] = args.path
+    if args.tool == "checkpoints":
+        return _import_checkpoints(args, path)
+    if args.tool == "cartography":
+        logits, labels, ids = importers.from_cartography(path)
+        arrays: dict[str, Any] = {"scores": logits, "labels": labels}
+    else:
+        correct, indices = importers.from_toneva(path)
+        arrays, ids = {"correct": correct}, list(map(str, indices))
+    arrays["sample_ids"] = id_array(ids)
+    _files.write_atomic(args.output, lambda f: np.savez(f, **arrays))
+    shapes = {name: list(a.shape) for name, a in arrays.items()}
+    text = f"{args.output}: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}"
+    return {"output": args.output, **shapes}, text
+
+
+def _import_checkpoints(args: argparse.Namespace, path: str) -> Result:
+    """Evaluate the checkpoints with the network and the data that the user's functions return."""
+    from .training.existing import from_checkpoints
+
+    for name in ("model", "data", "output"):
+        if not vars(args)[name]:
+            raise ValueError(f"--{name}: `import checkpoints` needs it")
+    options = {name: vars(args)[name] for name in _OPTIONS} | {"link": not args.copy}
+    if args.forward_fn:
+        options["forward_fn"] = named_object(args.forward_fn, "--forward-fn")
+    model, data = called(args.model, "--model"), called(args.data, "--data")
+    run = from_checkpoints(path, model, data, args.output, **options)
+    forget, epochs, accuracy = forget_fraction(run.history), run.history.epochs, float(run.history[-1].mean())
+    peak, at = float(forget.max()), epochs[int(forget.argmax())]
+    content = {"output": args.output, "epochs": list(epochs), "n_samples": run.history.n_samples}
+    content |= {"final_accuracy": accuracy, "peak_forget_fraction": peak, "peak_epoch": at}
+    text = f"{args.output}: {len(epochs)} checkpoints, epochs {epochs[0]} to {epochs[-1]}, accuracy at the end "
+    return content, f"{text}{accuracy:.2%}\npeak forget fraction {peak:.2%} at epoch {at}"

@@ -1,0 +1,104 @@
+"""References: small files in a run folder that stand for checkpoints which other programs wrote elsewhere.
+
+A reference holds the checkpoint's path, size and time, and where its state_dict is. NumPy only: torch is loaded when
+the checkpoint is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import _files
+from .folder import AnyPath
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SUFFIX = ".ref.json"
+FORMAT = "fmn_ref.reference"
+
+
+def is_reference(path: AnyPath) -> bool:
+    """Tell a reference from a checkpoint, by its name."""
+    return str(path).endswith(SUFFIX)
+
+
+def write_reference(path: Path, *, target: Path, key: str, files: dict[str, Any]) -> None:
+    """Write a reference to a checkpoint, with its `stamp` and the key that `foreign.read_state` returned."""
+    content = {"format": FORMAT, "version": 1, "path": str(target), "key": key, "files": files}
+    _files.write_json(path, content)
+
+
+def read_reference(path: AnyPath) -> dict[str, Any]:
+    """Read a reference; ValueError where it is damaged."""
+    content = _files.read_json(path, FORMAT)
+    target, key, files = content.get("path"), content.get("key"), content.get("files")
+    if not (isinstance(target, str) and isinstance(key, str) and isinstance(files, dict)):
+        raise ValueError(f"{path}: not a {FORMAT} file: it lacks path, key or files")
+    return content
+
+
+def exists(path: Path) -> bool:
+    """Tell whether a checkpoint is there: the file itself, or what it refers to."""
+    return path.exists() and (not is_reference(path) or Path(read_reference(path)["path"]).exists())
+
+
+def target_of(path: Path) -> Path:
+    """The file of a checkpoint: the path itself, or what it refers to."""
+    return Path(read_reference(path)["path"]) if is_reference(path) else path
+
+
+def check_unchanged(path: Path) -> Path:
+    """Return what a reference refers to.
+
+    Raises
+    ------
+    FileNotFoundError
+        It is gone.
+    ValueError
+        Its size or its time changed.
+    """
+    target = target_of(path)
+    if not target.exists():
+        raise FileNotFoundError(f"{target}: no such checkpoint; {path} refers to it")
+    _compare(path, target)
+    return target
+
+
+def check_unless_gone(path: Path) -> None:
+    """Raise a ValueError where a checkpoint is a reference to a file that changed."""
+    if is_reference(path) and exists(path):
+        check_unchanged(path)
+
+
+def follow(path: Path, target: Path) -> None:
+    """Let a reference refer to where its checkpoint was moved; ValueError if it is not the same checkpoint."""
+    _compare(path, target)
+    if target_of(path) != target:
+        content = read_reference(path)
+        write_reference(path, target=target, key=content["key"], files=content["files"])
+
+
+def _compare(path: Path, target: Path) -> None:
+    recorded, now = read_reference(path)["files"], stamp(target)
+    for name in sorted(now.keys() | recorded.keys()):
+        was, is_ = recorded.get(name), now.get(name)
+        if was != is_:
+            hint = "restore it, or evaluate the checkpoints again into another run_dir"
+            raise ValueError(f"{target}: {name} changed since it was recorded ({was} before, {is_} now); {hint}")
+
+
+def stamp(target: Path) -> dict[str, dict[str, int]]:
+    """Size and time of each file of a checkpoint, by name."""
+    from . import foreign  # loaded late: opening a run needs none of it
+
+    found = {path.name: path.stat() for path in foreign.files_of(target)}
+    return {name: {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in found.items()}
+
+
+def load_state(path: Path, model: nn.Module, lazily: bool = False) -> dict[str, Any]:
+    """Read the weights that a reference stands for, under the names of the model."""
+    from . import foreign
+
+    return foreign.read_state(check_unchanged(path), model, read_reference(path)["key"], lazily)[0]

@@ -1,0 +1,73 @@
+"""Read files of torch.save without running code: from 1.6 on (zip archives), and older ones on request.
+
+torch is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from contextlib import AbstractContextManager
+from typing import Any
+
+from .. import _files
+from . import archive, standins
+from .folder import AnyPath
+
+
+def load(path: AnyPath, scan: bool = False, foreign: bool = False, mapped: bool = False) -> Any:
+    """Load a file that `checkpoints.save` or torch.save wrote, to the CPU.
+
+    Parameters
+    ----------
+    path : path
+    scan : bool, default False
+        Look into all that the file contains first. Needed if more than the tensors of a state_dict is used of it.
+    foreign : bool, default False
+        Accept files from before torch 1.6 too, and harmless classes beside the tensors: their objects are dropped
+        (see `standins`).
+    mapped : bool, default False
+        Map the tensors to the file instead of reading them, but for files from before torch 1.6.
+
+    Raises
+    ------
+    FileNotFoundError
+    ValueError
+        The file is truncated or damaged (a checksum does not match), is no checkpoint, or holds more than tensors and
+        plain values. The message names the file and the cause.
+    """
+    import torch
+
+    with _files.reading(path, "a readable checkpoint of tensors") as file:
+        if foreign and file.read(4) != b"PK\3\4":
+            mapped = False
+            archive.check_legacy(file, standins.DROPPED)
+        else:
+            scanned = scan or torch.__version__ < "2.13"  # later versions compare the sizes of tensors
+            archive.check(file, scanned, standins.DROPPED if foreign else frozenset())
+        file.seek(0)
+        allowed: AbstractContextManager[Any] = standins.allowed() if foreign else contextlib.nullcontext()
+        try:
+            with allowed:
+                return torch.load(
+                    _files.absolute(path) if mapped else file, map_location="cpu", weights_only=True, mmap=mapped
+                )
+        except MemoryError:
+            raise
+        except Exception as error:
+            kind = MemoryError if "allocate memory" in str(error) else ValueError  # torch raises a RuntimeError
+            raise kind(reason(error) + _hint(error) * foreign) from error
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, without torch's advice to run the code in a file."""
+    text = _files.cause(error).rpartition("WeightsUnpickler error: ")[2]
+    return re.sub(r"\x1b\[\d*m", "", text.partition(" Please use ")[0])
+
+
+def _hint(error: Exception) -> str:
+    """How to save a pickled object as a state_dict."""
+    if "Unsupported global" not in str(error):
+        return ""
+    line = "torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)"
+    return f" If this is a pickled network that you trust, re-save it where its code is installed: {line}"
