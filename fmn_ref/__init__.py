@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from .fusion.expectation import expected_gain
     from .fusion.fuse import fuse
     from .fusion.plan import FusionPlan
+    from .metrics.answers import expected_curves, maj_at_k, pass_at_k, temporal_forgetting
     from .reporting.comparison import Comparison, compare, compare_probabilities
     from .reporting.recovery import Recovery, recovery
     from .runs.importers import epoch_files, from_cartography, from_logits, from_toneva
+    from .runs.lm_eval import GradedAnswers, from_lm_eval
     from .training.augmentation import crop_flip
     from .training.distill import Sweep, distill, tune_distillation
     from .training.ensemble import FusedModel, averaged_model
@@ -50,12 +52,14 @@ _LAZY = {
     "fusion.expectation": ("expectation", "expected_gain"),
     "fusion.fuse": ("fuse",),
     "fusion.plan": ("FusionPlan",),
+    "metrics.answers": ("expected_curves", "maj_at_k", "pass_at_k", "temporal_forgetting"),
     "reporting.comparison": ("Comparison", "compare", "compare_probabilities"),
     "reporting.plot": ("plot",),
     "reporting.recovery": ("Recovery", "recovery"),
     "reporting.report": ("report",),
     "runs.checkpoints": ("checkpoints",),
     "runs.importers": ("epoch_files", "from_cartography", "from_logits", "from_toneva"),
+    "runs.lm_eval": ("GradedAnswers", "from_lm_eval"),
     "training.augmentation": ("crop_flip",),
     "training.existing": ("from_checkpoints",),
     "training.distill": ("Sweep", "distill", "tune_distillation"),
@@ -67,19 +71,12 @@ _LAZY = {
 }
 
 __all__ = ["Backend", "Comparison", "CorrectnessHistory", "ForgettingCurves", "FusedModel", "FusionPlan"]
-__all__ += ["Probabilities", "Recipe", "Recorder", "Recovery", "Run", "SampleStatistics", "Sweep"]
+__all__ += ["GradedAnswers", "Probabilities", "Recipe", "Recorder", "Recovery", "Run", "SampleStatistics", "Sweep"]
 __all__ += ["asymmetric_noise", "averaged_model", "backend", "best_epsilon", "compare", "compare_probabilities"]
-__all__ += ["correctness", "crop_flip", "distill", "epoch_files", "expected_gain", "forget_fraction"]
-__all__ += [
-    "forgetting_curves",
-    "forgetting_matrix",
-    "from_cartography",
-    "from_checkpoints",
-    "from_logits",
-    "from_toneva",
-    "fuse",
-]
-__all__ += ["learned_fraction", "recovery", "sample_statistics", "symmetric_noise", "train", "transition_noise"]
+__all__ += ["correctness", "crop_flip", "distill", "epoch_files", "expected_curves", "expected_gain"]
+__all__ += ["forget_fraction", "forgetting_curves", "forgetting_matrix", "from_cartography", "from_checkpoints"]
+__all__ += ["from_lm_eval", "from_logits", "from_toneva", "fuse", "learned_fraction", "maj_at_k", "pass_at_k"]
+__all__ += ["recovery", "sample_statistics", "symmetric_noise", "temporal_forgetting", "train", "transition_noise"]
 __all__ += ["tune_distillation"]
 
 
@@ -99,7 +96,13 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     for path, names in _LAZY.items():
         if name in names:
-            module = importlib.import_module(f".{path}", __name__)
+            try:
+                module = importlib.import_module(f".{path}", __name__)
+            except ModuleNotFoundError as error:
+                if (error.name or "").partition(".")[0] != "torch":
+                    raise
+                hint = f"fmn_ref.{name} needs torch: pip install torch (docs/installation.md: the smaller build)"
+                raise ModuleNotFoundError(hint, name="torch") from None
             globals()[name] = value = getattr(module, name, module)
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -116,6 +116,16 @@ def bool_matrix(x: Any, name: str = "correct") -> Bool:
     return np.asarray(zeros_and_ones(a, name))
 
 
+def draws(x: Any, name: str = "correct") -> Bool:
+    """(n_checkpoints, n_questions, n_draws) bool, not empty."""
+    a = array(x, name, kinds="biu")
+    if a.ndim != 3 or 0 in a.shape:
+        hint = "; for one draw each: correct[..., None]" if a.ndim == 2 else ""
+        expected = "expected shape (n_checkpoints, n_questions, n_draws), not empty"
+        raise ValueError(f"{name}: {expected}, got shape {a.shape}{hint}")
+    return np.asarray(zeros_and_ones(a, name))
+
+
 def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, name: str = "labels") -> Int:
     """(n_samples,) int64 in [0, n_classes)."""
     a = array(x, name, kinds="biufcmMOSUV")  # the hint comes with the dtype

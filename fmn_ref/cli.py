@@ -28,6 +28,7 @@ from .metrics.overview import curves_and_forgotten, first_samples
 from .metrics.samples import NEVER_LEARNED, sample_statistics
 from .metrics.scores import scores
 from .reporting.comparison import compare_probabilities
+from .reporting.graded import answers_summary
 from .reporting.report import write_report
 from .reporting.tables import csv_table
 from .runs.load import check_outputs, error_line, has_labels, load_correct, load_epochs, load_labels, load_named
@@ -47,7 +48,9 @@ SUITES: dict[str, tuple[str, Callable[[Any, argparse.Namespace], Any]]] = {
     "training": ("speed.training", lambda run, a: run(a.data, a.output, device=a.device)),
     "paper": (
         "experiments.suite",
-        lambda run, a: run(a.scale, a.data, a.output or f"runs/paper_{a.scale}", a.only, a.jobs, a.seeds, a.clean),
+        lambda run, a: run(
+            a.scale, a.data, a.output or f"runs/paper_{a.scale}", a.only, a.jobs, a.seeds, a.clean, a.device
+        ),
     ),
     "descent": ("experiments.double_descent", lambda run, a: run(a.data, a.output, a.seeds)),
     "boosting": ("experiments.boosting", lambda run, a: run(a.output)),
@@ -71,6 +74,10 @@ def command_metric(args: argparse.Namespace) -> None:
     Example: fmn-ref metric predictions.npy --labels labels.npy --csv
     """
     correct = load_correct(args.file, args.labels, verify=not args.no_verify)
+    if getattr(correct, "ndim", 2) == 3:
+        if args.csv or args.per_sample or args.reference != -1:
+            raise ValueError(f"{args.file}: has several draws per question; --csv, --per-sample, --reference need one")
+        return print_result(args, *answers_summary(correct))
     epochs = list(getattr(correct, "epochs", range(len(correct))))
     curves, n_forgotten = curves_and_forgotten(correct, reference=args.reference, progress=True)
     gain, error = expected_gain(first_samples(correct))
@@ -131,20 +138,20 @@ def command_fuse(args: argparse.Namespace) -> None:
     plan = fuse(probs, labels, correct=correct, sample_weight="balanced" if args.balanced else None, **options)
     plan.save(args.output)
     content = {"output": args.output, "members": plan.members, "weights": plan.weights, "combine": plan.combine}
-    content |= {"selection_accuracy": plan.accuracy, "method": plan.method}
+    content |= {"epochs": plan.epochs} | {"selection_accuracy": plan.accuracy, "method": plan.method}
     content |= {"cv_accuracy": plan.cv_accuracy, "gain_interval": plan.gain_interval}
-    print_result(args, content, f"{plan_table(plan)}\n{plan}\nplan written to {args.output}")
+    print_result(args, content, f"{rounds(plan)}{plan}\nplan written to {args.output}")
 
 
-def plan_table(plan: FusionPlan) -> str:
-    """The members of a plan, a line each: with epsilon and the accuracy reached, or with the weight in the pool."""
-    if plan.combine == "geometric":
-        return "\n".join([f"{'epoch':>6} {'weight':>7}", *(f"{epoch:6d} {w:7.4f}" for epoch, w in plan.members)])
-    rows = [f"{'round':>6} {'epoch':>6} {'eps':>7} {'accuracy':>9}"]
-    rows.append(f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}")
-    for i, ((epoch, eps), accuracy) in enumerate(zip(plan.members, plan.accuracy[1:], strict=True), 1):
-        rows.append(f"{i:6d} {epoch:6d} {eps:7.4f} {accuracy:9.4f}")
-    return "\n".join(rows)
+def rounds(plan: FusionPlan) -> str:
+    """The members of a linear plan in the order of mixing, a line each: epsilon and the accuracy reached."""
+    if plan.combine == "geometric" or not plan.members:
+        return ""
+    lines = [f"{'round':>6} {'epoch' if plan.epochs else 'row':>6} {'eps':>7} {'accuracy':>9}"]
+    lines.append(f"{'final':>6} {'':>6} {'':>7} {plan.accuracy[0]:9.4f}")
+    for i, ((row, eps), accuracy) in enumerate(zip(plan.members, plan.accuracy[1:], strict=True), 1):
+        lines.append(f"{i:6d} {plan.epoch_of(row):6d} {eps:7.4f} {accuracy:9.4f}")
+    return "\n".join([*lines, "", ""])
 
 
 def command_apply(args: argparse.Namespace) -> None:
@@ -270,7 +277,8 @@ def bench_options(add: Add) -> None:
     add("--scale", choices=["cpu", "middle", "gpu"], default="cpu", help=scales)
     folders = "mnist/, cifar-100-binary/, cifar-100n/, tiny-imagenet-200/"
     add("--data", help=f"paper, descent, training: folder that contains {folders}")
-    add("--device", choices=["cpu", "cuda"], help="training: device (default: cuda if available)")
+    device = "device (default: training: cuda if available; paper: cuda at scale gpu, else cpu)"
+    add("--device", choices=["cpu", "cuda"], help=f"training, paper: {device}")
     add("--only", default="", help="paper: regular expression; run only the pieces whose names match")
     add("--jobs", type=int, default=1, help="paper: pieces to run at the same time (default 1)")
     add("--seeds", type=int, default=3, help="paper, descent: seeds per setting (default 3)")

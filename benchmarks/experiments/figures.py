@@ -21,6 +21,7 @@ from fmn_ref import _files
 from . import tables
 from .tables import FUSIONS, Result, budget, difference, kind_of, load_results, paired, peak
 
+MOST_INSIDE = 8  # entries of a legend inside the axes
 MARKERS = ("o", "s", "^", "v", "D", "x", "P", "*", "<", ">", "+", "h")
 
 
@@ -46,8 +47,9 @@ def draw(results: list[Result], folder: Path) -> None:
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         draw_axes(axes, results)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=7)
+        if n := len(axes.get_legend_handles_labels()[0]):
+            beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if n > MOST_INSIDE else {}
+            axes.legend(frameon=False, fontsize=7, **beside)
         figure.savefig(folder / name)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,10 @@ class Task:
     def amp(self) -> bool:
         """Whether the network computes in bfloat16."""
         return bool(self.recipe.get("amp", False))
+
+    def on(self, device: str) -> Task:
+        """The same task on a device."""
+        return replace(self, device=device, before=self.before and self.before.on(device))
 
     def make_model(self) -> nn.Module:
         """Make the network with new weights, on the task's device."""

@@ -102,8 +102,7 @@ def gpu_tasks(root: Path) -> list[Task]:
     """
     recipe = {**SGD, "batch_size": 128, "lr": 0.1, "amp": True}
     some = {"": ("students",), "clean-augmented": ("students", "networks")}
-    more: dict[str, Any] = {"stages": some, "device": "cuda"}
-    more["noises"] = ("clean", "sym40", "sym20", "asym40", "asym20")
+    more: dict[str, Any] = {"stages": some, "noises": ("clean", "sym40", "sym20", "asym40", "asym20")}
     tasks = [Task("cifar100", None, 5000, 5000, 200, recipe, partial(networks.resnet18, 3, 100), 4, True, **more)]
     if (root / "tiny-imagenet-200").is_dir():
         network = partial(networks.resnet18, 3, 200)
@@ -111,13 +110,15 @@ def gpu_tasks(root: Path) -> list[Task]:
     return tasks
 
 
-def all_pieces(scale: str, root: Path, n_seeds: int = 3) -> list[Piece]:
+def all_pieces(scale: str, root: Path, n_seeds: int = 3, device: str | None = None) -> list[Piece]:
     """All pieces, in the order in which they run. `n_seeds` is an upper bound for tasks with `most_seeds`."""
+    device = device or ("cuda" if scale == "gpu" else "cpu")
     if scale == "gpu":
-        return [Piece(t, noise, True, s) for t in gpu_tasks(root) for noise in t.noises for s in range(n_seeds)]
+        tasks = [task.on(device) for task in gpu_tasks(root)]
+        return [Piece(task, noise, True, seed) for task in tasks for noise in task.noises for seed in range(n_seeds)]
     tasks, augmentations = (cpu_tasks(), (False, True)) if scale == "cpu" else (middle_tasks(), (True,))
     return [
-        Piece(task, noise, augmented, seed)
+        Piece(task.on(device), noise, augmented, seed)
         for seed in range(n_seeds)
         for augmented in augmentations
         for task in tasks
@@ -140,7 +141,14 @@ def run_piece(piece: Piece, root: Path, out: Path) -> dict[str, Any]:
 
 
 def benchmark(
-    scale: str, root: str, out: str, only: str = "", jobs: int = 1, n_seeds: int = 3, clean_up: bool = False
+    scale: str,
+    root: str,
+    out: str,
+    only: str = "",
+    jobs: int = 1,
+    n_seeds: int = 3,
+    clean_up: bool = False,
+    device: str | None = None,
 ) -> str:
     """Run pieces, then write tables and figures of all finished pieces; return the tables' text.
 
@@ -159,12 +167,14 @@ def benchmark(
         Seeds of each setting; an upper bound at middle scale, whose tasks have two seeds or one.
     clean_up : bool, default False
         Delete the checkpoints of finished pieces.
+    device : {"cpu", "cuda"}, optional
+        Device of all networks. Default: "cuda" at scale gpu, else "cpu".
     """
-    todo = [p for p in all_pieces(scale, Path(root), n_seeds) if re.search(only, p.name)]
+    todo = [p for p in all_pieces(scale, Path(root), n_seeds, device) if re.search(only, p.name)]
     if not todo:
         raise ValueError(f"--only: no piece matches {only!r}")
     if any(p.task.device == "cuda" for p in todo) and not torch.cuda.is_available():
-        raise ValueError("--scale gpu: torch finds no CUDA device here")
+        raise ValueError(f"--scale {scale}: torch finds no CUDA device here")
     threads = max(1, (os.cpu_count() or 1) // jobs)
     job = partial(_run_job, root=Path(root), out=Path(out), threads=threads, clean_up=clean_up)
     if jobs == 1:

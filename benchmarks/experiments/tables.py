@@ -22,8 +22,8 @@ FORMAT = "fmn_ref.paper-piece"
 AGAINST = ("final", "KF", "Caruana")
 MEASURES = ("test_accuracy", "test_nll", "test_ece", "forward_passes", "training_runs")
 FUSIONS = (
-    *("final", "best epoch", "best window", "top", "equally spaced at KF's cost", "Caruana", "KF(1)", "KF", "KF exact"),
-    *("greedy", "bagged", "likelihood", "coverage", "pool", "auto"),
+    *("final", "best epoch", "best window", "last", "top", "equally spaced at KF's cost", "Caruana"),
+    *("KF(1)", "KF", "KF exact", "greedy", "bagged", "likelihood", "coverage", "pool", "auto"),
 )
 SINGLE_NETWORKS = (
     *("final", "EMA", "SWA", "EMA over epochs", "SWA over epochs", "averaged KF", "averaged pool"),
@@ -31,6 +31,8 @@ SINGLE_NETWORKS = (
     *("distilled 5 networks, early stopped", "2 networks, early stopped", "3 networks, early stopped"),
     *("5 networks", "5 networks, early stopped", "snapshots", "FGE"),
 )
+AT_SYM40 = ("final", "KF", "Caruana", "EMA", "pool", "distilled pool", "5 networks", "5 networks, early stopped")
+TEMPERATURES = ("pool", "distilled pool", "distilled pool, weights of sum 1", "distilled pool, temperature 2")
 RESNET = "cifar100_resnet18"  # name of the middle scale's first task
 NOISES = ("clean", "sym20", "sym40", "asym40", "human")
 
@@ -174,20 +176,36 @@ def quoted(small: list[Result], middle: list[Result]) -> dict[str, str]:
     """The tables in docs/results.md, from the pieces of both scales."""
     every = [*small, *middle]
     noisy, clean = ([r for r in small if (r["noise"] == "clean") == correct] for correct in (False, True))
+    augmented, noisy = ([r for r in noisy if r["augmented"] == wanted] for wanted in (True, False))
     tables = {
         "forgotten": noise_table(every, peak),
         "fusions, wrong labels": overall_table(noisy, FUSIONS),
+        "fusions, wrong labels, augmented": overall_table(augmented, FUSIONS),
         "fusions, correct labels": overall_table(clean, FUSIONS),
         "gain": noise_table(every, difference("pool", "final")),
         "single networks": overall_table(noisy, SINGLE_NETWORKS),
         "student minus pool": noise_table(every, difference("distilled pool", "pool")),
         "few labels": few_labels_table(small),
+        "sym40": setting_table([r for r in noisy if r["noise"] == "sym40"], AT_SYM40),
+        "temperatures": setting_table([r for r in small if TEMPERATURES[-1] in rows_of(r)], TEMPERATURES),
     }
     if middle:
-        tables["middle scale"] = kind_table(
-            [r for r in middle if r["dataset"] == RESNET], FUSIONS + SINGLE_NETWORKS[1:]
-        )
+        noisy, clean = ([r for r in middle if (r["noise"] == "clean") == correct] for correct in (False, True))
+        resnet, constant = ([r for r in middle if r["dataset"] == RESNET + end] for end in ("", "_constant"))
+        tables |= {
+            "middle scale, wrong labels": overall_table(noisy, FUSIONS),
+            "middle scale, correct labels": overall_table(clean, FUSIONS),
+            "middle scale, ResNet": kind_table(resnet, FUSIONS + SINGLE_NETWORKS[1:]),
+            "constant rate": kind_table(constant, FUSIONS + SINGLE_NETWORKS[1:]),
+        }
     return tables
+
+
+def setting_table(results: list[Result], methods: tuple[str, ...]) -> str:
+    """A row for each setting and a column for each method: mean test accuracy over the seeds, in percent."""
+    cells = {(row["setting"], row["method"]): f"{row['test_accuracy']:.1f}" for row in setting_rows(results)}
+    settings = dict.fromkeys(r["setting"] for r in results)
+    return markdown_table(["setting", *methods], [[s, *(cells.get((s, m), "") for m in methods)] for s in settings])
 
 
 def overall_table(results: list[Result], only: tuple[str, ...] = ()) -> str:

@@ -112,8 +112,9 @@ def fuse(
     target = Target(y, sample_weight)
     n_folds = _number_of_folds(folds, method, reader, len(y))
     problem = Problem(reader, _correctness_of(reader, correct, y, final), final, window, search, grid, *bounds)
+    epochs = correct.epochs if isinstance(correct, CorrectnessHistory) else reader.epochs
     found = _cross_validate(problem, target, method, n_folds) if n_folds else _Estimate(method)
-    return _planned(problem, target, found)
+    return _planned(problem, target, found, epochs)
 
 
 _METHODS_DOC = "".join(f'\n    - "{name}": {text}' for name, text in summaries().items())
@@ -196,7 +197,7 @@ def _better(unseen: _Unseen, final: _Unseen, target: Target) -> bool:
     return unseen.log_likelihood(target) > final.log_likelihood(target) and float(lost.sum()) <= error
 
 
-def _planned(problem: Problem, target: Target, found: _Estimate) -> FusionPlan:
+def _planned(problem: Problem, target: Target, found: _Estimate, epochs: tuple[int, ...]) -> FusionPlan:
     """The plan of a method on the whole selection set."""
     method, seen = METHODS[found.method], problem_for(problem, found.method)
     members = () if found.final_is_best else method.members(seen, target)
@@ -204,7 +205,7 @@ def _planned(problem: Problem, target: Target, found: _Estimate) -> FusionPlan:
     accuracy = tuple(target.score_of(p) / target.total for p in mixtures)
     search, digest = "exact" if method.exact else problem.search, labels_digest(target.labels).hex()
     kind = accuracy, method.name, search, digest, method.combine
-    return FusionPlan(members, problem.n_epochs, seen.window, *kind, found.accuracy, found.gain_interval)
+    return FusionPlan(members, problem.n_epochs, seen.window, *kind, found.accuracy, found.gain_interval, epochs)
 
 
 def _predict_unseen(problem: Problem, target: Target, method: str, folds: int) -> _Unseen:

@@ -17,7 +17,7 @@ from .probabilities import ProbabilityReader
 
 MOST_WEIGHT = 1e6  # of a member of a log-linear pool
 LISTED = 1000  # epochs that windows may have beyond those that a file lists; each of those takes some bytes
-_VALUE = {"linear": "eps", "geometric": "weight"}  # what a member has beside its epoch, in the file
+_VALUE = {"linear": "eps", "geometric": "weight"}  # what a member has beside its row, in the file
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class FusionPlan:
 
     Attributes
     ----------
-    members : tuple of (epoch, eps), or of (epoch, weight) if `combine` is "geometric"
-        Linear members are in the order of mixing: fused <- eps * mean of the window around epoch + (1 - eps) * fused,
-        starting from the last epoch (arXiv 2412.12968, Algorithm 1). Geometric members are single epochs with the
-        weights of a log-linear pool, the heaviest first. Epochs are rows of the probabilities, from 0. Empty if the
+    members : tuple of (row, eps), or of (row, weight) if `combine` is "geometric"
+        Linear members are in the order of mixing: fused <- eps * mean of the window around row + (1 - eps) * fused,
+        starting from the last row (arXiv 2412.12968, Algorithm 1). Geometric members are single rows with the
+        weights of a log-linear pool, the heaviest first. Rows are those of the probabilities, from 0. Empty if the
         final model alone is best.
     n_epochs : int
-        Number of epochs that the plan chose from.
+        Number of rows that the plan chose from, one for each epoch.
     window : int
         A member is the mean over epochs A - window .. A + window, clipped to the range.
     accuracy : tuple of float
@@ -47,6 +47,9 @@ class FusionPlan:
         Accuracy by cross-validation inside the selection set.
     gain_interval : (float, float), optional
         95 % bootstrap interval of `cv_accuracy` minus the final model's accuracy on the same samples.
+    epochs : tuple of int
+        Recorded epoch or step of each row, if `probs` or `correct` of `fuse` knew them; else empty. Texts and tables
+        show these numbers.
     """
 
     members: Members
@@ -55,10 +58,11 @@ class FusionPlan:
     accuracy: tuple[float, ...]
     method: str = "forget"
     search: str = "grid"
-    labels_sha256: str = ""
+    labels_sha256: str = field(default="", repr=False)
     combine: str = "linear"
     cv_accuracy: float | None = field(default=None, compare=False)
     gain_interval: tuple[float, float] | None = field(default=None, compare=False)
+    epochs: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.members:  # the final model's own probabilities, without a floor
@@ -81,6 +85,8 @@ class FusionPlan:
             _check.number(high, _check.number(low, -1, 1, "gain_interval"), 1, "gain_interval")
         _check.choice(self.method, (*method_names(), "weights"), "method")
         _check.choice(self.search, ("grid", "exact"), "search")
+        if self.epochs and (len(self.epochs) != n_epochs or sorted(set(self.epochs)) != list(self.epochs)):
+            raise ValueError(f"epochs: expected {n_epochs} ascending numbers, got {len(self.epochs)}")
 
     @classmethod
     def from_weights(cls, weights: dict[int, float], n_epochs: int, combine: str = "linear") -> FusionPlan:
@@ -156,6 +162,10 @@ class FusionPlan:
                 merged.append(part)
         return merged
 
+    def epoch_of(self, row: int) -> int:
+        """Recorded epoch or step of a row; the row itself if none is known."""
+        return self.epochs[row] if self.epochs else row
+
     def apply(self, probs: Any) -> Float:
         """Replay the plan on other samples.
 
@@ -193,8 +203,9 @@ class FusionPlan:
                 "search": self.search,
                 "window": self.window,
                 "n_epochs": self.n_epochs,
-                "members": [{"epoch": epoch, _VALUE[self.combine]: value} for epoch, value in self.members],
-                "weights": {str(epoch): weight for epoch, weight in self.weights.items()},
+                "members": [{"row": row, _VALUE[self.combine]: value} for row, value in self.members],
+                "weights": {str(row): weight for row, weight in self.weights.items()},
+                "epochs": list(self.epochs),
                 "selection_accuracy": list(self.accuracy),
                 "selection_labels_sha256": self.labels_sha256,
                 "cv_accuracy": self.cv_accuracy,
@@ -207,10 +218,11 @@ class FusionPlan:
         """Read a plan. A ValueError names a file that is no plan. Runs no code from the file."""
         content = _files.read_json(path, "fmn_ref.plan", newest=2)
         with _files.naming(path, "a valid plan"):
-            combine = content["combine"] if content["version"] > 1 else "linear"
+            old = content["version"] == 1
+            combine, row = ("linear", "epoch") if old else (content["combine"], "row")
             value = _VALUE[_check.choice(combine, COMBINATIONS, "combine")]
             plan = cls(
-                members=tuple((m["epoch"], m[value]) for m in content["members"]),
+                members=tuple((m[row], m[value]) for m in content["members"]),
                 n_epochs=content["n_epochs"],
                 window=content["window"],
                 accuracy=tuple(content["selection_accuracy"]),
@@ -220,6 +232,7 @@ class FusionPlan:
                 combine=combine,
                 cv_accuracy=content.get("cv_accuracy"),
                 gain_interval=None if content.get("gain_interval") is None else tuple(content["gain_interval"]),
+                epochs=() if old else tuple(_check.number(e, 0, 2**63 - 1, "epochs", int) for e in content["epochs"]),
             )
             most, n_covered = LISTED + os.path.getsize(_files.absolute(path)), sum(map(len, plan._covered))
             if plan.combine == "linear" and (n_covered > most or n_covered * len(plan.members) > LISTED * most):
@@ -227,12 +240,19 @@ class FusionPlan:
             return plan
 
     def __str__(self) -> str:
-        """Method, checkpoints and accuracies in one sentence."""
+        """The checkpoints with their weights, a line each, then what they reach and cost."""
+        name = "epoch" if self.epochs else "row"
+        lines = [f"{name:>6} {'weight':>7}"]
+        lines += [f"{self.epoch_of(row):6d} {weight:7.4f}" for row, weight in self.weights.items()]
+        return "\n".join([*(lines if self.members else ()), self._summary()])
+
+    def _summary(self) -> str:
+        """Method, number of checkpoints, accuracies and the gain in one sentence."""
         final = f"the final model {self.accuracy[0]:.2%}"
         text = f"{self.method}: the final model alone is best, {self.accuracy[0]:.2%} on the selection set"
         if self.members:
             fused = f"{self.accuracy[-1]:.2%} on the selection set"
-            text = f"{self.method}: {self.forward_passes} checkpoints, {fused}, {final}"
+            text = f"{self.method}: {self.forward_passes} checkpoints and forward passes, {fused}, {final}"
         if self.cv_accuracy is not None and self.gain_interval is not None:
             low, high = (100 * v for v in self.gain_interval)
             text += f"; cross-validated {self.cv_accuracy:.2%}, {low:+.1f} to {high:+.1f} points from the final model's"

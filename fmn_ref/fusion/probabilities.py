@@ -28,6 +28,8 @@ class ProbabilityReader:
     ----------
     in_memory : bool
         Whether `probs` is an array, a list, a tuple or files: then reading an epoch is cheap.
+    epochs : tuple of int
+        Recorded epoch or step of each row, if `probs` knows them.
     """
 
     def __init__(self, probs: Any, name: str = "probs") -> None:
@@ -42,6 +44,8 @@ class ProbabilityReader:
         self._probs, self._name = probs, name
         self._shape: tuple[int, int] | None = None
         self.in_memory = shape is not None or isinstance(probs, (list, tuple)) or hasattr(probs, "paths")
+        epochs = getattr(probs, "epochs", ())
+        self.epochs: tuple[int, ...] = epochs if isinstance(epochs, tuple) else ()
         self._checked: set[int] = set()
         self._views: dict[int, Array] = {}
         self._few = not hasattr(probs, "paths") or len(probs) <= MOST_MAPPED

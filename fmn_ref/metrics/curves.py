@@ -162,6 +162,49 @@ class ForgettingCurves:
         """Share that is right at e and at the reference."""
         return self._fraction(3)
 
+    def chance_corrected(self, n_choices: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """F_e and L_e of multiple-choice questions, less what guessing explains.
+
+        The model is: a question is known or guessed, each of k options with equal probability. Guessing then turns
+        (1 - acc(e)) (1 - acc(E)) / (k - 1) of the questions from right to wrong, and as many from wrong to right.
+
+        Parameters
+        ----------
+        n_choices : int, or (n_groups,) integers
+            Options per question, k >= 2; 0 for open questions, which are not corrected. Questions with different
+            numbers of options need curves by group: ``forgetting_curves(correct, groups=n_choices)``.
+
+        Returns
+        -------
+        forget, learned : float64, shaped as the fractions
+            Values below 0 become 0.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Not integers; other than one number, or one per group; 1 or a negative number.
+
+        Examples
+        --------
+        >>> curves = forgetting_curves([[1, 1, 0, 0], [1, 0, 1, 0]])
+        >>> curves.chance_corrected(4)[0].round(4)
+        array([0.1667, 0.    ])
+
+        References
+        ----------
+        arXiv 2510.17776 (the formula as in its authors' code).
+        """
+        k = _check.array(n_choices, "n_choices")
+        if k.dtype.kind not in "iu":
+            raise TypeError(f"n_choices: expected integers, got dtype {k.dtype}")
+        if k.shape not in ((), np.shape(self.n_samples)) or ((k < 2) & (k != 0)).any():
+            expected = f"2 or more options (0: open), as one number or shape {np.shape(self.n_samples)}"
+            raise ValueError(f"n_choices: expected {expected}, got {k.tolist()}")
+        wrong = 1 - self.accuracy
+        guessed = np.where(k > 0, 1 / np.maximum(k - 1.0, 1), 0)[..., None]
+        chance = wrong * wrong[..., [self.reference]] * guessed
+        return np.maximum(self.forget - chance, 0), np.maximum(self.learned - chance, 0)
+
     def __radd__(self, other: int) -> ForgettingCurves:
         """Add curves to 0, so that sum() works."""
         return self if other == 0 else NotImplemented
@@ -245,7 +288,7 @@ def forgetting_curves(
         for part, rows in m.blocks(progress):
             m.kernels.curve_counts(rows, part.stop - part.start, r, counts)
         return ForgettingCurves(counts, n, n, r)
-    names, member = _groups(np.zeros(n, np.int64) if groups is None else groups, n)
+    names, member = group_members(np.zeros(n, np.int64) if groups is None else groups, n)
     w = None if sample_weight is None else _check.weights(sample_weight, n)
     sums: NDArray[Any] = np.zeros((4, len(names), m.n_epochs), np.int64 if w is None else np.float64)
     for part, rows in m.blocks(progress):
@@ -257,7 +300,7 @@ def forgetting_curves(
     return ForgettingCurves(sums, size, size if w is None else total, r, names)
 
 
-def _groups(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def group_members(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Distinct labels, sorted, and each sample's index among them."""
     g = _check.array(groups, "groups", kinds="biufUSTO")
     if g.shape != (n_samples,) or g.dtype.kind == "f":

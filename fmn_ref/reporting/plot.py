@@ -5,6 +5,7 @@ fmn_ref.plot.curves(run.history).savefig("curves.png")
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from .. import _check
 from ..fusion.plan import FusionPlan
+from ..metrics import answers
 from ..metrics.curves import forgetting_curves, forgetting_matrix
 from ..metrics.samples import sample_statistics
 from .recovery import Recovery
@@ -72,10 +74,11 @@ def matrix(correct: Any) -> Figure:
 
 def plan_weights(plan: FusionPlan) -> Figure:
     """Plot the weight of each checkpoint in the fused prediction."""
-    figure, axes = _axes("Weights of the fused prediction", "epoch", "weight")
-    weights = plan.weights
-    axes.bar(list(weights), list(weights.values()), color=_BLUE, width=0.9)
-    axes.set_xlim(-0.5, plan.n_epochs - 0.5)
+    figure, axes = _axes("Weights of the fused prediction", "epoch" if plan.epochs else "row", "weight")
+    x = np.asarray(plan.epochs or range(plan.n_epochs))
+    width = 0.9 * np.diff(x).min(initial=x[-1] + 1)
+    axes.bar(x[list(plan.weights)], list(plan.weights.values()), color=_BLUE, width=width)
+    axes.set_xlim(x[0] - width, x[-1] + width)
     return figure
 
 
@@ -113,4 +116,19 @@ def recovery(r: Recovery) -> Figure:
     axes.set_xticks(places, list(counts))
     axes.margins(y=0.2)
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
+    return figure
+
+
+def pass_at_k(correct: Any, last: Sequence[int] | None = None) -> Figure:
+    """Plot Pass@k against k, with the draws spread over each of `last` numbers of checkpoints; default: 1, 2, 4, ..."""
+    right = _check.draws(correct)
+    spread = [2**i for i in range(len(right).bit_length())] if last is None else list(last)
+    figure, axes = _axes("Pass@k of draws spread over the last checkpoints", "draws per question, k", "Pass@k")
+    budgets = range(1, right.shape[2] + 1)
+    for i, n in enumerate(spread):
+        shares = [answers.pass_at_k(right, k, last=n).mean() for k in budgets]
+        color = (_GREY, _BLUE, _GREEN, _RED)[i % 4]
+        axes.plot(budgets, shares, color=color, label="the last alone" if n == 1 else f"the last {n}")
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False, fontsize=8)
     return figure

@@ -260,7 +260,10 @@ def _plan_section(plan: Any, run: Run) -> str:
     p = _loaded(plan, FusionPlan.load)
     if not isinstance(p, FusionPlan):
         raise TypeError(f"plan: expected a FusionPlan or a path, got {type(plan).__name__}")
-    names, note = _plan_epochs(p, run)
+    n = len(run.history)
+    names = p.epochs or (run.history.epochs if p.n_epochs == n else range(p.n_epochs))
+    counted = "" if p.epochs else " Its rows are counted from 0 here."
+    note = "" if p.n_epochs == n else f"<p>The plan was made from {p.n_epochs} epochs, the run has {n}.{counted}</p>"
     tables = "" if p.final_model_alone else f"\n{_weights_table(p, names)}\n{_members_table(p, names)}"
     return f"<h2>The plan of the fusion</h2>\n{_plan_summary(p)}\n{note}{tables}"
 
@@ -282,17 +285,6 @@ def _plan_summary(p: FusionPlan) -> str:
             text += f", {low:+.1f} to {high:+.1f} points from the final model (95 % confidence interval)"
         text += "."
     return f"<p>{text}</p>"
-
-
-def _plan_epochs(p: FusionPlan, run: Run) -> tuple[Sequence[int], str]:
-    """Epoch of each row of a plan, and a note if it is not simply that of the history."""
-    if p.n_epochs == len(run.history):
-        return run.history.epochs, ""
-    kept = [e for e, path in zip(run.history.epochs, run.checkpoints, strict=True) if path.exists()]
-    if p.n_epochs == len(kept):
-        return kept, f"<p>The plan was made from the {len(kept)} epochs whose checkpoints were kept.</p>"
-    note = f"<p>The plan was made when there were {p.n_epochs} epochs, and this run has {len(run.history)}"
-    return range(p.n_epochs), f"{note}: counted from 0 here.</p>"
 
 
 def _weights_table(p: FusionPlan, names: Sequence[int]) -> str:

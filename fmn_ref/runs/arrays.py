@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import weakref
 import zipfile
 from collections.abc import Sequence
@@ -107,6 +108,13 @@ class EpochFiles(Sequence[NDArray[Any]]):
         self.paths: list[Path] = [_files.absolute(path) for path in paths]
         self._headers = [_header_of_numbers(path) for path in self.paths]
         self._mapped: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """Number in the name of each file, if the names differ in one number; else empty."""
+        numbers = zip(*(re.findall(r"\d+", path.name) for path in self.paths), strict=True)
+        differ = [column for column in numbers if len(set(column)) > 1]
+        return tuple(map(int, differ[0])) if len(differ) == 1 else ()
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -21,7 +21,7 @@ from .. import _check, _files
 from . import standins
 from .arrays import EpochFiles
 from .pickles import scan
-from .text import read_lines
+from .text import natural, read_lines
 
 _MOST = 2.0**128 - 2.0**103  # what float32 rounds to infinity
 Row = tuple[list[float], int]  # logits and label of a sample
@@ -50,7 +50,7 @@ class from_logits(Sequence[NDArray[np.float32]]):
         sequence = hasattr(logits, "__getitem__") and hasattr(logits, "__len__")
         if not sequence or getattr(logits, "shape", None) == ():
             raise TypeError(f"logits: expected an array or a sequence of arrays, got {type(logits).__name__}")
-        self._logits = logits
+        self._logits, self.epochs = logits, getattr(logits, "epochs", ())
 
     def __len__(self) -> int:
         return len(self._logits)
@@ -106,7 +106,7 @@ def _in_order(folder: str | Path, pattern: str) -> list[Path]:
 
     A ValueError names a file whose name differs from the others in more than numbers, or has the same numbers.
     """
-    paths = sorted(Path(folder).glob(pattern), key=_natural)
+    paths = sorted(Path(folder).glob(pattern), key=lambda path: natural(path.name))
     if not paths:
         raise FileNotFoundError(f"{folder}: no {pattern} there")
     frames = [re.sub(r"\d+", "#", path.name) for path in paths]
@@ -116,13 +116,9 @@ def _in_order(folder: str | Path, pattern: str) -> list[Path]:
             like = paths[frames.index(usual)].name
             raise ValueError(f"{path}: not an epoch like {like}? Names may differ in numbers only; move or rename it")
     for before, path in pairwise(paths):
-        if _natural(before) == _natural(path):
+        if natural(before.name) == natural(path.name):
             raise ValueError(f"{path}: the same epoch as {before.name}")
     return paths
-
-
-def _natural(path: Path) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def from_cartography(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:

@@ -23,11 +23,14 @@ OUTPUTS = ["output", "per_sample"]
 
 def check_outputs(options: Mapping[str, Any]) -> None:
     """Refuse an output of a command that is one of its inputs: a file, one of a run, or an epoch of a folder."""
-    inputs = [RunFolder(_files.absolute(options[name]).resolve()) for name in INPUTS if options.get(name)]
+    given = [options[name] for name in INPUTS if options.get(name)]
+    paths = [path for value in given for path in (value if isinstance(value, list) else [value])]
+    inputs = [RunFolder(_files.absolute(path).resolve()) for path in paths]
     for output in filter(None, map(options.get, OUTPUTS)):
         path = _files.absolute(output).resolve()
         for source in inputs:
-            beside_epochs = path.suffix in (".npy", ".jsonl") and path.parent == source.path
+            beside_epochs = path.suffix == ".npy" and path.parent == source.path
+            beside_epochs |= path.suffix == ".jsonl" and source.path in path.parents
             if path == source.path or beside_epochs or source.holds(path):
                 raise ValueError(f"{output}: is one of the files to read; choose another output name")
 
@@ -54,6 +57,7 @@ def error_line(error: Exception, options: Mapping[str, Any]) -> str:
     name = re.match(r"(\w+)[:\[, ]", line)
     for option in _OPTIONS.get(name[1], ()) if name else ():
         if file := options.get(option):
+            file = " ".join(file) if isinstance(file, list) else file
             return line if str(file) in line else f"{file}: {line}"
     return line
 
@@ -106,8 +110,13 @@ def has_labels(path: str) -> bool:
 
 
 def load_correct(path: str, labels: str | None, verify: bool = True) -> Any:
-    """Load correctness from a history, a matrix of 0 and 1, or predictions or scores with labels."""
-    a, name = load_named(path, "correct", "predictions", "probs", "scores", verify=verify)
+    """Load correctness from a history, a matrix of 0 and 1, or predictions or scores with labels.
+
+    `draws`, grades of several answers per question, come as they are: (n_checkpoints, n_questions, n_draws).
+    """
+    a, name = load_named(path, "correct", "draws", "predictions", "probs", "scores", verify=verify)
+    if name == "draws":
+        return _check.draws(a, path)
     if isinstance(a, CorrectnessHistory):
         if labels is not None and a.digest not in (NO_LABELS, labels_digest(load_labels(labels, path))):
             raise ValueError(f"{labels}: not the labels that {path} was recorded with")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,8 @@ def id_array(sample_ids: list[str]) -> NDArray[Any]:
     if any(i.endswith("\0") for i in sample_ids):
         raise ValueError("sample_ids: expected ids that do not end in NUL")
     return np.array(sample_ids)
+
+
+def natural(name: str) -> list[Any]:
+    """Key that sorts names by the numbers in them: "epoch_2" comes before "epoch_10"."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

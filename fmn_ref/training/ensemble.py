@@ -332,6 +332,9 @@ def plan_checkpoints(plan: Any, run: Any) -> tuple[nn.Module, dict[int, Path]]:
     model = attached_model(run)
     if plan.n_epochs != len(run.history):
         raise ValueError(f"plan: made for {plan.n_epochs} epochs, the run has {len(run.history)}")
+    if plan.epochs and plan.epochs != run.history.epochs:
+        known = set(plan.epochs).difference(run.history.epochs) or set(run.history.epochs).difference(plan.epochs)
+        raise ValueError(f"plan: made for other epochs than the run's; only one of them has epoch {min(known)}")
     return model, {row: run.checkpoint(row) for row in plan.weights}
 
 

@@ -53,6 +53,11 @@ class StoredPredictions(Sequence[NDArray[np.float32]]):
         """Predict the data set with the checkpoint of one row."""
 
     @property
+    def epochs(self) -> tuple[int, ...]:
+        """Recorded epoch or step of each row."""
+        return self._run.history.epochs
+
+    @property
     def evaluated(self) -> tuple[int, ...]:
         """Rows that are in memory, in ascending order."""
         return tuple(sorted(self._cache))

@@ -266,9 +266,18 @@ def test_the_pieces_of_middle_scale():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_gpu_scale_needs_one(tmp_path, capsys):
-    assert main(["bench", "paper", "--scale", "gpu", "--data", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
-    assert "--scale gpu: torch finds no CUDA device" in capsys.readouterr().err
+@pytest.mark.parametrize("options", [["--scale", "gpu"], ["--scale", "middle", "--device", "cuda"]])
+def test_a_suite_on_a_gpu_needs_one(tmp_path, capsys, options):
+    assert main(["bench", "paper", *options, "--data", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+    assert f"--scale {options[1]}: torch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_all_pieces_of_a_suite_are_on_one_device():
+    """Those on which a network is trained first, too."""
+    pieces = suite.all_pieces("middle", Path(), device="cuda")
+    pieces += [p.before for p in pieces if p.before is not None]
+    assert {p.task.device for p in pieces} == {"cuda"}
+    assert len({p.name for p in pieces}) == len({p.name for p in suite.all_pieces("middle", Path())}) + 1
 
 
 def test_the_suite_as_a_command(tmp_path, monkeypatch, capsys):
@@ -362,7 +371,7 @@ class TestCommittedResults:
             assert f"{len(done)} of {len(suite.all_pieces(scale, Path()))} pieces of scale {scale}" in text
 
     def test_the_rule_is_the_fitted_one(self, results):
-        rule = tables.fit_rule(results)
+        rule = tables.fit_rule([*results, *tables.load_results(RESULTS.parent / "middle")])
         assert rule["coefficients"] == fmn.expectation.RULE
         assert rule["error"] == fmn.expectation.ERROR
 

@@ -1,5 +1,6 @@
 """Knowledge Fusion against a transcription of the papers' algorithm, best_epsilon against rational arithmetic."""
 
+import dataclasses
 import json
 from fractions import Fraction
 from itertools import pairwise
@@ -279,11 +280,30 @@ class TestPlanFile:
             fmn.FusionPlan.load(plan)
 
     def test_version_1(self, plan):
-        """The first release wrote no `combine`."""
-        content = json.loads(plan.read_text()) | {"version": 1}
-        del content["combine"]
+        """The first release wrote no `combine` and no `epochs`, and called a row an epoch."""
+        content = json.loads(plan.read_text()) | {"version": 1, "members": [{"epoch": 2, "eps": 0.5}]}
+        del content["combine"], content["epochs"]
         plan.write_text(json.dumps(content))
         assert fmn.FusionPlan.load(plan) == fmn.FusionPlan(((2, 0.5),), 5, 1, (0.5, 0.75))
+
+    def test_recorded_epochs(self, plan, rng):
+        """What people see are the recorded numbers, of the history, or of the probabilities."""
+        p, labels = random_probs(rng)
+        history = fmn.CorrectnessHistory(len(labels), labels=labels)
+        numbers = tuple(range(100, 100 * len(p) + 1, 100))
+        for number, q in zip(numbers, p, strict=True):
+            history.append(fmn.correctness(q, labels), number)
+        made = fmn.fuse(p, labels, correct=history)
+        made.save(plan)
+        for found in (made, fmn.FusionPlan.load(plan)):
+            assert found.epochs == numbers
+            shown = [line.split() for line in str(found).splitlines()]
+            assert shown[0] == ["epoch", "weight"]
+            assert shown[1:-1] == [[str(100 * (row + 1)), f"{w:.4f}"] for row, w in found.weights.items()]
+        assert ", epochs=" not in repr(made)
+        assert str(fmn.fuse(p, labels)).split()[0] == "row"
+        with pytest.raises(ValueError, match="epochs: expected 8 ascending numbers"):
+            dataclasses.replace(made, epochs=numbers[::-1])
 
     def test_geometric(self, plan):
         made = fmn.FusionPlan.from_weights({3: 0.25, 0: 0, 1: 2.5}, 5, combine="geometric")

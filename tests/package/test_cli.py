@@ -175,8 +175,8 @@ def test_the_pool(files, capsys):
     plan = fmn.fuse(p, labels, method="pool", max_members=2)
     args = ["fuse", "probs.npy", "--labels", "labels.npy", "--method", "pool", "--max-members", 2]
     lines = run(capsys, *args).splitlines()
-    assert lines[0].split() == ["epoch", "weight"]
-    assert [line.split() for line in lines[1:3]] == [[str(e), f"{w:.4f}"] for e, w in plan.members]
+    assert lines[0].split() == ["row", "weight"]
+    assert [line.split() for line in lines[1:3]] == [[str(e), f"{w:.4f}"] for e, w in plan.weights.items()]
     assert fmn.FusionPlan.load("plan.json") == plan
     content = json.loads(run(capsys, "apply", "plan.json", "test.npz", "--json"))
     of_pool, of_final = scores(plan.apply(test["probs"]), test["labels"]), scores(test["probs"][-1], test["labels"])
@@ -190,6 +190,18 @@ def epochs_in(folder, p):
     os.mkdir(folder)
     for e, epoch in enumerate(p, 3):
         np.save(f"{folder}/epoch_{e}.npy", epoch)
+
+
+def test_a_plan_shows_the_numbers_of_the_files(files, capsys):
+    """The first file is epoch_3, so row 0 is epoch 3."""
+    p = np.load("probs.npy")
+    epochs_in("epochs", p)
+    lines = run(capsys, "fuse", "epochs", "--labels", "labels.npy", "--method", "equal").splitlines()
+    plan = fmn.FusionPlan.load("plan.json")
+    assert plan.epochs == tuple(range(3, 3 + len(p)))
+    at = lines.index(" epoch  weight")
+    shown = [line.split()[0] for line in lines[at + 1 : at + 1 + plan.forward_passes]]
+    assert shown == [str(row + 3) for row in plan.weights]
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,24 @@ def test_arrays_and_command_line(capsys):
         assert main(command) == 0, capsys.readouterr().err
 
 
+def test_graded_answers(capsys):
+    pytest.importorskip("matplotlib")
+    text, names = page("graded-answers"), {}
+    shutil.copytree(ROOT / "tests" / "data" / "lm_eval", "out")
+    Path("out/README.md").unlink()
+    first, sampled, series, *_ = commands(text)
+    assert main([*first[:2], *sorted(map(str, Path("out").glob("check*"))), *first[3:]]) == 0, capsys.readouterr().err
+    assert blocks(text, "text")[0] in capsys.readouterr().out
+    for command in (sampled, series):
+        assert main(command) == 0, capsys.readouterr().err
+    for code in blocks(text):
+        exec(code, names)
+    shares = [f"{100 * fmn.pass_at_k(names['correct'], 32, last=n).mean():.0f} %" for n in (1, 8)]
+    assert shares == re.findall(r"\d+ %", text.rpartition("*Simulated")[2])
+    assert Path("pass_at_k.png").exists()
+    assert "3 checkpoints: Pass@5" in capsys.readouterr().out
+
+
 def test_every_method_has_its_row():
     with pytest.raises(ValueError, match="method") as error:
         fmn.fuse(np.full((2, 2, 2), 0.5), [0, 1], method="?")

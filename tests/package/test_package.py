@@ -59,6 +59,13 @@ def test_metric_fusion_plan_and_recorder_work_without_torch(tmp_path):
     assert fmn.FusionPlan.load(tmp_path / "plan2.json") == fmn.FusionPlan.load(tmp_path / "plan.json")
 
 
+@pytest.mark.parametrize("name", ["train", "distill", "FusedModel"])
+def test_a_name_that_needs_torch_says_so(name):
+    code = f"try: fmn_ref.{name}\nexcept ImportError as error: print(error)"
+    found = python("import sys, fmn_ref; sys.modules['torch'] = None\n" + code)
+    assert found.startswith(f"fmn_ref.{name} needs torch: pip install torch")
+
+
 def test_public_names_are_those_of_the_reference():
     """docs/reference/api.md lists every public name; each loads, also the lazy ones."""
     page = (Path(__file__).parents[2] / "docs" / "reference" / "api.md").read_text().split("## Integrations")[0]

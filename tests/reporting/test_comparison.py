@@ -151,6 +151,16 @@ def test_figures(run, table, tmp_path):
         assert [bar.get_height() for bar in bars] == [n[key] for n in recovered.counts().values()]
 
 
+def test_pass_at_k_is_drawn_for_each_number_of_checkpoints(rng, tmp_path):
+    correct = rng.random((5, 20, 6)) < 0.3
+    for last, expected in ((None, [1, 2, 4]), ((3,), [3])):
+        figure = plot.pass_at_k(correct, last)
+        figure.savefig(tmp_path / "pass.png")
+        for line, n in zip(figure.axes[0].lines, expected, strict=True):
+            shares = [fmn.pass_at_k(correct, k, last=n).mean() for k in range(1, 7)]
+            np.testing.assert_allclose(line.get_ydata(), shares)
+
+
 def test_figures_without_matplotlib(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"fmn_ref\[plot\]"):

@@ -250,22 +250,23 @@ def test_the_demos_cell_is_a_comparison(digits, tmp_path):
 
 
 def test_epochs_of_a_plan(tmp_path, rng):
-    """Rows of the history, of the kept epochs, or of neither."""
+    """Those that the plan names, else the history's if it has as many rows, else rows."""
     epochs = [0, 10, 20, 50, 100]
     write_run(tmp_path / "run", rng.random((5, 40)) < 0.5, epochs=epochs)
     for e in (10, 50, 100):
         (tmp_path / "run" / "checkpoints" / f"epoch_{e:05d}.pt").write_bytes(b"")
 
-    def rows(n_epochs):
-        plan = fmn.FusionPlan(((1, 0.5),), n_epochs, 0, (0.5, 0.75))
+    def rows(n_epochs, numbers=()):
+        plan = fmn.FusionPlan(((1, 0.5),), n_epochs, 0, (0.5, 0.75), epochs=numbers)
         page = Page(write_report(tmp_path / "run", tmp_path / "r.html", plan=plan))
         return [row[0] for row in page.table("Weight of each checkpoint")], page.text()
 
     assert rows(5)[0] == ["10", "100"]
-    assert rows(3)[0] == ["50", "100"]
-    assert "3 epochs whose checkpoints were kept" in rows(3)[1]
+    assert rows(3, (10, 50, 100))[0] == ["50", "100"]
+    assert "The plan was made from 3 epochs, the run has 5." in rows(3, (10, 50, 100))[1]
+    assert "counted from 0" not in rows(3, (10, 50, 100))[1]
     assert rows(4)[0] == ["1", "3"]
-    assert "there were 4 epochs, and this run has 5: counted from 0" in rows(4)[1]
+    assert "The plan was made from 4 epochs, the run has 5. Its rows are counted from 0 here." in rows(4)[1]
     alone = write_report(tmp_path / "run", tmp_path / "r.html", plan=fmn.FusionPlan((), 5, 1, (0.5,)))
     assert "The final model alone is best" in Page(alone).text()
     last = write_report(tmp_path / "run", tmp_path / "r.html", plan=fmn.FusionPlan.from_weights({4: 1}, 5))

@@ -1,5 +1,6 @@
 """FusedModel, averaged_model and lazy probabilities, compared with torch's swa_utils and with sums by hand."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,15 @@ def test_probabilities_are_lazy_and_right(run):
     np.testing.assert_array_equal(np.stack([q.argmax(1) for q in p]) == VAL[1].numpy(), run.history.correct())
     with pytest.raises(IndexError, match="epoch"):
         p[12]
+
+
+def test_a_plan_of_other_epochs_is_refused(run):
+    """A plan of as many other epochs would load the wrong checkpoints."""
+    plan = fmn.fuse(run.probabilities(VAL), VAL[1], correct=run.history, method="equal")
+    assert plan.epochs == run.history.epochs == tuple(range(12))
+    other = dataclasses.replace(plan, epochs=(*range(11), 40))
+    with pytest.raises(ValueError, match="only one of them has epoch 40"):
+        fmn.FusedModel(other, run)
 
 
 def test_only_the_chosen_windows_are_evaluated(run, plan):
