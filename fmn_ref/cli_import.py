@@ -20,11 +20,10 @@ _OPTIONS = ("key", "keep_predictions", "batch_size")
 
 
 def import_options(add: Callable[..., object]) -> None:
-    tools = "checkpoints: of torch; the others: the tool that wrote the records"
-    add("tool", choices=["checkpoints", "cartography", "toneva", "lm-eval"], help=tools)
-    paths = "folder or quoted pattern of checkpoints; folder with dynamics_epoch_*.jsonl (cartography); file of pickled"
-    paths += " example statistics (toneva); folders with samples_*.jsonl, one per checkpoint (lm-eval)"
-    add("path", nargs="+", help=paths)
+    add("tool", choices=["checkpoints", "cartography", "toneva", "lm-eval"], help="what is imported, or its tool")
+    formats = "dynamics_epoch_*.jsonl (cartography), or with samples_*.jsonl: one per checkpoint (lm-eval)"
+    checkpoints = "folder, or files (checkpoints)"
+    add("path", nargs="+", help=f"{checkpoints}; file of pickled example statistics (toneva); folder with {formats}")
     add("-o", "--output", help="run directory for checkpoints, else the file to write (default history.npz)")
     add("--model", metavar="MODULE:FUNCTION", help="checkpoints: function that returns the network")
     data = "function that returns labelled data: (inputs, labels), a Dataset or a DataLoader"
@@ -37,27 +36,25 @@ def import_options(add: Callable[..., object]) -> None:
         action="store_true",
         help="checkpoints: store the probabilities, so that fusing reads them",
     )
-    add("--batch-size", type=int, default=256, help="checkpoints: samples at a time (default 256)")
     for name, what in {"task": "name or pattern", "metric": "such as acc", "filter": "such as strict-match"}.items():
         add(f"--{name}", help=f"lm-eval: {name}, {what}")
+    add("--batch-size", type=int, default=256, help="checkpoints: samples at a time (default 256)")
 
 
 def import_records(args: argparse.Namespace) -> Result:
     """Read what `args.tool` wrote at `args.path`, and write it to `args.output`."""
-    if args.tool != "checkpoints":
-        args.output = args.output or "history.npz"
+    if args.tool == "checkpoints":
+        return _import_checkpoints(args)
+    args.output = args.output or "history.npz"
     if args.tool == "lm-eval":
         return import_answers(args.path, args.output, args.task, args.metric, args.filter)
     if len(args.path) > 1:
-        raise ValueError(f"{args.tool}: expected one path, got {len(args.path)}; put a pattern in quotes")
-    [path] = args.path
-    if args.tool == "checkpoints":
-        return _import_checkpoints(args, path)
+        raise ValueError(f"{args.tool}: expected one path, got {len(args.path)}")
     if args.tool == "cartography":
-        logits, labels, ids = importers.from_cartography(path)
+        logits, labels, ids = importers.from_cartography(args.path[0])
         arrays: dict[str, Any] = {"scores": logits, "labels": labels}
     else:
-        correct, indices = importers.from_toneva(path)
+        correct, indices = importers.from_toneva(args.path[0])
         arrays, ids = {"correct": correct}, list(map(str, indices))
     arrays["sample_ids"] = id_array(ids)
     _files.write_atomic(args.output, lambda f: np.savez(f, **arrays))
@@ -66,7 +63,7 @@ def import_records(args: argparse.Namespace) -> Result:
     return {"output": args.output, **shapes}, text
 
 
-def _import_checkpoints(args: argparse.Namespace, path: str) -> Result:
+def _import_checkpoints(args: argparse.Namespace) -> Result:
     """Evaluate the checkpoints with the network and the data that the user's functions return."""
     from .training.existing import from_checkpoints
 
@@ -77,7 +74,8 @@ def _import_checkpoints(args: argparse.Namespace, path: str) -> Result:
     if args.forward_fn:
         options["forward_fn"] = named_object(args.forward_fn, "--forward-fn")
     model, data = called(args.model, "--model"), called(args.data, "--data")
-    run = from_checkpoints(path, model, data, args.output, **options)
+    source = args.path[0] if len(args.path) == 1 else args.path
+    run = from_checkpoints(source, model, data, args.output, **options)
     forget, epochs, accuracy = forget_fraction(run.history), run.history.epochs, float(run.history[-1].mean())
     peak, at = float(forget.max()), epochs[int(forget.argmax())]
     content = {"output": args.output, "epochs": list(epochs), "n_samples": run.history.n_samples}
