@@ -71,8 +71,8 @@ class RunFolder:
         """Raise FileNotFoundError, with a hint, unless the folder holds a run with a history."""
         if not self.run_json.is_file():
             below = [p.parent for pattern in ("*/run.json", "*/*/run.json") for p in sorted(self.path.glob(pattern))]
-            hint = f"; there is one in {below[0]}" if below else ""
-            raise FileNotFoundError(f"{self.given}: no run there (run.json is missing){hint or DOOR}")
+            hint = f"; there is one in {below[0]}" if below else DOOR if self.path.is_dir() else ""
+            raise FileNotFoundError(f"{self.given}: no run there (run.json is missing){hint}")
         if not self.history.is_file():
             raise FileNotFoundError(f"{self.given}: nothing recorded yet (history.fmnh is missing)")
 
