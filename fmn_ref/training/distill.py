@@ -19,11 +19,12 @@ from .. import _check
 from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
 from . import data, distributed
-from .engine import Average, EarlyStopping, fit, shown
+from .engine import Average, EarlyStopping, Step, fit, shown
+from .logits import check_logits
 from .order import Order
 from .recipe import Recipe
 from .soft_targets import SoftTargets, Targets
-from .store import Store
+from .store import IN_FULL, Store
 
 RULED_OUT = -1e30  # a log-probability below it is that of a class which the network masks
 
@@ -147,7 +148,8 @@ def distill(
     options = targets, views, top_k, augment, forward_fn, folder
     source = _soft_targets(teacher, train_data, setup["epochs"], settings, *options)
     rule = None if val_data is None else keep
-    files = nullcontext() if run_dir is None else Store(run_dir, setup | source.identity, rule, resume, half, disk_wait)
+    config = {} if run_dir is None else setup | source.identity | source.identity_in_full
+    files = nullcontext() if run_dir is None else Store(run_dir, config, rule, resume, half, disk_wait)
     with files as store:
         if store is None or not store.load_final(student, setup["epochs"]):
             _fit_student(student, source, setup, val_data, store, progress)
@@ -187,7 +189,7 @@ def _checked_setup(
     if val_data is None:
         return checked
     Order(val_data, "val_data")  # refuses a loader that shuffles
-    return {**checked, "val_data": data.arrays_digest(val_data)}
+    return {**checked, "val_data": data.arrays_digest(val_data), f"val_data{IN_FULL}": data.full_digest(val_data)}
 
 
 def _fit_student(
@@ -210,7 +212,7 @@ def _fit_student(
             targets.batches,
             setup["epochs"],
             source.recipe,
-            step=targets.step,
+            step=_checked_step(targets.step),
             loss_fn=partial(distillation_loss, temperature=setup["temperature"], kd_weight=setup["kd_weight"]),
             augment=targets.augment,
             evaluate=evaluate,
@@ -221,6 +223,20 @@ def _fit_student(
             names=("distill", "student"),
             notes=notes,
         )
+
+
+def _checked_step(step: Step) -> Step:
+    """Check the student's first logits."""
+    unchecked = [True]
+
+    def checked(student: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        logits, targets = step(student, batch)
+        if unchecked:
+            check_logits(logits, "the student needs a forward_fn that converts them")
+            unchecked.clear()
+        return logits, targets
+
+    return checked
 
 
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:

@@ -22,5 +22,5 @@ def check_logits(logits: Any, hint: str) -> None:
     if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model: expected logits (n, n_classes), got {got}; {hint}")
-    if logits.numel() and (logits >= 0).all() and _check.sums_to_one(logits):
+    if logits.numel() and (logits >= 0).all() and _check.sums_to_one(logits.detach()):
         raise ValueError(f"model: expected logits or log-probabilities, got probabilities; {hint}")
