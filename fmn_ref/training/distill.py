@@ -64,7 +64,7 @@ def distill(
     Parameters
     ----------
     student : nn.Module
-        Trained in place, on the device where its parameters are.
+        Trained in place, on the device where its parameters are. Returns logits or log-probabilities.
     teacher : nn.Module
         Returns logits or log-probabilities (as `FusedModel` does), not probabilities. It runs in evaluation mode,
         without gradients, on the student's device; afterwards its mode and its device are restored.
@@ -77,11 +77,13 @@ def distill(
     kd_weight : float, default 1.0
         Weight of the soft targets, in [0, 1]; the labels have the rest.
     augment : callable, optional
-        As in `train`.
+        As in `train`. With "cached-views" it must draw from torch's generators alone, and keep no state.
     forward_fn : callable(model, batch) -> (logits, labels), optional
         As in `train`; called for the student and for the teacher (for a `FusedModel`: for each member).
     run_dir : path, optional
-        Folder for the state after each epoch, from which a killed distillation resumes, and for the soft targets.
+        Folder for the state after each epoch, from which a killed distillation resumes, and for the soft targets. It
+        belongs to the options, to each weight and buffer of the teacher, and for arrays to every input and to the
+        teacher's first answers. Not compared: Datasets, DataLoaders, and the initial weights of the student.
     val_data : (inputs, labels), torch Dataset or DataLoader, optional
         Record the student on these samples, as `train` does; needs `run_dir`. ``Run.open(run_dir, student)`` can then
         be fused and distilled again.

@@ -22,7 +22,7 @@ class Recipe:
     batch_size : int, default 128
         Samples in a step, over all processes.
     optimizer : {"sgd", "adamw"}, default "sgd"
-        "sgd" uses Nesterov momentum.
+        "sgd" uses Nesterov momentum. Neither takes sparse gradients, as of ``nn.Embedding(sparse=True)``.
     lr : float, default 0.1
         Learning rate at the start.
     momentum : float, default 0.9
