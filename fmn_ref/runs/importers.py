@@ -38,7 +38,8 @@ class from_logits(Sequence[NDArray[np.float32]]):
     Raises
     ------
     TypeError, ValueError
-        When an epoch is read that is not floating-point, has another shape, or contains NaN or positive infinity.
+        When an epoch is read that is not floating-point, has another shape, contains NaN or positive infinity, or holds
+        probabilities.
 
     Examples
     --------
@@ -72,6 +73,8 @@ def softmax(logits: Any, name: str) -> NDArray[np.float32]:
         if bad.any():
             row, value = int(bad.argmax()), highest[bad][0]
             raise ValueError(f"{name}, row {row}{file}: expected finite numbers, the highest is {value}")
+        if (highest <= 1).all() and z.min() >= 0 and (z % 1).any() and _check.sums_to_one(z):  # 0 and 1 may be logits
+            raise ValueError(f"{name}{file}: expected logits or log-probabilities, got probabilities")
         p = np.exp(z - highest)
     return np.asarray(p / p.sum(1, keepdims=True))
 

@@ -20,11 +20,12 @@ from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
 from . import data, distributed
 from .agreement import Agreement
-from .engine import Average, EarlyStopping, fit, shown
+from .engine import Average, EarlyStopping, Step, fit, shown
+from .logits import check_logits
 from .order import Order
 from .recipe import Recipe
 from .soft_targets import SoftTargets, Targets
-from .store import Store
+from .store import IN_FULL, Store
 
 RULED_OUT = -1e30  # a log-probability below it is that of a class which the network masks
 
@@ -67,7 +68,7 @@ def distill(
     Parameters
     ----------
     student : nn.Module
-        Trained in place, on the device where its parameters are.
+        Trained in place, on the device where its parameters are. Returns logits or log-probabilities.
     teacher : nn.Module
         Returns logits or log-probabilities (as `FusedModel` does), not probabilities. It runs in evaluation mode,
         without gradients, on the student's device; afterwards its mode and its device are restored.
@@ -80,11 +81,13 @@ def distill(
     kd_weight : float, default 1.0
         Weight of the soft targets, in [0, 1]; the labels have the rest.
     augment : callable, optional
-        As in `train`.
+        As in `train`. With "cached-views" it must draw from torch's generators alone, and keep no state.
     forward_fn : callable(model, batch) -> (logits, labels), optional
         As in `train`; called for the student and for the teacher (for a `FusedModel`: for each member).
     run_dir : path, optional
-        Folder for the state after each epoch, from which a killed distillation resumes, and for the soft targets.
+        Folder for the state after each epoch, from which a killed distillation resumes, and for the soft targets. It
+        belongs to the options, to each weight and buffer of the teacher, and for arrays to every input and to the
+        teacher's first answers. Not compared: Datasets, DataLoaders, and the initial weights of the student.
     val_data : (inputs, labels), torch Dataset or DataLoader, optional
         Record the student on these samples, as `train` does; needs `run_dir`. ``Run.open(run_dir, student)`` can then
         be fused and distilled again.
@@ -151,7 +154,8 @@ def distill(
     options = targets, views, top_k, augment, forward_fn, folder
     source = _soft_targets(teacher, train_data, setup["epochs"], settings, *options)
     rule = None if val_data is None else keep
-    files = nullcontext() if run_dir is None else Store(run_dir, setup | source.identity, rule, resume, half, disk_wait)
+    config = {} if run_dir is None else setup | source.identity | source.identity_in_full
+    files = nullcontext() if run_dir is None else Store(run_dir, config, rule, resume, half, disk_wait)
     with files as store:
         if store is None or not store.load_final(student, setup["epochs"]):
             _fit_student(student, source, setup, val_data, store, progress)
@@ -191,7 +195,7 @@ def _checked_setup(
     if val_data is None:
         return checked
     Order(val_data, "val_data")  # refuses a loader that shuffles
-    return {**checked, "val_data": data.arrays_digest(val_data)}
+    return {**checked, "val_data": data.arrays_digest(val_data), f"val_data{IN_FULL}": data.full_digest(val_data)}
 
 
 def _fit_student(
@@ -215,7 +219,7 @@ def _fit_student(
             targets.batches,
             setup["epochs"],
             source.recipe,
-            step=targets.step,
+            step=_checked_step(targets.step),
             loss_fn=loss_fn,
             augment=targets.augment,
             evaluate=evaluate,
@@ -228,6 +232,20 @@ def _fit_student(
         )
     if setup["kd_weight"] > 0:
         loss_fn.warn(source.recipe, setup["epochs"])
+
+
+def _checked_step(step: Step) -> Step:
+    """Check the student's first logits."""
+    unchecked = [True]
+
+    def checked(student: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        logits, targets = step(student, batch)
+        if unchecked:
+            check_logits(logits, "the student needs a forward_fn that converts them")
+            unchecked.clear()
+        return logits, targets
+
+    return checked
 
 
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:

@@ -26,7 +26,7 @@ from .averages import averaged_tensors
 from .copies import independent
 from .ensemble import frozen_norms
 from .memory_format import either_format, set_channels_last, set_contiguous
-from .recipe import Recipe
+from .recipe import Recipe, take_step
 from .store import Store
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ def train_one_epoch(
             loss = _loss(loss_fn, *loop.outputs(step, batches, batch))
         loop.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        loop.optimizer.step()
+        take_step(loop.optimizer, loop.model)
         if loop.average is not None:
             loop.average.update(loop.model)
     if loss is None:
@@ -256,6 +256,12 @@ def _loss(loss_fn: Loss, outputs: Tensor, targets: Any) -> Tensor:
         return loss_fn(outputs, targets)
     except IndexError as error:  # torch: "Target 5 is out of bounds."
         raise ValueError(f"labels: outside the {outputs.shape[-1]} classes of the model ({error})") from None
+    except (TypeError, AttributeError):
+        if isinstance(outputs, Tensor):
+            raise
+        hint = "a forward_fn may pick them (Run.open takes it)"
+        got = f"which loss_fn cannot take, got {type(outputs).__name__}"
+        raise TypeError(f"model: expected logits (n, n_classes), {got}; {hint}") from None
 
 
 def _resume(parts: dict[str, Any], store: Store | None) -> int:

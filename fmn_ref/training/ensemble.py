@@ -29,9 +29,10 @@ class FusedModel(nn.Module):
     """Ensemble of a plan's checkpoints as a module; one forward pass for each checkpoint.
 
     Calling it returns log-probabilities, shape (batch, n_classes), dtype float32: softmax, arg-max and cross-entropy
-    work on them. The run's network must return logits or an object with `.logits`: it is called directly, without the
-    run's `forward_fn`. (Pass that to `distill`, which calls it for each member.) Members are frozen and always in
-    evaluation mode. To store the ensemble, keep the plan and the run directory, or use `save`.
+    work on them. The run's network must return logits (batch, n_classes) or an object with such `.logits`: it is called
+    directly, without the run's `forward_fn`. (Pass that to `distill`, which calls it for each member.) One that returns
+    more axes, as for pixels or tokens, is refused when it is called. Members are frozen and always in evaluation mode.
+    To store the ensemble, keep the plan and the run directory, or use `save`.
 
     Attributes: `plan`, and `members`, one network for each of the plan's weights.
 
@@ -159,7 +160,11 @@ class FusedModel(nn.Module):
             output = member(*args, **kwargs)
             return getattr(output, "logits", output), None
 
-        return self._fmn_forward_batch(None, logits)[0]
+        fused = self._fmn_forward_batch(None, logits)[0]
+        if fused.ndim > 2:  # of pixels or tokens: which axis holds the classes cannot be told
+            hint = "plan.apply(run.probabilities(data)) goes by the run's forward_fn, and so does distill"
+            raise ValueError(f"model: expected logits (n, n_classes), got shape {tuple(fused.shape)}; {hint}")
+        return fused
 
     def _fmn_forward_batch(self, batch: Any, forward_fn: data.Forward) -> tuple[Tensor, Tensor]:
         """Compute (log-probabilities of the ensemble, labels), one member after the other.

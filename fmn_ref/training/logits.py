@@ -18,11 +18,14 @@ def check_pair(logits: Tensor, labels: Any) -> None:
 
 
 def check_logits(logits: Any, hint: str) -> None:
-    """Raise a ValueError, which ends with the hint, where logits have a wrong shape or are probabilities."""
+    """Raise a ValueError, which ends with the hint, where logits have a wrong shape or are probabilities.
+
+    Probabilities that were changed, so that no rounding explains their sums, are not noticed.
+    """
     if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model: expected logits (n, n_classes), got {got}; {hint}")
-    if logits.numel() and (logits >= 0).all() and _check.sums_to_one(logits):
+    if logits.numel() and (logits >= 0).all() and _check.sums_to_one(logits.detach()):
         raise ValueError(f"model: expected logits or log-probabilities, got probabilities; {hint}")
 
 

@@ -51,6 +51,15 @@ class TestLogits:
         fmn.FusionPlan(((0, 0.5),), 5, 0, (0.5, 0.5)).apply(fmn.from_logits(Files([np.eye(3)] * 5)))
         assert sorted(read) == [0, 4]
 
+    @pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+    @pytest.mark.parametrize("n_classes", [2, 1000])
+    def test_probabilities_are_no_logits(self, rng, kind, n_classes):
+        p = rng.dirichlet(np.ones(n_classes), (2, 40)).astype(kind)
+        with pytest.raises(ValueError, match=r"logits\[1\]: expected logits or log-probabilities, got probabilities"):
+            fmn.from_logits(p)[1]
+        for logits in (np.log(p + 1e-3), 3 * p, p - p.mean(), np.eye(3), rng.random((9, 5))):
+            fmn.from_logits([logits.reshape(-1, logits.shape[-1])])[0]
+
     @pytest.mark.parametrize(
         ("bad", "words"),
         [
