@@ -122,7 +122,7 @@ def from_trainer(
     data.check_module(model, "model")
     folders = _checkpoint_folders(_files.absolute(output_dir))
     forward_fn = FORWARD_FNS[_check.choice(task, tuple(FORWARD_FNS), "task")]
-    model = independent(model)
+    original, model = model, independent(model)
     batches, order = data.Batches(eval_data, batch_size, data.device_of(model)), Order(eval_data, "eval_data")
     config = {"output_dir": str(_files.absolute(output_dir).resolve()), "task": task}
 
@@ -138,7 +138,8 @@ def from_trainer(
         for step in folders:
             if step >= recorder.next_epoch:
                 recorder.record_correct(step, *evaluate(step))
-        return recorder.run
+        run, swapped = recorder.run, hasattr(type(model), "_fmn_in_place")
+        return Run.open(run_dir, original, forward_fn) if swapped else run
 
 
 def _checkpoint_folders(output_dir: Path) -> dict[int, Path]:
@@ -151,12 +152,14 @@ def _checkpoint_folders(output_dir: Path) -> dict[int, Path]:
 
 @torch.no_grad()
 def _score_model(model: nn.Module, batches: Iterable[Any], forward_fn: data.Forward | None, order: Order) -> Rows:
-    listener, pairs = Listener(order), []
+    listener, pairs, kind = Listener(order), [], type(model)
     with data.evaluating(model), listener.listening(model):
         for batch in batches:
             scores, y = data.forward(model, batch, forward_fn)
             listener.add(batch, y)
             pairs.append((predicted_classes(scores), y))
+    if type(model) is not kind:  # it was caught: see `copies.Watch`
+        return _score_model(model, batches, forward_fn, order)
     classes, labels = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
     listener.check(labels)
     return checked_correctness(classes.numpy(), labels.numpy()), labels.numpy()

@@ -61,6 +61,10 @@ def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[T
     if hasattr(type(model), "_fmn_in_place"):
         with computing(model) as network:
             return forward(network, batch, forward_fn)
+    watch = getattr(model, "_fmn_watch", None)  # of a copy that has not computed yet
+    if watch is not None:
+        watched: tuple[Tensor, Tensor] = watch(model, partial(forward, model, batch, forward_fn))
+        return watched
     ensemble = getattr(type(model), "_fmn_forward_batch", None)
     outcome = function(model, batch) if ensemble is None else ensemble(model, batch, function)
     if not isinstance(outcome, (tuple, list)) or len(outcome) != 2:
@@ -338,9 +342,10 @@ def predict(
         data = Batches(data, batch_size, device_of(model), split=split)
 
     def predicted() -> tuple[Listener, list[tuple[Tensor, Tensor]]]:
-        listener = Listener(order, fixed=bool(data.arrays))
+        listener, kind = Listener(order, fixed=bool(data.arrays)), type(model)
         with evaluating(model), computing(model) as network, listener.listening(network):
-            return listener, list(_predict_batches(network, data, forward_fn, log, amp, listener))
+            parts = list(_predict_batches(network, data, forward_fn, log, amp, listener))
+        return (listener, parts) if type(model) is kind else predicted()  # it was caught: see `copies.Watch`
 
     listener, parts = either_format(predicted, partial(set_contiguous, model), data.set_contiguous)
     if not parts:

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from .._stderr import progress_bar, shows
 from ..metrics.curves import correctness
 from ..runs import checkpoints
+from ..runs.complete import check_complete
 from . import data, distributed
 from .copies import independent
 from .ensemble import averaged_tensors, frozen_norms
@@ -192,6 +193,8 @@ def fit(
     notes : dict, optional
         Shown at the end of the bar.
     """
+    if store is not None:
+        check_complete(checkpoints.unwrap(model).state_dict(), checkpoints.unwrap(model))
     loop, device = Loop(model, recipe, epochs, average, stopping), data.device_of(model)
     start = _resume(loop.parts, store)
     bar = progress_bar(range(start, epochs), names[0], epochs, progress=shown(progress), initial=start, unit="epoch")
