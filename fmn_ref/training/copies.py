@@ -9,13 +9,9 @@ search finds every way: `Watch` looks at the tensors with which a copy computes 
 from __future__ import annotations
 
 import copy
-import dis
-import functools
-import gc
+import itertools
 import logging
-import sys
 import threading
-import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,16 +25,12 @@ from torch.utils._pytree import tree_iter
 
 from ..runs import checkpoints
 from . import data
+from .reachable import named_tensors, reachable, shared_part, storage
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _LOCK = threading.RLock()  # one for all networks: they may share modules
-_ENDS: tuple[type, ...] = (str, bytes, int, float, complex, type(None), types.ModuleType, types.CodeType)
-_ENDS += (types.FrameType, types.TracebackType, logging.Logger)  # log records keep the frames of errors
-_ENDS += (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)  # no part of a network's computation
-_HOLDERS: tuple[type, ...] = (nn.Module, Tensor, types.FunctionType, types.MethodType, functools.partial, weakref.ref)
-_HOLDERS += (property, staticmethod, classmethod, functools.cached_property, np.ndarray)
-_CONTAINERS = ("argparse", "collections", "types", "weakref")  # modules of the standard library with containers
+_VERSIONS = itertools.count(1 << 20)  # no version that a tensor has had, in an earlier call or by training
 _CAUGHT = weakref.WeakSet[nn.Module]()  # networks of which a copy was seen to compute with the original's weights
 
 
@@ -95,9 +87,9 @@ def _memo(model: nn.Module) -> dict[int, Any]:
     ValueError for one that it would copy wrongly.
     """
     stored = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
-    storages, memo = {_storage(t) for t in stored.values()}, dict[int, Any]()
+    storages, memo = {storage(t) for t in stored.values()}, dict[int, Any]()
     for found in reachable(model, *model.buffers()):
-        if isinstance(found, np.ndarray) and _storage(found) in storages:
+        if isinstance(found, np.ndarray) and storage(found) in storages:
             raise ValueError("it keeps an array that shares the memory of its weights")
         if not issubclass(type(found), Tensor):
             continue
@@ -105,117 +97,11 @@ def _memo(model: nn.Module) -> dict[int, Any]:
             lazy_type: Any = type(found)
             memo[id(found)] = lazy_type(found.requires_grad, found.device, found.dtype)
         elif id(found) not in stored:
-            if _storage(found) in storages:
+            if storage(found) in storages:
                 raise ValueError("it keeps a tensor that shares the memory of its weights")
             if not found.is_leaf:
                 memo[id(found)] = copy.deepcopy(found.detach(), memo)
     return memo
-
-
-def shared_part(copied: nn.Module, model: nn.Module) -> str | None:
-    """Name a module or a tensor of `model` that code of the copy can reach; None if it reaches none."""
-    parts = {id(part): f"{name or 'all'!r}" for name, part in (*model.named_modules(), *_named_tensors(model))}
-    storages = {_storage(t): f"{name!r}" for name, t in _named_tensors(model)}
-    for found in reachable(copied, *(t for _, t in _named_tensors(copied))):
-        if id(found) in parts:
-            return parts[id(found)]
-        if issubclass(type(found), (Tensor, np.ndarray)) and _storage(found) in storages:
-            return storages[_storage(found)]
-    return None
-
-
-def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _storage(t: Any) -> int:
-    """Address of the memory of a tensor or array, the same for all views; of the object if it has none of its own."""
-    if isinstance(t, np.ndarray):
-        return _storage(t.base) if isinstance(t.base, (np.ndarray, Tensor)) else int(t.ctypes.data)
-    try:
-        return t.untyped_storage().data_ptr() or id(t)
-    except (RuntimeError, NotImplementedError, ValueError):  # sparse, lazy and wrapped tensors
-        return id(t)
-
-
-def reachable(*roots: object) -> Iterator[Any]:
-    """Yield each object that the roots and their code can reach through attributes, containers and variables."""
-    seen, queue = dict[int, object](), list(roots)
-    while queue:
-        found = queue.pop()
-        if id(found) not in seen and not issubclass(type(found), _ENDS):
-            seen[id(found)] = found
-            yield found
-            queue += _next_to(found)
-
-
-def _next_to(found: Any) -> list[Any]:
-    kind = type(found)
-    if issubclass(kind, types.FunctionType):
-        return [found.__closure__, found.__defaults__, found.__kwdefaults__, vars(found), *_globals_of(found)]
-    if issubclass(kind, weakref.ref):
-        return [found()]
-    if issubclass(kind, np.ndarray):
-        return [found.base, *(found.flat if found.dtype.hasobject else ())]
-    if not issubclass(kind, type):
-        return gc.get_referents(found)
-    classes = [c for c in found.__mro__ if issubclass(found, nn.Module) and not _knows_no_network(c.__module__)]
-    return [value for c in classes for value in _own_values(vars(c).values(), c.__module__)]
-
-
-def _root(module: Any) -> str:
-    """Name of a module's package."""
-    return str(module).partition(".")[0]
-
-
-def _knows_no_network(module: str) -> bool:
-    return _root(module) == "torch" or _root(module) in sys.stdlib_module_names - {"__main__"}
-
-
-def _globals_of(function: types.FunctionType) -> Iterator[Any]:
-    """Values of the global variables that a function reads, also as attributes of modules."""
-    known = function.__globals__
-    if _knows_no_network(known.get("__name__", "")):
-        return
-    names, attributes = _names_read(function.__code__)
-    values = [known[name] for name in names if name in known]
-    yield from _own_values(values, known.get("__name__", ""))
-    for module in values:
-        if isinstance(module, types.ModuleType) and not _knows_no_network(module.__name__):
-            yield from _own_values([v for name, v in vars(module).items() if name in attributes], module.__name__)
-
-
-def _own_values(values: Iterable[Any], module: str) -> Iterator[Any]:
-    """Select the values of variables of a Python module that may hold a network, also in containers.
-
-    These are networks, tensors, arrays, methods, and functions and objects of the module's package. Those of others are
-    left out: from a logger or an import hook, everything in the process can be reached.
-    """
-    queue, seen, package = list(values), set[int](), _root(module)
-    while queue:
-        value = queue.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, dict):
-            queue += value.values()
-        elif isinstance(value, (list, tuple, set)):
-            queue += value
-        elif type(value).__module__ in _CONTAINERS:
-            queue += gc.get_referents(value)
-        elif isinstance(value, _HOLDERS) or package in map(
-            _root, (getattr(value, "__module__", None), type(value).__module__)
-        ):
-            yield value
-
-
-@functools.lru_cache(4096)
-def _names_read(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the global variables and of the attributes that code reads, with the functions inside."""
-    inner = [_names_read(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    variables = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    attributes = frozenset(code.co_names)
-    return frozenset(variables).union(*(v for v, _ in inner)), attributes.union(*(a for _, a in inner))
 
 
 class Watch:
@@ -261,10 +147,10 @@ class Watch:
         name = type(self._original).__name__
         logger.info("a copy of the %s computes with %s of the original; its weights are swapped in place", name, part)
         _CAUGHT.add(self._original)
-        names = [[n for n, _ in _named_tensors(network)] for network in (self._original, copied)]
+        names = [[n for n, _ in named_tensors(network)] for network in (self._original, copied)]
         if names[0] != names[1]:
             raise ValueError(f"model: the {name} has other layers than when it was copied")
-        own = zip(_named_tensors(self._original), _named_tensors(copied), strict=True)
+        own = zip(named_tensors(self._original), named_tensors(copied), strict=True)
         stand_in = InPlace(self._original, {id(theirs): t for (_, theirs), (_, t) in own})
         copied.__class__ = InPlace
         vars(copied).clear()
@@ -278,13 +164,13 @@ class _Seeing(TorchDispatchMode):
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._parts = {_storage(t): repr(name) for name, t in _named_tensors(original)}
+        self._parts = {storage(t): repr(name) for name, t in named_tensors(original)}
         self.part: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tree_iter((args, kwargs)):
             if self.part is None and issubclass(type(t), Tensor):
-                self.part = self._parts.get(_storage(t))
+                self.part = self._parts.get(storage(t))
         return func(*args, **(kwargs or {}))
 
 
@@ -346,26 +232,40 @@ class InPlace(nn.Module):
         if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined, no-untyped-call]
             raise ValueError(f"model: a {type(network).__name__} that computes in place cannot be traced or compiled")
         with _LOCK, torch.no_grad(), data.evaluating(network, data.device_of(self)):
-            saved, extra = {name: t.clone() for name, t in _named_tensors(network)}, _extra_states(network)
-            own = dict(_named_tensors(self))
+            saved, extra = {name: t.clone() for name, t in named_tensors(network)}, _extra_states(network)
+            own = dict(named_tensors(self))
             if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in saved.items()}:
                 raise ValueError(f"model: the {type(network).__name__} has other layers than when this was made")
+            versions = [0 if t.is_inference() else t._version for _, t in named_tensors(network)]
             try:
                 _put(own, self._fmn_extra, network)
+                _set_versions(network, itertools.repeat(next(_VERSIONS)))
                 yield network
                 if keep:
-                    _put(dict(_named_tensors(network)), {}, self)
+                    _put(dict(named_tensors(network)), {}, self)
                     self._fmn_extra = _extra_states(network)
             finally:
                 _put(saved, extra, network)
+                _set_versions(network, versions)
 
 
 def _put(values: dict[str, Tensor], extra: dict[str, Any], network: nn.Module) -> None:
-    for name, t in _named_tensors(network):
+    for name, t in named_tensors(network):
         t.data.copy_(values[name])  # unlike t.copy_, it lets a graph that has saved t run backward
     for name, state in extra.items():
         network.get_submodule(name).set_extra_state(checkpoints.snapshot(state))
     checkpoints.drop_derived(network)
+
+
+def _set_versions(network: nn.Module, versions: Iterable[int]) -> None:
+    """Set the counters of changes, by which torch checks a graph, and some networks what they have derived."""
+    set_versions: Any = torch._C._autograd._unsafe_set_version_counter
+    for (_, t), version in zip(named_tensors(network), versions, strict=False):
+        if not t.is_inference():
+            try:
+                set_versions((t,), (version,))
+            except TypeError:  # before torch 2.7
+                set_versions(t, version)
 
 
 def _extra_states(network: nn.Module) -> dict[str, Any]:

@@ -308,7 +308,9 @@ def recompute_batchnorm(
     def weigh(norm: Any, args: Any, kwargs: Any) -> None:
         """Weigh a batch by its values per channel; a single one, which torch refuses, has no variance."""
         tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1)
-        values = next(v for v in tensors if v.shape[1] == norm.num_features)
+        values = next((v for v in tensors if v.shape[1] == len(norm.running_mean)), None)
+        if values is None:
+            raise ValueError(f"model: a {type(norm).__name__} gets no tensor of {len(norm.running_mean)} channels")
         n = values.numel() // max(1, values.shape[1])
         norm.train(n > 1)
         if n > 1:
