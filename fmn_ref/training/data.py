@@ -23,7 +23,7 @@ from ..runs import checkpoints
 from . import distributed, samples
 from .logits import check_logits, check_pair
 from .memory_format import either_format, set_contiguous
-from .order import Listener, Order, samplers_of
+from .order import Listener, Order
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 Augment = Callable[[Tensor], Tensor]
@@ -262,16 +262,6 @@ def _take(t: Tensor, rows: Tensor, scattered: bool, device: torch.device) -> Ten
     if t.device.type == "cpu" and device.type == "cuda":
         taken = taken.pin_memory()
     return taken.to(device, non_blocking=True)
-
-
-def reseed(data: Any, seed: int, epoch: int) -> None:
-    """Seed torch's global generator and the data's samplers from (seed, epoch): resuming needs the same draws."""
-    torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    for holder in (data, *samplers_of(data)):
-        if isinstance(getattr(holder, "generator", None), torch.Generator):
-            holder.generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        if hasattr(holder, "set_epoch"):
-            holder.set_epoch(epoch)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -124,7 +124,8 @@ def distill(
     ------
     TypeError, ValueError
         An argument out of range, or one that does not fit the others; teacher and student with different numbers of
-        classes; a `run_dir` or `targets_dir` that was made with another configuration.
+        classes; a teacher that answers "online" and shares a trained weight with the student; a `run_dir` or
+        `targets_dir` that was made with another configuration.
     FileExistsError
         `run_dir` holds a run and `resume` is False.
     FloatingPointError
@@ -194,6 +195,8 @@ def _fit_student(
     student: nn.Module, source: SoftTargets, setup: dict[str, Any], val_data: Any, store: Any, progress: bool | None
 ) -> None:
     """Train the student in place, with the teacher on its device."""
+    if source.targets == "online":
+        _check_apart(student, source.teacher)
     device, evaluate, notes = data.device_of(student), None, {}
     decay, patience = setup["ema_decay"], setup["patience"]
     with data.evaluating(source.teacher, device):
@@ -221,6 +224,16 @@ def _fit_student(
             names=("distill", "student"),
             notes=notes,
         )
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that would change while it teaches."""
+    theirs = set(map(id, teacher.parameters()))
+    for name, p in student.named_parameters():
+        if p.requires_grad and id(p) in theirs:
+            raise ValueError(
+                f"teacher: shares {name} with the student, which trains it; give it a copy (copy.deepcopy)"
+            )
 
 
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:

@@ -26,6 +26,7 @@ from . import data, distributed
 from .copies import independent
 from .ensemble import averaged_tensors, frozen_norms
 from .memory_format import either_format, set_channels_last, set_contiguous
+from .order import reseed
 from .recipe import Recipe
 from .store import Store
 
@@ -203,7 +204,7 @@ def fit(
             if stopping is not None and stopping.exhausted(epoch - 1):
                 break
             todo = batches(epoch) if callable(batches) else batches
-            data.reseed(todo.source, recipe.seed, epoch)
+            reseed(todo.source, recipe.seed, epoch)
             loss = train_one_epoch(loop, todo, step, loss_fn, augment)
             if not torch.isfinite(loss):  # of the last batch
                 raise FloatingPointError(f"epoch {epoch}: the loss is {loss.item()}; lower lr?")
