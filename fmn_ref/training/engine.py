@@ -194,8 +194,6 @@ def fit(
     notes : dict, optional
         Shown at the end of the bar.
     """
-    if store is not None:
-        check_complete(checkpoints.unwrap(model).state_dict(), checkpoints.unwrap(model))
     loop, device = Loop(model, recipe, epochs, average, stopping), data.device_of(model)
     start = _resume(loop.parts, store)
     bar = progress_bar(range(start, epochs), names[0], epochs, progress=shown(progress), initial=start, unit="epoch")
@@ -265,6 +263,7 @@ def _resume(parts: dict[str, Any], store: Store | None) -> int:
     """Load the state after the last finished epoch, in every process; return the number of the next."""
     if store is None:
         return 0
+    check_complete(parts["model"].state_dict(), parts["model"])
     state = distributed.on_rank_zero(partial(store.load, set(parts)))
     if state is None:
         return 0

@@ -302,28 +302,14 @@ def recompute_batchnorm(
     norms = [m for name, m in found.items() if name not in frozen and m.momentum != 0]
     if not norms:
         return
-    seen = dict.fromkeys(norms, 0)
-    before = {norm: [b.clone() for b in norm.buffers(recurse=False)] for norm in norms}
-
-    def weigh(norm: Any, args: Any, kwargs: Any) -> None:
-        """Weigh a batch by its values per channel; a single one, which torch refuses, has no variance."""
-        tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1)
-        values = next((v for v in tensors if v.shape[1] == len(norm.running_mean)), None)
-        if values is None:
-            raise ValueError(f"model: a {type(norm).__name__} gets no tensor of {len(norm.running_mean)} channels")
-        n = values.numel() // max(1, values.shape[1])
-        norm.train(n > 1)
-        if n > 1:
-            norm.momentum = n / (seen[norm] + n)
-            seen[norm] += n
-
+    seen, before = dict.fromkeys(norms, 0), {norm: checkpoints.snapshot(dict(norm.named_buffers())) for norm in norms}
     with contextlib.ExitStack() as stack:
         if hasattr(torch.compiler, "set_stance"):  # compiled code would not call the hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for norm in norms:
             norm.reset_running_stats()
             stack.callback(setattr, norm, "momentum", norm.momentum)
-            stack.callback(norm.register_forward_pre_hook(weigh, with_kwargs=True).remove)
+            stack.callback(norm.register_forward_pre_hook(partial(_weigh, seen), with_kwargs=True).remove)
             stack.callback(norm.eval)
         for batch in data.Batches(train_data, batch_size, data.device_of(model)):
             data.forward(model, batch, forward_fn)
@@ -334,8 +320,21 @@ def recompute_batchnorm(
     for name, norm in found.items():
         if seen.get(norm) == 0:
             logger.warning("train_data: no batch of two or more samples reaches %s, which keeps its statistics", name)
-            for buffer, value in zip(norm.buffers(recurse=False), before[norm], strict=True):
-                buffer.copy_(value)
+            norm.load_state_dict(before[norm], strict=False)
+
+
+def _weigh(seen: dict[Any, int], norm: Any, args: Any, kwargs: Any) -> None:
+    """Weigh a batch by its values per channel; a single one, which torch refuses, has no variance."""
+    n_channels = len(norm.running_mean)
+    tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1)
+    values = next((v for v in tensors if v.shape[1] == n_channels), None)
+    if values is None:
+        raise ValueError(f"model: expected a tensor of {n_channels} channels as an argument of {type(norm).__name__}")
+    n = values.numel() // max(1, n_channels)
+    norm.train(n > 1)
+    if n > 1:
+        norm.momentum = n / (seen[norm] + n)
+        seen[norm] += n
 
 
 def _scripted_norms(model: nn.Module) -> set[str]:

@@ -46,7 +46,7 @@ def storage(t: Any) -> int:
     if isinstance(t, np.ndarray):
         return storage(t.base) if isinstance(t.base, (np.ndarray, Tensor)) else int(t.ctypes.data)
     try:
-        return t.untypedstorage().data_ptr() or id(t)
+        return t.untyped_storage().data_ptr() or id(t)
     except (RuntimeError, NotImplementedError, ValueError):  # sparse, lazy and wrapped tensors
         return id(t)
 
