@@ -25,15 +25,15 @@ def check_complete(state: Any, model: nn.Module) -> None:
         copied = copy.deepcopy(model)
     except Exception:  # of any object that somebody keeps on a module
         return
-    trained = [(name, p) for name, p in copied.named_parameters() if p.grad is not None]
-    for _, p in trained:
-        p.data.fill_(float("nan"))
+    trained = [name for name, p in model.named_parameters() if p.grad is not None]
+    for name in trained:
+        copied.get_parameter(name).data.fill_(float("nan"))
     try:
         copied.load_state_dict(copy.copy(state))
     except Exception as error:  # of somebody else's method
         raise ValueError(f"model: its state_dict cannot be loaded into it again: {error}") from None
-    for name, p in trained:
-        if p.isnan().any() and not model.get_parameter(name).isnan().any():
+    for name in trained:
+        if copied.get_parameter(name).isnan().any() and not model.get_parameter(name).isnan().any():
             raise ValueError(f"model: {name} is trained, but its state_dict leaves it out")
 
 
