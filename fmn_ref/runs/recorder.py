@@ -105,6 +105,7 @@ class Recorder:
             raise ValueError(f"suffix: {suffix!r} needs `save`, which writes such files")
         self._history: CorrectnessHistory | None = None
         self._warned = False
+        self._complete = False  # whether the model's state has been checked
         self._numbers: list[Any] = []  # those of the samples of the epochs recorded here, once there are some
         self._lock: RunLock | None = self.folder.claim(config, suffix=suffix, overwrite=overwrite)
         self.folder.checkpoints.mkdir(exist_ok=True)
@@ -131,7 +132,8 @@ class Recorder:
         TypeError, ValueError
             As `correctness`; other labels than before; an epoch that is recorded already (`rewind` discards it);
             another Recorder has recorded here since this one was made; an entry of the model's state that could not be
-            read back, by name. Nothing is written then.
+            read back, by name. At the first record: a state that the model does not load, or that leaves out a weight
+            with a gradient, in a plain list for example. Nothing is written then.
         OSError
             A file cannot be written; everything recorded before is intact.
         """
@@ -188,13 +190,17 @@ class Recorder:
             self._prune(self._history)
 
     def _writer(self, weights: dict[str, Any] | None) -> Callable[[Path], object]:
-        """Return what writes the checkpoint; TypeError if it could not be read back."""
+        """Return what writes the checkpoint; TypeError or ValueError if it could not be read or loaded back."""
         if self._save is not None:
             return self._save
         from . import checkpoints
+        from .complete import check_complete
 
         state = checkpoints.unwrap(self.model).state_dict() if weights is None else weights
         checkpoints.check_readable(state, "state_dict")
+        if self.model is not None and not self._complete:
+            check_complete(state, checkpoints.unwrap(self.model))
+            self._complete = True
         return partial(checkpoints.save_weights, state, half=self._half)
 
     def _prune(self, history: CorrectnessHistory) -> None:

@@ -20,8 +20,8 @@ from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
 from . import data, distributed
 from .agreement import Agreement
-from .engine import Average, EarlyStopping, Step, fit, shown
-from .logits import check_logits
+from .engine import Average, EarlyStopping, fit, shown
+from .logits import checked_step
 from .order import Order
 from .recipe import Recipe
 from .soft_targets import SoftTargets, Targets
@@ -131,7 +131,8 @@ def distill(
     ------
     TypeError, ValueError
         An argument out of range, or one that does not fit the others; teacher and student with different numbers of
-        classes; a `run_dir` or `targets_dir` that was made with another configuration.
+        classes; a teacher that answers "online" and shares a trained weight with the student; a `run_dir` or
+        `targets_dir` that was made with another configuration.
     FileExistsError
         `run_dir` holds a run and `resume` is False.
     FloatingPointError
@@ -202,6 +203,8 @@ def _fit_student(
     student: nn.Module, source: SoftTargets, setup: dict[str, Any], val_data: Any, store: Any, progress: bool | None
 ) -> None:
     """Train the student in place, with the teacher on its device."""
+    if source.targets == "online":
+        _check_apart(student, source.teacher)
     device, evaluate, notes = data.device_of(student), None, {}
     decay, patience = setup["ema_decay"], setup["patience"]
     with data.evaluating(source.teacher, device):
@@ -219,7 +222,7 @@ def _fit_student(
             targets.batches,
             setup["epochs"],
             source.recipe,
-            step=_checked_step(targets.step),
+            step=checked_step(targets.step),
             loss_fn=loss_fn,
             augment=targets.augment,
             evaluate=evaluate,
@@ -234,18 +237,14 @@ def _fit_student(
         loss_fn.warn(source.recipe, setup["epochs"])
 
 
-def _checked_step(step: Step) -> Step:
-    """Check the student's first logits."""
-    unchecked = [True]
-
-    def checked(student: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        logits, targets = step(student, batch)
-        if unchecked:
-            check_logits(logits, "the student needs a forward_fn that converts them")
-            unchecked.clear()
-        return logits, targets
-
-    return checked
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that would change while it teaches."""
+    theirs = set(map(id, teacher.parameters()))
+    for name, p in student.named_parameters():
+        if p.requires_grad and id(p) in theirs:
+            raise ValueError(
+                f"teacher: shares {name} with the student, which trains it; give it a copy (copy.deepcopy)"
+            )
 
 
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:

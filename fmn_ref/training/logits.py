@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _check
+
+Step = Callable[[nn.Module, Any], tuple[Tensor, Any]]  # (model, batch) -> outputs, targets
 
 
 def check_pair(logits: Tensor, labels: Any) -> None:
@@ -35,3 +38,17 @@ def predicted_classes(logits: Tensor) -> Tensor:
     if highest.isnan().any():
         raise ValueError("model: expected numbers as logits, got NaN")
     return classes
+
+
+def checked_step(step: Step) -> Step:
+    """Check the first logits of a student that takes this step."""
+    unchecked = [True]
+
+    def checked(student: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        logits, targets = step(student, batch)
+        if unchecked:
+            check_logits(logits, "the student needs a forward_fn that converts them")
+            unchecked.clear()
+        return logits, targets
+
+    return checked

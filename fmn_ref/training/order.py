@@ -206,3 +206,13 @@ def samplers_of(loader: Any) -> list[Any]:
                 found.append(inner)
                 holders.append(inner)
     return found
+
+
+def reseed(data: Any, seed: int, epoch: int) -> None:
+    """Seed torch's global generator and the data's samplers from (seed, epoch): resuming needs the same draws."""
+    torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    for holder in (data, *samplers_of(data)):
+        if isinstance(getattr(holder, "generator", None), torch.Generator):
+            holder.generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        if hasattr(holder, "set_epoch"):
+            holder.set_epoch(epoch)

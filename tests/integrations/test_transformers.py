@@ -401,6 +401,33 @@ def test_a_causal_model_needs_its_task(tmp_path, wrap):
     assert not (tmp_path / "imported").exists()
 
 
+@pytest.mark.parametrize("found", ["closure", "later"])
+def test_a_network_that_computes_in_place_is_imported_and_saved(trained, tmp_path, found):
+    """Its forward was replaced; or it finds itself by a way that its first batch shows."""
+    trainer, recorder, _ = trained
+    model = classifier()
+    forward = model.forward
+    if found == "closure":
+        model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    else:
+        sys.modules[__name__].FINDER = model
+        model.classifier.register_forward_hook(finding)
+    run = from_trainer(trainer.args.output_dir, tmp_path / "run", model, VAL)
+    np.testing.assert_array_equal(run.history.correct(), recorder.run.history.correct())
+    plan = fmn.FusionPlan.from_weights({0: 1, 2: 1}, len(run.history))
+    save_fused(tmp_path / "fused", plan, run)
+    if found == "closure":
+        x = torch.stack([s["input_ids"] for s in VAL])
+        expected = fmn.FusedModel(plan, recorder.run)(input_ids=x)
+        torch.testing.assert_close(load_fused(tmp_path / "fused", type(model))(input_ids=x), expected)
+
+
+def finding(module, args, output):
+    """Compute the logits once more, with the classifier of the network that is found."""
+    found = sys.modules[__name__].FINDER.classifier
+    return torch.nn.functional.linear(args[0], found.weight, found.bias)
+
+
 def test_results_load_with_from_pretrained(trained, tmp_path):
     trainer, recorder, _ = trained
     run, x = recorder.run, torch.stack([s["input_ids"] for s in VAL])
