@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from folders import contents
 from inputs import history_of, random_probs
 
 import fmn_ref as fmn
@@ -552,6 +553,32 @@ def test_an_output_is_never_one_of_the_other_inputs(files, capsys, args):
         (files / name).write_text("mine")
     assert main(args) == 1
     assert "is one of the files to read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["history.fmnh", "run.json", "checkpoints/epoch_00000.pt", "targets/a", "plan.json"])
+def test_an_output_never_replaces_a_file_of_a_run_that_is_not_read(files, capsys, name):
+    recorder = fmn.Recorder("run", save=lambda path: path.write_text("weights"))
+    recorder.record(0, np.ones(40, int), np.ones(40, int))
+    fmn.FusionPlan((), 8, 1, (0.5,)).save("plan.json")
+    fmn.FusionPlan((), 8, 1, (0.5,)).save("run/plan.json")
+    before = contents(files / "run")
+    for output in by_any_name(files, name):
+        for args in (
+            ["apply", "plan.json", "probs.npy", "-o", output],
+            ["metric", "correct.npy", "--per-sample", output],
+            ["import", "toneva", "correct.npy", "-o", output],
+            *([] if name == "plan.json" else [["fuse", "probs.npy", "--labels", "labels.npy", "-o", output]]),
+        ):
+            assert main(args) == 1
+            assert f"{output}: is a file of the run in {files / 'run'}" in capsys.readouterr().err
+    assert contents(files / "run") == before
+
+
+def test_fuse_replaces_the_plan_of_a_run(files, capsys):
+    fmn.Recorder("run").record(0, np.ones(40, int), np.ones(40, int))
+    for method in ("forget", "likelihood"):
+        run(capsys, "fuse", "probs.npy", "--labels", "labels.npy", "--method", method, "-o", "run/plan.json")
+        assert fmn.FusionPlan.load("run/plan.json").method == method
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
