@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -84,6 +85,14 @@ class ProbabilityReader:
     def mean(self, epochs: Sequence[int]) -> Float:
         """Mean probabilities of several epochs."""
         return mean(self.alike(epochs))
+
+
+def samples_digest(probs: Float) -> str:
+    """Digest of the rows of (n_samples, n_classes) probabilities, in any order and rounded to 32 bits."""
+    factors = np.frombuffer(hashlib.shake_256(b"classes").digest(8 * probs.shape[1]), "<u8").astype(np.uint64)
+    bits = np.ascontiguousarray(probs, np.float32).view(np.uint32).astype(np.uint64)
+    rows = bits @ factors  # modulo 2^64, exact
+    return hashlib.sha256(np.sort(rows).astype("<u8").tobytes()).hexdigest()
 
 
 def stored_probabilities(

@@ -330,6 +330,23 @@ def test_apply_refuses_the_samples_that_chose_the_plan(files, capsys):
     assert "accuracy" in run(capsys, *args)
 
 
+def test_apply_knows_the_samples_that_chose_the_plan_in_any_order(files, capsys):
+    """Not by their labels: two balanced sets that are sorted by class have the same."""
+    order, labels = np.random.default_rng(1).permutation(40), np.load("labels.npy")
+    run(capsys, "fuse", "probs.npy", "--labels", "labels.npy")
+    np.save("moved.npy", np.load("probs.npy")[:, order].astype(np.float32))
+    np.save("moved_labels.npy", labels[order])
+    assert main(["apply", "plan.json", "moved.npy", "--labels", "moved_labels.npy"]) == 1
+    assert "moved.npy: the plan was chosen on these samples" in capsys.readouterr().err
+    np.save("other.npy", np.roll(np.load("probs.npy"), 1, axis=2))  # other answers: other samples
+    assert "accuracy" in run(capsys, "apply", "plan.json", "other.npy", "--labels", "labels.npy")
+    plan = json.loads((files / "plan.json").read_text())
+    del plan["selection_samples_sha256"]  # as older versions wrote it
+    (files / "plan.json").write_text(json.dumps(plan))
+    assert main(["apply", "plan.json", "other.npy", "--labels", "labels.npy"]) == 1
+    assert "chosen on these samples" in capsys.readouterr().err
+
+
 def test_compare(files, capsys):
     args = ["compare", "--select", "probs.npy", "--select-labels", "labels.npy", "--test", "test.npz"]
     test = np.load("test.npz")
