@@ -598,6 +598,18 @@ def test_fuse_replaces_the_plan_of_a_run(files, capsys):
         assert fmn.FusionPlan.load("run/plan.json").method == method
 
 
+@pytest.mark.parametrize("closed", ["1>&-", "1>&- 2>&-", "0<&- 1>&-"])
+@pytest.mark.parametrize(
+    ("args", "status"), [("info", 0), ("metric correct.npy --csv", 0), ("apply plan.json nothing.npy", 1)]
+)
+def test_without_standard_output_nothing_else_changes(files, closed, args, status):
+    fmn.FusionPlan((), 8, 1, (0.5,)).save("plan.json")
+    command = f"'{sys.executable}' -m fmn_ref {args} {closed}"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == status
+    assert len(done.stderr.splitlines()) == (0 if "2>" in closed else status)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 @pytest.mark.parametrize(
     "args", [["info"], ["info", "--json"], ["metric", "correct.npy"], ["metric", "correct.npy", "--csv"]]
