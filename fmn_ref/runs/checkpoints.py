@@ -9,7 +9,7 @@ import copy
 import io
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,18 +32,24 @@ def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
     model : nn.Module
     path : path
     half : bool, default False
-        Store float32 and float64 as float16, except tensors in which a weight would lose more than the rounding of 16
-        bits: see `_halved`. `load_into` converts them back.
+        Store float32 and float64 parameters as float16, except tensors in which a weight would lose more than the
+        rounding of 16 bits: see `_halved`. `load_into` converts them back. Buffers stay as they are: they may hold
+        large means, or places in a table.
     """
-    save_weights(unwrap(model).state_dict(), path, half=half)
+    save_weights(unwrap(model).state_dict(), path, half=half and parameter_names(model))
 
 
-def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool = False) -> None:
-    """Store a state_dict; see `save_state`."""
+def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool | Set[str] = False) -> None:
+    """Store a state_dict; see `save_state`. `half` may be the names of the parameters; True takes all for such."""
     state = copy.copy(_renamed(state, {}))
-    if half:
-        state.update({name: _halved(value) for name, value in state.items()})
+    names = state.keys() & half if isinstance(half, Set) else set(state) if half else ()
+    state.update({name: _halved(state[name]) for name in names})
     save(state, path)
+
+
+def parameter_names(model: nn.Module) -> Set[str]:
+    """Names of a model's parameters in its checkpoints."""
+    return {_uncompiled(name) for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
 
 
 def _uncompiled(name: Any) -> Any:

@@ -117,8 +117,9 @@ def test_half_the_disk_and_a_rounding(tmp_path):
     assert (tmp_path / "half.pt").stat().st_size < 0.6 * (tmp_path / "whole.pt").stat().st_size
     assert model[0].weight.dtype == torch.float32
     stored = checkpoints.load(tmp_path / "half.pt")
+    parameters = dict(model.named_parameters())
     assert {k: v.dtype for k, v in stored.items()} == {
-        k: torch.float16 if v.is_floating_point() else torch.int64 for k, v in model.state_dict().items()
+        k: torch.float16 if k in parameters else v.dtype for k, v in model.state_dict().items()
     }
     torch.manual_seed(1)
     loaded = checkpoints.load_into(nn.Sequential(nn.Linear(100, 200), nn.BatchNorm1d(200)), tmp_path / "half.pt")
@@ -129,14 +130,72 @@ def test_half_the_disk_and_a_rounding(tmp_path):
 
 def test_what_does_not_fit_stays_whole(tmp_path):
     model = nn.BatchNorm1d(3)
-    model.running_var[:] = torch.tensor([1.0, 1e5, 0.1])
-    model.running_mean[:] = torch.tensor([torch.nan, torch.inf, 0.5])
     model.num_batches_tracked += 100_000
+    with torch.no_grad():
+        model.weight[:] = torch.tensor([1.0, 1e5, 0.1])
+        model.bias[:] = torch.tensor([torch.nan, torch.inf, 0.5])
     checkpoints.save_state(model.double(), tmp_path / "a.pt", half=True)
     stored = checkpoints.load(tmp_path / "a.pt")
-    assert (stored["running_var"].dtype, stored["running_mean"].dtype) == (torch.float64, torch.float16)
+    assert (stored["weight"].dtype, stored["bias"].dtype) == (torch.float64, torch.float16)
     loaded = checkpoints.load_into(nn.BatchNorm1d(3).double(), tmp_path / "a.pt")
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0, equal_nan=True)
+
+
+class WithTables(nn.Module):
+    """A network whose buffers do not bear rounding: large means, places in a table, and the same in two dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([20003.7, 60000.3]))
+        self.register_buffer("places", torch.arange(1.0, 8001.0, 2).reshape(2, -1))
+        self.norm, self.head = nn.BatchNorm1d(2, momentum=None), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(x) + x - self.mean)
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+class TestBuffersAreNotRounded:
+    @staticmethod
+    def changed(path, model):
+        stored = checkpoints.load(path)
+        dtypes = {name for name, value in stored.items() if value.dtype == torch.float16}
+        assert dtypes == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+        return [name for name, value in model.named_buffers() if not torch.equal(value, stored[name])]
+
+    @pytest.mark.parametrize("wrapped", [lambda model: model, nn.DataParallel, compiled])
+    def test_by_the_recorder(self, tmp_path, wrapped):
+        model = WithTables()
+        model.norm(20000 + torch.randn(50, 2))
+        recorder = fmn.Recorder(tmp_path, wrapped(model), half=True)
+        recorder.record(0, [0, 1], [0, 1])
+        assert self.changed(recorder.run.checkpoints[0], model) == []
+
+    @pytest.mark.parametrize("averaged", [False, True])
+    def test_by_train_and_distill(self, tmp_path, averaged):
+        x, model = 20000 + torch.randn(40, 2), WithTables()
+        data = x, (x[:, 0] > 20000).long()
+        run = fmn.train(model, data, data, epochs=1, run_dir=tmp_path / "a", half=True, progress=False)
+        assert self.changed(run.checkpoints[0], model) == []
+        options = {"ema_decay": 0.9} if averaged else {}
+        options |= {"run_dir": tmp_path / "b", "val_data": data, "half": True, "progress": False}
+        student = fmn.distill(WithTables(), model, data, epochs=1, **options)
+        assert self.changed(fmn.Run.open(tmp_path / "b").checkpoints[0], student) == []
+
+    def test_answers_are_those_that_were_recorded(self, tmp_path):
+        """Raw inputs, such as years: a mean of 20000 with a deviation of 5."""
+        torch.manual_seed(0)
+        x = 20003.7 + 5 * torch.randn(200, 2)
+        model = nn.Sequential(nn.BatchNorm1d(2, momentum=None), nn.Linear(2, 2))
+        model(x)
+        want = model.eval()(x).softmax(1).detach()
+        recorder = fmn.Recorder(tmp_path, model, half=True)
+        recorder.record(0, want, torch.zeros(200, dtype=torch.long))
+        found = recorder.run.probabilities((x, torch.zeros(200, dtype=torch.long)))[0]
+        np.testing.assert_allclose(found, want, atol=2**-10)
 
 
 def test_names_and_versions_stay(tmp_path):
