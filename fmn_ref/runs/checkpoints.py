@@ -43,7 +43,8 @@ def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool | Set[str] 
     """Store a state_dict; see `save_state`. `half` may be the names of the parameters; True takes all for such."""
     state = copy.copy(_renamed(state, {}))
     names = state.keys() & half if isinstance(half, Set) else set(state) if half else ()
-    state.update({name: _halved(state[name]) for name in names})
+    halved = _once(_halved)
+    state.update({name: halved(state[name]) for name in names})
     save(state, path)
 
 
@@ -172,18 +173,30 @@ def _compact(content: Any) -> Any:
     """Move tensors to the CPU, and copy those that are parts of larger ones: torch.save would store those whole."""
     import torch
 
-    copies: dict[Any, Tensor] = {}
-
     def alone(t: Tensor) -> Tensor:
         t = t.detach().to("cpu")
         if type(t) is not torch.Tensor or t.layout != torch.strided or t.untyped_storage().nbytes() <= t.nbytes:
             return t
-        key = t.data_ptr(), t.dtype, t.shape, t.stride()
-        if key not in copies:  # tied weights stay tied
-            copies[key] = t.clone()
-        return copies[key]
+        return t.clone()
 
-    return each_tensor(content, alone)
+    return each_tensor(content, _once(alone))
+
+
+def _once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Apply `function` once to all tensors that are the same memory: tied weights stay tied, and are stored once."""
+    import torch
+
+    found: dict[Any, tuple[Tensor, Tensor]] = {}  # with the tensors, whose memory nobody else gets meanwhile
+
+    def applied(t: Tensor) -> Tensor:
+        if type(t) not in (torch.Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.is_meta:
+            return function(t)
+        key = t.data_ptr(), t.device, t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg()
+        if key not in found:
+            found[key] = t, function(t)
+        return found[key][1]
+
+    return applied
 
 
 def load(path: AnyPath, scan: bool = False) -> Any:
@@ -248,13 +261,16 @@ def drop_derived(model: nn.Module) -> None:
 
 
 def to_cpu(content: Any, *, copy: bool = False) -> Any:
-    """Copy nested dicts and lists with every tensor moved to the CPU; `copy` copies those that are there already."""
-    return each_tensor(content, lambda t: t.detach().to("cpu", copy=copy))
+    """Copy nested dicts and lists with every tensor moved to the CPU; `copy` copies those that are there already.
+
+    Tied weights stay tied.
+    """
+    return each_tensor(content, _once(lambda t: t.detach().to("cpu", copy=copy)))
 
 
 def snapshot(content: Any) -> Any:
-    """Copy nested dicts and lists with a copy of every tensor, on its device."""
-    return each_tensor(content, lambda t: t.detach().clone())
+    """Copy nested dicts and lists with a copy of every tensor, on its device. Tied weights stay tied."""
+    return each_tensor(content, _once(lambda t: t.detach().clone()))
 
 
 def each_tensor(content: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -198,6 +198,51 @@ class TestBuffersAreNotRounded:
         np.testing.assert_allclose(found, want, atol=2**-10)
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.Embedding(3000, 8), nn.Linear(8, 3000, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x):
+        return self.out(self.table(x))[:, :3]
+
+
+class TestTiedWeightsAreStoredOnce:
+    @pytest.mark.parametrize("half", [False, True])
+    def test_by_train_and_distill(self, tmp_path, half):
+        x = torch.randint(0, 3000, (40,))
+        data, once = (x, x % 3), 3000 * 8 * 4
+        model = Tied()
+        run = fmn.train(model, data, data, epochs=2, run_dir=tmp_path / "a", half=half, progress=False)
+        options = {"run_dir": tmp_path / "b", "val_data": data, "ema_decay": 0.9, "patience": 5, "progress": False}
+        fmn.distill(Tied(), model, data, epochs=2, half=half, **options)
+        for folder in ("a", "b"):
+            path = tmp_path / folder / "checkpoints" / "epoch_00001.pt"
+            assert path.stat().st_size < (0.6 if half else 1.1) * once
+        assert (tmp_path / "a" / "resume.pt").stat().st_size < 2.1 * once  # weights and momentum
+        stored = checkpoints.load(run.checkpoints[1])
+        assert stored["table.weight"].data_ptr() == stored["out.weight"].data_ptr()
+        torch.testing.assert_close(stored["out.weight"].float(), model.out.weight.detach(), rtol=2**-11, atol=2**-24)
+
+    def test_copies_are_apart_from_the_original(self):
+        """The writer thread stores the copy while the network trains on."""
+        model = Tied()
+        before, state = model.out.weight.detach().clone(), model.state_dict()
+        copies = checkpoints.snapshot(state), checkpoints.to_cpu(state, copy=True)
+        with torch.no_grad():
+            model.out.weight += 1
+        for copied in copies:
+            assert torch.equal(copied["table.weight"], before)
+            assert copied["table.weight"].data_ptr() == copied["out.weight"].data_ptr()
+
+    def test_the_same_memory_read_otherwise_is_another_tensor(self):
+        z = torch.tensor([[1 + 2j, 3 + 4j], [5j, 6 + 0j]])
+        views = {"z": z, "conj": z.conj(), "turned": z.T, "real": torch.view_as_real(z), "row": z[0], "none": z[:0]}
+        for copied in (checkpoints.snapshot(views), checkpoints.to_cpu(views, copy=True)):
+            assert all(torch.equal(copied[name], view) for name, view in views.items())
+
+
 def test_names_and_versions_stay(tmp_path):
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     checkpoints.save_state(nn.DataParallel(model), tmp_path / "a.pt", half=True)
