@@ -23,8 +23,8 @@ def array(x: Any, name: str, bfloat16: bool = False, kinds: str = "biuf") -> Arr
     """View anything that NumPy can view; copy only tensors on an accelerator or of a type that NumPy lacks.
 
     Every array that a user passes comes through here. Masked values are refused, in lists and behind `__array__` too:
-    NumPy would show what is under the mask. `kinds` are those of the accepted dtypes. A bfloat16 tensor becomes float32, or with
-    `bfloat16` an array of dtype BFLOAT16, without a copy.
+    NumPy would show what is under the mask. `kinds` are those of the accepted dtypes. A bfloat16 tensor becomes
+    float32, or with `bfloat16` an array of dtype BFLOAT16, without a copy.
     """
     try:
         a = _viewed(x, bfloat16)

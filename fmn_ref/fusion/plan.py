@@ -253,7 +253,18 @@ class FusionPlan:
             most, n_covered = LISTED + os.path.getsize(_files.absolute(path)), sum(map(len, plan._covered))
             if plan.combine == "linear" and (n_covered > most or n_covered * len(plan.members) > LISTED * most):
                 raise ValueError(f"window: expected windows of epochs that the file lists, got {plan.window}")
+            if "weights" in content:
+                plan._check_weights(content["weights"])
             return plan
+
+    def _check_weights(self, given: dict[str, Any]) -> None:
+        """Refuse weights that are not those of the members: other languages read `weights` alone."""
+        for row, weight in self.weights.items():
+            found = _check.number(given[str(row)], 0, MOST_WEIGHT, "weights")
+            if abs(found - weight) > 1e-6 * max(1, weight):
+                raise ValueError(f"weights: expected {weight:g} for row {row} as in members, got {found:g}")
+        if len(given) != self.forward_passes:
+            raise ValueError(f"weights: expected {self.forward_passes} rows as in members, got {len(given)}")
 
     def __str__(self) -> str:
         """The checkpoints with their weights, a line each, then what they reach and cost."""

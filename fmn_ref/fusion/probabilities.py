@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class ProbabilityReader:
     """
 
     def __init__(self, probs: Any, name: str = "probs") -> None:
-        if not hasattr(probs, "__getitem__") or not hasattr(probs, "__len__"):
+        if isinstance(probs, Mapping) or not (hasattr(probs, "__getitem__") and hasattr(probs, "__len__")):
             raise TypeError(f"{name}: expected an array or a sequence of arrays, got {type(probs).__name__}")
         shape = getattr(probs, "shape", None)
         if (shape is not None and len(shape) != 3) or len(probs) == 0:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ROUNDING = 2.0**-11  # relative error of 16 bits
+DEEPEST = 100  # parts within parts of a state: Python bounds the depth of the recursions that store and read it
 _PLAIN = (type(None), bool, float, str)  # `load` reads them back, and integers
 
 
@@ -118,22 +119,24 @@ def check_readable(content: Any, name: str = "state") -> None:
             raise TypeError(f"{fault}; {hint}") from error
 
 
-def _unusual(content: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _unusual(content: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Yield names and values that are neither plain numbers, texts and tensors nor dicts, lists and tuples of them."""
     import torch
 
+    if depth > DEEPEST:
+        raise TypeError(f"{name:.80}...: expected parts at most {DEEPEST} deep; it is deeper, or a part of itself")
     kind = type(content)
     if kind in (dict, OrderedDict):
         parts = {**content, **getattr(content, "__dict__", {})}  # a state_dict has _metadata
         for key, value in parts.items():
             if type(key) is not str:
-                yield from _unusual(key, f"{name}: key {key!r}")
+                yield from _unusual(key, f"{name}: key {key!r}", depth + 1)
             if not _is_plain(value):
-                yield from _unusual(value, f"{name}.{key}")
+                yield from _unusual(value, f"{name}.{key}", depth + 1)
     elif kind in (list, tuple):
         for i, value in enumerate(content):
             if not _is_plain(value):
-                yield from _unusual(value, f"{name}[{i}]")
+                yield from _unusual(value, f"{name}[{i}]", depth + 1)
     elif not _is_plain(content.detach() if kind is torch.nn.Parameter else content):
         yield name, content
 
@@ -144,7 +147,7 @@ def _is_plain(value: Any) -> bool:
 
     kind = type(value)
     if kind is torch.Tensor:
-        return bool(value.layout is torch.strided and not value.is_meta)
+        return bool(value.layout is torch.strided and not value.is_meta and not value.is_nested)
     return kind in _PLAIN or (kind is int and abs(value) < 2**63)
 
 
@@ -154,7 +157,9 @@ def _round_trip(value: Any) -> None:
     buffer = io.BytesIO()
     torch.save(_compact(value), buffer)
     buffer.seek(0)
-    torch.load(buffer, map_location="cpu", weights_only=True)
+    found = torch.load(buffer, map_location="cpu", weights_only=True)
+    if type(found) is not type(value):
+        raise TypeError(f"it becomes {type(found).__name__}")
 
 
 def save(content: Any, path: AnyPath) -> None:

@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,7 +47,7 @@ class from_logits(Sequence[NDArray[np.float32]]):
 
     def __init__(self, logits: Any) -> None:
         sequence = hasattr(logits, "__getitem__") and hasattr(logits, "__len__")
-        if not sequence or getattr(logits, "shape", None) == ():
+        if not sequence or isinstance(logits, Mapping) or getattr(logits, "shape", None) == ():
             raise TypeError(f"logits: expected an array or a sequence of arrays, got {type(logits).__name__}")
         self._logits, self.epochs = logits, getattr(logits, "epochs", ())
 
@@ -130,7 +130,9 @@ def _check_order(paths: list[Path]) -> None:
     for (before, path), step in zip(pairwise(paths), steps, strict=True):
         if not counted or min(step) < 0:
             hint = "rename the files, or choose some by `pattern`, such that one number counts the epochs"
-            raise ValueError(f"{path}: an epoch after {before.name}? The numbers in their names give two orders; {hint}")
+            raise ValueError(
+                f"{path}: an epoch after {before.name}? The numbers in their names give two orders; {hint}"
+            )
 
 
 def from_cartography(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:

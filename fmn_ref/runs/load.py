@@ -59,6 +59,8 @@ _OPTIONS = {
 def error_line(error: Exception, options: Mapping[str, Any]) -> str:
     """One line about an error, with the file from which the argument that it names was read."""
     line = " ".join(str(error).splitlines())
+    if "softmax" in line and options.get("logits") is False:
+        line += " (--logits does it)"
     if not isinstance(error, (ValueError, TypeError, OSError, ImportError, FloatingPointError)):
         return f"{type(error).__name__}: {line}"
     name = re.match(r"(\w+)[:\[, ]", line)
@@ -128,7 +130,8 @@ def load_correct(path: str, labels: str | None, verify: bool = True) -> Any:
         if labels is not None and a.digest not in (NO_LABELS, labels_digest(load_labels(labels, path))):
             raise ValueError(f"{labels}: not the labels that {path} was recorded with")
         return a
-    without_labels = labels is None and not path.endswith(".npz") and a.dtype.kind != "f"
+    scores = a.dtype.kind == "f" and a.ndim == 3
+    without_labels = labels is None and not path.endswith(".npz") and not scores
     if name == "correct" or without_labels:
         return _check.correct_matrix(a, path)
     return history_of(a, load_labels(labels, path), path if labels is None else f"{path} with {labels}")

@@ -373,7 +373,7 @@ class TestSaveFusedKeepsWhatIsThere:
         return tmp_path / "fused", plan, run
 
     def test_files_of_the_user(self, fused):
-        folder, plan, run = fused
+        folder, _, run = fused
         (folder / "member_photos").mkdir()
         (folder / "member_00007").mkdir()  # the name of a member, but no model
         for name in ("member_photos/a.jpg", "member_list.csv", "member_00007/notes.txt"):
@@ -385,7 +385,7 @@ class TestSaveFusedKeepsWhatIsThere:
 
     @pytest.mark.parametrize("name", ["member_00001/notes.txt", "member_00001", "plan.json"])
     def test_names_that_other_files_have(self, fused, name):
-        folder, plan, run = fused
+        folder, _, run = fused
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
         before = contents(folder)

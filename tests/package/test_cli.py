@@ -330,6 +330,26 @@ def test_apply_refuses_the_samples_that_chose_the_plan(files, capsys):
     assert "accuracy" in run(capsys, *args)
 
 
+@pytest.mark.parametrize("logits", [[[2.0, 1.0], [0.0, 5.0]], [[-2.0, 1.0], [0.0, 5.0]]])
+def test_logits_without_the_option_name_it(files, capsys, logits):
+    np.save("logits.npy", np.array([logits] * 3))
+    np.save("two.npy", np.array([0, 1]))
+    compared = ["--select", "logits.npy", "--select-labels", "two.npy", "--test", "logits.npy"]
+    for args in (["fuse", "logits.npy", "--labels", "two.npy"], ["compare", *compared, "--test-labels", "two.npy"]):
+        assert main(args) == 1
+        assert "logits.npy" in (said := capsys.readouterr().err)
+        assert "--logits" in said
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (40,)])
+def test_a_matrix_of_floats_is_told_to_be_integers(files, capsys, shape):
+    """Labels alone would not help: correctness, or predictions, saved as floats."""
+    np.save("right.npy", np.ones(shape))
+    assert main(["metric", "right.npy"]) == 1
+    said = capsys.readouterr().err
+    assert "right.npy: expected bool or integers 0 and 1, got dtype float64" in said
+
+
 def test_apply_knows_the_samples_that_chose_the_plan_in_any_order(files, capsys):
     """Not by their labels: two balanced sets that are sorted by class have the same."""
     order, labels = np.random.default_rng(1).permutation(40), np.load("labels.npy")

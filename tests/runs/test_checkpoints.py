@@ -2,9 +2,10 @@
 
 import os
 import pickle
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import ChainMap, OrderedDict, defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -324,6 +325,42 @@ def with_extra(extra):
     model = Extra(2, 2)
     model.extra = extra
     return model
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_parts_that_are_too_deep_are_refused_when_they_are_recorded(tmp_path):
+    """Python bounds the depth of the recursions that store a state; one that holds itself has no end."""
+    ring, rings = [], {}
+    ring.append(ring)
+    rings["next"] = {"next": rings}
+    for extra in (nested(900), nested(5000), ring, rings, {"a": (nested(101),)}):
+        recorder = fmn.Recorder(tmp_path, with_extra(extra))
+        with pytest.raises(TypeError, match=r"^state_dict\._extra_state.*: expected parts at most 100 deep"):
+            recorder.record(0, [0, 1], [0, 1])
+    recorder = fmn.Recorder(tmp_path, with_extra(nested(90)))
+    recorder.record(0, [0, 1], [0, 1])
+    assert checkpoints.load(recorder.run.checkpoints[0], scan=True)["_extra_state"]["value"] == nested(90)
+
+
+@pytest.mark.parametrize("extra", [ChainMap({"a": 1}), MappingProxyType({"a": 1})])
+def test_what_would_become_another_type_is_refused_when_it_is_recorded(tmp_path, extra):
+    with pytest.raises(TypeError, match=r"_extra_state.*could not be read back.*becomes dict"):
+        fmn.Recorder(tmp_path, with_extra(extra)).record(0, [0, 1], [0, 1])
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype")
+def test_a_nested_tensor_is_refused_when_it_is_recorded(tmp_path):
+    parts = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    recorder = fmn.Recorder(tmp_path, with_extra(parts))
+    with pytest.raises(TypeError, match=r"state_dict\._extra_state\.value: Tensor could not be read back"):
+        recorder.record(0, [0, 1], [0, 1])
+    assert not list(recorder.folder.checkpoints.iterdir())
 
 
 Pair = namedtuple("Pair", "a b")
