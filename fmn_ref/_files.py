@@ -188,7 +188,12 @@ def write_json(path: AnyPath, content: Any) -> None:
 
 
 def flush_output() -> None:
-    """Write what was printed. If that fails, drop the rest: the interpreter would fail on it once more at its end."""
+    """Write what was printed. If that fails, drop the rest: the interpreter would fail on it once more at its end.
+
+    There may be no standard output (pythonw, a service, `1>&-`): then what is printed goes nowhere.
+    """
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except OSError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,11 @@ class Recorder:
         "budget:n", the n most valuable epochs by the history so far. For the value of an epoch, each sample is one
         point, split among the kept epochs that classify it correctly. The latest checkpoint always stays, beside the n.
         Fuse `run.kept` afterwards.
-    half : bool, default False
-        Store floating-point weights in 16 bits, which halves the disk space and rounds weights by 2^-11;
+    half : bool or set of str, default False
+        Store floating-point parameters in 16 bits, which halves the disk space and rounds them by 2^-11;
         docs/results.md measures the effect. A tensor in which a weight would lose more stays as it is: too large for 16
-        bits, or too small as are all weights of its row or column.
+        bits, or too small as are all weights of its row or column. So do buffers, such as BatchNorm's statistics.
+        Names of parameters tell them apart if `model` is None; True then takes all tensors for parameters.
     save : callable(path), optional
         Stores the weights of another framework at `path`, as a file or a folder, instead of `model`'s. Everything must
         be on disk when it returns.
@@ -87,7 +88,7 @@ class Recorder:
         model: Any = None,
         keep: str = "all",
         *,
-        half: bool = False,
+        half: bool | Set[str] = False,
         save: Callable[[Path], object] | None = None,
         suffix: str = ".pt",
         config: dict[str, Any] | None = None,
@@ -201,7 +202,8 @@ class Recorder:
         if self.model is not None and not self._complete:
             check_complete(state, checkpoints.unwrap(self.model))
             self._complete = True
-        return partial(checkpoints.save_weights, state, half=self._half)
+        half = self._half if self._half is not True or self.model is None else checkpoints.parameter_names(self.model)
+        return partial(checkpoints.save_weights, state, half=half)
 
     def _prune(self, history: CorrectnessHistory) -> None:
         """Delete the checkpoints that `keep` does not keep. The epoch is recorded: an error is only logged."""

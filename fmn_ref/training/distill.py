@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
+from ..runs.checkpoints import parameter_names
 from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
 from . import data, distributed
@@ -154,9 +155,9 @@ def distill(
     folder = RunFolder(run_dir).targets if targets_dir is None and run_dir is not None else targets_dir
     options = targets, views, top_k, augment, forward_fn, folder
     source = _soft_targets(teacher, train_data, setup["epochs"], settings, *options)
-    rule = None if val_data is None else keep
+    stored = None if val_data is None else keep, resume, half and parameter_names(student), disk_wait
     config = {} if run_dir is None else setup | source.identity | source.identity_in_full
-    files = nullcontext() if run_dir is None else Store(run_dir, config, rule, resume, half, disk_wait)
+    files = nullcontext() if run_dir is None else Store(run_dir, config, *stored)
     with files as store:
         if store is None or not store.load_final(student, setup["epochs"]):
             _fit_student(student, source, setup, val_data, store, progress)

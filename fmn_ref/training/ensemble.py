@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import math
+import re
 from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
@@ -108,7 +109,8 @@ class FusedModel(nn.Module):
         target.mkdir(parents=True, exist_ok=True)
         (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
         for stale in target.glob("member_*.pt"):
-            stale.unlink()
+            if re.fullmatch(r"member_\d{5,}\.pt", stale.name):  # not a file of the user's
+                stale.unlink()
         for path, member in zip(_member_paths(target, self.plan), self.members, strict=True):
             checkpoints.save_state(member, path)
         self.plan.save(target / "plan.json")

@@ -11,7 +11,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,8 @@ class Store(contextlib.ExitStack):
         As for `Recorder`; None records neither history nor checkpoints, and keeps the resume state alone.
     resume : bool
         Whether a run that is in the folder may go on.
-    half : bool
-        As for `Recorder`.
+    half : bool or set of str
+        As for `Recorder`: the names of the parameters to store in 16 bits.
     disk_wait : float
         Seconds to wait for free space on a full disk.
 
@@ -115,7 +115,13 @@ class Store(contextlib.ExitStack):
     """
 
     def __init__(
-        self, run_dir: AnyPath, config: dict[str, Any], keep: str | None, resume: bool, half: bool, disk_wait: float
+        self,
+        run_dir: AnyPath,
+        config: dict[str, Any],
+        keep: str | None,
+        resume: bool,
+        half: bool | Set[str],
+        disk_wait: float,
     ) -> None:
         super().__init__()
         self.folder, self.peak, self._all = RunFolder(run_dir), 0.0, keep == "all"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import _check
+from ..runs.checkpoints import parameter_names
 from ..runs.run import Run
 from . import data
 from .engine import Loss, fit
@@ -131,7 +132,8 @@ def train(
     config = {"epochs": epochs, **asdict(settings), **_digests(data=train_data, val_data=val_data)}
     device = data.device_of(model)
     val, order = data.Batches(val_data, 256, device, split=True), Order(val_data, "val_data")
-    with Store(run_dir, config, keep, resume, half, disk_wait) as store:
+    rounded = half and parameter_names(model)
+    with Store(run_dir, config, keep, resume, rounded, disk_wait) as store:
         if not store.load_final(model, epochs):
             fit(
                 model,
