@@ -133,8 +133,8 @@ class SoftTargets:
 class Online:
     """Soft targets that the teacher predicts for each of the student's batches.
 
-    With arrays and a folder, its subfolder "online" holds the first answers of the teacher. Other answers are refused,
-    be it for another `forward_fn`.
+    With arrays and a folder, its subfolder "online" holds the first answers of the teacher. A teacher that answers
+    otherwise is refused, be it because of its `forward_fn`.
 
     Like `Cached`, it gives `fit` the batches of an epoch, an augmentation, and a step: (model, batch) ->
     (logits, (labels, log-probabilities)).

@@ -354,9 +354,10 @@ def test_processes_that_share_targets_take_turns(tmp_path):
 
 
 def test_threads_that_share_targets_take_turns(tmp_path):
+    teachers = [Scaled() for _ in range(3)]  # not in the threads, which share torch's generator
     with ThreadPoolExecutor(3) as pool:
         options = {"targets_dir": tmp_path, "epochs": 1, "progress": False}
-        students = list(pool.map(lambda t: distilled(Scaled(), temperature=t, **options), (1.0, 2.0, 3.0)))
+        students = list(pool.map(lambda t, k: distilled(t, temperature=k, **options), teachers, (1.0, 2.0, 3.0)))
     assert len(students) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["targets.json", "view_00000.log_probs.npy"]
 
