@@ -157,7 +157,7 @@ class Watch:
 
 
 def _eager() -> AbstractContextManager[Any]:
-    """Context without compiled code, which could not be looked into; there is none before torch's compiler is loaded."""
+    """Context without compiled code, which cannot be looked into; there is none before torch's compiler is loaded."""
     set_stance: Any = getattr(torch.compiler, "set_stance", None)
     return nullcontext() if set_stance is None or "torch._dynamo" not in sys.modules else set_stance("force_eager")
 
