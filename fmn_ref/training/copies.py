@@ -11,10 +11,11 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -126,22 +127,20 @@ class Watch:
 
     def __call__(self, copied: nn.Module, compute: Callable[[], T]) -> T:
         """Call a function that runs the copy."""
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined, no-untyped-call]
-            return compute()
         with _LOCK:
             vars(copied).pop("_fmn_watch", None)
             outcomes, seen = list[T](), _Seeing(self._original)
-            with suppress(Exception), seen:  # of the network, or of code that must not be watched
-                outcomes.append(compute())
-            if seen.part is not None:
-                self._catch(copied, seen.part)
-            elif outcomes:
-                return outcomes[0]
             try:
-                return compute()
-            except Exception:
-                vars(copied)["_fmn_watch"] = self  # `either_format` may try again
-                raise
+                with suppress(Exception), _eager(), seen:  # of the network, or of code that must not be watched
+                    outcomes.append(compute())
+                if seen.part is not None:
+                    self._catch(copied, seen.part)
+                if seen.part is not None or not outcomes:
+                    outcomes = [compute()]
+                return outcomes[0]
+            finally:
+                if not outcomes:  # after an error: `either_format` may try again
+                    vars(copied)["_fmn_watch"] = self
 
     def _catch(self, copied: nn.Module, part: str) -> None:
         name = type(self._original).__name__
@@ -157,6 +156,12 @@ class Watch:
         vars(copied).update(vars(stand_in))
 
 
+def _eager() -> AbstractContextManager[Any]:
+    """Context without compiled code, which cannot be looked into; there is none before torch's compiler is loaded."""
+    set_stance: Any = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if set_stance is None or "torch._dynamo" not in sys.modules else set_stance("force_eager")
+
+
 class _Seeing(TorchDispatchMode):
     """Remember a part of the original with whose tensors torch computes."""
 
@@ -166,6 +171,10 @@ class _Seeing(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._parts = {storage(t): repr(name) for name, t in named_tensors(original)}
         self.part: str | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would load its compiler, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in tree_iter((args, kwargs)):

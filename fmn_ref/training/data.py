@@ -64,7 +64,7 @@ def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[T
         with computing(model) as network:
             return forward(network, batch, forward_fn)
     watch = getattr(model, "_fmn_watch", None)  # of a copy that has not computed yet
-    if watch is not None:
+    if watch is not None and not (torch.jit.is_tracing() or torch.compiler.is_compiling()):  # type: ignore[attr-defined, no-untyped-call]
         watched: tuple[Tensor, Tensor] = watch(model, partial(forward, model, batch, forward_fn))
         return watched
     ensemble = getattr(type(model), "_fmn_forward_batch", None)

@@ -16,6 +16,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from fresh_process import python
 from networks import RECIPE
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -208,6 +209,14 @@ def test_a_network_with_compiled_layers_is_not_watched():
     """It would run without its compiled code, and give other bits, in the first batch."""
     model = nn.Sequential(torch.compile(nn.Linear(6, 3), backend="eager"))
     assert not hasattr(copies.independent(model), "_fmn_watch")
+
+
+def test_watching_does_not_load_the_compiler_of_torch():
+    script = (
+        "import sys, torch; from fmn_ref.training import copies, data; x = torch.ones(4, 6), torch.ones(4).long();"
+        "data.predict(copies.independent(torch.nn.Linear(6, 3)), x); assert 'torch._dynamo' not in sys.modules"
+    )
+    python(script)
 
 
 def test_a_pickled_copy_leaves_the_original_behind():
