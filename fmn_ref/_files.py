@@ -17,7 +17,6 @@ import json
 import mmap
 import os
 import re
-import secrets
 import shutil
 import stat
 import sys
@@ -116,7 +115,7 @@ def _locked_new(target: Path, ending: str) -> IO[bytes]:
 
 def unpredictable(path: Path, ending: str = "") -> Path:
     """A new temporary name beside the path's, which nobody can have taken."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp{ending}")
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp{ending}")
 
 
 def remove_leftovers(parent: Path, name: str | None = None) -> None:
