@@ -132,8 +132,7 @@ def train(
     config = {"epochs": epochs, **asdict(settings), **_digests(data=train_data, val_data=val_data)}
     device = data.device_of(model)
     val, order = data.Batches(val_data, 256, device, split=True), Order(val_data, "val_data")
-    rounded = half and parameter_names(model)
-    with Store(run_dir, config, keep, resume, rounded, disk_wait) as store:
+    with Store(run_dir, config, keep, resume, half and parameter_names(model), disk_wait) as store:
         if not store.load_final(model, epochs):
             fit(
                 model,
