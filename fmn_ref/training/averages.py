@@ -333,6 +333,8 @@ def load_mean(model: nn.Module, sources: list[Source]) -> set[str]:
             known, target = own.get(name, (name, value))
             dtype = target.dtype if is_mean else value.dtype
             state[name], same = _whole(name, sources, excluded, dtype)
+            if is_mean and not state[name].isfinite().all():  # equal infinities are refused too: it is no mask
+                _raise_not_finite(name, sources)
             if is_statistic(name):
                 layer = known.rpartition(".")[0]
                 steady[layer] = steady.get(layer, True) and same

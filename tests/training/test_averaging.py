@@ -125,6 +125,15 @@ def test_an_epoch_that_diverged_is_named_unless_it_has_no_weight(tmp_path, name,
     assert all(t.isfinite().all() for t in mean.parameters())
 
 
+@pytest.mark.parametrize("weights", [{1: 1.0}, {0: 1.0, 1: 1.0}])
+def test_infinite_weights_are_named_where_they_are_the_same_in_all_epochs(tmp_path, weights):
+    models = states()
+    for model in models:
+        dict(model.named_parameters())["net.0.weight"].data[0] = float("inf")
+    with pytest.raises(ValueError, match=r"epoch_0000\d\.pt: net\.0\.weight holds NaN or infinity"):
+        fmn.averaged_model(recorded(models, tmp_path), weights, TRAIN)
+
+
 def frozen(norm, **options):
     model = nn.Sequential(norm, nn.Linear(6, 4))
     norm.running_mean.fill_(7.0)
