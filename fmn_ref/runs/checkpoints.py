@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
-from . import archive, references
+from . import adapters, archive, references
 from .folder import AnyPath
 from .torch_files import load as load
 from .torch_files import reason
@@ -28,7 +28,7 @@ _PLAIN = (type(None), bool, float, str)  # `load` reads them back, and integers
 
 
 def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
-    """Store `model.state_dict()` under the names that the model has without torch.compile.
+    """Store `model.state_dict()` under the names that the model has without torch.compile; of a PeftModel, the adapter.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
         Store float32 and float64 as float16, except tensors in which a weight would lose more than the rounding of 16
         bits: see `_halved`. `load_into` converts them back.
     """
-    save_weights(unwrap(model).state_dict(), path, half=half)
+    save_weights(adapters.state_of(unwrap(model)), path, half=half)
 
 
 def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool = False) -> None:
@@ -197,7 +197,10 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: AnyPath) -> nn.M
     """Load a state_dict, which `path` names in errors, into `model`."""
     inner = unwrap(model)
     try:
-        inner.load_state_dict(state)
+        if adapters.adapter_of(inner) is None:
+            inner.load_state_dict(state)
+        else:
+            adapters.load_state(inner, state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit the model: {error}") from None
     drop_derived(inner)

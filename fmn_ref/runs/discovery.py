@@ -26,6 +26,7 @@ _UNFINISHED = re.compile(r"\.(tmp|temp|part|partial|incomplete|crdownload|downlo
 _LABELS = {"epoch": "epoch|ep", "step": "global_step|steps?|iter|iteration|update", "checkpoint": "checkpoint|ckpt"}
 _NUMBER = r"(?:(?<==)[-+])?\d+(?:\.\d+)?(?:e[-+]?\d+(?![a-z0-9]))?"
 _KNOWN = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+_KNOWN += ("adapter_model.safetensors", "adapter_model.bin")  # of PEFT
 _SHOWN = 8  # files in a message
 
 

@@ -191,9 +191,9 @@ class Recorder:
         """Return what writes the checkpoint; TypeError if it could not be read back."""
         if self._save is not None:
             return self._save
-        from . import checkpoints
+        from . import adapters, checkpoints
 
-        state = checkpoints.unwrap(self.model).state_dict() if weights is None else weights
+        state = adapters.state_of(checkpoints.unwrap(self.model)) if weights is None else weights
         checkpoints.check_readable(state, "state_dict")
         return partial(checkpoints.save_weights, state, half=self._half)
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runs import checkpoints
+from ..runs import adapters, checkpoints
 from . import data
 
 logger = logging.getLogger(__name__)
@@ -38,11 +38,13 @@ _HOLDERS += (property, staticmethod, classmethod, functools.cached_property)
 def independent(model: nn.Module) -> nn.Module:
     """Return a network that computes as `model` does with weights of its own, in evaluation mode.
 
-    It is a copy if `proven_copy` can make one, else `InPlace`.
+    It is a copy if `proven_copy` can make one, else `InPlace`. Networks with an adapter share the base.
     """
     try:
         return proven_copy(model)
     except ValueError as error:
+        if adapters.adapter_of(checkpoints.unwrap(model)) is not None:
+            raise
         logger.info("%s; its weights are swapped in place", error)
         return InPlace(model)
 
@@ -54,15 +56,16 @@ def proven_copy(model: nn.Module) -> nn.Module:
     without its graph.
     """
     name = type(model).__name__
+    base = [t for _, t in adapters.base_of(model)]
     try:
-        memo = _memo(model)
+        memo = _memo(model) | {id(t): t for t in base}
         with torch.no_grad():  # the tensors of a ScriptModule would be copied with a graph
             copied = copy.deepcopy(model, memo)
     except Exception as error:  # of any object that somebody keeps on a module
         raise ValueError(f"model: expected a network that can be copied, got a {name}: {error}") from None
     for own, original in zip(copied.parameters(), model.parameters(), strict=True):
         own.requires_grad = original.requires_grad
-    part = shared_part(copied, model)
+    part = shared_part(copied, model, base)
     if part is not None:
         hint = "a forward, a hook or a method names it"
         raise ValueError(
@@ -92,10 +95,17 @@ def _memo(model: nn.Module) -> dict[int, Any]:
     return memo
 
 
-def shared_part(copied: nn.Module, model: nn.Module) -> str | None:
-    """Name a module or a tensor of `model` that code of the copy can reach; None if it reaches none."""
+def duplicate(model: nn.Module) -> nn.Module:
+    """Copy a network that `independent` returned; copies of one with an adapter share the base."""
+    return copy.deepcopy(model, {id(t): t for _, t in adapters.base_of(model)})
+
+
+def shared_part(copied: nn.Module, model: nn.Module, base: Iterable[Tensor] = ()) -> str | None:
+    """Name a module or a tensor of `model`, outside its base, that code of the copy can reach; None if none."""
+    shared, storages_shared = {id(t) for t in base}, {_storage(t) for t in base}
     parts = {id(part): f"{name or 'all'!r}" for name, part in (*model.named_modules(), *_named_tensors(model))}
-    storages = {_storage(t): f"{name!r}" for name, t in _named_tensors(model)}
+    parts = {key: name for key, name in parts.items() if key not in shared}
+    storages = {_storage(t): f"{name!r}" for name, t in _named_tensors(model) if _storage(t) not in storages_shared}
     for found in reachable(copied, *(t for _, t in _named_tensors(copied))):
         if id(found) in parts:
             return parts[id(found)]
