@@ -12,6 +12,7 @@ pytest.importorskip("accelerate")
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from torch.utils.data import Dataset  # noqa: E402
 from transformers import (  # noqa: E402
     BertConfig,
     BertForSequenceClassification,
@@ -22,6 +23,7 @@ from transformers import (  # noqa: E402
 )
 
 import fmn_ref as fmn  # noqa: E402
+from fmn_ref.integrations.generation import generate  # noqa: E402
 from fmn_ref.integrations.peft import averaged_adapter, load_fused, save_fused  # noqa: E402
 from fmn_ref.integrations.transformers import RecorderCallback, causal_lm_forward  # noqa: E402
 
@@ -43,12 +45,23 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=2, n_head=2))
 
 
+class Samples(Dataset):
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        return self.samples[i]
+
+
 def sentences(n, seed):
     """The first token tells the class, four times in five."""
     rng = np.random.default_rng(seed)
     x, y = rng.integers(0, 40, (n, 6)), rng.integers(0, 4, n)
     x[:, 0] = 40 + np.where(rng.random(n) < 0.8, y, rng.integers(0, 4, n))
-    return [{"input_ids": torch.tensor(a), "labels": torch.tensor(b)} for a, b in zip(x, y, strict=True)]
+    return Samples([{"input_ids": torch.tensor(a), "labels": torch.tensor(b)} for a, b in zip(x, y, strict=True)])
 
 
 def texts(n, seed):
@@ -57,7 +70,7 @@ def texts(n, seed):
     x = rng.integers(0, 20, (n, 9))
     for i in range(1, 9):
         x[:, i] = np.where(rng.random(n) < 0.8, (3 * x[:, i - 1] + 1) % 20, x[:, i])
-    return [{"input_ids": torch.tensor(a), "labels": torch.tensor(a)} for a in x]
+    return Samples([{"input_ids": torch.tensor(a), "labels": torch.tensor(a)} for a in x])
 
 
 KINDS = {
@@ -319,7 +332,7 @@ def test_distillation_into_one_adapter(trained, tmp_path):
     plan, fused = fused_of(run)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     student = fmn.distill(
-        model, fused, data(64, 1), epochs=6, optimizer="adamw", lr=1e-2, forward_fn=forward_fn, batch_size=16, progress=False
+        model, fused, data(64, 1), epochs=20, optimizer="adamw", lr=3e-2, forward_fn=forward_fn, batch_size=16, progress=False
     )
     assert student is model
     assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in frozen.items())
@@ -381,3 +394,86 @@ def test_another_base_in_a_checkpoint_is_refused(tmp_path):
     fmn.FusedModel(fmn.FusionPlan.from_weights({0: 1}, 2), recorder.run)
     with pytest.raises(ValueError, match=r"ln_f\.weight of the base is another than the model's"):
         fmn.FusedModel(fmn.FusionPlan.from_weights({1: 1}, 2), recorder.run)
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    """A fused GPT-2 of eight adapters, and merged networks with their weights for a plain loop."""
+    folder = tmp_path_factory.mktemp("speaker")
+    train(folder, "gpt2", adapted("gpt2"))
+    run = imported("gpt2", folder / "out", folder / "run")
+    networks = [merged("gpt2", step(folder / "out", i)).eval() for i in range(EPOCHS)]
+    return fused_of(run)[1], networks
+
+
+PROMPTS = torch.tensor([[0, 0, 3, 10], [5, 7, 2, 1], [0, 9, 9, 8]])
+MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+
+
+def next_token_probabilities(networks, ids, mask):
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        logits = [n(ids, attention_mask=mask, position_ids=positions).logits[:, -1] for n in networks]
+    return sum((i + 1) / 36 * x.softmax(-1) for i, x in enumerate(logits))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_generate_is_the_plain_loop(speaker, use_cache, do_sample):
+    fused, networks = speaker
+    ids, mask = PROMPTS, MASK
+    torch.manual_seed(7)
+    for _ in range(8):
+        probs = next_token_probabilities(networks, ids, mask)
+        new = torch.multinomial(probs, 1) if do_sample else probs.argmax(1, keepdim=True)
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+    options = {"max_new_tokens": 8, "do_sample": do_sample, "use_cache": use_cache, "eos_token_id": None}
+    options |= {"top_k": 0, "pad_token_id": 0} if do_sample else {"pad_token_id": 0}
+    torch.manual_seed(7)
+    assert torch.equal(generate(fused, PROMPTS, attention_mask=MASK, **options), ids)
+    alone = networks[-1].generate(PROMPTS, attention_mask=MASK, **(options | {"do_sample": False}))
+    assert not torch.equal(alone, ids)
+    assert not networks[0]._forward_hooks
+    assert not any(m._forward_hooks for m in fused.modules())
+
+
+def test_beams_have_the_scores_of_the_mixture(speaker):
+    fused, networks = speaker
+    options = {"max_new_tokens": 6, "num_beams": 3, "pad_token_id": 0, "eos_token_id": None, "length_penalty": 0.0}
+    options |= {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2, "do_sample": False}
+    found = generate(fused, PROMPTS, attention_mask=MASK, **options)
+    again = generate(fused, PROMPTS, attention_mask=MASK, use_cache=False, **options)
+    assert torch.equal(found.sequences, again.sequences)
+    mask = MASK.repeat_interleave(2, 0)
+    total = torch.zeros(6)
+    for t in range(4, 10):
+        probs = next_token_probabilities(networks, found.sequences[:, :t], mask)
+        total += probs.gather(1, found.sequences[:, t : t + 1])[:, 0].log()
+        mask = torch.cat([mask, torch.ones(6, 1, dtype=torch.long)], 1)
+    np.testing.assert_allclose(found.sequences_scores, total, atol=1e-4)
+
+
+def test_generate_of_networks_without_adapters_and_of_a_log_linear_pool(speaker):
+    _, networks = speaker
+    plan = fmn.FusionPlan.from_weights({0: 0.5, 1: 1.5}, 2, "geometric")
+    fused = fmn.FusedModel.of_members([networks[6], networks[7]], plan)
+    weights = list(plan.weights.values())
+    members = dict(zip(plan.weights, weights, strict=True))
+    ids = PROMPTS[1:2]
+    for _ in range(6):
+        with torch.no_grad():
+            parts = [w * n(ids).logits[:, -1].log_softmax(-1) for w, n in zip(weights, networks[6:], strict=True)]
+        ids = torch.cat([ids, sum(parts).argmax(1, keepdim=True)], 1)
+    assert sum(members.values()) == 2.0
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(generate(fused, PROMPTS[1:2], attention_mask=MASK[1:2], **options), ids)
+
+
+def test_generate_refuses_what_does_not_generate(speaker, trained):
+    with pytest.raises(TypeError, match="expected a FusedModel, got GPT2LMHeadModel"):
+        generate(gpt2(), PROMPTS)
+    plan = fmn.FusionPlan.from_weights({0: 1.0}, 1)
+    with pytest.raises(TypeError, match="causal language models as members, got Linear"):
+        generate(fmn.FusedModel.of_members([torch.nn.Linear(2, 2)], plan), PROMPTS)
+    with pytest.raises(ValueError, match="a cache of its own"):
+        generate(speaker[0], PROMPTS, cache_implementation="static")
