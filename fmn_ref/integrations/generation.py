@@ -67,7 +67,7 @@ def generate(fused: FusedModel, *args: Any, **options: Any) -> Any:
 def _network_of(member: Any) -> Any:
     """The network that generates: a PeftModel's own one, which has the layers of the adapter."""
     network = member.get_base_model() if hasattr(member, "peft_config") else member
-    if not isinstance(network, GenerationMixin) or network.config.is_encoder_decoder:  # type: ignore[attr-defined]
+    if not isinstance(network, GenerationMixin) or network.config.is_encoder_decoder:
         raise TypeError(f"fused: expected causal language models as members, got {type(network).__name__}")
     return network
 
@@ -99,16 +99,8 @@ class _MemberCaches(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for cache in (super(), *self.others):
-            cache.reorder_cache(beam_idx)  # type: ignore[union-attr]
+            cache.reorder_cache(beam_idx)
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         for cache in (super(), *self.others):
-            cache.crop(max_length)  # type: ignore[union-attr]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        for cache in (super(), *self.others):
-            cache.batch_repeat_interleave(repeats)  # type: ignore[union-attr]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        for cache in (super(), *self.others):
-            cache.batch_select_indices(indices)  # type: ignore[union-attr]
+            cache.crop(tokens_to_remove)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import _check, _files
 from ..fusion.plan import FusionPlan
 from ..metrics.curves import correctness
-from ..runs import checkpoints
+from ..runs import adapters, checkpoints, foreign
 from ..runs.recorder import Recorder
 from ..runs.run import Run
 from ..training import data
@@ -104,7 +104,7 @@ def from_trainer(
     Parameters
     ----------
     output_dir : path
-        Contains checkpoint-STEP/model.safetensors, in shards or not.
+        Contains checkpoint-STEP/model.safetensors, in shards or not; or adapter_model.safetensors, for a PeftModel.
     run_dir : path
         Folder of the run.
     model : nn.Module
@@ -145,6 +145,10 @@ def _checkpoint_folders(output_dir: Path) -> dict[int, Path]:
 
 def _load_checkpoint(model: nn.Module, folder: Path) -> None:
     with data.computing(model, keep=True) as network:
+        if adapters.adapter_of(network) is not None:
+            path = folder / "adapter_model.safetensors"
+            checkpoints.load_weights(network, foreign.read_state(path, network)[0], path)
+            return
         if isinstance(network, PreTrainedModel):
             network.load_state_dict(_from_pretrained(type(network), folder).state_dict())
             return
@@ -197,7 +201,8 @@ def save_fused(folder: AnyPath, plan: FusionPlan, run: Run, processing_class: An
     """
     original, paths = plan_checkpoints(plan, run)
     if not isinstance(original, PreTrainedModel):
-        raise TypeError(f"run: expected a model with save_pretrained, got {type(original).__name__}")
+        hint = "; fmn_ref.integrations.peft saves adapters" if hasattr(original, "peft_config") else ""
+        raise TypeError(f"run: expected a model with save_pretrained, got {type(original).__name__}{hint}")
     model, target = independent(original), _files.absolute(folder)
     target.mkdir(parents=True, exist_ok=True)
     (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another

@@ -99,10 +99,9 @@ def _check_same(name: str, own: Any, value: Any) -> None:
     """Refuse a tensor of the base that is another, apart from rounding to the file's precision."""
     import torch
 
-    if isinstance(own, torch.Tensor):
-        if own.shape != value.shape or not torch.equal(own.to(value), value):
-            hint = "load one of the checkpoints first: PeftModel.from_pretrained(base, CHECKPOINT_FOLDER)"
-            raise RuntimeError(f"{name} of the base is another than the model's; {hint}")
+    if isinstance(own, torch.Tensor) and (own.shape != value.shape or not torch.equal(own.to(value), value)):
+        hint = "load one of the checkpoints first: PeftModel.from_pretrained(base, CHECKPOINT_FOLDER)"
+        raise RuntimeError(f"{name} of the base is another than the model's; {hint}")
 
 
 def check_config(model: nn.Module, folder: Path) -> None:
@@ -120,10 +119,12 @@ def check_config(model: nn.Module, folder: Path) -> None:
         stored = json.loads(file.read())
         if not isinstance(stored, dict):
             raise ValueError("it holds no object")
-    own: dict[str, Any] = model.peft_config[name].to_dict()  # type: ignore[union-attr, operator, index]
+    own: dict[str, Any] = model.peft_config[name].to_dict()  # type: ignore[union-attr, index]
     own = json.loads(json.dumps(own, default=str))
     numbers = {n for n, value in own.items() if _is_setting(value) and not _OF_TRAINING.search(n)}
-    different = [f"{n} {stored[n]} there, {own[n]} here" for n in sorted(numbers & stored.keys()) if stored[n] != own[n]]
+    different = [
+        f"{n} {stored[n]} there, {own[n]} here" for n in sorted(numbers & stored.keys()) if stored[n] != own[n]
+    ]
     if different:
         hint = "make the model with PeftModel.from_pretrained(base, CHECKPOINT_FOLDER)"
         raise ValueError(f"{path}: settings of another adapter than the model's: {', '.join(different)}; {hint}")

@@ -25,7 +25,7 @@ from transformers import (  # noqa: E402
 import fmn_ref as fmn  # noqa: E402
 from fmn_ref.integrations.generation import generate  # noqa: E402
 from fmn_ref.integrations.peft import averaged_adapter, load_fused, save_fused  # noqa: E402
-from fmn_ref.integrations.transformers import RecorderCallback, causal_lm_forward  # noqa: E402
+from fmn_ref.integrations.transformers import RecorderCallback, causal_lm_forward, from_trainer  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -148,6 +148,10 @@ def test_history_of_adapters_is_that_of_merged_networks(trained, tmp_path):
     assert run.history.epochs == full.history.epochs == tuple(STEPS * (i + 1) for i in range(EPOCHS))
     np.testing.assert_array_equal(run.history.correct(), full.history.correct())
     np.testing.assert_array_equal(run.history.correct(), recorder.run.history.correct())
+    task = "causal_lm" if forward_fn else "classification"
+    copied = from_trainer(out, tmp_path / "copied", adapted(kind), data(60, 2), task=task)
+    np.testing.assert_array_equal(run.history.correct(), copied.history.correct())
+    assert torch.load(copied.checkpoints[0]).keys() == state_names(out).keys()
     assert len({row.tobytes() for row in run.history.correct()}) > 2
     for row in (0, -1):
         expected = full.probabilities(data(60, 2))[row]
@@ -156,7 +160,7 @@ def test_history_of_adapters_is_that_of_merged_networks(trained, tmp_path):
 
 
 def test_the_recorder_stores_adapters_without_the_base(trained):
-    kind, out, recorder = trained
+    _, out, recorder = trained
     for path, folder in zip(recorder.run.checkpoints, (step(out, i) for i in range(EPOCHS)), strict=True):
         ours, theirs = torch.load(path), load_file(folder / "adapter_model.safetensors")
         assert ours.keys() == theirs.keys()
@@ -320,8 +324,13 @@ def two_rows(run, tmp_path):
     for i in (1, 2):
         state = load_file(step(tmp_path / "out", 0) / "adapter_model.safetensors")
         (tmp_path / "two" / f"checkpoint-{i}").mkdir(parents=True)
-        save_file({n: i * value for n, value in state.items()}, tmp_path / "two" / f"checkpoint-{i}" / "adapter_model.safetensors")
-    return fmn.from_checkpoints(tmp_path / "two", run.model, texts(60, 2), tmp_path / "run2", forward_fn=causal_lm_forward)
+        save_file(
+            {n: i * value for n, value in state.items()},
+            tmp_path / "two" / f"checkpoint-{i}" / "adapter_model.safetensors",
+        )
+    return fmn.from_checkpoints(
+        tmp_path / "two", run.model, texts(60, 2), tmp_path / "run2", forward_fn=causal_lm_forward
+    )
 
 
 def test_distillation_into_one_adapter(trained, tmp_path):
@@ -329,15 +338,27 @@ def test_distillation_into_one_adapter(trained, tmp_path):
     _, data, forward_fn, _ = KINDS[kind]
     model = adapted(kind)
     run = imported(kind, out, tmp_path / "run", model)
-    plan, fused = fused_of(run)
+    _, fused = fused_of(run)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     student = fmn.distill(
-        model, fused, data(64, 1), epochs=20, optimizer="adamw", lr=3e-2, forward_fn=forward_fn, batch_size=16, progress=False
+        model,
+        fused,
+        data(64, 1),
+        epochs=20,
+        optimizer="adamw",
+        lr=3e-2,
+        forward_fn=forward_fn,
+        batch_size=16,
+        progress=False,
     )
     assert student is model
     assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in frozen.items())
     with torch.no_grad():
-        teacher, own, untrained = fused(inputs(kind)), model(inputs(kind)).logits, adapted(kind).eval()(inputs(kind)).logits
+        teacher, own, untrained = (
+            fused(inputs(kind)),
+            model(inputs(kind)).logits,
+            adapted(kind).eval()(inputs(kind)).logits,
+        )
     near, far = ((x.softmax(-1) - teacher.exp()).abs().mean() for x in (own, untrained))
     assert near < 0.6 * far
     with torch.no_grad():
