@@ -1,6 +1,7 @@
 """Adapters of PEFT: the same histories as merged networks, one base in memory and in no file."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("accelerate")
 
 import torch  # noqa: E402
+from pages import blocks  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 from transformers import (  # noqa: E402
@@ -18,6 +20,8 @@ from transformers import (  # noqa: E402
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -29,9 +33,12 @@ from fmn_ref.integrations.transformers import RecorderCallback, causal_lm_forwar
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+GUIDE = (Path(__file__).parents[2] / "docs" / "integrations" / "peft.md").read_text()
 STEPS, EPOCHS = 4, 8
-# peft calls what Transformers renamed, and looks for the vocabulary of a base that has no name
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:Could not find a config file")
+# Warnings of peft: it calls what Transformers renamed, and looks for the vocabulary of a base that has no name
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing", "ignore:Could not find a config file", "ignore:Setting .save_embedding_layers"
+)
 
 
 def bert():
@@ -498,3 +505,81 @@ def test_generate_refuses_what_does_not_generate(speaker, trained):
         generate(fmn.FusedModel.of_members([torch.nn.Linear(2, 2)], plan), PROMPTS)
     with pytest.raises(ValueError, match="a cache of its own"):
         generate(speaker[0], PROMPTS, cache_implementation="static")
+
+
+def llama(seed):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=20, max_position_embeddings=16, **sizes))
+    torch.manual_seed(0)
+    for parameter in (p for name, p in base.named_parameters() if "embed_tokens" not in name):
+        torch.nn.init.normal_(parameter, std=0.1)
+    return base
+
+
+def test_embeddings_that_peft_stores_beside_an_adapter_are_compared(tmp_path):
+    """New tokens have random embeddings, which peft stores; with those of another base the outputs would be others."""
+
+    def make(seed):
+        config = peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+        torch.manual_seed(3)
+        return peft.get_peft_model(llama(seed), config)
+
+    recorder = train(tmp_path, "gpt2", make(1), num_train_epochs=2)
+    out = tmp_path / "out"
+    assert any("embed_tokens.base_layer" in name for name in state_names(out))
+    run = imported("gpt2", out, tmp_path / "run", make(1))
+    np.testing.assert_array_equal(run.history.correct(), recorder.run.history.correct())
+    with pytest.raises(ValueError, match=r"embed_tokens\.base_layer\.weight of the base is another than the model's"):
+        imported("gpt2", out, tmp_path / "other", make(2))
+    assert not (tmp_path / "other").exists()
+    loaded = peft.PeftModel.from_pretrained(llama(2), step(out, 0))
+    again = imported("gpt2", out, tmp_path / "again", loaded)
+    np.testing.assert_array_equal(run.history.correct(), again.history.correct())
+    plan = fmn.FusionPlan.from_weights({0: 1, 1: 1}, 2)
+    save_fused(tmp_path / "fused", plan, again)
+    with torch.no_grad():
+        expected = fmn.FusedModel(plan, run)(inputs("gpt2"))
+        np.testing.assert_allclose(load_fused(tmp_path / "fused", llama(2))(inputs("gpt2")), expected, atol=1e-6)
+
+
+def test_an_adapter_with_a_name_of_its_own(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    model = peft.get_peft_model(bert(), config, adapter_name="mine")
+    recorder = train(tmp_path, "bert", model, num_train_epochs=2)
+    run = imported("bert", str(tmp_path / "out" / "checkpoint-*" / "mine"), tmp_path / "run", model)
+    np.testing.assert_array_equal(run.history.correct(), recorder.run.history.correct())
+    plan = fmn.FusionPlan.from_weights({0: 1, 1: 3}, 2)
+    save_fused(tmp_path / "fused", plan, run)
+    with torch.no_grad():
+        expected = fmn.FusedModel(plan, run)(inputs("bert"))
+        np.testing.assert_allclose(load_fused(tmp_path / "fused", bert())(inputs("bert")), expected, atol=1e-6)
+
+
+def test_a_recorded_training_in_bfloat16(tmp_path):
+    recorder = train(tmp_path, "bert", adapted("bert"), num_train_epochs=2, bf16=True)
+    probs = recorder.run.probabilities(sentences(60, 2))
+    np.testing.assert_array_equal(fmn.correctness(probs[:], probs.labels), recorder.run.history.correct())
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"lora_alpha": "x"}', '{"lora_alpha": NaN}', '{"lora_alpha": null}'])
+def test_settings_that_are_damaged_are_refused(trained, tmp_path, text):
+    kind, out, _ = trained
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    weights = tmp_path / "out" / "checkpoint-3" / "adapter_model.safetensors"
+    weights.write_bytes((step(out, 0) / "adapter_model.safetensors").read_bytes())
+    (weights.parent / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config\.json: "):
+        imported(kind, tmp_path / "out", tmp_path / "run")
+
+
+def test_the_guide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tmp_path, "gpt2", adapted("gpt2"), num_train_epochs=3)
+    names = {"base": gpt2(), "make_base": gpt2, "val_set": texts(60, 2), "train_set": texts(64, 1)}
+    names |= {"input_ids": PROMPTS, "first": step(tmp_path / "out", 0)}
+    for code in blocks(GUIDE):
+        exec(code, names)
+    assert names["log_probs"].shape == (3, 4, 20)
+    assert names["text"].shape[0] == 3
+    assert list(names["averaged"].peft_config) == ["default"]
