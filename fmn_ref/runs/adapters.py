@@ -25,7 +25,8 @@ _OF_TRAINING = re.compile("dropout|init|inference|total_step|orth_reg|low_cpu") 
 def adapter_of(model: Any) -> str | None:
     """Name of the only part of a network that is trained: the active adapter; None if there is no such part.
 
-    Prompts are no adapters here: peft can store neither two nor the whole of one.
+    Running statistics of BatchNorm in the base are trained too, and peft does not store them. Prompts are no adapters
+    here: peft stores neither two of them nor the network that makes one.
 
     Raises
     ------
@@ -42,8 +43,13 @@ def adapter_of(model: Any) -> str | None:
     if merged is not None:
         raise ValueError(f"model: an adapter is merged into {merged}, so that the base is another; unmerge it first")
     held = {t.data_ptr() for t in _adapter_state(model, active[0]).values()}
-    trained = (p for p in model.parameters() if p.requires_grad)
-    return active[0] if all(p.data_ptr() in held for p in trained) else None
+    return active[0] if all(t.data_ptr() in held for t in _changing(model)) else None
+
+
+def _changing(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that a training changes: parameters that have gradients, and running statistics."""
+    yield from (p for p in model.parameters() if p.requires_grad)
+    yield from (b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith("running_"))
 
 
 def _adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:

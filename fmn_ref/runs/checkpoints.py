@@ -98,7 +98,7 @@ def unwrap(model: Any) -> nn.Module:
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
+        elif "_orig_mod" in getattr(model, "_modules", ()):  # a PeftModel has the attributes of its base
             model = model._orig_mod
         else:
             return model  # type: ignore[no-any-return]

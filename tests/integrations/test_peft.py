@@ -410,6 +410,75 @@ def test_what_is_trained_beside_the_adapter_is_stored_too(tmp_path):
         save_fused(tmp_path / "fused", fmn.FusionPlan.from_weights({0: 1}, 1), recorder.run)
 
 
+class Convolution(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x)).mean((2, 3)))
+
+
+def test_running_statistics_of_the_base_are_stored_too(tmp_path):
+    """A training changes them, and the adapter's file does not hold them."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 3, 8, 8), torch.arange(64) % 2
+    model = peft.get_peft_model(Convolution(), peft.LoraConfig(target_modules=["a"], modules_to_save=["b"]))
+    recorder, optimizer = fmn.Recorder(tmp_path / "run", model), torch.optim.SGD(model.parameters(), 0.1)
+    for epoch in range(3):
+        torch.nn.functional.cross_entropy(model.train()(x), y).backward()
+        optimizer.step()
+        with torch.no_grad():
+            recorder.record(epoch, model.eval()(x), y)
+    probs = recorder.run.probabilities((x, y))
+    np.testing.assert_array_equal(fmn.correctness(probs[:], y), recorder.run.history.correct())
+    assert any("running_mean" in name for name in torch.load(recorder.run.checkpoints[0]))
+    for epoch in range(2):
+        model.save_pretrained(tmp_path / "out" / f"checkpoint-{epoch}")
+    with pytest.raises(ValueError, match="does not fit the model: missing .*running_mean"):
+        fmn.from_checkpoints(tmp_path / "out", model, (x, y), tmp_path / "imported")
+
+
+def test_a_training_of_ours_stores_the_network_and_shares_the_base(tmp_path):
+    model = adapted("bert")
+    options = {"epochs": 3, "optimizer": "adamw", "lr": 3e-2, "progress": False, "half": True}
+    run = fmn.train(model, sentences(64, 1), sentences(60, 2), run_dir=tmp_path / "run", **options)
+    probs = run.probabilities(sentences(60, 2))
+    assert (fmn.correctness(probs[:], probs.labels) == run.history.correct()).mean() > 0.98  # rounded to 16 bits
+    fused = fmn.FusedModel(fmn.FusionPlan.from_weights({0: 1, 2: 3}, 3), run)
+    assert len(storages(fused.members)) < 1.5 * len(storages(model))
+    fused.save(tmp_path / "fused")
+    loaded = fmn.FusedModel.load(tmp_path / "fused", adapted("bert"))
+    assert torch.equal(loaded(inputs("bert")), fused(inputs("bert")))
+
+
+def test_several_active_adapters_are_refused(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["query"])
+    model = peft.get_peft_model(bert(), config)
+    model.add_adapter("other", config)
+    fmn.Recorder(tmp_path / "one", model).record_correct(0, [True, False], [0, 1])
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="expected one active adapter, got"):
+        fmn.Recorder(tmp_path / "two", model).record_correct(0, [True, False], [0, 1])
+
+
+def test_evaluation_has_one_base_in_memory(trained, tmp_path):
+    """Each network that a forward_fn sees uses the tensors of the user's base."""
+    kind, out, _ = trained
+    model, used = adapted(kind), set()
+    default = KINDS[kind][2] or (lambda network, batch: (network(batch["input_ids"]).logits, batch["labels"]))
+
+    def forward_fn(network, batch):
+        used.update(storages(network))
+        return default(network, batch)
+
+    run = fmn.from_checkpoints(out, model, KINDS[kind][1](60, 2), tmp_path / "run", forward_fn=forward_fn)
+    assert len(run.probabilities(KINDS[kind][1](60, 2))[:]) == EPOCHS
+    frozen = {p.untyped_storage().data_ptr() for p in model.parameters() if not p.requires_grad}
+    assert frozen <= used
+    assert len(used - storages(model).keys()) <= 2 * (len(storages(model)) - len(frozen))  # two copies of an adapter
+
+
 def test_another_base_in_a_checkpoint_is_refused(tmp_path):
     """`train` stores the whole network; its base is compared, and never loaded into one that others share."""
     model = adapted("gpt2")
