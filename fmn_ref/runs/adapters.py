@@ -110,6 +110,15 @@ def _check_same(name: str, own: Any, value: Any) -> None:
         raise RuntimeError(f"{name} of the base is another than the model's; {hint}")
 
 
+def hint(model: nn.Module, path: Path) -> str:
+    """Say, if the checkpoint is an adapter, why it does not fit a network that has none or is trained elsewhere too."""
+    if not (path.parent / CONFIG).is_file() or adapter_of(model) is not None:
+        return ""
+    if hasattr(model, "peft_config"):
+        return "; it is an adapter, and more of the model is trained: weights that are not frozen, or BatchNorm"
+    return "; it is an adapter, for PeftModel.from_pretrained(base, CHECKPOINT_FOLDER)"
+
+
 def check_config(model: nn.Module, folder: Path) -> None:
     """Refuse an adapter whose settings are others than the model's: tensors of the same shapes would compute otherwise.
 

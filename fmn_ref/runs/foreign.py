@@ -119,7 +119,7 @@ def read_state(
     names = _Names(model)
     fitting = {name: fit for name, state in found.items() if (fit := names.fit(state)) is not None}
     if not fitting:
-        raise ValueError(f"{path}: does not fit the model: {names.differences(found)}{_adapter_hint(path)}")
+        raise ValueError(f"{path}: does not fit the model: {names.differences(found)}{adapters.hint(model, path)}")
     chosen = _choose(path, fitting) if key is None else key
     taken = {own: found[chosen][name] for own, name in fitting[chosen].items()}
     if path.is_dir():
@@ -140,12 +140,6 @@ def _states(content: Any, name: str, depth: int) -> Iterator[tuple[str, Mapping[
         yield name, texts
     for key, value in texts.items():
         yield from _states(value, f"{name}.{key}" if name else key, depth - 1)
-
-
-def _adapter_hint(path: Path) -> str:
-    if not (path.parent / adapters.CONFIG).is_file():
-        return ""
-    return "; it is an adapter, for PeftModel.from_pretrained(base, CHECKPOINT_FOLDER)"
 
 
 def _choose(path: Path, fitting: Mapping[str, Any]) -> str:
