@@ -22,9 +22,9 @@ Array = NDArray[Any]  # of any type; for probabilities a floating-point type, BF
 def array(x: Any, name: str, bfloat16: bool = False, kinds: str = "biuf") -> Array:
     """View anything that NumPy can view; copy only tensors on an accelerator or of a type that NumPy lacks.
 
-    Every array that a user passes comes through here. Masked values are refused, in lists of arrays too: NumPy would
-    show what is under the mask. `kinds` are those of the accepted dtypes. A bfloat16 tensor becomes float32, or with
-    `bfloat16` an array of dtype BFLOAT16, without a copy.
+    Every array that a user passes comes through here. Masked values are refused, in lists and behind `__array__` too:
+    NumPy would show what is under the mask. `kinds` are those of the accepted dtypes. A bfloat16 tensor becomes
+    float32, or with `bfloat16` an array of dtype BFLOAT16, without a copy.
     """
     try:
         a = _viewed(x, bfloat16)
@@ -45,20 +45,28 @@ def _viewed(x: Any, bfloat16: bool) -> Array:
             x = x.view(torch.int16).numpy().view(BFLOAT16) if bfloat16 else x.float()
     elif hasattr(x, "__dlpack__") and not hasattr(x, "__array__"):
         x = np.from_dlpack(x)
-    elif n_masked := _masked_values(x):
-        raise ValueError(f"{n_masked} of its values are masked; leave them out first")
+    else:
+        x = _unmasked(x)
     a = np.asarray(x)
     return a.astype(np.float32) if a.dtype.name == "bfloat16" else a  # from ml_dtypes, which JAX uses
 
 
-def _masked_values(x: Any) -> int:
-    """Number of masked values in a masked array, or in lists and tuples that contain some."""
-    if isinstance(x, np.ma.MaskedArray):
-        return int(np.ma.getmaskarray(x).view(np.uint8).sum())
-    nested = (list, tuple, np.ma.MaskedArray)
-    if isinstance(x, (list, tuple)) and any(issubclass(t, nested) for t in set(map(type, x))):
-        return sum(map(_masked_values, x))
-    return 0
+def _unmasked(x: Any) -> Any:
+    """What objects with `__array__` give, in lists and tuples too; ValueError if values of it are masked."""
+    if isinstance(x, (list, tuple)):
+        types = set(map(type, x))
+        nested = any(issubclass(t, (list, tuple)) or _gives_array(t) for t in types)
+        return [_unmasked(value) for value in x] if nested else x
+    if not _gives_array(type(x)):
+        return x
+    a = np.asanyarray(x.compute() if hasattr(x, "__dask_graph__") else x)  # dask's own `__array__` drops the mask
+    if isinstance(a, np.ma.MaskedArray) and (n := int(np.ma.getmaskarray(a).view(np.uint8).sum())):
+        raise ValueError(f"{n} of its values are masked; leave them out first")
+    return a
+
+
+def _gives_array(kind: type) -> bool:
+    return hasattr(kind, "__array__") and not issubclass(kind, np.generic)
 
 
 def of_file(x: Any) -> str:

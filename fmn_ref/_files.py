@@ -17,7 +17,6 @@ import json
 import mmap
 import os
 import re
-import secrets
 import shutil
 import stat
 import sys
@@ -116,7 +115,7 @@ def _locked_new(target: Path, ending: str) -> IO[bytes]:
 
 def unpredictable(path: Path, ending: str = "") -> Path:
     """A new temporary name beside the path's, which nobody can have taken."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp{ending}")
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp{ending}")
 
 
 def remove_leftovers(parent: Path, name: str | None = None) -> None:
@@ -188,7 +187,12 @@ def write_json(path: AnyPath, content: Any) -> None:
 
 
 def flush_output() -> None:
-    """Write what was printed. If that fails, drop the rest: the interpreter would fail on it once more at its end."""
+    """Write what was printed. If that fails, drop the rest: the interpreter would fail on it once more at its end.
+
+    There may be no standard output (pythonw, a service, `1>&-`): then what is printed goes nowhere.
+    """
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except OSError:

@@ -26,7 +26,6 @@ from .fusion.expectation import expected_gain
 from .fusion.fuse import fuse
 from .fusion.plan import FusionPlan
 from .kernels.backend import backend
-from .metrics.history import labels_digest
 from .metrics.overview import curves_and_forgotten, first_samples
 from .metrics.samples import sample_statistics
 from .metrics.scores import scores
@@ -149,9 +148,9 @@ def command_apply(args: argparse.Namespace) -> None:
     labels = None
     if args.labels or has_labels(args.probs):
         labels = load_labels(args.labels, args.probs)
-        if labels_digest(labels).hex() == plan.labels_sha256 and not args.allow_selection_data:
+        if plan.was_chosen_on(probs, labels) and not args.allow_selection_data:
             reason = "the plan was chosen on these samples, so its accuracy on them is too high"
-            raise ValueError(f"labels: {reason} (--allow-selection-data permits it)")
+            raise ValueError(f"{args.probs}: {reason} (--allow-selection-data permits it)")
     fused = plan.apply(probs)
     _files.write_atomic(args.output, lambda f: np.save(f, fused))
     content: dict[str, Any] = {"output": args.output, "shape": list(fused.shape)}

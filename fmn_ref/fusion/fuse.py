@@ -22,7 +22,7 @@ from .epsilon import SEARCHES, Target, grid_of
 from .methods import AUTO, AUTO_METHOD, METHODS, UNBOUNDED, Problem, method_names, problem_for, summaries
 from .mixtures import replay
 from .plan import FusionPlan
-from .probabilities import ProbabilityReader
+from .probabilities import ProbabilityReader, samples_digest
 
 _DRAWS = 2000  # of the bootstrap
 _MANY = 5000  # samples of which half choose nearly as well as four fifths
@@ -205,7 +205,8 @@ def _planned(problem: Problem, target: Target, found: _Estimate, epochs: tuple[i
     accuracy = tuple(target.score_of(p) / target.total for p in mixtures)
     search, digest = "exact" if method.exact else problem.search, labels_digest(target.labels).hex()
     kind = accuracy, method.name, search, digest, method.combine
-    return FusionPlan(members, problem.n_epochs, seen.window, *kind, found.accuracy, found.gain_interval, epochs)
+    estimate, samples = (found.accuracy, found.gain_interval), samples_digest(problem.final)
+    return FusionPlan(members, problem.n_epochs, seen.window, *kind, *estimate, epochs, samples)
 
 
 def _predict_unseen(problem: Problem, target: Target, method: str, folds: int) -> _Unseen:

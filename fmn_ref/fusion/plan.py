@@ -11,9 +11,10 @@ import numpy as np
 
 from .. import _check, _files
 from .._check import Float
+from ..metrics.history import labels_digest
 from .methods import method_names
 from .mixtures import COMBINATIONS, Members, log_linear_pool, members_from_weights, replay, window_epochs
-from .probabilities import ProbabilityReader
+from .probabilities import ProbabilityReader, samples_digest
 
 MOST_WEIGHT = 1e6  # of a member of a log-linear pool
 LISTED = 1000  # epochs that windows may have beyond those that a file lists; each of those takes some bytes
@@ -39,8 +40,8 @@ class FusionPlan:
         Accuracy on the selection set: of the final model, then after each linear member, or of the pool.
     method, search : str
         As in `fuse`. After "auto" the method that it tried; "weights" for a plan made by `from_weights`.
-    labels_sha256 : str
-        Digest of the selection labels, with which a user of the plan can refuse to score on the selection set.
+    labels_sha256, samples_sha256 : str
+        Digests of the selection labels, and of the selection samples: see `was_chosen_on`.
     combine : {"linear", "geometric"}
         Whether the fused prediction is sum_e weight_e * p_e, or proportional to exp(sum_e weight_e * log p_e).
     cv_accuracy : float, optional
@@ -63,6 +64,7 @@ class FusionPlan:
     cv_accuracy: float | None = field(default=None, compare=False)
     gain_interval: tuple[float, float] | None = field(default=None, compare=False)
     epochs: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    samples_sha256: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.members:  # the final model's own probabilities, without a floor
@@ -191,6 +193,18 @@ class FusionPlan:
             return log_linear_pool(reader, dict(self.members))
         return deque(replay(reader, self.members, self.window, self.combine), maxlen=1)[0]
 
+    def was_chosen_on(self, probs: Any, labels: Any) -> bool:
+        """Tell whether these are the samples that the plan was chosen on, in any order.
+
+        A sample is known by its probabilities at the last row, in 32 bits. So a part of the selection set is not
+        noticed, nor are probabilities that another device or batch size has rounded otherwise. A plan that does not
+        know its samples goes by the labels and their order.
+        """
+        if not self.samples_sha256:
+            return labels_digest(labels).hex() == self.labels_sha256
+        reader = ProbabilityReader.of(probs)
+        return samples_digest(reader[len(reader) - 1]) == self.samples_sha256
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON (docs/reference/formats.md)."""
         _files.write_json(
@@ -208,6 +222,7 @@ class FusionPlan:
                 "epochs": list(self.epochs),
                 "selection_accuracy": list(self.accuracy),
                 "selection_labels_sha256": self.labels_sha256,
+                "selection_samples_sha256": self.samples_sha256,
                 "cv_accuracy": self.cv_accuracy,
                 "gain_interval": self.gain_interval,
             },
@@ -233,11 +248,23 @@ class FusionPlan:
                 cv_accuracy=content.get("cv_accuracy"),
                 gain_interval=None if content.get("gain_interval") is None else tuple(content["gain_interval"]),
                 epochs=() if old else tuple(_check.number(e, 0, 2**63 - 1, "epochs", int) for e in content["epochs"]),
+                samples_sha256=str(content.get("selection_samples_sha256", "")),
             )
             most, n_covered = LISTED + os.path.getsize(_files.absolute(path)), sum(map(len, plan._covered))
             if plan.combine == "linear" and (n_covered > most or n_covered * len(plan.members) > LISTED * most):
                 raise ValueError(f"window: expected windows of epochs that the file lists, got {plan.window}")
+            if "weights" in content:
+                plan._check_weights(content["weights"])
             return plan
+
+    def _check_weights(self, given: dict[str, Any]) -> None:
+        """Refuse weights that are not those of the members: other languages read `weights` alone."""
+        for row, weight in self.weights.items():
+            found = _check.number(given[str(row)], 0, MOST_WEIGHT, "weights")
+            if abs(found - weight) > 1e-6 * max(1, weight):
+                raise ValueError(f"weights: expected {weight:g} for row {row} as in members, got {found:g}")
+        if len(given) != self.forward_passes:
+            raise ValueError(f"weights: expected {self.forward_passes} rows as in members, got {len(given)}")
 
     def __str__(self) -> str:
         """The checkpoints with their weights, a line each, then what they reach and cost."""

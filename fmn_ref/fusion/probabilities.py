@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class ProbabilityReader:
     """
 
     def __init__(self, probs: Any, name: str = "probs") -> None:
-        if not hasattr(probs, "__getitem__") or not hasattr(probs, "__len__"):
+        if isinstance(probs, Mapping) or not (hasattr(probs, "__getitem__") and hasattr(probs, "__len__")):
             raise TypeError(f"{name}: expected an array or a sequence of arrays, got {type(probs).__name__}")
         shape = getattr(probs, "shape", None)
         if (shape is not None and len(shape) != 3) or len(probs) == 0:
@@ -84,6 +85,14 @@ class ProbabilityReader:
     def mean(self, epochs: Sequence[int]) -> Float:
         """Mean probabilities of several epochs."""
         return mean(self.alike(epochs))
+
+
+def samples_digest(probs: Float) -> str:
+    """Digest of the rows of (n_samples, n_classes) probabilities, in any order and rounded to 32 bits."""
+    factors = np.frombuffer(hashlib.shake_256(b"classes").digest(8 * probs.shape[1]), "<u8").astype(np.uint64)
+    bits = np.ascontiguousarray(probs, np.float32).view(np.uint32).astype(np.uint64)
+    rows = bits @ factors  # modulo 2^64, exact
+    return hashlib.sha256(np.sort(rows).astype("<u8").tobytes()).hexdigest()
 
 
 def stored_probabilities(

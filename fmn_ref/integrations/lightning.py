@@ -203,7 +203,8 @@ class RecorderCallback(_callback_class()):  # type: ignore[misc]
         """Open the run and discard the epochs that the trainer will repeat."""
         if trainer.current_epoch == trainer.global_step == 0:
             self._next_epoch, self._n_batches = 0, -1
-        self._recorder = Recorder(self.run_dir, keep=self._keep, half=self._half)
+        half = self._half and checkpoints.parameter_names(self._model or trainer.lightning_module)
+        self._recorder = Recorder(self.run_dir, keep=self._keep, half=half)
         start = max(trainer.current_epoch, self._next_epoch)
         self._check_start(start, self._recorder)
         dropped = self._recorder.rewind(start)

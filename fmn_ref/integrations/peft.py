@@ -11,7 +11,6 @@ says which of its weights are a checkpoint.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from ..training import data
 from ..training.averages import shares_of
 from ..training.copies import duplicate, independent
 from ..training.ensemble import FusedModel, attached_model, plan_checkpoints
+from .transformers_checkpoints import write_fused
 
 try:
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
@@ -47,7 +47,8 @@ def save_fused(folder: _files.AnyPath, plan: FusionPlan, run: Run, processing_cl
     Parameters
     ----------
     folder : path
-        A fused model in it is replaced. member_00003 is row 3 of the run.
+        A fused model in it is replaced, once the new one is complete; other files stay. member_00003 is row 3 of the
+        run.
     plan : FusionPlan
     run : Run
         With its model attached, a PeftModel.
@@ -59,21 +60,15 @@ def save_fused(folder: _files.AnyPath, plan: FusionPlan, run: Run, processing_cl
     TypeError
         The run's model is no PeftModel, or more than an adapter of it is trained.
     ValueError, FileNotFoundError
-        As `FusedModel`. Nothing is written then.
+        As `FusedModel`; another tool's files have the names of those to write. What was in the folder stays.
     """
     original, paths = plan_checkpoints(plan, run)
-    name, network, target = _name_of(original, "run"), independent(original), _files.absolute(folder)
-    for path in paths.values():
-        checkpoints.load_into(network, path)  # refused before anything is written
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
-    for member in target.glob("member_*"):
-        shutil.rmtree(member)
-    for row, path in paths.items():
-        _save_adapter(checkpoints.load_into(network, path), name, _member(target, row))
-    if processing_class is not None:
-        processing_class.save_pretrained(target)
-    plan.save(target / "plan.json")
+    name, network = _name_of(original, "run"), independent(original)
+
+    def save(path: Path, member: Path) -> None:
+        _save_adapter(checkpoints.load_into(network, path), name, member)
+
+    write_fused(folder, plan, paths, save, processing_class)
 
 
 def _member(folder: Path, row: int) -> Path:

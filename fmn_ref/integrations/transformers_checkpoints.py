@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .. import _check, _files
 from ..fusion.plan import FusionPlan
 from ..metrics.curves import correctness
 from ..runs import adapters, checkpoints, foreign
+from ..runs.folder import remove_checkpoint
 from ..runs.recorder import Recorder
 from ..runs.run import Run
 from ..training import data
@@ -185,7 +186,8 @@ def save_fused(folder: AnyPath, plan: FusionPlan, run: Run, processing_class: An
     Parameters
     ----------
     folder : path
-        A fused model in it is replaced. member_00003 is row 3 of the run.
+        A fused model in it is replaced, once the new one is complete; other files stay. member_00003 is row 3 of the
+        run.
     plan : FusionPlan
     run : Run
         With its model attached.
@@ -197,23 +199,63 @@ def save_fused(folder: AnyPath, plan: FusionPlan, run: Run, processing_class: An
     TypeError
         The run's model is no PreTrainedModel.
     ValueError, FileNotFoundError
-        As `FusedModel`.
+        As `FusedModel`; another tool's files have the names of those to write. What was in the folder stays.
     """
     original, paths = plan_checkpoints(plan, run)
     if not isinstance(original, PreTrainedModel):
         hint = "; fmn_ref.integrations.peft saves adapters" if hasattr(original, "peft_config") else ""
         raise TypeError(f"run: expected a model with save_pretrained, got {type(original).__name__}{hint}")
-    model, target = independent(original), _files.absolute(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
-    for member in target.glob("member_*"):
-        shutil.rmtree(member)
-    for row, path in paths.items():
+    model = independent(original)
+
+    def save(path: Path, member: Path) -> None:
         with data.computing(checkpoints.load_into(model, path)) as network:
-            network.save_pretrained(target / f"member_{row:05d}")  # type: ignore[operator]
-    if processing_class is not None:
-        processing_class.save_pretrained(target)
+            network.save_pretrained(member)  # type: ignore[operator]
+
+    write_fused(folder, plan, paths, save, processing_class)
+
+
+def write_fused(
+    folder: AnyPath, plan: FusionPlan, paths: dict[int, Path], save: Callable[[Path, Path], None], processing_class: Any
+) -> None:
+    """Write a fused model as `save_fused` does; `save` gets the paths of a checkpoint and of its member's folder."""
+    target = _files.absolute(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    replaced = _fused_members(target, paths)
+    with _beside(target / "members") as new:
+        for row, path in paths.items():
+            save(path, new / f"member_{row:05d}")
+        if processing_class is not None:
+            processing_class.save_pretrained(target)
+        (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
+        for member in replaced:
+            remove_checkpoint(member)
+        for member in new.iterdir():
+            member.rename(target / member.name)
     plan.save(target / "plan.json")
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield a new folder of a temporary name, which is deleted at the end, and by the next call after a kill."""
+    _files.remove_leftovers(path.parent, path.name)
+    folder = _files.unpredictable(path)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fused_members(folder: Path, rows: Iterable[int]) -> list[Path]:
+    """List the members of the fused model in a folder; ValueError if other files have the names of new ones."""
+    if (folder / "plan.json").exists():
+        FusionPlan.load(folder / "plan.json")  # refuses another tool's
+    named = [p for p in folder.glob("member_*") if re.fullmatch(r"member_\d{5,}", p.name)]
+    members = [p for p in named if (p / "config.json").is_file() or (p / adapters.CONFIG).is_file()]
+    for path in (folder / f"member_{row:05d}" for row in rows):
+        if path in named and path not in members:
+            raise ValueError(f"{path}: not a member of a fused model; choose another folder")
+    return members
 
 
 def load_fused(folder: AnyPath, model_class: Any) -> FusedModel:

@@ -92,7 +92,7 @@ def write_report(
     >>> write_report(folder / "run", folder / "report.html", labels=[0, 1, 1]).name
     'report.html'
     """
-    target, folder = Path(output), Path(run_dir)
+    target, folder = Path(output).expanduser(), Path(run_dir).expanduser()
     if target.suffix.lower() not in (".html", ".htm"):  # a typing error must not overwrite a plan or a history
         raise ValueError(f"output: expected a name ending in .html, got {target.name!r}")
     run = Run.open(folder)

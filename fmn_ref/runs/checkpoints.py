@@ -9,7 +9,7 @@ import copy
 import io
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ROUNDING = 2.0**-11  # relative error of 16 bits
+DEEPEST = 100  # parts within parts of a state: Python bounds the depth of the recursions that store and read it
 _PLAIN = (type(None), bool, float, str)  # `load` reads them back, and integers
 
 
@@ -35,19 +36,28 @@ def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
     model : nn.Module
     path : path
     half : bool, default False
-        Store float32 and float64 as float16, except tensors in which a weight would lose more than the rounding of 16
-        bits: see `_halved`. `load_into` converts them back.
+        Store float32 and float64 parameters as float16, except tensors in which a weight would lose more than the
+        rounding of 16 bits: see `_halved`. `load_into` converts them back. Buffers stay as they are: they may hold
+        large means, or places in a table.
     """
-    save_weights(adapters.state_of(unwrap(model)), path, half=half)
+    inner = unwrap(model)
+    save_weights(adapters.state_of(inner), path, half=half and parameter_names(inner))
 
 
-def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool = False) -> None:
-    """Store a state_dict; see `save_state`."""
+def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool | Set[str] = False) -> None:
+    """Store a state_dict; see `save_state`. `half` may be the names of the parameters; True takes all for such."""
     state = copy.copy(renamed(state, {}))
-    if half:
-        tensors = {name: value for name, value in state.items() if hasattr(value, "layout")}
-        state.update(_each_once(tensors, _halved))
+    names = state.keys() & half if isinstance(half, Set) else set(state) if half else ()
+    tensors = {name: state[name] for name in names if hasattr(state[name], "layout")}
+    state.update(_each_once(tensors, _halved))
     save(state, path)
+
+
+def parameter_names(model: nn.Module) -> Set[str]:
+    """Names of a model's parameters in its checkpoints."""
+    inner = unwrap(model)
+    names = {uncompiled(name) for name, _ in inner.named_parameters(remove_duplicate=False)}
+    return names if adapters.adapter_of(inner) is None else names | adapters.state_of(inner).keys()
 
 
 def uncompiled(name: Any) -> Any:
@@ -115,22 +125,24 @@ def check_readable(content: Any, name: str = "state") -> None:
             raise TypeError(f"{fault}; {hint}") from error
 
 
-def _unusual(content: Any, name: str) -> Iterator[tuple[str, Any]]:
+def _unusual(content: Any, name: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Yield names and values that are neither plain numbers, texts and tensors nor dicts, lists and tuples of them."""
     import torch
 
+    if depth > DEEPEST:
+        raise TypeError(f"{name:.80}...: expected parts at most {DEEPEST} deep; it is deeper, or a part of itself")
     kind = type(content)
     if kind in (dict, OrderedDict):
         parts = {**content, **getattr(content, "__dict__", {})}  # a state_dict has _metadata
         for key, value in parts.items():
             if type(key) is not str:
-                yield from _unusual(key, f"{name}: key {key!r}")
+                yield from _unusual(key, f"{name}: key {key!r}", depth + 1)
             if not _is_plain(value):
-                yield from _unusual(value, f"{name}.{key}")
+                yield from _unusual(value, f"{name}.{key}", depth + 1)
     elif kind in (list, tuple):
         for i, value in enumerate(content):
             if not _is_plain(value):
-                yield from _unusual(value, f"{name}[{i}]")
+                yield from _unusual(value, f"{name}[{i}]", depth + 1)
     elif not _is_plain(content.detach() if kind is torch.nn.Parameter else content):
         yield name, content
 
@@ -141,7 +153,7 @@ def _is_plain(value: Any) -> bool:
 
     kind = type(value)
     if kind is torch.Tensor:
-        return bool(value.layout is torch.strided and not value.is_meta)
+        return bool(value.layout is torch.strided and not value.is_meta and not value.is_nested)
     return kind in _PLAIN or (kind is int and abs(value) < 2**63)
 
 
@@ -151,7 +163,9 @@ def _round_trip(value: Any) -> None:
     buffer = io.BytesIO()
     torch.save(_compact(value), buffer)
     buffer.seek(0)
-    torch.load(buffer, map_location="cpu", weights_only=True)
+    found = torch.load(buffer, map_location="cpu", weights_only=True)
+    if type(found) is not type(value):
+        raise TypeError(f"it becomes {type(found).__name__}")
 
 
 def save(content: Any, path: AnyPath) -> None:
@@ -240,14 +254,14 @@ def memory(t: Tensor) -> Any:
     """Return what is equal for tensors with the same elements in memory, as tied weights are."""
     import torch
 
-    if type(t) not in (torch.Tensor, torch.nn.Parameter) or t.layout != torch.strided or not t.numel():
+    if type(t) not in (torch.Tensor, torch.nn.Parameter) or t.layout != torch.strided or t.is_meta or not t.numel():
         return id(t)
     return t.device, t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg()
 
 
 def snapshot(content: Any) -> Any:
-    """Copy nested dicts and lists with a copy of every tensor, on its device."""
-    return each_tensor(content, lambda t: t.detach().clone())
+    """Copy nested dicts and lists with a copy of every tensor, on its device. Tied weights stay tied."""
+    return _each_once(content, lambda t: t.detach().clone())
 
 
 def each_tensor(content: Any, function: Callable[[Tensor], Tensor]) -> Any:

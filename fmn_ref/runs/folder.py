@@ -71,8 +71,8 @@ class RunFolder:
         """Raise FileNotFoundError, with a hint, unless the folder holds a run with a history."""
         if not self.run_json.is_file():
             below = [p.parent for pattern in ("*/run.json", "*/*/run.json") for p in sorted(self.path.glob(pattern))]
-            hint = f"; there is one in {below[0]}" if below else ""
-            raise FileNotFoundError(f"{self.given}: no run there (run.json is missing){hint or DOOR}")
+            hint = f"; there is one in {below[0]}" if below else DOOR if self.path.is_dir() else ""
+            raise FileNotFoundError(f"{self.given}: no run there (run.json is missing){hint}")
         if not self.history.is_file():
             raise FileNotFoundError(f"{self.given}: nothing recorded yet (history.fmnh is missing)")
 
@@ -109,9 +109,10 @@ class RunFolder:
         Raises
         ------
         FileExistsError, FileNotFoundError
-            A run is here and `resume` is False; its run.json is missing.
+            A run is here and `resume` is False; checkpoints, or a history, are here without run.json.
         TypeError, ValueError
-            The configuration is no dict that JSON can hold, or differs from the run's; another process writes here.
+            The configuration is no dict that JSON can hold, or differs from the run's; another process writes here;
+            run.json is another tool's, or damaged.
         """
         if config is not None and not isinstance(config, dict):
             raise TypeError(f"config: expected a dict, got {type(config).__name__}")
@@ -122,31 +123,34 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = RunLock.of(self.path)
         try:
-            for folder in (self.path, self.checkpoints, self.targets, self.predictions):
-                _files.remove_leftovers(folder)
             if overwrite:
                 self._delete_run()
             self._settle(plain, resume, suffix)
+            for folder in (self.path, self.checkpoints, self.targets, self.predictions):
+                _files.remove_leftovers(folder)
         except BaseException:
             del lock  # the error's traceback holds this frame
             raise
         return lock
 
     def _settle(self, config: dict[str, Any] | None, resume: bool, suffix: str) -> None:
-        """Write run.json of a run without epochs; compare the one of a run that was begun."""
-        if not (self.history.exists() or self.resume.exists()):
-            if config is not None or not self.run_json.exists() or self.read().suffix != suffix:
+        """Write run.json of a run without epochs; compare the one of a run that was begun. Refuse another tool's."""
+        found = self.read() if self.run_json.exists() else None
+        begun = any(path.exists() for path in (self.history, self.resume, self.previous_resume))
+        if found is None and begun:
+            hint = "restore it or choose another folder"
+            raise FileNotFoundError(f"{self.run_json}: missing, but the folder holds a run; {hint}")
+        if found is None and (strange := self._checkpoint_files(suffix)):
+            raise FileExistsError(f"{strange[0]}: belongs to no run (run.json is missing); choose another folder")
+        if found is None or not begun:
+            if found is None or config is not None or found.suffix != suffix:
                 # An attempt that failed before its first epoch may have left another run.json.
                 content = {"format": RUN_FORMAT, "version": 1, "config": config or {}, "made_with": versions()}
                 extra = {} if suffix == ".pt" else {"checkpoint_suffix": suffix}
                 _files.write_json(self.run_json, content | extra)
             return
-        if not self.run_json.exists():
-            hint = "restore it or choose another folder"
-            raise FileNotFoundError(f"{self.run_json}: missing, but the folder holds a run; {hint}")
         if not resume:
             raise FileExistsError(f"{self.path} holds a run; resume=True continues it, or choose another run_dir")
-        found = self.read()
         if found.suffix != suffix:
             ends = f"the checkpoints in {self.path} end in {found.suffix!r}, not {suffix!r}"
             raise ValueError(f"suffix: {ends}; choose another folder")
@@ -154,12 +158,19 @@ class RunFolder:
             check_same(f"the run in {self.path} was", found.config, config)
 
     def holds(self, path: AnyPath) -> bool:
-        """Tell whether a path is that of a file of the run itself; not a plan, a comparison or a report beside it."""
+        """Tell whether a path is that of a file of the run: its plan and its comparison too, not a report beside it."""
         real, top = _files.absolute(path).resolve(), self.path.resolve()
-        own = {top / p.name for p in (self.run_json, self.history, self.resume, self.previous_resume)}
-        return real in own or bool(
-            {top / p.name for p in (self.checkpoints, self.targets, self.predictions)} & set(real.parents)
-        )
+        files = (self.run_json, self.history, self.resume, self.previous_resume, self.plan, *self.comparisons)
+        folders = {top / p.name for p in (self.checkpoints, self.targets, self.predictions)}
+        return real in {top / p.name for p in files} or bool(folders & {real, *real.parents})
+
+    @classmethod
+    def of(cls, path: AnyPath) -> RunFolder | None:
+        """The run folder that holds a file, or None."""
+        for folder in map(cls, _files.absolute(path).resolve().parents):
+            if (folder.run_json.is_file() or folder.history.is_file()) and folder.holds(path):
+                return folder
+        return None
 
     # --- checkpoints ---
 
@@ -188,12 +199,14 @@ class RunFolder:
     def remove_unrecorded(self, epochs: tuple[int, ...], suffix: str) -> None:
         """Delete checkpoints of epochs that are not among `epochs`: a crash left them."""
         recorded = {self.checkpoint(e, suffix) for e in epochs}
-        for path in list(self.checkpoints.iterdir()):
-            if path not in recorded and re.fullmatch(r"epoch_\d{5,}" + re.escape(suffix), path.name):
+        for path in self._checkpoint_files(suffix):
+            if path not in recorded:
                 remove_checkpoint(path)
 
     def _delete_run(self) -> None:
         """Delete the run's files: first what others begin with, so that a kill leaves no half of a run."""
+        if self.run_json.exists() and not self.history.exists():
+            self.read()  # raises for another tool's run.json
         for path in (self.resume, self.previous_resume):
             path.unlink(missing_ok=True)
         self.clear()
@@ -201,6 +214,10 @@ class RunFolder:
         for path in self.checkpoints.glob("epoch_*") if self.checkpoints.is_dir() else ():
             if re.fullmatch(r"epoch_\d{5,}(\.\w+)+", path.name, re.ASCII):
                 remove_checkpoint(path)
+
+    def _checkpoint_files(self, suffix: str) -> list[Path]:
+        named = re.compile(r"epoch_\d{5,}" + re.escape(suffix))
+        return sorted(p for p in self.checkpoints.glob("epoch_*") if named.fullmatch(p.name))
 
     def clear(self) -> None:
         """Delete the history, and the plan and the comparison that were made from it."""

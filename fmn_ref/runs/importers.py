@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,7 +38,8 @@ class from_logits(Sequence[NDArray[np.float32]]):
     Raises
     ------
     TypeError, ValueError
-        When an epoch is read that is not floating-point, has another shape, or contains NaN or positive infinity.
+        When an epoch is read that is not floating-point, has another shape, contains NaN or positive infinity, or holds
+        probabilities.
 
     Examples
     --------
@@ -48,7 +49,7 @@ class from_logits(Sequence[NDArray[np.float32]]):
 
     def __init__(self, logits: Any) -> None:
         sequence = hasattr(logits, "__getitem__") and hasattr(logits, "__len__")
-        if not sequence or getattr(logits, "shape", None) == ():
+        if not sequence or isinstance(logits, Mapping) or getattr(logits, "shape", None) == ():
             raise TypeError(f"logits: expected an array or a sequence of arrays, got {type(logits).__name__}")
         self._logits, self.epochs = logits, getattr(logits, "epochs", ())
 
@@ -72,6 +73,8 @@ def softmax(logits: Any, name: str) -> NDArray[np.float32]:
         if bad.any():
             row, value = int(bad.argmax()), highest[bad][0]
             raise ValueError(f"{name}, row {row}{file}: expected finite numbers, the highest is {value}")
+        if (highest <= 1).all() and z.min() >= 0 and (z % 1).any() and _check.sums_to_one(z):  # 0 and 1 may be logits
+            raise ValueError(f"{name}{file}: expected logits or log-probabilities, got probabilities")
         p = np.exp(z - highest)
     return np.asarray(p / p.sum(1, keepdims=True))
 
@@ -84,7 +87,8 @@ def epoch_files(folder: str | Path, pattern: str = "*.npy") -> Sequence[NDArray[
     folder : path
     pattern : str
         Names of the files; default: all .npy files. They are ordered by the numbers in them: "epoch_2" comes before
-        "epoch_10". Nothing but numbers may differ, so that labels or a copy are not counted as an epoch.
+        "epoch_10". Nothing but numbers may differ, so that labels or a copy are not counted as an epoch. If several
+        numbers differ, all must give one order: "acc0.91-epoch0" is refused if accuracies fall, and so are two seeds.
 
     Returns
     -------
@@ -106,7 +110,7 @@ def _in_order(folder: str | Path, pattern: str) -> list[Path]:
 
     A ValueError names a file whose name differs from the others in more than numbers, or has the same numbers.
     """
-    paths = sorted(Path(folder).glob(pattern), key=lambda path: natural(path.name))
+    paths = sorted(_files.absolute(folder).glob(pattern), key=lambda path: natural(path.name))
     if not paths:
         raise FileNotFoundError(f"{folder}: no {pattern} there")
     frames = [re.sub(r"\d+", "#", path.name) for path in paths]
@@ -118,7 +122,21 @@ def _in_order(folder: str | Path, pattern: str) -> list[Path]:
     for before, path in pairwise(paths):
         if natural(before.name) == natural(path.name):
             raise ValueError(f"{path}: the same epoch as {before.name}")
+    _check_order(paths)
     return paths
+
+
+def _check_order(paths: list[Path]) -> None:
+    """Refuse names whose numbers give several orders: an accuracy before the epoch, or the epochs of several seeds."""
+    numbers = [[int(n) for n in re.findall(r"\d+", path.name)] for path in paths]
+    steps = [[after - before for before, after in zip(*pair, strict=True)] for pair in pairwise(numbers)]
+    counted = any(min(column) > 0 for column in zip(*steps, strict=True))
+    for (before, path), step in zip(pairwise(paths), steps, strict=True):
+        if not counted or min(step) < 0:
+            hint = "rename the files, or choose some by `pattern`, such that one number counts the epochs"
+            raise ValueError(
+                f"{path}: an epoch after {before.name}? The numbers in their names give two orders; {hint}"
+            )
 
 
 def from_cartography(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:

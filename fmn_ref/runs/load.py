@@ -23,17 +23,24 @@ OUTPUTS = ["output", "per_sample"]
 
 
 def check_outputs(options: Mapping[str, Any]) -> None:
-    """Refuse an output of a command that is one of its inputs: a file, one of a run, or an epoch of a folder."""
+    """Refuse an output of a command that is one of its inputs, an epoch of a folder, or a file of any run.
+
+    `fuse` may replace the plan of a run.
+    """
     given = [options[name] for name in INPUTS if options.get(name)]
     paths = [path for value in given for path in (value if isinstance(value, list) else [value])]
-    inputs = [RunFolder(_files.absolute(path).resolve()) for path in paths]
+    sources = [_files.absolute(path).resolve() for path in paths]
     for output in filter(None, map(options.get, OUTPUTS)):
-        path = _files.absolute(output).resolve()
-        for source in inputs:
-            beside_epochs = path.suffix == ".npy" and path.parent == source.path
-            beside_epochs |= path.suffix == ".jsonl" and source.path in path.parents
-            if path == source.path or beside_epochs or source.holds(path):
+        path, run = _files.absolute(output).resolve(), RunFolder.of(output)
+        if run is not None and path.name == run.plan.name and options.get("command") == "fuse":
+            run = None
+        for source in sources:
+            beside_epochs = path.suffix == ".npy" and path.parent == source
+            beside_epochs |= path.suffix == ".jsonl" and source in path.parents
+            if path == source or beside_epochs or (run is not None and run.path == source):
                 raise ValueError(f"{output}: is one of the files to read; choose another output name")
+        if run is not None:
+            raise ValueError(f"{output}: is a file of the run in {run.path}; choose another output name")
 
 
 # Names of arguments in messages, and the options of the command line from which they may have been read.
@@ -73,6 +80,8 @@ def error_line(error: Exception, options: Mapping[str, Any]) -> str:
 
 def _line_with_file(error: Exception, options: Mapping[str, Any]) -> str:
     line = " ".join(str(error).splitlines())
+    if "softmax" in line and options.get("logits") is False:
+        line += " (--logits does it)"
     if not isinstance(error, (ValueError, TypeError, OSError, ImportError, FloatingPointError)):
         return f"{type(error).__name__}: {line}"
     name = re.match(r"(\w+)[:\[, ]", line)
@@ -142,7 +151,8 @@ def load_correct(path: str, labels: str | None, verify: bool = True) -> Any:
         if labels is not None and a.digest not in (NO_LABELS, labels_digest(load_labels(labels, path))):
             raise ValueError(f"{labels}: not the labels that {path} was recorded with")
         return a
-    without_labels = labels is None and not path.endswith(".npz") and a.dtype.kind != "f"
+    scores = a.dtype.kind == "f" and a.ndim == 3
+    without_labels = labels is None and not path.endswith(".npz") and not scores
     if name == "correct" or without_labels:
         return _check.correct_matrix(a, path)
     return history_of(a, load_labels(labels, path), path if labels is None else f"{path} with {labels}")

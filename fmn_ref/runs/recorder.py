@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,11 @@ class Recorder:
         "budget:n", the n most valuable epochs by the history so far. For the value of an epoch, each sample is one
         point, split among the kept epochs that classify it correctly. The latest checkpoint always stays, beside the n.
         Fuse `run.kept` afterwards.
-    half : bool, default False
-        Store floating-point weights in 16 bits, which halves the disk space and rounds weights by 2^-11;
+    half : bool or set of str, default False
+        Store floating-point parameters in 16 bits, which halves the disk space and rounds them by 2^-11;
         docs/results.md measures the effect. A tensor in which a weight would lose more stays as it is: too large for 16
-        bits, or too small as are all weights of its row or column.
+        bits, or too small as are all weights of its row or column. So do buffers, such as BatchNorm's statistics.
+        Names of parameters tell them apart if `model` is None; True then takes all tensors for parameters.
     save : callable(path), optional
         Stores the weights of another framework at `path`, as a file or a folder, instead of `model`'s. Everything must
         be on disk when it returns.
@@ -87,7 +88,7 @@ class Recorder:
         model: Any = None,
         keep: str = "all",
         *,
-        half: bool = False,
+        half: bool | Set[str] = False,
         save: Callable[[Path], object] | None = None,
         suffix: str = ".pt",
         config: dict[str, Any] | None = None,
@@ -105,6 +106,7 @@ class Recorder:
             raise ValueError(f"suffix: {suffix!r} needs `save`, which writes such files")
         self._history: CorrectnessHistory | None = None
         self._warned = False
+        self._complete = False  # whether the model's state has been checked
         self._numbers: list[Any] = []  # those of the samples of the epochs recorded here, once there are some
         self._lock: RunLock | None = self.folder.claim(config, suffix=suffix, overwrite=overwrite)
         self.folder.checkpoints.mkdir(exist_ok=True)
@@ -131,7 +133,8 @@ class Recorder:
         TypeError, ValueError
             As `correctness`; other labels than before; an epoch that is recorded already (`rewind` discards it);
             another Recorder has recorded here since this one was made; an entry of the model's state that could not be
-            read back, by name. Nothing is written then.
+            read back, by name. At the first record: a state that the model does not load, or that leaves out a weight
+            with a gradient, in a plain list for example. Nothing is written then.
         OSError
             A file cannot be written; everything recorded before is intact.
         """
@@ -188,14 +191,20 @@ class Recorder:
             self._prune(self._history)
 
     def _writer(self, weights: dict[str, Any] | None) -> Callable[[Path], object]:
-        """Return what writes the checkpoint; TypeError if it could not be read back."""
+        """Return what writes the checkpoint; TypeError or ValueError if it could not be read or loaded back."""
         if self._save is not None:
             return self._save
         from . import adapters, checkpoints
+        from .complete import check_complete
 
         state = adapters.state_of(checkpoints.unwrap(self.model)) if weights is None else weights
         checkpoints.check_readable(state, "state_dict")
-        return partial(checkpoints.save_weights, state, half=self._half)
+        if self.model is not None and not self._complete:
+            if adapters.adapter_of(checkpoints.unwrap(self.model)) is None:  # else by its definition
+                check_complete(state, checkpoints.unwrap(self.model))
+            self._complete = True
+        half = self._half if self._half is not True or self.model is None else checkpoints.parameter_names(self.model)
+        return partial(checkpoints.save_weights, state, half=half)
 
     def _prune(self, history: CorrectnessHistory) -> None:
         """Delete the checkpoints that `keep` does not keep. The epoch is recorded: an error is only logged."""

@@ -2,51 +2,63 @@
 
 `copy.deepcopy` copies no function. A forward or a hook that was replaced on an instance goes on with the original's
 weights, and so does a method that names the network by its global variable. `independent` searches each copy for such
-a way back to the original. Where there is one, or where no copy can be made, `InPlace` computes in the original.
+a way back to the original. Where there is one, or where no copy can be made, `InPlace` computes in the original. No
+search finds every way: `Watch` looks at the tensors with which a copy computes its first batch.
 """
 
 from __future__ import annotations
 
 import copy
-import dis
-import functools
-import gc
+import itertools
 import logging
 import sys
 import threading
-import types
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from ..runs import adapters, checkpoints
 from . import data
+from .reachable import named_tensors, reachable, shared_part, storage
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 _LOCK = threading.RLock()  # one for all networks: they may share modules
-_ENDS: tuple[type, ...] = (str, bytes, int, float, complex, type(None), types.ModuleType, types.CodeType)
-_ENDS += (types.FrameType, types.TracebackType, logging.Logger)  # log records keep the frames of errors
-_ENDS += (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)  # no part of a network's computation
-_HOLDERS: tuple[type, ...] = (nn.Module, Tensor, types.FunctionType, types.MethodType, functools.partial, weakref.ref)
-_HOLDERS += (property, staticmethod, classmethod, functools.cached_property)
+_VERSIONS = itertools.count(1 << 20)  # no version that a tensor has had, in an earlier call or by training
+_CAUGHT = weakref.WeakSet[nn.Module]()  # networks of which a copy was seen to compute with the original's weights
 
 
 def independent(model: nn.Module) -> nn.Module:
     """Return a network that computes as `model` does with weights of its own, in evaluation mode.
 
-    It is a copy if `proven_copy` can make one, else `InPlace`. Networks with an adapter share the base.
+    It is a copy if `proven_copy` can make one, else `InPlace`. `data.forward` watches the copy's first batch. Networks
+    with an adapter share the base.
     """
+    if model in _CAUGHT:
+        return InPlace(model)
     try:
-        return proven_copy(model)
+        copied = proven_copy(model)
     except ValueError as error:
         if adapters.adapter_of(checkpoints.unwrap(model)) is not None:
             raise
         logger.info("%s; its weights are swapped in place", error)
         return InPlace(model)
+    if not any(map(_is_compiled, copied.modules())):
+        vars(copied)["_fmn_watch"] = Watch(model)
+    return copied
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module runs code that torch would leave aside, or could not look into, while it is watched."""
+    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or isinstance(module, torch.jit.ScriptModule)
 
 
 def proven_copy(model: nn.Module) -> nn.Module:
@@ -80,15 +92,17 @@ def _memo(model: nn.Module) -> dict[int, Any]:
     ValueError for one that it would copy wrongly.
     """
     stored = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
-    storages, memo = {_storage(t) for t in stored.values()}, dict[int, Any]()
+    storages, memo = {storage(t) for t in stored.values()}, dict[int, Any]()
     for found in reachable(model, *model.buffers()):
+        if isinstance(found, np.ndarray) and storage(found) in storages:
+            raise ValueError("it keeps an array that shares the memory of its weights")
         if not issubclass(type(found), Tensor):
             continue
         if nn.parameter.is_lazy(found):
             lazy_type: Any = type(found)
             memo[id(found)] = lazy_type(found.requires_grad, found.device, found.dtype)
         elif id(found) not in stored:
-            if _storage(found) in storages:
+            if storage(found) in storages:
                 raise ValueError("it keeps a tensor that shares the memory of its weights")
             if not found.is_leaf:
                 memo[id(found)] = copy.deepcopy(found.detach(), memo)
@@ -100,100 +114,85 @@ def duplicate(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(t): t for _, t in adapters.base_of(model)})
 
 
-def shared_part(copied: nn.Module, model: nn.Module, base: Iterable[Tensor] = ()) -> str | None:
-    """Name a module or a tensor of `model`, outside its base, that code of the copy can reach; None if none."""
-    shared, storages_shared = {id(t) for t in base}, {_storage(t) for t in base}
-    parts = {id(part): f"{name or 'all'!r}" for name, part in (*model.named_modules(), *_named_tensors(model))}
-    parts = {key: name for key, name in parts.items() if key not in shared}
-    storages = {_storage(t): f"{name!r}" for name, t in _named_tensors(model) if _storage(t) not in storages_shared}
-    for found in reachable(copied, *(t for _, t in _named_tensors(copied))):
-        if id(found) in parts:
-            return parts[id(found)]
-        if issubclass(type(found), Tensor) and _storage(found) in storages:
-            return storages[_storage(found)]
-    return None
+class Watch:
+    """Watch of a copy's first batch: with which tensors torch computes, however the code of the copy has found them.
 
+    If there is one of the original's, the copy becomes an `InPlace`. Nothing is changed in the original, and not a bit
+    in what the copy computes. Not seen are numbers and arrays that code reads past torch, and compiled code.
 
-def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _storage(t: Tensor) -> int:
-    """Address of a tensor's memory, the same for all views; that of the object if it has no memory of its own."""
-    try:
-        return t.untyped_storage().data_ptr() or id(t)
-    except (RuntimeError, NotImplementedError, ValueError):  # sparse, lazy and wrapped tensors
-        return id(t)
-
-
-def reachable(*roots: object) -> Iterator[Any]:
-    """Yield each object that the roots and their code can reach through attributes, containers and variables."""
-    seen, queue = dict[int, object](), list(roots)
-    while queue:
-        found = queue.pop()
-        if id(found) not in seen and not issubclass(type(found), _ENDS):
-            seen[id(found)] = found
-            yield found
-            queue += _next_to(found)
-
-
-def _next_to(found: Any) -> list[Any]:
-    kind = type(found)
-    if issubclass(kind, types.FunctionType):
-        return [found.__closure__, found.__defaults__, found.__kwdefaults__, vars(found), *_globals_of(found)]
-    if issubclass(kind, weakref.ref):
-        return [found()]
-    if not issubclass(kind, type):
-        return gc.get_referents(found)
-    classes = [c for c in found.__mro__ if issubclass(found, nn.Module) and not _knows_no_network(c.__module__)]
-    return [value for c in classes for value in _own_values(vars(c).values(), c.__module__)]
-
-
-def _knows_no_network(module: str) -> bool:
-    root = module.partition(".")[0]
-    return root == "torch" or root in sys.stdlib_module_names
-
-
-def _globals_of(function: types.FunctionType) -> Iterator[Any]:
-    """Values of the global variables that a function reads, also as attributes of modules."""
-    known = function.__globals__
-    if _knows_no_network(known.get("__name__", "")):
-        return
-    names, attributes = _names_read(function.__code__)
-    values = [known[name] for name in names if name in known]
-    yield from _own_values(values, known.get("__name__", ""))
-    for module in values:
-        if isinstance(module, types.ModuleType) and not _knows_no_network(module.__name__):
-            yield from _own_values([v for name, v in vars(module).items() if name in attributes], module.__name__)
-
-
-def _own_values(values: Iterable[Any], module: str) -> Iterator[Any]:
-    """Select the values of variables of a Python module that may hold a network, also in containers.
-
-    These are networks, tensors, methods and the module's own functions and objects. Objects of other libraries are left
-    out: from a logger or an import hook, everything in the process can be reached.
+    Parameters
+    ----------
+    original : nn.Module
     """
-    queue, seen = list(values), set[int]()
-    while queue:
-        value = queue.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, dict):
-            queue += value.values()
-        elif isinstance(value, (list, tuple, set)):
-            queue += value
-        elif isinstance(value, _HOLDERS) or module in (getattr(value, "__module__", None), type(value).__module__):
-            yield value
+
+    def __init__(self, original: nn.Module) -> None:
+        self._original = original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a pickled copy leaves the original behind
+
+    def __call__(self, copied: nn.Module, compute: Callable[[], T]) -> T:
+        """Call a function that runs the copy."""
+        with _LOCK:
+            vars(copied).pop("_fmn_watch", None)
+            outcomes, seen = list[T](), _Seeing(self._original)
+            try:
+                with suppress(Exception), _eager(), seen:  # of the network, or of code that must not be watched
+                    outcomes.append(compute())
+                if seen.part is not None:
+                    self._catch(copied, seen.part)
+                if seen.part is not None or not outcomes:
+                    outcomes = [compute()]
+                return outcomes[0]
+            finally:
+                if not outcomes:  # after an error: `either_format` may try again
+                    vars(copied)["_fmn_watch"] = self
+
+    def _catch(self, copied: nn.Module, part: str) -> None:
+        name = type(self._original).__name__
+        if adapters.adapter_of(self._original) is not None:
+            raise ValueError(f"model: expected a {name} that can be copied, but a copy computes with its {part}")
+        logger.info("a copy of the %s computes with %s of the original; its weights are swapped in place", name, part)
+        _CAUGHT.add(self._original)
+        names = [[n for n, _ in named_tensors(network)] for network in (self._original, copied)]
+        if names[0] != names[1]:
+            raise ValueError(f"model: the {name} has other layers than when it was copied")
+        own = zip(named_tensors(self._original), named_tensors(copied), strict=True)
+        stand_in = InPlace(self._original, {id(theirs): t for (_, theirs), (_, t) in own})
+        copied.__class__ = InPlace
+        vars(copied).clear()
+        vars(copied).update(vars(stand_in))
 
 
-@functools.lru_cache(4096)
-def _names_read(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the global variables and of the attributes that code reads, with the functions inside."""
-    inner = [_names_read(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    variables = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    attributes = frozenset(code.co_names)
-    return frozenset(variables).union(*(v for v, _ in inner)), attributes.union(*(a for _, a in inner))
+def _eager() -> AbstractContextManager[Any]:
+    """Context without compiled code, which cannot be looked into; there is none before torch's compiler is loaded."""
+    set_stance: Any = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if set_stance is None or "torch._dynamo" not in sys.modules else set_stance("force_eager")
+
+
+class _Seeing(TorchDispatchMode):
+    """Remember a part of the original with whose tensors torch computes."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        base = {storage(t) for _, t in adapters.base_of(original)}  # which copies share
+        self._parts = {storage(t): repr(name) for name, t in named_tensors(original) if storage(t) not in base}
+        self.part: str | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would load its compiler, which takes seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for t in tree_iter((args, kwargs)):
+            if self.part is None and issubclass(type(t), Tensor):
+                self.part = self._parts.get(storage(t))
+        return func(*args, **(kwargs or {}))
 
 
 class _Lent:
@@ -217,17 +216,35 @@ class InPlace(nn.Module):
     ----------
     network : nn.Module
         Its current weights are copied.
+    own : dict of {int: Tensor}, optional
+        Tensors to use in place of a copy, by the id of the network's.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, own: dict[int, Any] | None = None) -> None:
         super().__init__()
-        self._fmn_lent = _Lent(network)
-        _mirror(network, self, {})
+        self._fmn_lent, self._fmn_extra = _Lent(network), _extra_states(network)
+        _mirror(network, self, dict(own or {}))
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._fmn_in_place() as network:
             return network(*args, **kwargs)
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Return what the network's own method makes of these weights."""
+        with self._fmn_in_place() as network:
+            state = checkpoints.snapshot(network.state_dict())
+        if destination is None:
+            return state
+        versions = getattr(state, "_metadata", {})
+        destination.update((prefix + name, value) for name, value in state.items())
+        destination._metadata.update((f"{prefix}{name}".strip("."), value) for name, value in versions.items())
+        return destination
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Take the weights that the network's own method makes of a state."""
+        with self._fmn_in_place(keep=True) as network:
+            return network.load_state_dict(state_dict, **({} if strict else {"strict": False}))
 
     @contextmanager
     def _fmn_in_place(self, keep: bool = False) -> Iterator[nn.Module]:
@@ -236,23 +253,48 @@ class InPlace(nn.Module):
         if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined, no-untyped-call]
             raise ValueError(f"model: a {type(network).__name__} that computes in place cannot be traced or compiled")
         with _LOCK, torch.no_grad(), data.evaluating(network, data.device_of(self)):
-            saved = {name: t.clone() for name, t in _named_tensors(network)}
-            own = dict(_named_tensors(self))
+            saved, extra = {name: t.clone() for name, t in named_tensors(network)}, _extra_states(network)
+            own = dict(named_tensors(self))
             if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in saved.items()}:
                 raise ValueError(f"model: the {type(network).__name__} has other layers than when this was made")
+            versions = [0 if t.is_inference() else t._version for _, t in named_tensors(network)]
             try:
-                _put(own, network)
+                _put(own, self._fmn_extra, network)
+                _set_versions(network, itertools.repeat(next(_VERSIONS)))
                 yield network
                 if keep:
-                    _put(dict(_named_tensors(network)), self)
+                    _put(dict(named_tensors(network)), {}, self)
+                    self._fmn_extra = _extra_states(network)
             finally:
-                _put(saved, network)
+                _put(saved, extra, network)
+                _set_versions(network, versions)
 
 
-def _put(values: dict[str, Tensor], network: nn.Module) -> None:
-    for name, t in _named_tensors(network):
+def _put(values: dict[str, Tensor], extra: dict[str, Any], network: nn.Module) -> None:
+    for name, t in named_tensors(network):
         t.data.copy_(values[name])  # unlike t.copy_, it lets a graph that has saved t run backward
+    for name, state in extra.items():
+        network.get_submodule(name).set_extra_state(checkpoints.snapshot(state))
     checkpoints.drop_derived(network)
+
+
+def _set_versions(network: nn.Module, versions: Iterable[int]) -> None:
+    """Set the counters of changes, by which torch checks a graph, and some networks what they have derived."""
+    set_versions: Any = torch._C._autograd._unsafe_set_version_counter
+    for (_, t), version in zip(named_tensors(network), versions, strict=False):
+        if not t.is_inference():
+            try:
+                set_versions((t,), (version,))
+            except TypeError:  # before torch 2.7
+                set_versions(t, version)
+
+
+def _extra_states(network: nn.Module) -> dict[str, Any]:
+    """Copy what modules keep beside tensors, by name of the module."""
+    plain = nn.Module.get_extra_state
+    modules = {n: m for n, m in network.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+    keeps = {n: m for n, m in modules.items() if type(m).get_extra_state is not plain}
+    return {name: checkpoints.snapshot(module.get_extra_state()) for name, module in keeps.items()}
 
 
 def _mirror(network: nn.Module, target: nn.Module, made: dict[int, Any]) -> None:

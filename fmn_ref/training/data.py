@@ -23,7 +23,7 @@ from ..runs import checkpoints
 from . import distributed, samples
 from .logits import check_logits, check_pair
 from .memory_format import either_format, set_contiguous
-from .order import Listener, Order, samplers_of
+from .order import Listener, Order
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 Augment = Callable[[Tensor], Tensor]
@@ -63,6 +63,10 @@ def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[T
     if hasattr(type(model), "_fmn_in_place"):
         with computing(model) as network:
             return forward(network, batch, forward_fn)
+    watch = getattr(model, "_fmn_watch", None)  # of a copy that has not computed yet
+    if watch is not None and not (torch.jit.is_tracing() or torch.compiler.is_compiling()):  # type: ignore[attr-defined, no-untyped-call]
+        watched: tuple[Tensor, Tensor] = watch(model, partial(forward, model, batch, forward_fn))
+        return watched
     ensemble = getattr(type(model), "_fmn_forward_batch", None)
     outcome = function(model, batch) if ensemble is None else ensemble(model, batch, function)
     if not isinstance(outcome, (tuple, list)) or len(outcome) != 2:
@@ -262,16 +266,6 @@ def _take(t: Tensor, rows: Tensor, scattered: bool, device: torch.device) -> Ten
     return taken.to(device, non_blocking=True)
 
 
-def reseed(data: Any, seed: int, epoch: int) -> None:
-    """Seed torch's global generator and the data's samplers from (seed, epoch): resuming needs the same draws."""
-    torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    for holder in (data, *samplers_of(data)):
-        if isinstance(getattr(holder, "generator", None), torch.Generator):
-            holder.generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        if hasattr(holder, "set_epoch"):
-            holder.set_epoch(epoch)
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter, or of the first buffer; the CPU for a model without either."""
     tensor = next(chain(model.parameters(), model.buffers()), None)
@@ -344,9 +338,10 @@ def predict(
     output = output or partial(torch.log_softmax if log else torch.softmax, dim=1)
 
     def predicted() -> tuple[Listener, list[tuple[Tensor, Tensor]]]:
-        listener = Listener(order, fixed=bool(data.arrays))
+        listener, kind = Listener(order, fixed=bool(data.arrays)), type(model)
         with evaluating(model), computing(model) as network, listener.listening(network):
-            return listener, list(_predict_batches(network, data, forward_fn, output, amp, listener))
+            parts = list(_predict_batches(network, data, forward_fn, output, amp, listener))
+        return (listener, parts) if type(model) is kind else predicted()  # it was caught: see `copies.Watch`
 
     listener, parts = either_format(predicted, partial(set_contiguous, model), data.set_contiguous)
     if not parts:
@@ -393,8 +388,13 @@ class _Nothing(nn.Module):
 
 
 def arrays_digest(data: Any) -> str | None:
-    """Hash the labels and about 100 inputs of arrays, to detect a run resumed on other data; None for other kinds."""
+    """Hash the labels and about 100 inputs of arrays, as version 1 of targets.json does; None for other kinds."""
     if not is_arrays(data):
         return None
     inputs, *rest = as_tensors(data)
     return samples.tensors_digest([inputs[:: max(1, len(inputs) // 100)], *rest])
+
+
+def full_digest(data: Any) -> str | None:
+    """Hash every input and label of arrays, to detect a run resumed on other data; None for other kinds."""
+    return samples.named_digest(dict(enumerate(as_tensors(data)))) if is_arrays(data) else None

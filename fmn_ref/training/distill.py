@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
+from ..runs.checkpoints import parameter_names
 from ..runs.folder import AnyPath, RunFolder
 from ..runs.run import Run
 from . import data, distributed
 from .agreement import Agreement
 from .engine import Average, EarlyStopping, fit, shown
+from .logits import checked_step
 from .order import Order
 from .recipe import Recipe
 from .soft_targets import SoftTargets, Targets
-from .store import Store
+from .store import IN_FULL, Store
 
 RULED_OUT = -1e30  # a log-probability below it is that of a class which the network masks
 
@@ -67,7 +69,7 @@ def distill(
     Parameters
     ----------
     student : nn.Module
-        Trained in place, on the device where its parameters are.
+        Trained in place, on the device where its parameters are. Returns logits or log-probabilities.
     teacher : nn.Module
         Returns logits or log-probabilities (as `FusedModel` does), not probabilities. It runs in evaluation mode,
         without gradients, on the student's device; afterwards its mode and its device are restored.
@@ -80,11 +82,13 @@ def distill(
     kd_weight : float, default 1.0
         Weight of the soft targets, in [0, 1]; the labels have the rest.
     augment : callable, optional
-        As in `train`.
+        As in `train`. With "cached-views" it must draw from torch's generators alone, and keep no state.
     forward_fn : callable(model, batch) -> (logits, labels), optional
         As in `train`; called for the student and for the teacher (for a `FusedModel`: for each member).
     run_dir : path, optional
-        Folder for the state after each epoch, from which a killed distillation resumes, and for the soft targets.
+        Folder for the state after each epoch, from which a killed distillation resumes, and for the soft targets. It
+        belongs to the options, to each weight and buffer of the teacher, and for arrays to every input and to the
+        teacher's first answers. Not compared: Datasets, DataLoaders, and the initial weights of the student.
     val_data : (inputs, labels), torch Dataset or DataLoader, optional
         Record the student on these samples, as `train` does; needs `run_dir`. ``Run.open(run_dir, student)`` can then
         be fused and distilled again.
@@ -128,7 +132,8 @@ def distill(
     ------
     TypeError, ValueError
         An argument out of range, or one that does not fit the others; teacher and student with different numbers of
-        classes; a `run_dir` or `targets_dir` that was made with another configuration.
+        classes; a teacher that answers "online" and shares a trained weight with the student; a `run_dir` or
+        `targets_dir` that was made with another configuration.
     FileExistsError
         `run_dir` holds a run and `resume` is False.
     FloatingPointError
@@ -150,8 +155,9 @@ def distill(
     folder = RunFolder(run_dir).targets if targets_dir is None and run_dir is not None else targets_dir
     options = targets, views, top_k, augment, forward_fn, folder
     source = _soft_targets(teacher, train_data, setup["epochs"], settings, *options)
-    rule = None if val_data is None else keep
-    files = nullcontext() if run_dir is None else Store(run_dir, setup | source.identity, rule, resume, half, disk_wait)
+    stored = None if val_data is None else keep, resume, half and parameter_names(student), disk_wait
+    config = {} if run_dir is None else setup | source.identity | source.identity_in_full
+    files = nullcontext() if run_dir is None else Store(run_dir, config, *stored)
     with files as store:
         if store is None or not store.load_final(student, setup["epochs"]):
             _fit_student(student, source, setup, val_data, store, progress)
@@ -191,13 +197,15 @@ def _checked_setup(
     if val_data is None:
         return checked
     Order(val_data, "val_data")  # refuses a loader that shuffles
-    return {**checked, "val_data": data.arrays_digest(val_data)}
+    return {**checked, "val_data": data.arrays_digest(val_data), f"val_data{IN_FULL}": data.full_digest(val_data)}
 
 
 def _fit_student(
     student: nn.Module, source: SoftTargets, setup: dict[str, Any], val_data: Any, store: Any, progress: bool | None
 ) -> None:
     """Train the student in place, with the teacher on its device."""
+    if source.targets == "online":
+        _check_apart(student, source.teacher)
     device, evaluate, notes = data.device_of(student), None, {}
     decay, patience = setup["ema_decay"], setup["patience"]
     with data.evaluating(source.teacher, device):
@@ -215,7 +223,7 @@ def _fit_student(
             targets.batches,
             setup["epochs"],
             source.recipe,
-            step=targets.step,
+            step=checked_step(targets.step),
             loss_fn=loss_fn,
             augment=targets.augment,
             evaluate=evaluate,
@@ -228,6 +236,16 @@ def _fit_student(
         )
     if setup["kd_weight"] > 0:
         loss_fn.warn(source.recipe, setup["epochs"])
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that would change while it teaches."""
+    theirs = set(map(id, teacher.parameters()))
+    for name, p in student.named_parameters():
+        if p.requires_grad and id(p) in theirs:
+            raise ValueError(
+                f"teacher: shares {name} with the student, which trains it; give it a copy (copy.deepcopy)"
+            )
 
 
 def distillation_loss(logits: Tensor, targets: Targets, *, temperature: float, kd_weight: float) -> Tensor:

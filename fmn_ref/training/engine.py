@@ -21,17 +21,19 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from .._stderr import progress_bar, shows
 from ..metrics.curves import correctness
 from ..runs import checkpoints
+from ..runs.complete import check_complete
 from . import data, distributed
 from .averages import averaged_tensors
 from .copies import independent
 from .ensemble import frozen_norms
+from .logits import Step
 from .memory_format import either_format, set_channels_last, set_contiguous
-from .recipe import Recipe
+from .order import reseed
+from .recipe import Recipe, take_step
 from .store import Store
 
 logger = logging.getLogger(__name__)
 Loss = Callable[[Tensor, Any], Tensor]
-Step = Callable[[nn.Module, Any], tuple[Tensor, Any]]  # (model, batch) -> outputs, targets
 Evaluate = Callable[[nn.Module], tuple[Tensor, Tensor]]  # probabilities (n, n_classes) and labels (n,)
 
 
@@ -201,7 +203,7 @@ def fit(
             if stopping is not None and stopping.exhausted(epoch - 1):
                 break
             todo = batches(epoch) if callable(batches) else batches
-            data.reseed(todo.source, recipe.seed, epoch)
+            reseed(todo.source, recipe.seed, epoch)
             loss = train_one_epoch(loop, todo, step, loss_fn, augment)
             if not torch.isfinite(loss):  # of the last batch
                 raise FloatingPointError(f"epoch {epoch}: the loss is {loss.item()}; lower lr?")
@@ -231,7 +233,7 @@ def train_one_epoch(
             loss = _loss(loss_fn, *loop.outputs(step, batches, batch))
         loop.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        loop.optimizer.step()
+        take_step(loop.optimizer, loop.model)
         if loop.average is not None:
             loop.average.update(loop.model)
     if loss is None:
@@ -256,12 +258,19 @@ def _loss(loss_fn: Loss, outputs: Tensor, targets: Any) -> Tensor:
         return loss_fn(outputs, targets)
     except IndexError as error:  # torch: "Target 5 is out of bounds."
         raise ValueError(f"labels: outside the {outputs.shape[-1]} classes of the model ({error})") from None
+    except (TypeError, AttributeError):
+        if isinstance(outputs, Tensor):
+            raise
+        hint = "a forward_fn may pick them (Run.open takes it)"
+        got = f"which loss_fn cannot take, got {type(outputs).__name__}"
+        raise TypeError(f"model: expected logits (n, n_classes), {got}; {hint}") from None
 
 
 def _resume(parts: dict[str, Any], store: Store | None) -> int:
     """Load the state after the last finished epoch, in every process; return the number of the next."""
     if store is None:
         return 0
+    check_complete(parts["model"].state_dict(), parts["model"])
     state = distributed.on_rank_zero(partial(store.load, set(parts)))
     if state is None:
         return 0

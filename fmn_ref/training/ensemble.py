@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import re
 from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
@@ -23,19 +25,23 @@ from .copies import duplicate, independent
 from .logits import check_logits
 from .memory_format import either_format, set_channels_last, set_contiguous
 
+logger = logging.getLogger(__name__)
+
 
 class FusedModel(nn.Module):
     """Ensemble of a plan's checkpoints as a module; one forward pass for each checkpoint.
 
     Calling it returns log-probabilities, shape (batch, n_classes), dtype float32: softmax, arg-max and cross-entropy
-    work on them. The run's network must return logits or an object with `.logits`: it is called directly, without the
-    run's `forward_fn`. (Pass that to `distill`, which calls it for each member.) Members are frozen and always in
-    evaluation mode. To store the ensemble, keep the plan and the run directory, or use `save`.
+    work on them. The run's network must return logits (batch, n_classes) or an object with such `.logits`: it is called
+    directly, without the run's `forward_fn`. (Pass that to `distill`, which calls it for each member.) One that returns
+    more axes, as for pixels or tokens, is refused when it is called. Members are frozen and always in evaluation mode.
+    To store the ensemble, keep the plan and the run directory, or use `save`.
 
     Attributes: `plan`, and `members`, one network for each of the plan's weights.
 
     Members are copies of the run's model. If it cannot be copied, they compute in the model itself: one call at a time,
-    with weights swapped in and put back, without gradients, and not under torch.export or torch.compile.
+    with weights swapped in and put back, without gradients, and not under torch.export or torch.compile. So do members
+    whose first batch shows that they compute with the model's weights.
 
     Parameters
     ----------
@@ -102,7 +108,8 @@ class FusedModel(nn.Module):
         target.mkdir(parents=True, exist_ok=True)
         (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
         for stale in target.glob("member_*.pt"):
-            stale.unlink()
+            if re.fullmatch(r"member_\d{5,}\.pt", stale.name):  # not a file of the user's
+                stale.unlink()
         for path, member in zip(_member_paths(target, self.plan), self.members, strict=True):
             checkpoints.save_state(member, path)
         self.plan.save(target / "plan.json")
@@ -158,7 +165,11 @@ class FusedModel(nn.Module):
             output = member(*args, **kwargs)
             return getattr(output, "logits", output), None
 
-        return self._fmn_forward_batch(None, logits)[0]
+        fused = self._fmn_forward_batch(None, logits)[0]
+        if fused.ndim > 2:  # of pixels or tokens: which axis holds the classes cannot be told
+            hint = "plan.apply(run.probabilities(data)) goes by the run's forward_fn, and so does distill"
+            raise ValueError(f"model: expected logits (n, n_classes), got shape {tuple(fused.shape)}; {hint}")
+        return fused
 
     def _fmn_forward_batch(self, batch: Any, forward_fn: data.Forward) -> tuple[Tensor, Tensor]:
         """Compute (log-probabilities of the ensemble, labels), one member after the other.
@@ -217,9 +228,9 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
         averaged KF: ``plan.weights``.
     train_data : (inputs, labels), torch Dataset or DataLoader
         Data of one pass that recomputes the BatchNorm statistics, which averaging invalidates. Each layer weighs a
-        batch by the number of values per channel that reach it. Not read where the model has no BatchNorm, or where it
-        is frozen: its statistics are the same in all the epochs, or for a single epoch, none of its parameters is
-        trained.
+        batch by the number of values per channel that reach it; one that no batch reaches keeps the average of its
+        statistics, with a warning. Not read where the model has no BatchNorm, or where it is frozen: its statistics are
+        the same in all the epochs, or for a single epoch, none of its parameters is trained.
     batch_size : int, default 512
         Of that pass.
 
@@ -228,7 +239,8 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     nn.Module
         A new model in evaluation mode. Parameters and running statistics are averaged. Other buffers come from the
         latest epoch with a weight above 0. If the run's model cannot be copied, the new one computes in it, as the
-        members of a `FusedModel` do.
+        members of a `FusedModel` do. That a copy computes with the model's weights is noticed in the pass over
+        `train_data`, or because `run.probabilities` or a `FusedModel` has noticed it before.
 
     Raises
     ------
@@ -259,6 +271,8 @@ def averaged_model(run: Run, weights: dict[int, float], train_data: Any, *, batc
     with data.computing(model, keep=True) as network:
         frozen = steady if len(shares) > 1 else {*frozen_norms(network), *_scripted_norms(network)}
         recompute_batchnorm(network, train_data, batch_size=batch_size, forward_fn=run.forward_fn, frozen=frozen)
+        if hasattr(type(network), "_fmn_in_place"):  # caught in this pass: see `copies.Watch`
+            return averaged_model(run, weights, train_data, batch_size=batch_size)
     checkpoints.drop_derived(model)
     return model.eval()
 
@@ -287,8 +301,9 @@ def recompute_batchnorm(
 ) -> None:
     """Set BatchNorm's running statistics to their mean over the data.
 
-    Each layer weighs a batch by the number of values per channel that reach it, whatever form the batch has. The model
-    is left in evaluation mode. `torch.optim.swa_utils.update_bn` weighs a short last batch like a full one.
+    Each layer weighs a batch by the number of values per channel that reach it, whatever form the batch has. One that
+    no batch reaches keeps its statistics, and a warning names it. The model is left in evaluation mode.
+    `torch.optim.swa_utils.update_bn` weighs a short last batch like a full one.
 
     Parameters
     ----------
@@ -315,29 +330,39 @@ def recompute_batchnorm(
     norms = [m for name, m in found.items() if name not in frozen and m.momentum != 0]
     if not norms:
         return
-    seen = dict.fromkeys(norms, 0)
-
-    def weigh(norm: Any, args: Any, kwargs: Any) -> None:
-        """Weigh a batch by its values per channel; a single one, which torch refuses, has no variance."""
-        values: Tensor = args[0] if args else kwargs["input"]
-        n = values.numel() // max(1, values.shape[1])
-        norm.train(n > 1)
-        if n > 1:
-            norm.momentum = n / (seen[norm] + n)
-            seen[norm] += n
-
+    seen, before = dict.fromkeys(norms, 0), {norm: checkpoints.snapshot(dict(norm.named_buffers())) for norm in norms}
     with contextlib.ExitStack() as stack:
         if hasattr(torch.compiler, "set_stance"):  # compiled code would not call the hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for norm in norms:
             norm.reset_running_stats()
             stack.callback(setattr, norm, "momentum", norm.momentum)
-            stack.callback(norm.register_forward_pre_hook(weigh, with_kwargs=True).remove)
+            stack.callback(norm.register_forward_pre_hook(partial(_weigh, seen), with_kwargs=True).remove)
             stack.callback(norm.eval)
         for batch in data.Batches(train_data, batch_size, data.device_of(model)):
             data.forward(model, batch, forward_fn)
+            if hasattr(type(model), "_fmn_in_place"):  # its layers are not those that compute
+                return
     if not any(seen.values()):
         raise ValueError("train_data: expected at least one batch of two or more samples, for BatchNorm")
+    for name, norm in found.items():
+        if seen.get(norm) == 0:
+            logger.warning("train_data: no batch of two or more samples reaches %s, which keeps its statistics", name)
+            norm.load_state_dict(before[norm], strict=False)
+
+
+def _weigh(seen: dict[Any, int], norm: Any, args: Any, kwargs: Any) -> None:
+    """Weigh a batch by its values per channel; a single one, which torch refuses, has no variance."""
+    n_channels = len(norm.running_mean)
+    tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1)
+    values = next((v for v in tensors if v.shape[1] == n_channels), None)
+    if values is None:
+        raise ValueError(f"model: expected a tensor of {n_channels} channels as an argument of {type(norm).__name__}")
+    n = values.numel() // max(1, n_channels)
+    norm.train(n > 1)
+    if n > 1:
+        norm.momentum = n / (seen[norm] + n)
+        seen[norm] += n
 
 
 def _scripted_norms(model: nn.Module) -> set[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _check
+
+Step = Callable[[nn.Module, Any], tuple[Tensor, Any]]  # (model, batch) -> outputs, targets
 
 
 def check_pair(logits: Tensor, labels: Any) -> None:
@@ -18,11 +21,14 @@ def check_pair(logits: Tensor, labels: Any) -> None:
 
 
 def check_logits(logits: Any, hint: str) -> None:
-    """Raise a ValueError, which ends with the hint, where logits have a wrong shape or are probabilities."""
+    """Raise a ValueError, which ends with the hint, where logits have a wrong shape or are probabilities.
+
+    Probabilities that were changed, so that no rounding explains their sums, are not noticed.
+    """
     if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[-1] < 2:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model: expected logits (n, n_classes), got {got}; {hint}")
-    if logits.numel() and (logits >= 0).all() and _check.sums_to_one(logits):
+    if logits.numel() and (logits >= 0).all() and _check.sums_to_one(logits.detach()):
         raise ValueError(f"model: expected logits or log-probabilities, got probabilities; {hint}")
 
 
@@ -32,3 +38,17 @@ def predicted_classes(logits: Tensor) -> Tensor:
     if highest.isnan().any():
         raise ValueError("model: expected numbers as logits, got NaN")
     return classes
+
+
+def checked_step(step: Step) -> Step:
+    """Check the first logits of a student that takes this step."""
+    unchecked = [True]
+
+    def checked(student: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        logits, targets = step(student, batch)
+        if unchecked:
+            check_logits(logits, "the student needs a forward_fn that converts them")
+            unchecked.clear()
+        return logits, targets
+
+    return checked

@@ -22,15 +22,16 @@ logger = logging.getLogger(__name__)
 BY_CHANCE = 0.01  # largest share of samples found twice that means nothing: real data holds a few equal images
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _HEAD = 16  # samples of a batch that are looked at in later passes
-_WATCHED = {0, *(4**power for power in range(32))}  # batches that are looked at in later passes
+_WATCHED = {0, *(4**power for power in range(32))}  # batches that are looked at in later passes, beside the last one
 
 
 class Order:
     """Notice a data set that gives other samples, or another order, than in its first pass.
 
-    The first pass is looked at as a whole, later ones in some places: the first samples of a few batches. Not noticed
-    are an order that changes together with the inputs (a stream that shuffles and augments), a change elsewhere in a
-    later pass, and samples that are exchanged between one process and a later one below equal labels.
+    The first pass is looked at as a whole, later ones in some places: the first 16 samples of batches 0, 1, 4, 16, 64,
+    ... and of the last one. Not noticed are an order that changes together with the inputs (a stream that shuffles and
+    augments), a change elsewhere in a later pass (in the middle one of three loaders, say), and samples that are
+    exchanged between one process and a later one below equal labels.
 
     Parameters
     ----------
@@ -61,6 +62,11 @@ class Order:
             if isinstance(sampler, RANDOM):
                 what = f"a {type(sampler).__name__} draws another order in each pass"
                 raise ValueError(f"{name}: {what}; its loader must not shuffle")
+
+    @property
+    def n_batches(self) -> int:
+        """Number of batches in the first pass."""
+        return len(self._first)
 
     @property
     def fingerprints(self) -> set[int]:
@@ -182,8 +188,8 @@ class Listener:
             return torch.empty(0, dtype=torch.int64)
 
     def _watches(self, number: int) -> bool:
-        """Every batch of the first pass; then batches 0, 1, 4, 16, 64, ..."""
-        return self._first or number in _WATCHED
+        """Every batch of the first pass; then batches 0, 1, 4, 16, 64, ... and the last one."""
+        return self._first or number in _WATCHED or (self._order is not None and number == self._order.n_batches - 1)
 
     def check(self, labels: Tensor, split: bool = False) -> None:
         """Compare the pass with the first one; see `Order.check`."""
@@ -200,3 +206,13 @@ def samplers_of(loader: Any) -> list[Any]:
                 found.append(inner)
                 holders.append(inner)
     return found
+
+
+def reseed(data: Any, seed: int, epoch: int) -> None:
+    """Seed torch's global generator and the data's samplers from (seed, epoch): resuming needs the same draws."""
+    torch.manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    for holder in (data, *samplers_of(data)):
+        if isinstance(getattr(holder, "generator", None), torch.Generator):
+            holder.generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        if hasattr(holder, "set_epoch"):
+            holder.set_epoch(epoch)

@@ -22,7 +22,7 @@ class Recipe:
     batch_size : int, default 128
         Samples in a step, over all processes.
     optimizer : {"sgd", "adamw"}, default "sgd"
-        "sgd" uses Nesterov momentum.
+        "sgd" uses Nesterov momentum. Neither takes sparse gradients, as of ``nn.Embedding(sparse=True)``.
     lr : float, default 0.1
         Learning rate at the start.
     momentum : float, default 0.9
@@ -113,3 +113,15 @@ class Recipe:
             return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         milestones = self.milestones if self.schedule == "step" else ()
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones), self.gamma)
+
+
+def take_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Step the optimizer; sparse gradients, which it does not take, are named."""
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        for name, p in model.named_parameters():
+            if p.grad is not None and p.grad.layout != torch.strided:
+                hint = "make the embedding with sparse=False"
+                raise ValueError(f"model: expected dense gradients, got a sparse one for {name}; {hint}") from error
+        raise

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 _DEPTH = 6  # levels of containers that are searched
-_LANES = 61  # a prime number: rows of images and of texts are even, and would always meet the same lanes
+_BLOCK = 1024  # words of 4 bytes of a row that are hashed together
+_CACHED = 1 << 20  # bytes that are hashed at once on a CPU, so that their products stay near the core
 _ODD = -7046029254386353131  # 2^64 divided by the golden ratio, as int64
 
 
@@ -194,22 +195,33 @@ def _joined(columns: list[Tensor]) -> Tensor:
 
 
 def _hash_rows(t: Tensor) -> Tensor:
-    """Hash each row of a tensor, on its device: (n,) int64.
-
-    Words of 8 bytes are summed up in lanes, as fast as memory is read. The halves of the sums are multiplied by random
-    odd numbers, and added.
-    """
+    """Hash each row of a tensor, on its device: (n,) int64. Zeros at the end of a row do not count."""
     content = _bytes_of_rows(t)
-    if content.shape[1] % 8 or content.storage_offset() % 8:
-        content = nn.functional.pad(content, (0, -content.shape[1] % 8)).clone()
-    lanes = content.view(torch.int64)
-    n_full = lanes.shape[1] // _LANES * _LANES
-    if n_full:
-        rest = lanes[:, n_full:]
-        lanes = lanes[:, :n_full].reshape(len(lanes), n_full // _LANES, _LANES).sum(1)
-        lanes[:, : rest.shape[1]] += rest
-    halves = lanes.view(torch.int32)
-    return (halves * _weights(t.device)[: halves.shape[1]]).sum(1)
+    at_once = _CACHED if t.device.type == "cpu" else 64 * _CACHED
+    parts = torch.split(content, max(1, at_once // max(1, content.shape[1])))
+    return torch.cat([_hash_blocks(part) for part in parts])
+
+
+def _hash_blocks(content: Tensor) -> Tensor:
+    """Hash (n, n_bytes) uint8 in two steps: each block of a row, then the row of these hashes."""
+    n_bytes = max(4, content.shape[1])
+    missing = -n_bytes % (4 if n_bytes <= 4 * _BLOCK else 4 * _BLOCK) + n_bytes - content.shape[1]
+    if missing or content.storage_offset() % 4:
+        content = nn.functional.pad(content, (0, missing)).clone()
+    words = content.view(torch.int32)
+    size = min(words.shape[1], _BLOCK)
+    blocks = _weighted(words.view(len(words), words.shape[1] // size, size))
+    return _weighted(blocks.add(blocks >> 32).view(torch.int32))
+
+
+def _weighted(words: Tensor) -> Tensor:
+    """Sum up int32 along the last axis, each times a random odd number of its place: int64.
+
+    The low bits of a word get its high ones first: a product of 1.0 or -1.0, whose low bits are zeros, would lose most
+    bits of the random number.
+    """
+    mixed = (words >> 16).add_(words).long()
+    return mixed.mul_(_weights(words.shape[-1], words.device)).sum(-1)
 
 
 def _bytes_of_rows(t: Tensor) -> Tensor:
@@ -219,10 +231,14 @@ def _bytes_of_rows(t: Tensor) -> Tensor:
     return (t.flatten(1) if t.ndim > 1 else t[:, None]).contiguous().view(torch.uint8)
 
 
+def _weights(n: int, device: torch.device) -> Tensor:
+    return _many_weights(max(_BLOCK, 1 << (n - 1).bit_length()), device)[:n]
+
+
 @lru_cache
-def _weights(device: torch.device) -> Tensor:
-    """Pseudorandom odd numbers (splitmix64), the same in every process: (2 * _LANES,) int64."""
-    z = torch.arange(1, 2 * _LANES + 1) * _ODD
+def _many_weights(n: int, device: torch.device) -> Tensor:
+    """Pseudorandom odd numbers (splitmix64), the same in every process: (n,) int64."""
+    z = torch.arange(1, n + 1) * _ODD
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         z = (z ^ (z >> shift)) * factor
     return (z | 1).to(device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..runs import checkpoints
 from ..runs.folder import AnyPath
 from . import data, distributed, samples
 from .recipe import Recipe
+from .store import IN_FULL
 from .target_files import TargetFolder
 
 Targets = tuple[Tensor, Tensor]  # labels (B,), the teacher's log-probabilities (B, K)
@@ -94,12 +96,21 @@ class SoftTargets:
     def full_identity(self) -> dict[str, Any]:
         """Describe it for targets.json: with every input, and every weight and buffer by its name.
 
-        Code is not in it, such as that of `forward_fn`: the teacher's answers are compared instead (`Cached`).
+        Code is not in it, such as that of `forward_fn`: the teacher's answers are compared instead (`check_answers`).
         """
         teacher = checkpoints.unwrap(self.teacher)
-        arrays = enumerate(data.as_tensors(self.train_data))
         state = dict(chain(teacher.named_buffers(), teacher.state_dict().items()))
-        return self.identity | {"data": samples.named_digest(dict(arrays)), "teacher": samples.named_digest(state)}
+        return self.identity | {"data": data.full_digest(self.train_data), "teacher": samples.named_digest(state)}
+
+    @property
+    def identity_in_full(self) -> dict[str, Any]:
+        """What run.json has beside `identity`."""
+        return {f"{name}{IN_FULL}": self.full_identity[name] for name in ("data", "teacher")}
+
+    def answers(self, arrays: tuple[Any, ...]) -> Tensor:
+        """The teacher's log-probabilities for the first samples, on the CPU."""
+        probe = tuple(a[:PROBED] for a in arrays)
+        return data.predict(self.teacher, probe, forward_fn=self.forward_fn, log=True)[0].cpu()
 
     @property
     def view_seeds(self) -> list[int]:
@@ -122,6 +133,9 @@ class SoftTargets:
 class Online:
     """Soft targets that the teacher predicts for each of the student's batches.
 
+    With arrays and a folder, its subfolder "online" holds the first answers of the teacher. A teacher that answers
+    otherwise is refused, be it because of its `forward_fn`.
+
     Like `Cached`, it gives `fit` the batches of an epoch, an augmentation, and a step: (model, batch) ->
     (logits, (labels, log-probabilities)).
     """
@@ -129,9 +143,21 @@ class Online:
     def __init__(self, source: SoftTargets, device: torch.device) -> None:
         self._source, self.augment = source, source.augment
         self._batches = data.Batches(source.train_data, source.recipe.batch_size, device, shuffle=True, split=True)
+        if self._batches.arrays and source.folder is not None:
+            with TargetFolder(Path(source.folder) / "online", source.full_identity, source.identity) as folder:
+                distributed.on_rank_zero(lambda: self._compare_answers(folder))
+            return
         first = next(iter(data.Batches(source.train_data, source.recipe.batch_size, device)), None)
         if first is not None:  # a teacher without logits is refused before the first epoch
             data.predict(source.teacher, [first], forward_fn=source.forward_fn)
+
+    def _compare_answers(self, folder: TargetFolder) -> None:
+        """Compare the teacher's answers with those of the distillation that is resumed; store those of a new one."""
+        found, stored = self._source.answers(self._batches.arrays), folder.load(["answers.npy"])
+        if stored is None:
+            folder.save({"answers.npy": found.numpy()}, found.shape[1])
+        else:
+            check_answers(found, (torch.tensor(stored[0]),), folder)
 
     def batches(self, epoch: int) -> data.Batches:
         return self._batches
@@ -159,6 +185,8 @@ class Cached:
     def __init__(self, source: SoftTargets, device: torch.device) -> None:
         self._source, self._device, self._n_classes = source, device, 0
         self._arrays = data.Batches(source.train_data, source.recipe.batch_size, device).arrays
+        if source.augment is not None:
+            self._check_augment()
         views = range(len(source.view_seeds))
         if source.folder is None:
             self._targets: list[tuple[Any, ...]] = [self._predict(self._view(view)) for view in views]
@@ -182,17 +210,17 @@ class Cached:
         stored = folder.load(names)
         if stored is None:
             return False
-        log_probs, *classes = (torch.tensor(a[:PROBED]) for a in stored)
-        probe = tuple(a[:PROBED] for a in self._view(view, CHUNK))
-        found = data.predict(self._source.teacher, probe, forward_fn=self._source.forward_fn, log=True)[0].cpu()
-        same = found.shape[1] == folder.n_classes
-        if same:
-            found = found.gather(1, classes[0].long()) if classes else found
-            same = torch.allclose(log_probs.float(), found, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE)
-        if not same:
-            cause = "its code, forward_fn or augment is another; choose another folder"
-            raise ValueError(f"teacher: gives other answers than the targets in {folder.path}: {cause}")
+        found = self._source.answers(self._view(view, CHUNK))
+        check_answers(found, tuple(torch.tensor(a[:PROBED]) for a in stored), folder)
         return True
+
+    def _check_augment(self) -> None:
+        """Refuse an augmentation that makes other views of the same samples for the same seed."""
+        first, again = (self._view(0, CHUNK)[0] for _ in range(2))
+        same = first.shape == again.shape and first.is_floating_point() and torch.allclose(first, again, equal_nan=True)
+        if not (same or torch.equal(first, again)):
+            cause = "it must draw from torch's generators alone, and keep no state; or use targets='online'"
+            raise ValueError(f"augment: 'cached-views' cannot repeat what it makes of the same samples: {cause}")
 
     def _predict(self, arrays: tuple[Any, ...]) -> tuple[Tensor, ...]:
         source = self._source
@@ -223,6 +251,18 @@ class Cached:
         logits, labels = data.forward(student, batch[:-n], self._source.forward_fn)
         log_probs = batch[-1] if n == 1 else expanded(batch[-2], batch[-1], self._n_classes)
         return logits, (labels, log_probs)
+
+
+def check_answers(found: Tensor, stored: tuple[Tensor, ...], folder: TargetFolder) -> None:
+    """Raise a ValueError where the teacher answers otherwise than is stored: log-probabilities and, cut, classes."""
+    log_probs, *classes = stored
+    same = found.shape[1] == folder.n_classes
+    if same:
+        found = found.gather(1, classes[0].long()) if classes else found
+        same = torch.allclose(log_probs.float(), found, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE)
+    if not same:
+        cause = "its code, forward_fn or augment is another; choose another folder"
+        raise ValueError(f"teacher: gives other answers than the targets in {folder.path}: {cause}")
 
 
 def compressed(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor]:

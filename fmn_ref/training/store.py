@@ -11,7 +11,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from . import distributed
 logger = logging.getLogger(__name__)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 PAUSE = 1.0  # seconds between two attempts on a full disk
+IN_FULL = "_in_full"  # end of the names of digests that run.json of an earlier version may lack
 Job = Callable[[], object]
 
 
@@ -94,13 +95,14 @@ class Store(contextlib.ExitStack):
     ----------
     run_dir : path
     config : dict
-        Configuration of the run. A folder that holds a run with another one is refused.
+        Configuration of the run. A folder that holds a run with another one is refused. Names that end in IN_FULL are
+        compared if the run has them.
     keep : str or None
         As for `Recorder`; None records neither history nor checkpoints, and keeps the resume state alone.
     resume : bool
         Whether a run that is in the folder may go on.
-    half : bool
-        As for `Recorder`.
+    half : bool or set of str
+        As for `Recorder`: the names of the parameters to store in 16 bits.
     disk_wait : float
         Seconds to wait for free space on a full disk.
 
@@ -113,18 +115,31 @@ class Store(contextlib.ExitStack):
     """
 
     def __init__(
-        self, run_dir: AnyPath, config: dict[str, Any], keep: str | None, resume: bool, half: bool, disk_wait: float
+        self,
+        run_dir: AnyPath,
+        config: dict[str, Any],
+        keep: str | None,
+        resume: bool,
+        half: bool | Set[str],
+        disk_wait: float,
     ) -> None:
         super().__init__()
         self.folder, self.peak, self._all = RunFolder(run_dir), 0.0, keep == "all"
         self.recorder: Recorder | None = None
         if distributed.rank() == 0:
-            self._lock = self.folder.claim(config, resume=resume)
+            self._lock = self.folder.claim(self._comparable(config), resume=resume)
             self.callback(setattr, self, "_lock", None)  # lets go of it
             if keep is not None:
                 self.recorder = self.enter_context(Recorder(run_dir, keep=keep, half=half))
         self._writer = self.enter_context(Writer(disk_wait))
         distributed.barrier()
+
+    def _comparable(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what the run in the folder was made without."""
+        if not self.folder.run_json.exists() or not (self.folder.history.exists() or self.folder.resume.exists()):
+            return config
+        found = self.folder.read().config
+        return {name: value for name, value in config.items() if name in found or not name.endswith(IN_FULL)}
 
     def load_final(self, model: nn.Module, epochs: int) -> bool:
         """Load the last checkpoint of a finished run whose resume files were deleted.

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import _check
+from ..runs.checkpoints import parameter_names
 from ..runs.run import Run
 from . import data
 from .engine import Loss, fit
 from .order import Order
 from .recipe import Recipe
-from .store import Store
+from .store import IN_FULL, Store
 
 
 def train(
@@ -59,7 +60,9 @@ def train(
     run_dir : path
         Folder of the run; created if missing.
     resume : bool, default True
-        Continue the run in `run_dir`, or return it if it is finished. False: refuse a folder that holds a run.
+        Continue the run in `run_dir`, or return it if it is finished. False: refuse a folder that holds a run. A run of
+        other options is refused; one of other data if both are arrays, every input of which is read for it. Not
+        compared: Datasets, DataLoaders, the initial weights, and the code of `forward_fn`, `loss_fn` and `augment`.
     keep : str, default "all"
         Which checkpoints to keep: "all", "none", "every:n" or "budget:n", as in `Recorder`.
     half : bool, default False
@@ -126,11 +129,10 @@ def train(
     settings = Recipe.of(recipe)
     epochs = _check.number(epochs, 1, 2**31, "epochs", int)
     data.check_module(model, "model")
-    digests = {"data": data.arrays_digest(train_data), "val_data": data.arrays_digest(val_data)}
-    config = {"epochs": epochs, **asdict(settings), **digests}
+    config = {"epochs": epochs, **asdict(settings), **_digests(data=train_data, val_data=val_data)}
     device = data.device_of(model)
     val, order = data.Batches(val_data, 256, device, split=True), Order(val_data, "val_data")
-    with Store(run_dir, config, keep, resume, half, disk_wait) as store:
+    with Store(run_dir, config, keep, resume, half and parameter_names(model), disk_wait) as store:
         if not store.load_final(model, epochs):
             fit(
                 model,
@@ -146,3 +148,9 @@ def train(
             )
     model.eval()
     return Run.open(store.folder, model, forward_fn)  # the working directory may be another one now
+
+
+def _digests(**sets: Any) -> dict[str, Any]:
+    """Digests of data sets, for run.json."""
+    short = {name: data.arrays_digest(set_) for name, set_ in sets.items()}
+    return short | {f"{name}{IN_FULL}": data.full_digest(set_) for name, set_ in sets.items()}

@@ -286,6 +286,32 @@ class TestPlanFile:
         plan.write_text(json.dumps(content))
         assert fmn.FusionPlan.load(plan) == fmn.FusionPlan(((2, 0.5),), 5, 1, (0.5, 0.75))
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"weights": {"1": 1}},
+            {"weights": {}},
+            {"weights": [0.5]},
+            {"weights": {"1": "a"}},
+            {"members": [{"row": 2, "eps": 0.75}]},
+            {"members": [{"row": 3, "eps": 0.5}]},
+            {"window": 2},
+        ],
+    )
+    def test_weights_that_are_not_those_of_the_members(self, plan, change):
+        """Other languages read `weights` alone: an edited file would give two plans."""
+        content = json.loads(plan.read_text())
+        plan.write_text(json.dumps(content | change))
+        with pytest.raises(ValueError, match=r"^\S+plan\.json: not a valid plan: "):
+            fmn.FusionPlan.load(plan)
+        added = content["weights"] | {"0": 0.0}
+        plan.write_text(json.dumps(content | {"weights": added}))
+        with pytest.raises(ValueError, match=r"plan\.json: not a valid plan: weights: expected 4 rows"):
+            fmn.FusionPlan.load(plan)
+        rounded = {row: float(f"{weight:.8g}") for row, weight in content["weights"].items()}
+        plan.write_text(json.dumps(content | {"weights": rounded}))
+        assert fmn.FusionPlan.load(plan).members == ((2, 0.5),)
+
     def test_recorded_epochs(self, plan, rng):
         """What people see are the recorded numbers, of the history, or of the probabilities."""
         p, labels = random_probs(rng)
@@ -349,7 +375,8 @@ class TestPlanFile:
     def test_a_plan_of_many_epochs_needs_no_memory(self, plan):
         """300 bytes can say that a plan has 2^31 epochs: only those with a weight count."""
         content = json.loads(plan.read_text())
-        plan.write_text(json.dumps(content | {"n_epochs": 2**31, "window": 2}))
+        weights = dict.fromkeys("01234", 0.1) | {str(2**31 - 1): 0.5}
+        plan.write_text(json.dumps(content | {"n_epochs": 2**31, "window": 2, "weights": weights}))
         found = fmn.FusionPlan.load(plan)
         assert found.weights == {0: 0.1, 1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1, 2**31 - 1: 0.5}
         assert found.forward_passes == 6
@@ -399,3 +426,13 @@ class TestPlanFile:
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             fmn.FusionPlan.load(tmp_path / "none.json")
+
+
+def test_probabilities_by_epoch_number_are_named(rng):
+    """A dict has no rows: its first key may be 5."""
+    p, labels = random_probs(rng)
+    for keyed in ({5: p[0], 6: p[1]}, {0: p[0], 1: p[1]}):
+        with pytest.raises(TypeError, match="probs: expected an array or a sequence of arrays, got dict"):
+            fmn.fuse(keyed, labels)
+        with pytest.raises(TypeError, match="logits: expected an array or a sequence of arrays, got dict"):
+            fmn.from_logits(keyed)

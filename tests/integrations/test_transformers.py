@@ -24,6 +24,7 @@ pytest.importorskip("accelerate")
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # a subprocess has no conftest
 
 import torch  # noqa: E402
+from folders import contents, flip_bit  # noqa: E402
 from fresh_process import record_in_another_process  # noqa: E402
 from pages import blocks, n_lines  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -401,6 +402,33 @@ def test_a_causal_model_needs_its_task(tmp_path, wrap):
     assert not (tmp_path / "imported").exists()
 
 
+@pytest.mark.parametrize("found", ["closure", "later"])
+def test_a_network_that_computes_in_place_is_imported_and_saved(trained, tmp_path, found):
+    """Its forward was replaced; or it finds itself by a way that its first batch shows."""
+    trainer, recorder, _ = trained
+    model = classifier()
+    forward = model.forward
+    if found == "closure":
+        model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    else:
+        sys.modules[__name__].FINDER = model
+        model.classifier.register_forward_hook(finding)
+    run = from_trainer(trainer.args.output_dir, tmp_path / "run", model, VAL)
+    np.testing.assert_array_equal(run.history.correct(), recorder.run.history.correct())
+    plan = fmn.FusionPlan.from_weights({0: 1, 2: 1}, len(run.history))
+    save_fused(tmp_path / "fused", plan, run)
+    if found == "closure":
+        x = torch.stack([s["input_ids"] for s in VAL])
+        expected = fmn.FusedModel(plan, recorder.run)(input_ids=x)
+        torch.testing.assert_close(load_fused(tmp_path / "fused", type(model))(input_ids=x), expected)
+
+
+def finding(module, args, output):
+    """Compute the logits once more, with the classifier of the network that is found."""
+    found = sys.modules[__name__].FINDER.classifier
+    return torch.nn.functional.linear(args[0], found.weight, found.bias)
+
+
 def test_results_load_with_from_pretrained(trained, tmp_path):
     trainer, recorder, _ = trained
     run, x = recorder.run, torch.stack([s["input_ids"] for s in VAL])
@@ -442,6 +470,45 @@ def test_results_load_with_from_pretrained(trained, tmp_path):
         load_fused(tmp_path / "fused", AutoModelForSequenceClassification)
     with pytest.raises(FileNotFoundError, match=r"plan\.json"):
         load_fused(tmp_path, AutoModelForSequenceClassification)
+
+
+class TestSaveFusedKeepsWhatIsThere:
+    @pytest.fixture
+    def fused(self, trained, tmp_path):
+        run = fmn.Run.open(shutil.copytree(trained[1].run.run_dir, tmp_path / "run"), trained[1].run.model)
+        plan = fmn.FusionPlan.from_weights({0: 1, 2: 1}, len(run.history))
+        save_fused(tmp_path / "fused", plan, run)
+        return tmp_path / "fused", plan, run
+
+    def test_files_of_the_user(self, fused):
+        folder, _, run = fused
+        (folder / "member_photos").mkdir()
+        (folder / "member_00007").mkdir()  # the name of a member, but no model
+        for name in ("member_photos/a.jpg", "member_list.csv", "member_00007/notes.txt"):
+            (folder / name).write_text("mine")
+        save_fused(folder, fmn.FusionPlan.from_weights({1: 1}, len(run.history)), run)
+        names = {"member_photos", "member_list.csv", "member_00007", "member_00001", "plan.json"}
+        assert {path.name for path in folder.iterdir()} == names
+        assert (folder / "member_photos" / "a.jpg").read_text() == "mine"
+
+    @pytest.mark.parametrize("name", ["member_00001/notes.txt", "member_00001", "plan.json"])
+    def test_names_that_other_files_have(self, fused, name):
+        folder, _, run = fused
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+        before = contents(folder)
+        with pytest.raises(ValueError, match=r"not a member of a fused model|not a fmn_ref\.plan file"):
+            save_fused(folder, fmn.FusionPlan.from_weights({1: 1}, len(run.history)), run)
+        assert contents(folder) == before
+
+    def test_an_older_model_if_a_checkpoint_is_damaged(self, fused):
+        folder, plan, run = fused
+        before = contents(folder)
+        flip_bit(run.checkpoints[2])
+        with pytest.raises(ValueError, match=re.escape(str(run.checkpoints[2]))):
+            save_fused(folder, plan, run)
+        assert contents(folder) == before
+        assert not list(folder.glob(".*"))
 
 
 def test_other_evaluations_are_not_recorded(trained, tmp_path):

@@ -49,6 +49,38 @@ def some_masked(a):
     return np.ma.array(a, mask=RNG.random(np.shape(a)) < 0.3)
 
 
+class Variable:
+    """An array that its file or library reads when NumPy asks, as a netCDF variable."""
+
+    def __init__(self, a):
+        self.a, self.shape, self.dtype = a, np.shape(a), a.dtype
+
+    def __array__(self, dtype=None, copy=None):
+        return self.a
+
+    def __len__(self):
+        return len(self.a)
+
+    def __getitem__(self, i):
+        return self.a[i]
+
+
+class Lazy(Variable):
+    """An array of dask's kind: `__array__` drops the mask that `compute` gives."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.a)
+
+    def __getitem__(self, i):
+        return Lazy(self.a[i])
+
+    def __dask_graph__(self):
+        return {}
+
+    def compute(self):
+        return self.a
+
+
 @pytest.mark.parametrize(("name", "call"), CALLS)
 def test_masked_values_are_refused(name, call):
     """NumPy shows what is under the mask: accuracies of samples whose label is unknown, in silence."""
@@ -63,9 +95,33 @@ def test_masked_values_are_refused(name, call):
         call(masked_tensor(torch.tensor(value), torch.tensor(RNG.random(value.shape) < 0.5)))
 
 
+@pytest.mark.parametrize("kind", [Variable, Lazy])
+@pytest.mark.parametrize(("name", "call"), CALLS)
+def test_masked_values_behind_other_objects_are_refused(name, call, kind):
+    masked = some_masked(TAKES[name][0])
+    forms = [kind(masked)]
+    if masked.ndim > 1:
+        forms += [[*map(kind, masked)], tuple(map(kind, masked))]
+    for form in forms:
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}\b.*masked"):
+            call(form)
+
+
+def test_masked_arrays_of_dask():
+    da = pytest.importorskip("dask.array")
+    masked = some_masked(CORRECT)
+    form = da.ma.masked_array(da.from_array(masked.data, chunks=(2, 10)), mask=masked.mask)
+    with pytest.raises(TypeError, match=r"^correct: .*masked"):
+        fmn.forgetting_curves(form)
+    whole = fmn.forgetting_curves(da.from_array(CORRECT, chunks=(2, 10)))
+    np.testing.assert_array_equal(whole.accuracy, CORRECT.mean(1))
+
+
 @pytest.mark.parametrize(("name", "call"), CALLS)
 def test_a_mask_that_hides_nothing_is_no_mask(name, call):
     value = TAKES[name][0]
+    for kind in (Variable, Lazy):
+        call(kind(np.ma.array(value)))
     for form in (np.ma.array(value), np.ma.array(value, mask=np.zeros(value.shape, bool)), [*map(np.ma.array, value)]):
         call(form if value.ndim > 1 or not isinstance(form, list) else value.tolist())
 

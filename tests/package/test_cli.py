@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from folders import contents
 from inputs import history_of, random_probs
 
 import fmn_ref as fmn
@@ -331,6 +332,43 @@ def test_apply_refuses_the_samples_that_chose_the_plan(files, capsys):
     assert "accuracy" in run(capsys, *args)
 
 
+@pytest.mark.parametrize("logits", [[[2.0, 1.0], [0.0, 5.0]], [[-2.0, 1.0], [0.0, 5.0]]])
+def test_logits_without_the_option_name_it(files, capsys, logits):
+    np.save("logits.npy", np.array([logits] * 3))
+    np.save("two.npy", np.array([0, 1]))
+    compared = ["--select", "logits.npy", "--select-labels", "two.npy", "--test", "logits.npy"]
+    for args in (["fuse", "logits.npy", "--labels", "two.npy"], ["compare", *compared, "--test-labels", "two.npy"]):
+        assert main(args) == 1
+        assert "logits.npy" in (said := capsys.readouterr().err)
+        assert "--logits" in said
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (40,)])
+def test_a_matrix_of_floats_is_told_to_be_integers(files, capsys, shape):
+    """Labels alone would not help: correctness, or predictions, saved as floats."""
+    np.save("right.npy", np.ones(shape))
+    assert main(["metric", "right.npy"]) == 1
+    said = capsys.readouterr().err
+    assert "right.npy: expected bool or integers 0 and 1, got dtype float64" in said
+
+
+def test_apply_knows_the_samples_that_chose_the_plan_in_any_order(files, capsys):
+    """Not by their labels: two balanced sets that are sorted by class have the same."""
+    order, labels = np.random.default_rng(1).permutation(40), np.load("labels.npy")
+    run(capsys, "fuse", "probs.npy", "--labels", "labels.npy")
+    np.save("moved.npy", np.load("probs.npy")[:, order].astype(np.float32))
+    np.save("moved_labels.npy", labels[order])
+    assert main(["apply", "plan.json", "moved.npy", "--labels", "moved_labels.npy"]) == 1
+    assert "moved.npy: the plan was chosen on these samples" in capsys.readouterr().err
+    np.save("other.npy", np.roll(np.load("probs.npy"), 1, axis=2))  # other answers: other samples
+    assert "accuracy" in run(capsys, "apply", "plan.json", "other.npy", "--labels", "labels.npy")
+    plan = json.loads((files / "plan.json").read_text())
+    del plan["selection_samples_sha256"]  # as older versions wrote it
+    (files / "plan.json").write_text(json.dumps(plan))
+    assert main(["apply", "plan.json", "other.npy", "--labels", "labels.npy"]) == 1
+    assert "chosen on these samples" in capsys.readouterr().err
+
+
 def test_compare(files, capsys):
     args = ["compare", "--select", "probs.npy", "--select-labels", "labels.npy", "--test", "test.npz"]
     test = np.load("test.npz")
@@ -557,6 +595,44 @@ def test_an_output_is_never_one_of_the_other_inputs(files, capsys, args):
         (files / name).write_text("mine")
     assert main(args) == 1
     assert "is one of the files to read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["history.fmnh", "run.json", "checkpoints/epoch_00000.pt", "targets/a", "plan.json"])
+def test_an_output_never_replaces_a_file_of_a_run_that_is_not_read(files, capsys, name):
+    recorder = fmn.Recorder("run", save=lambda path: path.write_text("weights"))
+    recorder.record(0, np.ones(40, int), np.ones(40, int))
+    fmn.FusionPlan((), 8, 1, (0.5,)).save("plan.json")
+    fmn.FusionPlan((), 8, 1, (0.5,)).save("run/plan.json")
+    before = contents(files / "run")
+    for output in by_any_name(files, name):
+        for args in (
+            ["apply", "plan.json", "probs.npy", "-o", output],
+            ["metric", "correct.npy", "--per-sample", output],
+            ["import", "toneva", "correct.npy", "-o", output],
+            *([] if name == "plan.json" else [["fuse", "probs.npy", "--labels", "labels.npy", "-o", output]]),
+        ):
+            assert main(args) == 1
+            assert f"{output}: is a file of the run in {files / 'run'}" in capsys.readouterr().err
+    assert contents(files / "run") == before
+
+
+def test_fuse_replaces_the_plan_of_a_run(files, capsys):
+    fmn.Recorder("run").record(0, np.ones(40, int), np.ones(40, int))
+    for method in ("forget", "likelihood"):
+        run(capsys, "fuse", "probs.npy", "--labels", "labels.npy", "--method", method, "-o", "run/plan.json")
+        assert fmn.FusionPlan.load("run/plan.json").method == method
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "1>&- 2>&-", "0<&- 1>&-"])
+@pytest.mark.parametrize(
+    ("args", "status"), [("info", 0), ("metric correct.npy --csv", 0), ("apply plan.json nothing.npy", 1)]
+)
+def test_without_standard_output_nothing_else_changes(files, closed, args, status):
+    fmn.FusionPlan((), 8, 1, (0.5,)).save("plan.json")
+    command = f"'{sys.executable}' -m fmn_ref {args} {closed}"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == status
+    assert len(done.stderr.splitlines()) == (0 if "2>" in closed else status)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")

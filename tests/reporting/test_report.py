@@ -649,3 +649,11 @@ def test_epochs_that_are_equal_as_floats(tmp_path):
     page = Page(write_report(tmp_path / "run", tmp_path / "r.html"))
     path = next(p.get("d") for p in page.root.iter("path") if p.get("class") == "forget")
     assert [float(p.split()[0]) for p in path[1:].split("L")] == [0, 1000]
+
+
+def test_paths_below_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    fmn.Recorder("~/run").record(0, [0, 1, 1], [0, 1, 1])
+    assert write_report("~/run", "~/run/report.html") == tmp_path / "run" / "report.html"
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -2,9 +2,10 @@
 
 import os
 import pickle
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import ChainMap, OrderedDict, defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -117,8 +118,9 @@ def test_half_the_disk_and_a_rounding(tmp_path):
     assert (tmp_path / "half.pt").stat().st_size < 0.6 * (tmp_path / "whole.pt").stat().st_size
     assert model[0].weight.dtype == torch.float32
     stored = checkpoints.load(tmp_path / "half.pt")
+    parameters = dict(model.named_parameters())
     assert {k: v.dtype for k, v in stored.items()} == {
-        k: torch.float16 if v.is_floating_point() else torch.int64 for k, v in model.state_dict().items()
+        k: torch.float16 if k in parameters else v.dtype for k, v in model.state_dict().items()
     }
     torch.manual_seed(1)
     loaded = checkpoints.load_into(nn.Sequential(nn.Linear(100, 200), nn.BatchNorm1d(200)), tmp_path / "half.pt")
@@ -129,14 +131,117 @@ def test_half_the_disk_and_a_rounding(tmp_path):
 
 def test_what_does_not_fit_stays_whole(tmp_path):
     model = nn.BatchNorm1d(3)
-    model.running_var[:] = torch.tensor([1.0, 1e5, 0.1])
-    model.running_mean[:] = torch.tensor([torch.nan, torch.inf, 0.5])
     model.num_batches_tracked += 100_000
+    with torch.no_grad():
+        model.weight[:] = torch.tensor([1.0, 1e5, 0.1])
+        model.bias[:] = torch.tensor([torch.nan, torch.inf, 0.5])
     checkpoints.save_state(model.double(), tmp_path / "a.pt", half=True)
     stored = checkpoints.load(tmp_path / "a.pt")
-    assert (stored["running_var"].dtype, stored["running_mean"].dtype) == (torch.float64, torch.float16)
+    assert (stored["weight"].dtype, stored["bias"].dtype) == (torch.float64, torch.float16)
     loaded = checkpoints.load_into(nn.BatchNorm1d(3).double(), tmp_path / "a.pt")
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0, equal_nan=True)
+
+
+class WithTables(nn.Module):
+    """A network whose buffers do not bear rounding: large means, places in a table, and the same in two dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([20003.7, 60000.3]))
+        self.register_buffer("places", torch.arange(1.0, 8001.0, 2).reshape(2, -1))
+        self.norm, self.head = nn.BatchNorm1d(2, momentum=None), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(x) + x - self.mean)
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+class TestBuffersAreNotRounded:
+    @staticmethod
+    def changed(path, model):
+        stored = checkpoints.load(path)
+        dtypes = {name for name, value in stored.items() if value.dtype == torch.float16}
+        assert dtypes == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+        return [name for name, value in model.named_buffers() if not torch.equal(value, stored[name])]
+
+    @pytest.mark.parametrize("wrapped", [lambda model: model, nn.DataParallel, compiled])
+    def test_by_the_recorder(self, tmp_path, wrapped):
+        model = WithTables()
+        model.norm(20000 + torch.randn(50, 2))
+        recorder = fmn.Recorder(tmp_path, wrapped(model), half=True)
+        recorder.record(0, [0, 1], [0, 1])
+        assert self.changed(recorder.run.checkpoints[0], model) == []
+
+    @pytest.mark.parametrize("averaged", [False, True])
+    def test_by_train_and_distill(self, tmp_path, averaged):
+        x, model = 20000 + torch.randn(40, 2), WithTables()
+        data = x, (x[:, 0] > 20000).long()
+        run = fmn.train(model, data, data, epochs=1, run_dir=tmp_path / "a", half=True, progress=False)
+        assert self.changed(run.checkpoints[0], model) == []
+        options = {"ema_decay": 0.9} if averaged else {}
+        options |= {"run_dir": tmp_path / "b", "val_data": data, "half": True, "progress": False}
+        student = fmn.distill(WithTables(), model, data, epochs=1, **options)
+        assert self.changed(fmn.Run.open(tmp_path / "b").checkpoints[0], student) == []
+
+    def test_answers_are_those_that_were_recorded(self, tmp_path):
+        """Raw inputs, such as years: a mean of 20000 with a deviation of 5."""
+        torch.manual_seed(0)
+        x = 20003.7 + 5 * torch.randn(200, 2)
+        model = nn.Sequential(nn.BatchNorm1d(2, momentum=None), nn.Linear(2, 2))
+        model(x)
+        want = model.eval()(x).softmax(1).detach()
+        recorder = fmn.Recorder(tmp_path, model, half=True)
+        recorder.record(0, want, torch.zeros(200, dtype=torch.long))
+        found = recorder.run.probabilities((x, torch.zeros(200, dtype=torch.long)))[0]
+        np.testing.assert_allclose(found, want, atol=2**-10)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.Embedding(3000, 8), nn.Linear(8, 3000, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x):
+        return self.out(self.table(x))[:, :3]
+
+
+class TestTiedWeightsAreStoredOnce:
+    @pytest.mark.parametrize("half", [False, True])
+    def test_by_train_and_distill(self, tmp_path, half):
+        x = torch.randint(0, 3000, (40,))
+        data, once = (x, x % 3), 3000 * 8 * 4
+        model = Tied()
+        run = fmn.train(model, data, data, epochs=2, run_dir=tmp_path / "a", half=half, progress=False)
+        options = {"run_dir": tmp_path / "b", "val_data": data, "ema_decay": 0.9, "patience": 5, "progress": False}
+        fmn.distill(Tied(), model, data, epochs=2, half=half, **options)
+        for folder in ("a", "b"):
+            path = tmp_path / folder / "checkpoints" / "epoch_00001.pt"
+            assert path.stat().st_size < (0.6 if half else 1.1) * once
+        assert (tmp_path / "a" / "resume.pt").stat().st_size < 2.1 * once  # weights and momentum
+        stored = checkpoints.load(run.checkpoints[1])
+        assert stored["table.weight"].data_ptr() == stored["out.weight"].data_ptr()
+        torch.testing.assert_close(stored["out.weight"].float(), model.out.weight.detach(), rtol=2**-11, atol=2**-24)
+
+    def test_copies_are_apart_from_the_original(self):
+        """The writer thread stores the copy while the network trains on."""
+        model = Tied()
+        before, state = model.out.weight.detach().clone(), model.state_dict()
+        copies = checkpoints.snapshot(state), checkpoints.to_cpu(state, copy=True)
+        with torch.no_grad():
+            model.out.weight += 1
+        for copied in copies:
+            assert torch.equal(copied["table.weight"], before)
+            assert copied["table.weight"].data_ptr() == copied["out.weight"].data_ptr()
+
+    def test_the_same_memory_read_otherwise_is_another_tensor(self):
+        z = torch.tensor([[1 + 2j, 3 + 4j], [5j, 6 + 0j]])
+        views = {"z": z, "conj": z.conj(), "turned": z.T, "real": torch.view_as_real(z), "row": z[0], "none": z[:0]}
+        for copied in (checkpoints.snapshot(views), checkpoints.to_cpu(views, copy=True)):
+            assert all(torch.equal(copied[name], view) for name, view in views.items())
 
 
 def test_names_and_versions_stay(tmp_path):
@@ -220,6 +325,42 @@ def with_extra(extra):
     model = Extra(2, 2)
     model.extra = extra
     return model
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_parts_that_are_too_deep_are_refused_when_they_are_recorded(tmp_path):
+    """Python bounds the depth of the recursions that store a state; one that holds itself has no end."""
+    ring, rings = [], {}
+    ring.append(ring)
+    rings["next"] = {"next": rings}
+    for extra in (nested(900), nested(5000), ring, rings, {"a": (nested(101),)}):
+        recorder = fmn.Recorder(tmp_path, with_extra(extra))
+        with pytest.raises(TypeError, match=r"^state_dict\._extra_state.*: expected parts at most 100 deep"):
+            recorder.record(0, [0, 1], [0, 1])
+    recorder = fmn.Recorder(tmp_path, with_extra(nested(90)))
+    recorder.record(0, [0, 1], [0, 1])
+    assert checkpoints.load(recorder.run.checkpoints[0], scan=True)["_extra_state"]["value"] == nested(90)
+
+
+@pytest.mark.parametrize("extra", [ChainMap({"a": 1}), MappingProxyType({"a": 1})])
+def test_what_would_become_another_type_is_refused_when_it_is_recorded(tmp_path, extra):
+    with pytest.raises(TypeError, match=r"_extra_state.*could not be read back.*becomes dict"):
+        fmn.Recorder(tmp_path, with_extra(extra)).record(0, [0, 1], [0, 1])
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype")
+def test_a_nested_tensor_is_refused_when_it_is_recorded(tmp_path):
+    parts = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    recorder = fmn.Recorder(tmp_path, with_extra(parts))
+    with pytest.raises(TypeError, match=r"state_dict\._extra_state\.value: Tensor could not be read back"):
+        recorder.record(0, [0, 1], [0, 1])
+    assert not list(recorder.folder.checkpoints.iterdir())
 
 
 Pair = namedtuple("Pair", "a b")
@@ -322,7 +463,7 @@ def test_the_message_has_the_cause_and_no_advice_to_run_code(tmp_path):
     assert "weights_only" not in str(caught.value)
 
 
-class Tied(nn.Module):
+class TiedHead(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding, self.head = nn.Embedding(7, 3), nn.Linear(3, 7, bias=False)
@@ -331,7 +472,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_tied_weights_are_stored_once(tmp_path, half):
-    model = Tied()
+    model = TiedHead()
     checkpoints.save_state(model, tmp_path / "a.pt", half=half)
     stored = checkpoints.load(tmp_path / "a.pt")
     assert stored["head.weight"].data_ptr() == stored["embedding.weight"].data_ptr()

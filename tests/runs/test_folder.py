@@ -249,6 +249,53 @@ def test_names_of_files_stay(tmp_path):
     assert folder.checkpoint(123456, ".weights.h5").name == "epoch_123456.weights.h5"
 
 
+class TestFolderOfAnotherTool:
+    """Files of a run's names that no run wrote are the user's: nothing of them is overwritten or deleted."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        (tmp_path / "checkpoints").mkdir()
+        for name in ("run.json", "plan.json", "checkpoints/epoch_00000.pt", "checkpoints/epoch_00007.pt"):
+            (tmp_path / name).write_text('{"my": "own"}')
+        (tmp_path / "checkpoints" / ".epoch_00003.pt.01234567.tmp").mkdir()
+        return tmp_path
+
+    @pytest.mark.parametrize("options", [{}, {"config": {"lr": 1}}, {"keep": "every:2"}])
+    @pytest.mark.parametrize("missing", [[], ["run.json"]])
+    def test_it_is_no_run_folder(self, folder, options, missing):
+        for name in missing:
+            (folder / name).unlink()
+        before, names = contents(folder), sorted(folder.rglob("*"))
+        with pytest.raises((ValueError, FileExistsError), match=r"not a fmn_ref.run file|belongs to no run"):
+            fmn.Recorder(folder, network(0.0), **options)
+        assert contents(folder) == before
+        assert sorted(folder.rglob("*")) == names
+
+    def test_training_refuses_it(self, folder):
+        x, before = (torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)), contents(folder)
+        with pytest.raises(ValueError, match=r"run\.json: not a fmn_ref\.run file"):
+            fmn.train(network(0.0), x, x, epochs=1, run_dir=folder, progress=False)
+        assert contents(folder) == before
+
+    def test_checkpoints_of_another_ending_are_not_touched(self, folder):
+        """They have other names than the run's, so the run and they can share the folder."""
+        (folder / "run.json").unlink()
+        for path in folder.glob("checkpoints/*.pt"):
+            path.rename(path.with_suffix(".h5"))
+        recorder = fmn.Recorder(folder, network(0.0), keep="every:2")
+        for epoch in range(3):
+            recorder.record(epoch, LABELS, LABELS)
+        assert {p.name for p in folder.glob("checkpoints/*.h5")} == {"epoch_00000.h5", "epoch_00007.h5"}
+
+    def test_a_run_that_failed_before_its_first_epoch_is_begun_again(self, tmp_path):
+        """A crash may leave a checkpoint without a history; run.json tells that it is the run's."""
+        fmn.Recorder(tmp_path, config={"lr": 1}).close()
+        (tmp_path / "checkpoints" / "epoch_00000.pt").write_text("half")
+        with fmn.Recorder(tmp_path, network(0.0), config={"lr": 2}) as recorder:
+            recorder.record(0, LABELS, LABELS)
+        assert recorder.run.config == {"lr": 2}
+
+
 class TestLeftovers:
     def test_what_a_killed_writer_left_is_deleted(self, tmp_path):
         """Temporary files, half-deleted checkpoints that are folders; not the files of the run, nor other people's."""
@@ -271,7 +318,7 @@ class TestLeftovers:
 
 
 @pytest.mark.parametrize(
-    "name", ["run.json", "history.fmnh", "resume.pt", "checkpoints/epoch_00000.pt", "targets/a.npy"]
+    "name", ["run.json", "history.fmnh", "resume.pt", "plan.json", "checkpoints/epoch_00000.pt", "targets/a.npy"]
 )
 def test_a_run_holds_its_files(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -282,6 +329,6 @@ def test_a_run_holds_its_files(tmp_path, monkeypatch, name):
         assert not RunFolder(folder).holds(tmp_path / "other" / name)
 
 
-@pytest.mark.parametrize("name", ["plan.json", "report.html", "comparison.json", "history.fmnh.csv", "notes/run.json"])
+@pytest.mark.parametrize("name", ["report.html", "history.fmnh.csv", "notes/run.json"])
 def test_other_files_beside_a_run_are_not_its_own(tmp_path, name):
     assert not RunFolder(tmp_path).holds(tmp_path / name)

@@ -51,6 +51,15 @@ class TestLogits:
         fmn.FusionPlan(((0, 0.5),), 5, 0, (0.5, 0.5)).apply(fmn.from_logits(Files([np.eye(3)] * 5)))
         assert sorted(read) == [0, 4]
 
+    @pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+    @pytest.mark.parametrize("n_classes", [2, 1000])
+    def test_probabilities_are_no_logits(self, rng, kind, n_classes):
+        p = rng.dirichlet(np.ones(n_classes), (2, 40)).astype(kind)
+        with pytest.raises(ValueError, match=r"logits\[1\]: expected logits or log-probabilities, got probabilities"):
+            fmn.from_logits(p)[1]
+        for logits in (np.log(p + 1e-3), 3 * p, p - p.mean(), np.eye(3), rng.random((9, 5))):
+            fmn.from_logits([logits.reshape(-1, logits.shape[-1])])[0]
+
     @pytest.mark.parametrize(
         ("bad", "words"),
         [
@@ -107,6 +116,36 @@ class TestEpochFiles:
         for i, name in enumerate(names):
             np.save(tmp_path / name, np.full(1, i))
         assert [a[0] for a in fmn.epoch_files(str(tmp_path))] == [0, 1, 2]
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("acc0.91-epoch0", "acc0.88-epoch1", "acc0.95-epoch2"),
+            ("epoch0-loss0.95", "epoch1-loss0.88", "epoch2-loss0.91"),
+            ("seed0_epoch0", "seed0_epoch1", "seed1_epoch0"),
+            ("seed0_epoch0", "seed0_epoch1", "seed1_epoch0", "seed1_epoch1"),
+            ("seed0_epoch0", "seed0_epoch1", "seed1_epoch1"),
+        ],
+    )
+    def test_numbers_that_give_several_orders(self, tmp_path, names):
+        """The first number decided: an accuracy, or the seed of another run, ordered the epochs."""
+        for name in names:
+            np.save(tmp_path / name, np.full((3, 2), 0.5))
+        with pytest.raises(ValueError, match=r"\d\.npy: an epoch after .*\d\.npy\? .* two orders; .*`pattern`"):
+            fmn.epoch_files(tmp_path)
+
+    def test_a_single_file_needs_no_number(self, tmp_path):
+        np.save(tmp_path / "final.npy", np.full((3, 2), 0.5))
+        assert len(fmn.epoch_files(tmp_path)) == 1
+
+    def test_a_folder_below_the_home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("USERPROFILE", str(tmp_path))
+        np.save(tmp_path / "epoch_0.npy", np.full((3, 2), 0.5))
+        assert len(fmn.epoch_files("~")) == 1
+        line = {"guid": "a", "logits_epoch_0": [1.0, 2.0], "gold": 1}
+        (tmp_path / "dynamics_epoch_0.jsonl").write_text(json.dumps(line))
+        assert fmn.from_cartography("~")[2] == ["a"]
 
     def test_none_there(self, tmp_path):
         for folder in (tmp_path, tmp_path / "none"):

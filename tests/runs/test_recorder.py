@@ -383,3 +383,98 @@ def test_a_network_that_computes_the_same_in_both_modes_is_not_reported(tmp_path
     fmn.Recorder(tmp_path / "b", nn.Sequential(nn.Dropout(0.1)).eval()).record(0, [0, 1], [0, 1])
     fmn.Recorder(tmp_path / "c").record(0, [0, 1], [0, 1])
     assert not caplog.records
+
+
+class Partial(nn.Module):
+    """It stores its head only, and loads everything."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.head = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.base(x))
+
+    def state_dict(self, *args, **kwargs):
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "head" in name}
+
+
+class LoadsPartially(Partial):
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        return super().load_state_dict(state_dict, strict=False)
+
+
+class Renaming(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 4)
+        self.register_state_dict_post_hook(lambda module, state, *_: state.update(old=state.pop("weight")))
+
+
+class InAList(nn.Module):
+    """Its layers are in a plain list, where no state_dict finds them."""
+
+    def __init__(self, keep=lambda layers: layers):
+        super().__init__()
+        self.layers, self.scale = keep([nn.Linear(6, 6), nn.Linear(6, 4)]), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        first, last = self.layers if isinstance(self.layers, list) else self.layers["all"]
+        return last(first(x).tanh()) * self.scale
+
+
+class OpenBase(LoadsPartially):
+    """It trains what it leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        self.base.requires_grad_(True)
+
+
+UNLOADABLE = {
+    "a part left out": (Partial, "cannot be loaded into it again.*base.weight"),
+    "another name": (Renaming, "cannot be loaded into it again.*old"),
+    "layers in a list": (InAList, r"layers\[0\].weight is trained, but no part of the state_dict"),
+    "layers in a dict": (lambda: InAList(lambda layers: {"all": layers}), r"layers\['all'\]\[0\].weight is trained"),
+    "a trained part left out": (OpenBase, "base.weight is trained, but its state_dict leaves it out"),
+}
+
+
+@pytest.mark.parametrize("name", UNLOADABLE)
+def test_a_state_that_would_not_bring_the_network_back_is_refused_at_the_first_record(tmp_path, name):
+    make, match = UNLOADABLE[name]
+    model, (x, y) = make(), make_data()[1]
+    nn.functional.cross_entropy(model(x), y).backward()
+    with fmn.Recorder(tmp_path, model) as recorder:
+        with pytest.raises(ValueError, match="(?s)" + match):
+            recorder.record(0, model(x).detach(), y)
+        assert not list(recorder.folder.checkpoints.iterdir())
+        assert not recorder.folder.history.exists()
+
+
+def with_teacher():
+    """A teacher in a list, where the optimizer does not find it either."""
+    model = nn.Linear(6, 4)
+    model.others = [nn.Linear(6, 4), {"itself": model, "weight": model.weight, "free": nn.Linear(2, 2)}]
+    return model
+
+
+@pytest.mark.parametrize("make", [LoadsPartially, with_teacher])
+def test_a_state_that_the_network_loads_is_recorded(tmp_path, make):
+    torch.manual_seed(0)
+    model, (x, y) = make(), make_data()[1]
+    nn.functional.cross_entropy(model(x), y).backward()
+    recorder, truth = fmn.Recorder(tmp_path, model), []
+    for epoch in range(2):
+        with torch.no_grad():
+            model.get_parameter("head.weight" if make is LoadsPartially else "weight").mul_(2)
+            truth.append(model(x).softmax(1).numpy())
+        recorder.record(epoch, truth[-1], y)
+    for found, expected in zip(recorder.run.probabilities((x, y)), truth, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_train_refuses_a_network_that_does_not_load_its_state_before_the_first_epoch(tmp_path):
+    train_set, val, _ = make_data()
+    with pytest.raises(ValueError, match="cannot be loaded into it again"):
+        fmn.train(Partial(), train_set, val, epochs=2, run_dir=tmp_path, progress=False)
+    assert not list((tmp_path / "checkpoints").iterdir())

@@ -11,7 +11,7 @@ from training_runs import same_weights
 
 import fmn_ref as fmn
 from fmn_ref.runs import checkpoints
-from fmn_ref.training import averages, engine
+from fmn_ref.training import averages, engine, ensemble
 
 TRAIN, VAL, _ = make_data(n=60)
 X, Y = TRAIN
@@ -190,3 +190,100 @@ def test_a_scripted_batchnorm_is_refused_unless_its_statistics_are_valid(tmp_pat
         fmn.averaged_model(run, {0: 1.0, 1: 1.0}, TRAIN)
     assert same_weights(fmn.averaged_model(run, {0: 1.0}, TRAIN), checkpoints.load(run.checkpoints[0]))
     assert fmn.averaged_model(fmn.Run.open(tmp_path, plain), {0: 1.0, 1: 1.0}, TRAIN)(X).shape == (60, 4)
+
+
+class Domains(nn.Module):
+    """A BatchNorm for each domain, of which a batch reaches one."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms, self.head, self.domain = nn.ModuleList(nn.BatchNorm1d(6) for _ in range(2)), nn.Linear(6, 4), 0
+
+    def forward(self, x):
+        return self.head(self.norms[self.domain](x))
+
+
+def domains(folder):
+    """Two epochs with both domains, the second one shifted."""
+    torch.manual_seed(0)
+    model, recorder = Domains(), None
+    recorder = fmn.Recorder(folder, model)
+    for epoch in range(3):
+        model.train()
+        for model.domain in (1, 0):
+            model(3 * X + 5 + 4 * model.domain)
+        recorder.record(epoch, model.eval()(X).detach(), Y)
+    return recorder.run
+
+
+def test_a_norm_that_no_batch_reaches_keeps_the_average_of_its_statistics(tmp_path, caplog):
+    run = domains(tmp_path)
+    mean = fmn.averaged_model(run, {1: 1.0, 2: 3.0}, (3 * X + 5, Y))
+    states = [torch.load(path) for path in run.checkpoints]
+    for name in ("norms.1.running_mean", "norms.1.running_var"):
+        torch.testing.assert_close(mean.state_dict()[name], 0.25 * states[1][name] + 0.75 * states[2][name])
+    torch.testing.assert_close(mean.norms[0].running_mean, (3 * X + 5).mean(0))
+    assert caplog.text.count("no batch of two or more samples reaches norms.1, which keeps its statistics") == 1
+
+
+def test_a_norm_that_only_single_samples_reach_keeps_its_statistics(tmp_path, caplog):
+    run = domains(tmp_path)
+
+    def forward(model, batch):
+        model.domain = int(len(batch[0]) == 1)
+        return model(batch[0]), batch[1]
+
+    batches = [(X[:5], Y[:5]), (X[5:6], Y[5:6])]
+    mean = fmn.averaged_model(fmn.Run.open(tmp_path, run.model, forward), {2: 1.0}, batches)
+    torch.testing.assert_close(mean.norms[1].running_var, torch.load(run.checkpoints[2])["norms.1.running_var"])
+    assert "norms.1" in caplog.text
+
+
+class Gained(nn.BatchNorm1d):
+    """A BatchNorm with arguments of its own."""
+
+    def forward(self, x, gain=None):
+        return super().forward(x) * gain
+
+
+CALLS = {
+    "keyword": lambda norm, x: norm(x=x, gain=2.0),
+    "keywords in another order": lambda norm, x: norm(gain=torch.ones(len(x), 1), x=x),
+    "position": lambda norm, x: norm(x, torch.ones(6)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_norm_may_be_called_in_any_way(tmp_path, name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = Gained(6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(CALLS[name](self.norm, x))
+
+    model = Net()
+    recorder = fmn.Recorder(tmp_path, model)
+    for epoch in range(2):
+        model.train()(X)
+        recorder.record(epoch, model.eval()(X).detach(), Y)
+    mean = fmn.averaged_model(recorder.run, {0: 1.0, 1: 1.0}, [(X[:40], Y[:40]), (X[40:], Y[40:])])
+    torch.testing.assert_close(mean.norm.running_mean, X.mean(0))
+
+
+def test_a_norm_that_gets_no_tensor_is_named():
+    class Packed(nn.BatchNorm1d):
+        def forward(self, packed):
+            return super().forward(packed["x"])
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = Packed(6)
+
+        def forward(self, x):
+            return self.norm({"x": x})
+
+    with pytest.raises(ValueError, match="model: expected a tensor of 6 channels as an argument of Packed"):
+        ensemble.recompute_batchnorm(Net(), (X, Y))

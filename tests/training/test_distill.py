@@ -382,3 +382,21 @@ def test_batches_that_cannot_be_augmented_are_named():
 
 def by_name(model, batch):
     return model(batch["x"]), batch["labels"]
+
+
+@pytest.mark.parametrize("share", ["everything", "a layer"])
+def test_a_teacher_that_the_student_changes_is_refused_online(share):
+    """It would teach what the student is, and not what it was."""
+    x, y = torch.randn(20, 6), torch.arange(20) % 3
+    teacher = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    student = teacher if share == "everything" else nn.Sequential(teacher[0], nn.Tanh(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"teacher: shares 0\.weight with the student"):
+        fmn.distill(student, teacher, (x, y), epochs=1, targets="online", progress=False)
+
+
+def test_a_frozen_layer_may_be_shared_and_answers_may_be_cached_first():
+    x, y = torch.randn(20, 6), torch.arange(20) % 3
+    teacher = nn.Sequential(nn.Linear(6, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 3))
+    student = nn.Sequential(teacher[0], nn.Tanh(), nn.Linear(8, 3))
+    fmn.distill(student, teacher, (x, y), epochs=1, targets="online", progress=False)
+    fmn.distill(teacher, teacher, (x, y), epochs=1, targets="cached", progress=False)

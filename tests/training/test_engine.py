@@ -1,12 +1,14 @@
 """The engine of `train` and `distill`: damaged files, memory formats, compilation."""
 
+import json
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from folders import contents, flip_bit
-from networks import RECIPE, make_data
+from networks import RECIPE, make_data, make_model
 from torch import nn
 from training_runs import interrupted_at, same_weights, trained
 
@@ -124,3 +126,39 @@ def test_a_compiled_model_learns_the_same(tmp_path):
         assert compiled.keys() == plain.keys()
         for name, value in compiled.items():
             torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+@pytest.mark.parametrize("row", [1, 77, -1])
+def test_a_run_of_other_inputs_is_not_resumed(tmp_path, which, row):
+    """Whatever input it is; a run whose run.json has no digest of all inputs goes on as before."""
+    sets = dict(zip(("train", "val"), make_data(), strict=False))
+    options = RECIPE | {"epochs": 2, "run_dir": tmp_path}
+    run = fmn.train(make_model(), sets["train"], sets["val"], **options)
+    x = sets[which][0].clone()
+    x[row, 2] += 1
+    others = sets | {which: (x, sets[which][1])}
+    name = "data" if which == "train" else "val_data"
+    with pytest.raises(ValueError, match=rf"^{name}(_in_full)?: the run in"):
+        fmn.train(make_model(), others["train"], others["val"], **options)
+    content = json.loads((tmp_path / "run.json").read_text())
+    content["config"] = {key: value for key, value in content["config"].items() if not key.endswith("_in_full")}
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    again = fmn.train(make_model(), sets["train"], sets["val"], **options)
+    np.testing.assert_array_equal(again.history.packed, run.history.packed)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("make", [nn.EmbeddingBag, lambda *a, **k: nn.Sequential(nn.Embedding(*a, **k), nn.Flatten())])
+def test_sparse_gradients_are_named(tmp_path, optimizer, make):
+    x, y = torch.randint(0, 20, (40, 7)), torch.randint(0, 3, (40,))
+    options = {"epochs": 1, "optimizer": optimizer, "progress": False}
+    for sparse in (True, False):
+        model = nn.Sequential(make(20, 8, sparse=sparse), nn.LazyLinear(3))
+        model(x)
+        if not sparse:
+            fmn.train(model, (x, y), (x, y), run_dir=tmp_path, **options)
+            return
+        words = r"model: expected dense gradients, got a sparse one for 0\.\S*weight; make the embedding"
+        with pytest.raises(ValueError, match=words):
+            fmn.train(model, (x, y), (x, y), run_dir=tmp_path, **options)

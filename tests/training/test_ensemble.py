@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fmn_ref as fmn
 from fmn_ref.fusion import baselines
 from fmn_ref.runs import checkpoints
-from fmn_ref.training import ensemble, predictions
+from fmn_ref.training import data, ensemble, predictions
 
 TRAIN, VAL, TEST = make_data()
 PLAN_OF_ONE = fmn.FusionPlan.from_weights({0: 1.0}, 1)
@@ -347,3 +347,30 @@ def test_a_saved_ensemble_that_cannot_be_loaded_is_named(run, tmp_path):
     (tmp_path / "plan.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"plan\.json"):
         fmn.FusedModel.load(tmp_path, make_model())
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 7), (1, 9)], ids=["pixels", "tokens"])
+def test_classes_on_an_axis_that_cannot_be_told_are_refused(tmp_path, shape):
+    """A forward_fn says where they are; a direct call has none."""
+    make = nn.Conv2d if len(shape) == 3 else nn.Conv1d
+    torch.manual_seed(0)
+    model, x = make(1, 3, 3, padding=1), torch.randn(20, *shape)
+    y = (x[:, 0] > 0).long()
+
+    def forward(network, batch):
+        return network(batch[0]).movedim(1, -1).flatten(0, -2), batch[1].flatten()
+
+    recorder, outputs = fmn.Recorder(tmp_path, model, forward_fn=forward), []
+    for epoch in range(2):
+        with torch.no_grad():
+            model.weight.mul_(3).add_(0.1)
+            outputs.append(model(x).softmax(1))
+            recorder.record(epoch, *forward(model, (x, y)))
+    plan = fmn.FusionPlan.from_weights({0: 0.5, 1: 0.5}, 2)
+    fused = fmn.FusedModel(plan, recorder.run)
+    for _ in range(2):  # each call, not the first alone
+        with pytest.raises(ValueError, match=r"logits \(n, n_classes\), got shape \(20, 3, .*forward_fn"):
+            fused(x)
+    expected = (outputs[0] / 2 + outputs[1] / 2).movedim(1, -1).flatten(0, -2)
+    np.testing.assert_allclose(plan.apply(recorder.run.probabilities((x, y))), expected, atol=1e-5)
+    torch.testing.assert_close(data.predict(fused, (x, y), forward_fn=forward)[0], expected, atol=1e-5, rtol=0)

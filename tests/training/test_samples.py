@@ -110,9 +110,81 @@ def test_a_wide_row_and_a_slice_in_the_middle_of_memory():
     assert hashes(wide[:, 1:], 3) == hashes(wide[:, 1:].clone(), 3)
 
 
-def test_padding_does_not_count():
+def pieces_on_boards(n, n_planes, size, n_pieces):
+    boards = torch.zeros(n, n_planes, size, size)
+    for _ in range(n_pieces):
+        places = (torch.randint(high, (n,)) for high in (n_planes, size, size))
+        boards[(torch.arange(n), *places)] = 1 - 2.0 * torch.randint(2, (n,))
+    return boards
+
+
+def squares():
+    """A small square on a dark canvas, each time in another place."""
+    x = torch.zeros(900, 1, 64, 64)
+    for i in range(900):
+        row, column = 2 * (i // 30), 2 * (i % 30)
+        x[i, 0, row : row + 4, column : column + 4] = 1
+    return x
+
+
+def point_mutations():
+    x = nn.functional.one_hot(torch.zeros(1200, 400, dtype=torch.long), 4).float()
+    for i in range(1200):
+        x[i, i // 3] = torch.eye(4)[1 + i % 3]
+    return x
+
+
+STRUCTURED = {
+    "one-hot": lambda: torch.eye(3000),
+    "one-hot float64": lambda: torch.eye(500).double(),
+    "one-hot float16": lambda: torch.eye(2000).half(),
+    "one-hot bool": lambda: torch.eye(2000).bool(),
+    "one bright pixel": lambda: torch.eye(784).mul(255).byte(),
+    "one complex number": lambda: torch.eye(500) * 1j,
+    "pairs of categories": lambda: torch.eye(300)[torch.randint(300, (5000, 2))],
+    "signs": lambda: torch.randint(0, 2, (20_000, 64)) * 2.0 - 1,
+    "signed zeros": lambda: torch.randint(0, 2, (20_000, 64)) * 2.0 * -0.0,
+    "stones on a board": lambda: pieces_on_boards(20_000, 1, 19, 2),
+    "pieces of a game": lambda: pieces_on_boards(20_000, 12, 8, 6),
+    "squares on a canvas": squares,
+    "point mutations": point_mutations,
+    "bag of two words": lambda: torch.eye(5000)[torch.randint(5000, (2000, 2))].sum(1),
+    "numbers and their complements": lambda: torch.stack([torch.arange(5000), ~torch.arange(5000)]).view(-1, 1).int(),
+    "permutations": lambda: torch.rand(20_000, 9).argsort(1),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_structured_samples_have_fingerprints_of_their_own(name):
+    torch.manual_seed(1)
+    x = STRUCTURED[name]()
+    n_different = len({row.numpy().tobytes() for row in x})
+    assert len(set(hashes(x, len(x)))) == n_different
+
+
+def test_one_hot_samples_are_no_overlap(tmp_path):
+    x, y = torch.eye(400), torch.arange(400) % 3
+    model = nn.Linear(400, 3)
+    recorder = fmn.Recorder(tmp_path, model)
+    for epoch in range(2):
+        recorder.record(epoch, model(x).detach(), y)
+    fmn.compare(recorder.run, (x[:200], y[:200]), (x[200:], y[200:]))
+    with pytest.raises(ValueError, match="4 of 200 test samples are in the selection set"):
+        fmn.compare(recorder.run, (x[:204], y[:204]), (x[200:], y[200:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+def test_padding_does_not_count(dtype):
     tokens = torch.tensor([[5, 6, 0, 0], [7, 0, 0, 0]])
     assert hashes(tokens, 2) == hashes(tokens[:, :2], 2)
+    for width in (1, 7, 500, 1023, 1024, 4095, 4096, 9000):
+        x = (torch.rand(3, width) * 9 + 1).to(dtype)
+        assert hashes(nn.functional.pad(x, (0, 5001)), 3) == hashes(nn.functional.pad(x, (0, 3)), 3) == hashes(x, 3)
+
+
+def test_a_sample_has_one_fingerprint_in_a_batch_of_any_size():
+    x = torch.randn(2000, 300)
+    assert hashes(x, 2000) == [h for part in x.split(33) for h in hashes(part, len(part))]
 
 
 def test_labels_are_not_part_of_a_sample():
@@ -407,6 +479,39 @@ def test_samples_of_one_class_that_change_places_are_noticed(loader, tmp_path):
         fmn.compare(run, loader(), TEST)
 
 
+class Chained:
+    """Loaders that are read one after the other."""
+
+    def __init__(self, *loaders):
+        self.loaders = loaders
+
+    def __iter__(self):
+        for loader in self.loaders:
+            yield from loader
+
+
+class LastTwo(Swapped):
+    """Exchanges the last two samples in every second pass."""
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([*range(238), *((238, 239) if self.passes % 2 else (239, 238))])
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda set_: Chained(DataLoader(set_, 20), DataLoader(set_, 20, shuffle=True)),
+        lambda set_: DataLoader(set_, 16, sampler=LastTwo()),
+    ],
+    ids=["a second loader shuffles", "only the last batch"],
+)
+def test_the_last_batch_is_looked_at(loader, tmp_path):
+    loader = loader(TensorDataset(*ONE_CLASS))
+    with pytest.raises(ValueError, match="val_data: the samples or their order changed"):
+        fmn.train(still_network(), TRAIN, loader, run_dir=tmp_path, **STILL)
+
+
 def test_a_loader_with_one_order_is_accepted(tmp_path):
     """Also with repeated samples, workers, and an order of its own."""
     order = [*torch.randperm(240, generator=torch.Generator().manual_seed(1)).tolist(), 3, 3, 17]
@@ -502,6 +607,7 @@ def test_probabilities_are_noticed_in_every_type(dtype, n_classes, wider):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_logits_are_not_taken_for_probabilities(dtype):
+    check_logits(torch.randn(8, 4).log_softmax(1).to(dtype), "")
     close = torch.full((8, 4), 0.2475)  # rows of sum 0.99
     for logits in (torch.rand(64, 3), torch.rand(1, 2) + 0.1, torch.tensor([[0.6, 0.4], [0.6, 0.5]]), close * 1.03):
         check_logits(logits.to(dtype), "")
@@ -523,3 +629,59 @@ def test_a_softmax_in_16_bits_is_refused_everywhere(tmp_path):
     ):
         with pytest.raises(ValueError, match="got probabilities"):
             call()
+
+
+@pytest.mark.parametrize("targets", ["cached", "online"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_student_that_ends_in_softmax_is_refused(targets, dtype):
+    """Before its first step; one that ends in log_softmax is not."""
+    data = TRAIN[0].to(dtype), TRAIN[1]
+    teacher, options = nn.Linear(6, 4).to(dtype), {"epochs": 1, "targets": targets, "progress": False}
+    student = nn.Sequential(nn.Linear(6, 4), nn.Softmax(1)).to(dtype)
+    before = student[0].weight.clone()
+    with pytest.raises(ValueError, match="logits or log-probabilities, got probabilities; the student needs"):
+        fmn.distill(student, teacher, data, **options)
+    assert torch.equal(student[0].weight, before)
+    fmn.distill(nn.Sequential(nn.Linear(6, 4), nn.LogSoftmax(1)).to(dtype), teacher, data, **options)
+
+
+class Wrapping(nn.Linear):
+    """A network whose outputs are in a tuple, a dict or another object."""
+
+    def __init__(self, wrap):
+        super().__init__(6, 4)
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(super().forward(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda z: (z, z), lambda z: {"logits": z}, lambda z: [z], lambda z: Graph({"x": z})])
+def test_outputs_that_are_no_logits_are_named(wrap, tmp_path):
+    model, plain, options = Wrapping(wrap), nn.Linear(6, 4), {"epochs": 1, "progress": False}
+    name = type(wrap(A)).__name__
+    for call in (
+        lambda: fmn.train(model, TRAIN, VAL, run_dir=tmp_path, **options),
+        lambda: fmn.distill(model, plain, TRAIN, **options),
+        lambda: fmn.distill(model, plain, TRAIN, targets="online", **options),
+        lambda: fmn.distill(plain, model, TRAIN, **options),
+        lambda: data.predict(model, VAL),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"expected logits.*got {name}; .*forward_fn"):
+            call()
+
+
+def test_a_loss_may_take_what_a_network_returns_in_training(tmp_path):
+    def forward(model, batch):
+        z = model(batch[0])
+        return (z, z.square()) if model.training else z, batch[1]
+
+    def loss(outputs, labels):
+        return nn.functional.cross_entropy(outputs[0], labels) + 0 * outputs[1].sum()
+
+    options = {"forward_fn": forward, "loss_fn": loss, "epochs": 1, "progress": False}
+    runs = [
+        fmn.train(fresh(), TRAIN, VAL, run_dir=tmp_path / name, **RECIPE | given)
+        for name, given in (("a", options), ("b", {"epochs": 1}))
+    ]
+    np.testing.assert_array_equal(*(run.probabilities(VAL)[0] for run in runs))

@@ -1,6 +1,7 @@
 """Soft targets: cached on disk, one set per view, cut to the top classes."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from folders import contents, flip_bit
 from networks import RECIPE, make_data
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from training_runs import fresh, interrupted_at, same_weights
 
 import fmn_ref as fmn
@@ -183,6 +185,67 @@ def test_targets_that_depend_on_something_else_are_refused(tmp_path, other, firs
     distil(**first)
 
 
+def no_longer(x, calls=[0]):  # noqa: B006
+    calls[0] += 1
+    return x * calls[0]
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        lambda x: x + torch.from_numpy(np.random.rand(len(x), 1)).float(),  # noqa: NPY002
+        lambda x: x * random.random(),
+        lambda x: x[:, torch.from_numpy(np.random.default_rng().permutation(6))].int(),
+        no_longer,
+    ],
+    ids=["NumPy", "Python", "a generator of its own", "state"],
+)
+def test_views_that_cannot_be_made_again_are_refused(teacher, tmp_path, augment):
+    options = {"targets": "cached-views", "views": 2, "targets_dir": tmp_path, "forward_fn": as_floats, "epochs": 1}
+    with pytest.raises(ValueError, match=r"augment: 'cached-views' cannot repeat .* torch's generators"):
+        distilled(teacher, augment=augment, **options)
+    assert contents(tmp_path) == {}
+    distilled(teacher, augment=lambda x: (x + torch.rand_like(x)).int(), **options)
+
+
+def as_floats(model, batch):
+    return model(batch[0].float()), batch[1]
+
+
+ONLINE = ["weights", "buffer", "attribute", "forward_fn", "fewer classes", "one input", "last input"]
+
+
+@pytest.mark.parametrize("targets", ["online", "cached"])
+@pytest.mark.parametrize("other", ONLINE)
+def test_a_distillation_of_another_teacher_or_data_is_not_resumed(tmp_path, other, targets):
+    def distil(teacher=None, train_data=TRAIN, **options):
+        options = RECIPE | {"epochs": 2, "run_dir": tmp_path, "targets": targets} | options
+        torch.manual_seed(2)
+        return fmn.distill(nn.Linear(6, 4), teacher or Scaled(), train_data, **options)
+
+    first, before = distil(), contents(tmp_path)
+    with pytest.raises(ValueError, match=r"^(teacher|data)(_in_full)?: "):
+        distil(**OTHERS[other][0])
+    assert contents(tmp_path) == before
+    assert same_weights(distil(), first)
+
+
+def test_a_buffer_of_the_teacher_counts_for_loaders_too(tmp_path):
+    loader, options = DataLoader(TensorDataset(*TRAIN), 48), RECIPE | {"epochs": 1, "run_dir": tmp_path}
+    fmn.distill(nn.Linear(6, 4), Scaled(), loader, **options)
+    with pytest.raises(ValueError, match="teacher_in_full: the run in"):
+        fmn.distill(nn.Linear(6, 4), changed(Scaled(), shift=torch.ones(4)), loader, **options)
+
+
+def test_a_killed_online_distillation_resumes_with_the_same_bits(teacher, tmp_path):
+    options = {"augment": noisy, "targets": "online", "val_data": VAL}
+    whole = distilled(teacher, tmp_path / "whole", **options)
+    with interrupted_at("resume.pt", 3):
+        distilled(teacher, tmp_path / "b", **options)
+    assert same_weights(distilled(teacher, tmp_path / "b", **options), whole)
+    assert same_weights(distilled(teacher, **{**options, "val_data": None}), whole)  # without any folder
+
+
 def test_targets_of_another_combination_are_refused(run, tmp_path):
     plans = [fmn.FusionPlan.from_weights({3: 0.5, 11: 0.5}, 12, combine) for combine in ("linear", "geometric")]
     distilled(fmn.FusedModel(plans[0], run), targets_dir=tmp_path, epochs=1)
@@ -291,9 +354,10 @@ def test_processes_that_share_targets_take_turns(tmp_path):
 
 
 def test_threads_that_share_targets_take_turns(tmp_path):
+    teachers = [Scaled() for _ in range(3)]  # not in the threads, which share torch's generator
     with ThreadPoolExecutor(3) as pool:
         options = {"targets_dir": tmp_path, "epochs": 1, "progress": False}
-        students = list(pool.map(lambda t: distilled(Scaled(), temperature=t, **options), (1.0, 2.0, 3.0)))
+        students = list(pool.map(lambda t, k: distilled(t, temperature=k, **options), teachers, (1.0, 2.0, 3.0)))
     assert len(students) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["targets.json", "view_00000.log_probs.npy"]
 
