@@ -30,6 +30,7 @@ autodoc_mock_imports = [
     "accelerate",
     "keras",
     "lightning",
+    "peft",
     "safetensors",
     "torchmetrics",
     "transformers",

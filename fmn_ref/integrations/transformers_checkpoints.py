@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import _check, _files
 from ..fusion.plan import FusionPlan
 from ..metrics.curves import correctness
-from ..runs import checkpoints
+from ..runs import adapters, checkpoints, foreign
 from ..runs.folder import remove_checkpoint
 from ..runs.recorder import Recorder
 from ..runs.run import Run
@@ -105,7 +105,7 @@ def from_trainer(
     Parameters
     ----------
     output_dir : path
-        Contains checkpoint-STEP/model.safetensors, in shards or not.
+        Contains checkpoint-STEP/model.safetensors, in shards or not; or adapter_model.safetensors, for a PeftModel.
     run_dir : path
         Folder of the run.
     model : nn.Module
@@ -146,6 +146,10 @@ def _checkpoint_folders(output_dir: Path) -> dict[int, Path]:
 
 def _load_checkpoint(model: nn.Module, folder: Path) -> None:
     with data.computing(model, keep=True) as network:
+        if adapters.adapter_of(network) is not None:
+            path = folder / "adapter_model.safetensors"
+            checkpoints.load_weights(network, foreign.read_state(path, network)[0], path)
+            return
         if isinstance(network, PreTrainedModel):
             network.load_state_dict(_from_pretrained(type(network), folder).state_dict())
             return
@@ -199,15 +203,27 @@ def save_fused(folder: AnyPath, plan: FusionPlan, run: Run, processing_class: An
     """
     original, paths = plan_checkpoints(plan, run)
     if not isinstance(original, PreTrainedModel):
-        raise TypeError(f"run: expected a model with save_pretrained, got {type(original).__name__}")
+        hint = "; fmn_ref.integrations.peft saves adapters" if hasattr(original, "peft_config") else ""
+        raise TypeError(f"run: expected a model with save_pretrained, got {type(original).__name__}{hint}")
+    model = independent(original)
+
+    def save(path: Path, member: Path) -> None:
+        with data.computing(checkpoints.load_into(model, path)) as network:
+            network.save_pretrained(member)  # type: ignore[operator]
+
+    write_fused(folder, plan, paths, save, processing_class)
+
+
+def write_fused(
+    folder: AnyPath, plan: FusionPlan, paths: dict[int, Path], save: Callable[[Path, Path], None], processing_class: Any
+) -> None:
+    """Write a fused model as `save_fused` does; `save` gets the paths of a checkpoint and of its member's folder."""
     target = _files.absolute(folder)
     target.mkdir(parents=True, exist_ok=True)
     replaced = _fused_members(target, paths)
     with _beside(target / "members") as new:
-        model = independent(original)
         for row, path in paths.items():
-            with data.computing(checkpoints.load_into(model, path)) as network:
-                network.save_pretrained(new / f"member_{row:05d}")  # type: ignore[operator]
+            save(path, new / f"member_{row:05d}")
         if processing_class is not None:
             processing_class.save_pretrained(target)
         (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
@@ -235,7 +251,7 @@ def _fused_members(folder: Path, rows: Iterable[int]) -> list[Path]:
     if (folder / "plan.json").exists():
         FusionPlan.load(folder / "plan.json")  # refuses another tool's
     named = [p for p in folder.glob("member_*") if re.fullmatch(r"member_\d{5,}", p.name)]
-    members = [p for p in named if (p / "config.json").is_file()]
+    members = [p for p in named if (p / "config.json").is_file() or (p / adapters.CONFIG).is_file()]
     for path in (folder / f"member_{row:05d}" for row in rows):
         if path in named and path not in members:
             raise ValueError(f"{path}: not a member of a fused model; choose another folder")

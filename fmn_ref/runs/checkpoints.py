@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
-from . import archive, references
+from . import adapters, archive, references
 from .folder import AnyPath
 from .torch_files import load as load
 from .torch_files import reason
@@ -29,7 +29,7 @@ _PLAIN = (type(None), bool, float, str)  # `load` reads them back, and integers
 
 
 def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
-    """Store `model.state_dict()` under the names that the model has without torch.compile.
+    """Store `model.state_dict()` under the names that the model has without torch.compile; of a PeftModel, the adapter.
 
     Parameters
     ----------
@@ -40,7 +40,8 @@ def save_state(model: nn.Module, path: AnyPath, *, half: bool = False) -> None:
         rounding of 16 bits: see `_halved`. `load_into` converts them back. Buffers stay as they are: they may hold
         large means, or places in a table.
     """
-    save_weights(unwrap(model).state_dict(), path, half=half and parameter_names(model))
+    inner = unwrap(model)
+    save_weights(adapters.state_of(inner), path, half=half and parameter_names(inner))
 
 
 def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool | Set[str] = False) -> None:
@@ -54,7 +55,9 @@ def save_weights(state: dict[str, Any], path: AnyPath, *, half: bool | Set[str] 
 
 def parameter_names(model: nn.Module) -> Set[str]:
     """Names of a model's parameters in its checkpoints."""
-    return {uncompiled(name) for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
+    inner = unwrap(model)
+    names = {uncompiled(name) for name, _ in inner.named_parameters(remove_duplicate=False)}
+    return names if adapters.adapter_of(inner) is None else names | adapters.state_of(inner).keys()
 
 
 def uncompiled(name: Any) -> Any:
@@ -105,7 +108,7 @@ def unwrap(model: Any) -> nn.Module:
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
+        elif "_orig_mod" in getattr(model, "_modules", ()):  # a PeftModel has the attributes of its base
             model = model._orig_mod
         else:
             return model  # type: ignore[no-any-return]
@@ -208,7 +211,10 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: AnyPath) -> nn.M
     """Load a state_dict, which `path` names in errors, into `model`."""
     inner = unwrap(model)
     try:
-        inner.load_state_dict(state)
+        if adapters.adapter_of(inner) is None:
+            inner.load_state_dict(state)
+        else:
+            adapters.load_state(inner, state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit the model: {error}") from None
     drop_derived(inner)

@@ -25,7 +25,8 @@ _NO_WEIGHTS = {"optimizer", "optim", "scheduler", "scaler", "rng", "training_arg
 _UNFINISHED = re.compile(r"\.(tmp|temp|part|partial|incomplete|crdownload|download|lock)\b|~$", re.IGNORECASE)
 _LABELS = {"epoch": "epoch|ep", "step": "global_step|steps?|iter|iteration|update", "checkpoint": "checkpoint|ckpt"}
 _NUMBER = r"(?:(?<==)[-+])?\d+(?:\.\d+)?(?:e[-+]?\d+(?![a-z0-9]))?"
-_KNOWN = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+_KNOWN: tuple[str, ...] = ("model.safetensors.index.json", "model.safetensors")
+_KNOWN += ("pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 _SHOWN = 8  # files in a message
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
-from . import distributed_files, torch_files
+from . import adapters, distributed_files, torch_files
 from .tensors import FileTensor, loaded, read_safetensors
 
 if TYPE_CHECKING:
@@ -115,10 +115,11 @@ def read_state(
         known = [name for name, _ in _states(content, "", _DEPTH)]
         wanted = "a state_dict" if key is None else f"a state_dict at key {key!r}"
         raise ValueError(f"{path}: expected {wanted}, got {_some(known) or type(content).__name__}")
+    adapters.check_config(model, path.parent)
     names = _Names(model)
     fitting = {name: fit for name, state in found.items() if (fit := names.fit(state)) is not None}
     if not fitting:
-        raise ValueError(f"{path}: does not fit the model: {names.differences(found)}")
+        raise ValueError(f"{path}: does not fit the model: {names.differences(found)}{adapters.hint(model, path)}")
     chosen = _choose(path, fitting) if key is None else key
     taken = {own: found[chosen][name] for own, name in fitting[chosen].items()}
     if path.is_dir():
@@ -154,10 +155,12 @@ class _Names:
     """Names of a network's own weights, and how those of a file fit them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.state = model.state_dict(keep_vars=True)
-        self.own = {_without(name, "_orig_mod"): name for name in self.state}
+        adapted = adapters.adapter_of(model) is not None
+        self.state = adapters.state_of(model) if adapted else model.state_dict(keep_vars=True)
+        known = self.state | (model.state_dict() if adapted else {})  # peft may store a part of the base too
+        self.own = {_without(name, "_orig_mod"): name for name in known}
         first: dict[int, str] = {}
-        self.same = {name: first.setdefault(id(t), name) for name, t in self.state.items()}  # of tied weights
+        self.same = {name: first.setdefault(id(t), name) for name, t in known.items()}  # of tied weights
 
     def fit(self, state: Mapping[str, Any]) -> dict[str, str] | None:
         """Names in the file by the network's own, or None where they do not fit exactly."""

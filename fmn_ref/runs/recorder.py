@@ -194,13 +194,14 @@ class Recorder:
         """Return what writes the checkpoint; TypeError or ValueError if it could not be read or loaded back."""
         if self._save is not None:
             return self._save
-        from . import checkpoints
+        from . import adapters, checkpoints
         from .complete import check_complete
 
-        state = checkpoints.unwrap(self.model).state_dict() if weights is None else weights
+        state = adapters.state_of(checkpoints.unwrap(self.model)) if weights is None else weights
         checkpoints.check_readable(state, "state_dict")
         if self.model is not None and not self._complete:
-            check_complete(state, checkpoints.unwrap(self.model))
+            if adapters.adapter_of(checkpoints.unwrap(self.model)) is None:  # else by its definition
+                check_complete(state, checkpoints.unwrap(self.model))
             self._complete = True
         half = self._half if self._half is not True or self.model is None else checkpoints.parameter_names(self.model)
         return partial(checkpoints.save_weights, state, half=half)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ..runs import checkpoints
+from ..runs import adapters, checkpoints
 from . import data
 from .reachable import named_tensors, reachable, shared_part, storage
 
@@ -38,13 +38,16 @@ _CAUGHT = weakref.WeakSet[nn.Module]()  # networks of which a copy was seen to c
 def independent(model: nn.Module) -> nn.Module:
     """Return a network that computes as `model` does with weights of its own, in evaluation mode.
 
-    It is a copy if `proven_copy` can make one, else `InPlace`. `data.forward` watches the copy's first batch.
+    It is a copy if `proven_copy` can make one, else `InPlace`. `data.forward` watches the copy's first batch. Networks
+    with an adapter share the base.
     """
     if model in _CAUGHT:
         return InPlace(model)
     try:
         copied = proven_copy(model)
     except ValueError as error:
+        if adapters.adapter_of(checkpoints.unwrap(model)) is not None:
+            raise
         logger.info("%s; its weights are swapped in place", error)
         return InPlace(model)
     if not any(map(_is_compiled, copied.modules())):
@@ -65,15 +68,16 @@ def proven_copy(model: nn.Module) -> nn.Module:
     without its graph.
     """
     name = type(model).__name__
+    base = [t for _, t in adapters.base_of(model)]
     try:
-        memo = _memo(model)
+        memo = _memo(model) | {id(t): t for t in base}
         with torch.no_grad():  # the tensors of a ScriptModule would be copied with a graph
             copied = copy.deepcopy(model, memo)
     except Exception as error:  # of any object that somebody keeps on a module
         raise ValueError(f"model: expected a network that can be copied, got a {name}: {error}") from None
     for own, original in zip(copied.parameters(), model.parameters(), strict=True):
         own.requires_grad = original.requires_grad
-    part = shared_part(copied, model)
+    part = shared_part(copied, model, base)
     if part is not None:
         hint = "a forward, a hook or a method names it"
         raise ValueError(
@@ -103,6 +107,11 @@ def _memo(model: nn.Module) -> dict[int, Any]:
             if not found.is_leaf:
                 memo[id(found)] = copy.deepcopy(found.detach(), memo)
     return memo
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """Copy a network that `independent` returned; copies of one with an adapter share the base."""
+    return copy.deepcopy(model, {id(t): t for _, t in adapters.base_of(model)})
 
 
 class Watch:
@@ -144,6 +153,8 @@ class Watch:
 
     def _catch(self, copied: nn.Module, part: str) -> None:
         name = type(self._original).__name__
+        if adapters.adapter_of(self._original) is not None:
+            raise ValueError(f"model: expected a {name} that can be copied, but a copy computes with its {part}")
         logger.info("a copy of the %s computes with %s of the original; its weights are swapped in place", name, part)
         _CAUGHT.add(self._original)
         names = [[n for n, _ in named_tensors(network)] for network in (self._original, copied)]
@@ -169,7 +180,8 @@ class _Seeing(TorchDispatchMode):
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._parts = {storage(t): repr(name) for name, t in named_tensors(original)}
+        base = {storage(t) for _, t in adapters.base_of(original)}  # which copies share
+        self._parts = {storage(t): repr(name) for name, t in named_tensors(original) if storage(t) not in base}
         self.part: str | None = None
 
     @classmethod

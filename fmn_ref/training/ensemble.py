@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 import re
@@ -22,7 +21,7 @@ from ..runs import checkpoints, references
 from ..runs.run import Run
 from . import data
 from .averages import is_statistic, load_mean, open_sources, shares_of
-from .copies import independent
+from .copies import duplicate, independent
 from .logits import check_logits
 from .memory_format import either_format, set_channels_last, set_contiguous
 
@@ -202,7 +201,7 @@ class FusedModel(nn.Module):
 def _load_members(model: nn.Module, paths: Iterable[Path]) -> list[nn.Module]:
     network = independent(model)
     with torch.no_grad():  # a ScriptModule's tensors would be copied with a graph
-        return [copy.deepcopy(checkpoints.load_into(network, path)) for path in paths]
+        return [duplicate(checkpoints.load_into(network, path)) for path in paths]
 
 
 def _member_paths(folder: Path, plan: FusionPlan) -> list[Path]:

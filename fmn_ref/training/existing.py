@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import _check, _files, _stderr
 from ..metrics.curves import correctness
 from ..metrics.history import labels_digest
-from ..runs import checkpoints, foreign, references
+from ..runs import adapters, checkpoints, foreign, references
 from ..runs.discovery import find_checkpoints
 from ..runs.folder import AnyPath, RunFolder
 from ..runs.recorder import Recorder
@@ -181,7 +181,7 @@ class Evaluation:
     def load(self, path: Path) -> dict[str, Any]:
         """Load a checkpoint into the network; return its weights."""
         self._load(self._network, path)
-        return self._network.state_dict()
+        return adapters.state_of(self._network)
 
     def record(
         self, recorder: Recorder, files: dict[int, Path], *, digest: str = "", progress: bool | None = None
@@ -238,7 +238,7 @@ class Evaluation:
         same = same and bool(np.mean(run.history[row] != correct) < 0.05)  # another device may round differently
         stored = run.checkpoints[row]
         if same and stored.exists() and not references.is_reference(stored):
-            copied = checkpoints.load_into(self._network, stored).state_dict()
+            copied = adapters.state_of(checkpoints.load_into(self._network, stored))
             pairs = [(value, copied[name]) for name, value in weights.items() if isinstance(value, Tensor)]
             same = all(torch.allclose(a.float(), b.float(), 1e-3, 1e-7, equal_nan=True) for a, b in pairs)  # of 16 bits
         if not same:

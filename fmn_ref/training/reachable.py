@@ -9,7 +9,7 @@ import logging
 import sys
 import types
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,12 @@ _HOLDERS += (property, staticmethod, classmethod, functools.cached_property, np.
 _CONTAINERS = ("argparse", "collections", "types", "weakref")  # modules of the standard library with containers
 
 
-def shared_part(copied: nn.Module, model: nn.Module) -> str | None:
-    """Name a module or a tensor of `model` that code of the copy can reach; None if it reaches none."""
-    parts = {id(part): f"{name or 'all'!r}" for name, part in (*model.named_modules(), *named_tensors(model))}
-    storages = {storage(t): f"{name!r}" for name, t in named_tensors(model)}
+def shared_part(copied: nn.Module, model: nn.Module, base: Sequence[Tensor] = ()) -> str | None:
+    """Name a module or a tensor of `model`, outside its base, that code of the copy can reach; None if none."""
+    shared = {storage(t) for t in base}
+    own = [(name, t) for name, t in named_tensors(model) if storage(t) not in shared]
+    parts = {id(part): f"{name or 'all'!r}" for name, part in (*model.named_modules(), *own)}
+    storages = {storage(t): f"{name!r}" for name, t in own}
     for found in reachable(copied, *(t for _, t in named_tensors(copied))):
         if id(found) in parts:
             return parts[id(found)]
