@@ -51,5 +51,6 @@ def test_the_tutorial_runs():
         words = [
             re.sub(r"[\d.]+|/\S+|^\w+:", "#", "".join(o.get("text", "") for o in outputs)) for outputs in (before, now)
         ]
+        words = [re.sub(r"(?m)^[ #]+\n", "", text) for text in words]  # a plan's rows: their number differs too
         if "| method" not in words[0]:  # which way wins, by how much, differs between machines
             assert words[0] == words[1]
