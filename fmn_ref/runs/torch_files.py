@@ -6,6 +6,7 @@ torch is imported inside the functions.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from contextlib import AbstractContextManager
 from typing import Any
@@ -27,7 +28,8 @@ def load(path: AnyPath, scan: bool = False, foreign: bool = False, mapped: bool 
         Accept files from before torch 1.6 too, and harmless classes beside the tensors: their objects are dropped
         (see `standins`).
     mapped : bool, default False
-        Map the tensors to the file instead of reading them, but for files from before torch 1.6.
+        Map the tensors to the file instead of reading them, but for files from before torch 1.6, and those with names
+        that are no UTF-8, which torch cannot map.
 
     Raises
     ------
@@ -38,6 +40,8 @@ def load(path: AnyPath, scan: bool = False, foreign: bool = False, mapped: bool 
     """
     import torch
 
+    absolute = _files.absolute(path)
+    mapped = mapped and os.fsencode(absolute).decode(errors="ignore") == str(absolute)
     with _files.reading(path, "a readable checkpoint of tensors") as file:
         if foreign and file.read(4) != b"PK\3\4":
             mapped = False
@@ -49,9 +53,7 @@ def load(path: AnyPath, scan: bool = False, foreign: bool = False, mapped: bool 
         allowed: AbstractContextManager[Any] = standins.allowed() if foreign else contextlib.nullcontext()
         try:
             with allowed:
-                return torch.load(
-                    _files.absolute(path) if mapped else file, map_location="cpu", weights_only=True, mmap=mapped
-                )
+                return torch.load(absolute if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
         except MemoryError:
             raise
         except Exception as error:

@@ -438,7 +438,7 @@ def test_final_model_alone(files, capsys):
         (["fuse", "broken", "--labels", "labels.npy"], "epoch_2.npy"),
         (["fuse", "dynamics", "--labels", "labels.npy"], "dynamics: no *.npy"),
         (["fuse", "run", "--labels", "labels.npy"], "run: holds correctness"),
-        (["fuse", "probs.npy", "--labels", "labels.npy", "--logits", "--folds", "1"], "folds"),
+        (["fuse", "probs.npy", "--labels", "labels.npy", "--folds", "1"], "folds"),
         (["fuse", "probs.npy", "--labels", "labels.npy", "--folds", "41"], "folds"),
         (["fuse", "probs.npy", "--labels", "labels.npy", "--method", "auto", "--folds", "0"], "folds"),
         (["fuse", "probs.npy", "--labels", "labels.npy", "--max-members", "0"], "max_members"),

@@ -47,7 +47,9 @@ class TestTemporaryNames:
         (tmp_path / "mine").write_text("precious")
         (tmp_path / name).symlink_to(tmp_path / "mine")
         tokens = iter(["00000000", "11111111"])  # even if somebody guessed the first one
-        monkeypatch.setattr(_files.secrets, "token_hex", lambda n: next(tokens))
+        monkeypatch.setattr(
+            _files, "unpredictable", lambda path, ending: path.with_name(f".{path.name}.{next(tokens)}.tmp{ending}")
+        )
         try:
             _files.write_atomic(tmp_path / "report.html", lambda file: file.write(b"<html>"))
         except FileExistsError:
