@@ -52,7 +52,7 @@ def _viewed(x: Any, bfloat16: bool) -> Array:
 
 
 def _unmasked(x: Any) -> Any:
-    """What objects with `__array__` give, in lists and tuples too; ValueError if values of it are masked."""
+    """Ask objects with `__array__` for their arrays, in lists and tuples too; ValueError if values are masked."""
     if isinstance(x, (list, tuple)):
         types = set(map(type, x))
         nested = any(issubclass(t, (list, tuple)) or _gives_array(t) for t in types)

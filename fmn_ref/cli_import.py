@@ -1,4 +1,4 @@
-"""What `fmn-ref import` does: a run of checkpoints, or an .npz file of the records of another tool."""
+"""The command `fmn-ref import`: a run of checkpoints, or an .npz file of the records of another tool."""
 
 from __future__ import annotations
 

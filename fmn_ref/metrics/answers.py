@@ -87,7 +87,7 @@ def _rates(rates: Any) -> NDArray[np.float64]:
 
 
 class TemporalForgetting(NamedTuple):
-    """What some checkpoint answers and the last one does not, as shares; each is an expectation over draws.
+    """Shares of questions that some checkpoint answers and the last one does not; each is an expectation over draws.
 
     Attributes
     ----------

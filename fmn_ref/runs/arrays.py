@@ -22,7 +22,7 @@ MOST_MAPPED = 64  # files of a folder that may be mapped at once: each mapping h
 
 
 class Header(NamedTuple):
-    """What the header of an .npy file says, and the offset of the array."""
+    """Content of the header of an .npy file, and the offset of the array."""
 
     shape: tuple[int, ...]
     fortran: bool

@@ -1,4 +1,4 @@
-"""Whether checkpoints of a torch network will hold it: names that load again, and every weight that is trained."""
+"""Check that checkpoints of a torch network will hold it: names that load again, and every weight that is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes and not by its name, for messages about a file in the wrong place."""
+"""The kind of a file, told by its first bytes and not by its name, for messages about a file in the wrong place."""
 
 from __future__ import annotations
 

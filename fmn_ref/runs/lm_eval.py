@@ -259,7 +259,7 @@ def _values(arguments: Any) -> list[Any]:
 
 
 def _grades(value: Any, texts: list[Any] | None, target: Any) -> tuple[list[bool], bool]:
-    """Whether each draw is right, and whether it is known which: the harness logs the share of the draws, or a list."""
+    """Read which draws are right, if it is known which: the harness logs the share of the draws, or a list."""
     if isinstance(value, list):
         if not value or not all(type(v) in (bool, int, float) and v in (0, 1) for v in value):
             raise ValueError(f"expected grades 0 and 1, got {value!r:.40}")

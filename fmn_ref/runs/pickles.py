@@ -45,7 +45,7 @@ def scan(data: Any, contents: bool = False, *, count: int = 1, dropped: Set[byte
 
 
 class _Container:
-    """What is known of a container or an object: its depth, its size with all in it, and whether it may still change.
+    """Facts about a container or an object: its depth, its size with all in it, and whether it may still change.
 
     Numbers stand for themselves, and texts and names as bytes.
     """

@@ -62,7 +62,7 @@ def load(path: AnyPath, scan: bool = False, foreign: bool = False, mapped: bool 
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, without torch's advice to run the code in a file."""
+    """Say what went wrong, without torch's advice to run the code in a file."""
     text = _files.cause(error).rpartition("WeightsUnpickler error: ")[2]
     return re.sub(r"\x1b\[\d*m", "", text.partition(" Please use ")[0])
 

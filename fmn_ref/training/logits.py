@@ -1,4 +1,4 @@
-"""What a network must return: logits, one row for each label."""
+"""Checks of what a network returns: logits, one row for each label."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class Probabilities(StoredPredictions):
 
     @cached_property
     def order(self) -> Any:
-        """What the passes over the data have in common, an `Order`; a loader that shuffles is refused here."""
+        """Common facts of the passes over the data, an `Order`; a loader that shuffles is refused here."""
         from .order import Order
 
         return Order(self._batches.source)

@@ -1,4 +1,4 @@
-"""What a copy of a network can reach: whether its code leads back to the original, or to tensors of the original."""
+"""Search of all that a copy of a network can reach: whether its code leads back to the original, or to tensors of the original."""
 
 from __future__ import annotations
 

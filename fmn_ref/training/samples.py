@@ -151,7 +151,7 @@ def _numbers(a: Any) -> Any:
 
 
 def _parts(tree: Any) -> list[Any]:
-    """What a container or an object holds."""
+    """List what a container or an object holds."""
     if isinstance(tree, Mapping):
         return [tree[key] for key in sorted(tree, key=str)]
     if isinstance(tree, (list, tuple)):

@@ -104,7 +104,7 @@ class SoftTargets:
 
     @property
     def identity_in_full(self) -> dict[str, Any]:
-        """What run.json has beside `identity`."""
+        """Entries of run.json beside `identity`."""
         return {f"{name}{IN_FULL}": self.full_identity[name] for name in ("data", "teacher")}
 
     def answers(self, arrays: tuple[Any, ...]) -> Tensor:
