@@ -287,7 +287,7 @@ class Method(NamedTuple):
     combine: str = "linear"
 
     def members(self, problem: Problem, target: Target) -> Members:
-        """Members that `choose` finds; the final model alone if no sample has weight, as in a fold or a bootstrap sample."""
+        """Members that `choose` finds; none if no sample has weight, as in a fold or a bootstrap sample."""
         return self.choose(problem, target) if target.total > 0 else ()
 
 

@@ -1,4 +1,4 @@
-"""Search of all that a copy of a network can reach: whether its code leads back to the original, or to tensors of the original."""
+"""Search of what a copy of a network can reach: its code may lead back to the original, or to its tensors."""
 
 from __future__ import annotations
 
