@@ -58,6 +58,8 @@ def write_atomic(path: AnyPath, write: Callable[[IO[bytes]], object]) -> None:
 def replacing(path: AnyPath, ending: str = "") -> Iterator[Path]:
     """Yield a temporary file's name to write to, then move it to `path`; on any error `path` is unchanged.
 
+    The file is closed and not locked: HDF5 locks what it writes. So the caller holds the lock of the folder's run.
+
     Parameters
     ----------
     path : path
@@ -72,6 +74,7 @@ def replacing(path: AnyPath, ending: str = "") -> Iterator[Path]:
         `path` is a folder, a device or anything else but a regular file.
     """
     with _replacement(path, ending) as file:
+        file.close()
         yield Path(file.name)
 
 
@@ -87,7 +90,8 @@ def _replacement(path: AnyPath, ending: str) -> Iterator[IO[bytes]]:
         with _locked_new(target, ending) as file:
             try:
                 yield file
-                file.flush()
+                if not file.closed:
+                    file.flush()
                 with open(file.name, "r+b") as written:  # whoever wrote it
                     os.fsync(written.fileno())
                 if fcntl is None:

@@ -75,13 +75,15 @@ class TestTemporaryNames:
         assert names(tmp_path) == ["plan.json"]
 
     def test_a_file_that_is_being_written_is_left_alone(self, tmp_path):
-        with _files.replacing(tmp_path / "a") as first:
-            first.write_text("first")
+        def write(file):
+            file.write(b"first")
             done = multiprocessing.get_context("fork").Process(target=_files.write_json, args=(tmp_path / "a", 2))
             done.start()
             done.join()
             assert done.exitcode == 0
             assert json.loads((tmp_path / "a").read_text()) == 2
+
+        _files.write_atomic(tmp_path / "a", write)
         assert (tmp_path / "a").read_text() == "first"  # the later rename wins, and is whole
 
     def test_without_locks_age_decides(self, tmp_path, monkeypatch):
@@ -117,6 +119,10 @@ class TestWriting:
             1 / (temporary.write_text("new") - 3)
         assert temporary.name.endswith(f".tmp{ending}")
         assert contents(tmp_path) == {Path("a"): b"old"}
+
+    def test_a_writer_may_lock_the_file_as_hdf5_does(self, tmp_path):
+        with _files.replacing(tmp_path / "a") as temporary, open(temporary, "wb") as file:
+            assert _files.try_lock(file.fileno()) in (True, None)
 
     def test_a_writer_may_make_the_file_anew(self, tmp_path):
         with _files.replacing(tmp_path / "a") as temporary:

@@ -311,9 +311,7 @@ class TestLeftovers:
 
     def test_a_file_that_somebody_is_writing_stays(self, tmp_path):
         fmn.Recorder(tmp_path).record(0, LABELS, LABELS)
-        with _files.replacing(tmp_path / "report.html") as temporary:
-            temporary.write_text("<html>")
-            fmn.Recorder(tmp_path)
+        _files.write_atomic(tmp_path / "report.html", lambda file: (fmn.Recorder(tmp_path), file.write(b"<html>")))
         assert (tmp_path / "report.html").read_text() == "<html>"
 
 
