@@ -160,6 +160,7 @@ def predict_options(add: Add) -> None:
 def report_options(add: Add) -> None:
     add("run_dir", help="run directory")
     add("--labels", help=f"{LABELS}: show the classes of the recorded samples")
+    add("--class-names", help="text file with one class name per line, for classes 0, 1, ...; needs --labels")
     shapes = "(n_samples, h, w), (n_samples, h, w, c) or (n_samples, c, h, w), uint8 or floats"
     add("--images", help=f"pictures of the recorded samples, {shapes}: an .npy file, or an .npz file with 'images'")
     add("--plan", help="plan.json (default: the one in the run directory)")

@@ -201,7 +201,9 @@ def command_report(args: argparse.Namespace) -> None:
     Example: fmn-ref report runs/mine --labels labels.npy --images images.npy
     """
     output = args.output or Path(args.run_dir, "report.html")
-    path = write_report(args.run_dir, output, **options_of(args, "labels", "images", "plan", "comparison"))
+    path = write_report(
+        args.run_dir, output, **options_of(args, "labels", "images", "plan", "comparison", "class_names")
+    )
     size = path.stat().st_size
     print_result(args, {"output": str(output), "bytes": size}, f"report written to {output} ({-(-size // 1000)} kB)")
 
@@ -217,7 +219,7 @@ def command_demo(args: argparse.Namespace) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     out = Path(args.output)
     results = demo.run_demo(out, args.seeds, args.epochs)
-    files = f"report: {out / 'report.md'}   numbers: {out / 'results.json'}"
+    files = f"report: {out / 'report.md'}   one run: {out / 'report.html'}   numbers: {out / 'results.json'}"
     tables = f"{demo.accuracy_table(results)}\n{demo.calibration_table(results)}"
     print_result(args, results, f"{tables}\n{files}")
 

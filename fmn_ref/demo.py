@@ -23,6 +23,7 @@ from . import _check, _files, _stderr
 from .metrics.curves import forgetting_curves
 from .reporting import plot
 from .reporting.comparison import Comparison, compare
+from .reporting.report import write_report
 from .reporting.tables import markdown_table, mean_and_error
 from .runs.run import Run
 from .training.noise import symmetric_noise
@@ -33,9 +34,11 @@ RATES = (0.0, 0.2, 0.4)
 MEASURES = ("test_accuracy", "selection_accuracy", "test_nll", "test_ece")
 CALIBRATED = ("last", "KF", "pool", "distilled KF", "distilled pool")  # rows of the second table
 N_TRAIN, N_SELECT = 800, 300
+SHOWN = f"noise_{RATES[-1] * 100:02.0f}/seed_0"  # the run that report.md and report.html show
 RECIPE: dict[str, Any] = {"batch_size": 64, "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"}
 FIGURES = {
-    "curves": "Accuracy and retained accuracy (right at the end too) per epoch. The shaded gap is the forget fraction.",
+    "curves": "Accuracy and retained accuracy (right at the end too) per epoch, on the selection images. "
+    "The shaded gap is the forget fraction. Horizontal lines: test accuracy of KF and of its student.",
     "matrix": "Forgetting matrix: share of samples that are right at epoch i and wrong at epoch j.",
     "weights": "Weights of the checkpoints in the fusion plan.",
     "last_correct": "Last epoch at which each forgotten sample was right.",
@@ -94,7 +97,8 @@ def run_cell(folder: Path, rate: float, seed: int, epochs: int) -> dict[str, Any
 
 def _save_figures(run: Run, table: Comparison, labels: Tensor, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    plot.curves(run.history).savefig(folder / "curves.png")
+    levels = {"fused": table["KF"].test_accuracy, "student": table["distilled KF"].test_accuracy}
+    plot.curves(run.history, **levels).savefig(folder / "curves.png")
     plot.matrix(run.history).savefig(folder / "matrix.png")
     plot.plan_weights(table.plan).savefig(folder / "weights.png")
     plot.last_correct(run.history).savefig(folder / "last_correct.png")
@@ -102,7 +106,7 @@ def _save_figures(run: Run, table: Comparison, labels: Tensor, folder: Path) -> 
 
 
 def run_demo(out: Path, n_seeds: int = 5, epochs: int = 40) -> dict[str, Any]:
-    """Run every noise rate and seed, write results.json and report.md to `out`, and return the results."""
+    """Run every noise rate and seed, write results.json, report.md and report.html to `out`; return the results."""
     _check.number(n_seeds, 1, 10_000, "seeds", int)
     todo = [(rate, seed) for seed in range(n_seeds) for rate in RATES]
     cells: dict[float, list[dict[str, Any]]] = {rate: [] for rate in RATES}
@@ -114,6 +118,8 @@ def run_demo(out: Path, n_seeds: int = 5, epochs: int = 40) -> dict[str, Any]:
     results = {"format": "fmn_ref.demo", "version": 1, "n_seeds": n_seeds, "epochs": epochs, "noise": noise}
     _files.write_json(out / "results.json", results)
     _files.write_atomic(out / "report.md", lambda f: f.write(report_text(results).encode()))
+    images, labels = load_digits(0, RATES[-1])[1]
+    write_report(out / SHOWN, out / "report.html", labels=labels, images=images)
     return results
 
 
@@ -163,8 +169,7 @@ def _mean_text(value: dict[str, Any]) -> str:
 def report_text(results: dict[str, Any]) -> str:
     """Text of report.md: the table, and the figures of the first seed at the highest noise rate."""
     n_test = 1797 - N_TRAIN - N_SELECT
-    shown = f"noise_{RATES[-1] * 100:02.0f}/seed_0/report"
-    figures = "\n".join(f"{text}\n\n![{name}]({shown}/{name}.png)\n" for name, text in FIGURES.items())
+    figures = "\n".join(f"{text}\n\n![{name}]({SHOWN}/report/{name}.png)\n" for name, text in FIGURES.items())
     return f"""# What the network forgot, and what the fusion recovers
 
 Data: scikit-learn's digits, {N_TRAIN} training images (a share of the labels wrong), {N_SELECT} selection images and
@@ -177,5 +182,7 @@ Negative log-likelihood (NLL, in nats) and expected calibration error (ECE) on t
 
 {calibration_table(results)}
 ## One run: {RATES[-1]:.0%} wrong labels, seed 0
+
+[report.html](report.html) shows this run in more detail.
 
 {figures}"""

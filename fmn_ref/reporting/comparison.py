@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _check
+from .. import _check, _files
 from .._check import Int
 from ..fusion import baselines
 from ..fusion.fuse import fuse
-from ..fusion.methods import AUTO, METHODS
+from ..fusion.methods import AUTO, METHODS, summaries
 from ..fusion.mixtures import mixture
 from ..fusion.plan import FusionPlan
 from ..fusion.probabilities import ProbabilityReader
 from ..metrics.scores import Scores, scores
 from .tables import csv_table, markdown_table
 
-# Methods of `fuse` beside KF ("forget") and the plain means, which are controls at KF's cost.
-OTHER_METHODS = (*(m.name for m in METHODS.values() if not m.control and m.name != "forget"), AUTO)
+KF = "forget"  # the method of `fuse` that the row KF shows
+# Methods of `fuse` beside KF and the plain means, which are controls at KF's cost.
+OTHER_METHODS = (*(m.name for m in METHODS.values() if not m.control and m.name != KF), AUTO)
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # per epoch; the decay with the best selection accuracy is scored
 
 
@@ -85,6 +87,54 @@ class Comparison:
             "notes": self.notes,
         }
         return json.dumps(content, indent=1)
+
+
+def row_summaries() -> dict[str, str]:
+    """{row: one sentence} for the rows of a comparison that methods of `fuse` make at no given cost."""
+    return {name: summaries()[KF if name == "KF" else name] for name in ("KF", *OTHER_METHODS)}
+
+
+def read_comparison(source: Any) -> tuple[list[tuple[Any, ...]], list[Any], int, int]:
+    """Check a stored comparison.
+
+    Parameters
+    ----------
+    source : Comparison, content of its `to_json`, or path of a file with it
+
+    Returns
+    -------
+    rows : list of tuple
+        As `Row`; without the last two fields, if a row lacks one of them.
+    notes : list
+    n_selection, n_test : int
+
+    Raises
+    ------
+    OSError, ValueError
+        The file cannot be read, or is no comparison.
+    """
+    of_file = isinstance(source, (str, os.PathLike))
+    try:
+        text = _files.read_bytes(source) if of_file else source.to_json() if isinstance(source, Comparison) else None
+        content = source if text is None else json.loads(text)
+        measures = Row._fields[4:]
+        known = measures if all({*measures} <= {*row} for row in content["rows"]) else ()  # older files lack them
+        rows = []
+        for row in content["rows"]:
+            passes = _check.number(row["forward_passes"], 0, 1e9, "forward_passes")
+            accuracies = (_check.number(row[k], 0, 1, k) for k in Row._fields[2:4])
+            more = (_check.number(row[k], 0, 1e9, k) for k in known)
+            rows.append((str(row["method"]), passes, *accuracies, *more))
+        if not rows:
+            raise ValueError("rows: expected at least one")
+        n, n_test = (_check.number(content[k], 0, 2**62, k, int) for k in ("n_selection", "n_test"))
+        return rows, list(content.get("notes", [])), n, n_test
+    except OSError:
+        raise
+    except Exception as error:  # a file from a stranger may fail in any way
+        reason = f"missing {error}" if isinstance(error, KeyError) else error
+        where = os.fspath(source) if of_file else "comparison"
+        raise ValueError(f"{where}: not a comparison (Comparison.to_json, fmn-ref compare --json): {reason}") from None
 
 
 def compare_probabilities(

@@ -8,13 +8,15 @@ import itertools
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .._check import Float, Int
+from .tables import one_line
 
 LINE_BINS = 500  # bins of a long line; each is drawn by its lowest and highest value
 THUMBNAIL = 96  # largest side of a picture, in pixels
@@ -25,13 +27,8 @@ Cells = Sequence[str]  # one row of a table
 
 
 def text(value: Any, limit: int = 200) -> str:
-    """Escape `value` and put it on one line of at most `limit` characters.
-
-    Characters that do not show (line breaks, reversed writing, half surrogates) are replaced.
-    """
-    s = str(value)
-    s = s if len(s) <= limit else s[: limit - 1] + "…"
-    return html.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in s))
+    """Escape `value` and put it on one line of at most `limit` characters."""
+    return html.escape(one_line(value, limit))
 
 
 def count(n: int, noun: str) -> str:
@@ -79,7 +76,14 @@ def scroll_table(
 # --- lines, as SVG ---
 
 
-def chart(epochs: Sequence[int], lines: dict[str, Float], description: str, marked: int) -> str:
+def chart(
+    epochs: Sequence[int],
+    lines: dict[str, Float],
+    description: str,
+    marked: int,
+    unit: str,
+    levels: Mapping[str, float] = MappingProxyType({}),
+) -> str:
     """Draw lines over epochs and fill the area between the first two.
 
     The SVG is stretched to its box. Texts are HTML and keep their size.
@@ -92,25 +96,34 @@ def chart(epochs: Sequence[int], lines: dict[str, Float], description: str, mark
         Text for screen readers.
     marked : int
         Row to mark on the last line.
+    unit : str
+        Name and unit of the vertical axis.
+    levels : {CSS class: float}, optional
+        Horizontal lines.
     """
     forget, first, last = "forget" in lines, epochs[0], max(epochs[-1], epochs[0] + 1)
     x = np.array([e - first for e in epochs], np.float64)  # as integers: large ones can be equal as floats
-    low, high, step = _axis(list(lines.values()), from_zero=forget)
+    values = np.concatenate([*lines.values(), list(levels.values())])
+    low, high, step = _axis(0.0 if forget else values.min(), values.max())
+
+    def down(v: Any) -> Any:
+        return 1000 * (high - v) / (high - low)
 
     def points(v: Float) -> list[str]:
         rows = _extremes(v)
-        px, py = 1000 * x[rows] / (last - first), 1000 * (high - v[rows]) / (high - low)
-        return [f"{a:.1f} {b:.1f}" for a, b in zip(px, py, strict=True)]
+        return [f"{a:.1f} {b:.1f}" for a, b in zip(1000 * x[rows] / (last - first), down(v[rows]), strict=True)]
 
     heights = np.arange(round((high - low) / step) + 1) * step + low
     drawn = {name: points(v) for name, v in lines.items()}
-    grid = "".join(f"M0 {1000 * (high - v) / (high - low):.1f}H1000" for v in heights)
+    grid = "".join(f"M0 {down(v):.1f}H1000" for v in heights)
     paths = [f'<path class="grid" d="{grid}"/>']
     if len(lines) > 1:
         below, above = list(drawn.values())[:2]
         paths.append(f'<path class="area" d="M{"L".join(above + below[::-1])}Z"/>')
+    paths += [f'<path class="{name}" d="M0 {down(v):.1f}H1000"/>' for name, v in levels.items()]
     paths += [f'<path class="{name}" d="M{"L".join(p)}"/>' for name, p in drawn.items()]
-    labels = [axis_label("x", "left", (k - first) / (last - first), short(k)) for k in ticks(first, last, 5)]
+    labels = [axis_names("epoch", unit)]
+    labels += [axis_label("x", "left", (k - first) / (last - first), short(k)) for k in ticks(first, last, 5)]
     labels += [axis_label("y", "bottom", (v - low) / (high - low), f"{round(100 * v, 6):g}%") for v in heights]
     height, kind = list(lines.values())[-1][marked], "forget" * forget
     note = f"{height:.1%} at epoch {epochs[marked]}"
@@ -124,16 +137,18 @@ def axis_label(kind: str, side: str, share: float, label: str) -> str:
     return f'<span class="{kind}" style="{side}:{100 * share:.2f}%">{label}</span>'
 
 
+def axis_names(x: str, y: str) -> str:
+    return f'<span class="xname">{x}</span><span class="yname">{y}</span>'
+
+
 def ticks(first: int, last: int, n: int) -> range:
     """About n round numbers between two integers."""
     step = max(1, int(_round_step(max(last - first, 1) / n)))
     return range(-(-first // step) * step, last + 1, step)
 
 
-def _axis(lines: Sequence[Float], from_zero: bool) -> tuple[float, float, float]:
-    """Lowest and highest value of the axis around the lines, and the step of its grid: round numbers."""
-    low = 0.0 if from_zero else min(float(v.min()) for v in lines)
-    high = max(float(v.max()) for v in lines)
+def _axis(low: float, high: float) -> tuple[float, float, float]:
+    """Lowest and highest value of the axis around these two, and the step of its grid: round numbers."""
     step = _round_step(max(high - low, 0.01) / 4)
     low, high = math.floor(low / step + 1e-9) * step, max(math.ceil(high / step - 1e-9), 1) * step
     return (low, high, step) if high > low else (max(low - step, 0.0), min(low + step, 1.0), step)

@@ -17,12 +17,15 @@ from ..metrics import answers
 from ..metrics.curves import forgetting_curves, forgetting_matrix
 from ..metrics.samples import sample_statistics
 from .recovery import Recovery
+from .tables import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _BLUE, _RED, _GREEN, _GREY = "#2563eb", "#dc2626", "#059669", "#6b7280"
+_PURPLE, _AMBER = "#7c3aed", "#b45309"
+CLASSES = 25  # named bars that fit beside each other
 
 
 def _axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (6.4, 3.6)) -> tuple[Figure, Axes]:
@@ -35,7 +38,7 @@ def _axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (6.4
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(title, loc="left", fontsize=10)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -45,19 +48,58 @@ def _epochs(correct: Any) -> NDArray[np.int64]:
     return np.array(getattr(correct, "epochs", range(len(correct))), np.int64)
 
 
-def curves(correct: Any) -> Figure:
-    """Plot accuracy, retained accuracy, F_e and L_e per epoch; the shaded gap between the first two is F_e."""
+def curves(correct: Any, *, fused: float | None = None, student: float | None = None) -> Figure:
+    """Plot accuracy, retained accuracy, F_e and L_e per epoch; the shaded gap between the first two is F_e.
+
+    A dot marks the peak, the epoch with the best accuracy. At the right stand the gap between the peak and the final
+    accuracy, and the forget fraction of the peak.
+
+    Parameters
+    ----------
+    correct : (n_epochs, n_samples) bool, or a CorrectnessHistory
+    fused, student : float in [0, 1], optional
+        Accuracies of the fused model and of its student, for horizontal lines. A fair one comes from samples that did
+        not choose the plan: `FusionPlan.cv_accuracy`, or a test set.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `forgetting_curves`; an accuracy that is no number in [0, 1].
+
+    Examples
+    --------
+    >>> figure = curves([[True, True], [True, False]], fused=0.9)
+    >>> figure.axes[0].get_legend().get_texts()[0].get_text()
+    'fused: 90.0%'
+    """
     c = forgetting_curves(correct)
-    epochs = _epochs(correct)
-    figure, axes = _axes("Accuracy per epoch, and retained at the end", "epoch", "share of samples")
+    epochs, peak = _epochs(correct), int(c.accuracy.argmax())
+    figure, axes = _axes("Accuracy per epoch, and retained at the end", "epoch", "share of samples", (6.4, 4.2))
+    for name, value, color, style in (("fused", fused, _PURPLE, "--"), ("student", student, _AMBER, "-.")):
+        if value is not None:
+            share = _check.number(value, 0, 1, name)
+            axes.axhline(share, color=color, linestyle=style, label=f"{name}: {share:.1%}")
     axes.plot(epochs, c.accuracy, color=_BLUE, label="accuracy")
+    note = f"peak: {c.accuracy[peak]:.1%} at epoch {epochs[peak]}"
+    axes.plot(epochs[peak], c.accuracy[peak], "o", color=_BLUE, label=note)
     axes.plot(epochs, c.retained, color=_BLUE, linestyle=":", label="retained: right at the end too")
     axes.fill_between(epochs, c.retained, c.accuracy, color=_RED, alpha=0.12, linewidth=0)
     axes.plot(epochs, c.forget, color=_RED, label="forget fraction $F_e$")
     axes.plot(epochs, c.learned, color=_GREEN, label="learned fraction $L_e$")
     axes.set_ylim(0, 1)
-    axes.legend(frameon=False, fontsize=8)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    if c.forget[peak] > 0:
+        _mark_gap(axes, c.accuracy[peak], c.accuracy[-1], c.forget[peak])
     return figure
+
+
+def _mark_gap(axes: Axes, top: float, bottom: float, forget: float) -> None:
+    """Mark the gap from `top` to `bottom` at the right edge."""
+    x = axes.get_yaxis_transform()  # shares of the width, values of the height
+    axes.plot([1.02] * 2, [bottom, top], "_-", color=_GREY, transform=x, clip_on=False)
+    text = f"peak above final:\n{100 * (top - bottom):.1f} points\n\n$F_e$ at the peak:\n{forget:.1%}"
+    axes.text(1.04, (top + bottom) / 2, text, transform=x, va="center", fontsize=8)
 
 
 def matrix(correct: Any) -> Figure:
@@ -93,15 +135,48 @@ def last_correct(correct: Any) -> Figure:
     return figure
 
 
-def per_class(correct: Any, labels: Any) -> Figure:
-    """Plot the share of each class that was forgotten: right at some epoch and wrong at the end."""
+def per_class(correct: Any, labels: Any, *, class_names: Any = None) -> Figure:
+    """Plot the share of each class that was forgotten: right at some epoch and wrong at the end.
+
+    The dashed line is the share of all samples.
+
+    Parameters
+    ----------
+    correct : (n_epochs, n_samples) bool, or a CorrectnessHistory
+    labels : (n_samples,) integers
+    class_names : list of str, optional
+        Names of the classes 0, 1, ... The figure then shows the 25 classes with the largest shares, if there are more.
+        Default: a numbered axis.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `sample_statistics`; labels of another number of samples; too few names, or names that are no strings.
+
+    Examples
+    --------
+    >>> figure = per_class([[True, True], [True, False]], [0, 1], class_names=["cat", "dog"])
+    >>> [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    ['cat', 'dog']
+    """
     forgotten = sample_statistics(correct).forgotten
     y = _check.labels(labels, len(forgotten))
     classes, member, size = np.unique(y, return_inverse=True, return_counts=True)
     share = np.bincount(member, forgotten) / size
     figure, axes = _axes("Forgotten samples per class", "class", "share of the class")
-    axes.bar(classes, share, color=_RED)
+    if class_names is None:
+        axes.bar(classes, share, color=_RED)
+    else:
+        names = _check.class_names(class_names, y)
+        shown = np.sort(np.argsort(-share, kind="stable")[:CLASSES])
+        texts = [one_line(names[k], 24) for k in classes[shown]]
+        axes.bar(range(len(shown)), share[shown], color=_RED)
+        slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor", "fontsize": 8}
+        axes.set_xticks(range(len(shown)), texts, parse_math=False, **slanted)  # a name may contain $
+        if len(shown) < len(classes):
+            axes.set_title(f"Most forgotten: {len(shown)} of {len(classes):,} classes", loc="left", fontsize=10)
     axes.axhline(forgotten.mean(), color=_GREY, linewidth=1, linestyle="--")
+    axes.set_ylim(0)
     return figure
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from .. import _check, _files
 from .._check import Bool, Int
 from ..fusion.expectation import expected_gain
+from ..fusion.methods import summaries
 from ..fusion.plan import FusionPlan
 from ..metrics.curves import ForgettingCurves, forgetting_curves, forgetting_matrix
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
@@ -30,8 +31,9 @@ from ..metrics.overview import first_samples
 from ..metrics.samples import SampleStatistics, sample_statistics
 from ..runs.load import load_array
 from ..runs.run import Run
+from ..runs.text import read_ids
 from . import html
-from .comparison import Comparison
+from .comparison import KF, read_comparison, row_summaries
 
 MATRIX_ROWS, TABLE_ROWS = 200, 500  # longer ones show every k-th epoch
 CARDS, BARS = 24, 40
@@ -41,6 +43,7 @@ RAMPS = {
     "ramp_dark": "#1c2126, #123f70, #2a74b8, #74b6f5, #eef6fd",
 }
 Images = NDArray[Any] | None
+Table = tuple[list[tuple[Any, ...]], list[Any], int, int]  # of `read_comparison`
 
 
 def write_report(
@@ -51,6 +54,7 @@ def write_report(
     images: Any = None,
     plan: Any = None,
     comparison: Any = None,
+    class_names: Any = None,
 ) -> Path:
     """Write one HTML file with the curves, matrix, forgotten samples, plan and comparison of a run.
 
@@ -68,6 +72,8 @@ def write_report(
         Default: plan.json in `run_dir`, if it exists.
     comparison : Comparison, content of its `to_json`, or path, optional
         Default: comparison.json, or the demo's cell.json, in `run_dir`, if it exists.
+    class_names : list of str, or the path of a text file with one name per line, optional
+        Names of the classes 0, 1, ... of `labels`. Default: their numbers.
 
     Returns
     -------
@@ -80,7 +86,8 @@ def write_report(
     FileNotFoundError
         `run_dir` contains no run or an empty one, or a given file does not exist.
     TypeError, ValueError
-        Labels or images that do not match the run, a damaged file, or a name of `output` that does not end in .html.
+        Labels or images that do not match the run, names without labels or too few of them, a damaged file, or a name
+        of `output` that does not end in .html.
 
     Examples
     --------
@@ -100,18 +107,22 @@ def write_report(
     if not len(history):
         raise ValueError(f"{folder}: nothing recorded yet")
     y = None if labels is None else _checked_labels(labels, history)
+    names = _class_names(class_names, y)
     pictures = None if images is None else _checked_images(images, history.n_samples)
+    fusion = _read_plan(_given_or_found(plan, run.folder.plan))
+    scored = _given_or_found(comparison, *run.folder.comparisons)
+    table = None if scored is None else read_comparison(scored)
     curves, samples = forgetting_curves(history), sample_statistics(history)
     page = Template(Path(__file__).with_name("report.html.in").read_text("utf-8")).substitute(
         RAMPS,
         name=html.text(folder.resolve().name),
         n_epochs=html.count(len(history), "epoch"),
         n_samples=html.count(history.n_samples, "sample"),
-        **_curve_parts(history, curves, int(samples.forgotten.sum())),
+        **_curve_parts(history, curves, int(samples.forgotten.sum()), _levels(fusion, table)),
         matrix=_matrix_section(history),
-        samples=_samples_section(history, samples, y, pictures),
-        plan=_plan_section(_given_or_found(plan, run.folder.plan), run),
-        comparison=_comparison_section(_given_or_found(comparison, *run.folder.comparisons)),
+        samples=_samples_section(history, samples, y, names, pictures),
+        plan="" if fusion is None else _plan_section(fusion, run),
+        comparison="" if table is None else _comparison_section(*table),
         settings=_settings(run),
     )
     _files.write_atomic(target, lambda file: file.write(page.encode()))
@@ -135,6 +146,15 @@ def _checked_labels(labels: Any, history: CorrectnessHistory) -> Int:
     return y
 
 
+def _class_names(given: Any, y: Int | None) -> dict[int, str]:
+    """{class: its name as HTML} for the classes that have samples."""
+    if y is None and given is not None:
+        raise ValueError("class_names: needs labels")
+    classes = np.array([], np.int64) if y is None else np.unique(y)
+    names = None if given is None else _check.class_names(_loaded(given, read_ids), classes)
+    return {k: str(k) if names is None else html.text(names[k], 60) for k in classes.tolist()}
+
+
 def _checked_images(images: Any, n: int) -> NDArray[Any]:
     """Images with a checked shape; their values are read later, and only those of the samples shown."""
     a = _check.array(_loaded(images, lambda path: load_array(path, "images")), "images")
@@ -148,8 +168,23 @@ def _checked_images(images: Any, n: int) -> NDArray[Any]:
 # --- parts of the page ---
 
 
-def _curve_parts(history: CorrectnessHistory, c: ForgettingCurves, n_forgotten: int) -> dict[str, str]:
-    """Tiles, the two charts and the table of the curves."""
+def _levels(p: FusionPlan | None, table: Table | None) -> dict[str, tuple[float, str]]:
+    """{CSS class: (accuracy, where it was measured)} of the fused model and its student, as far as known."""
+    name = "KF" if p is None or p.method == KF else p.method
+    scored = {} if table is None else {row[0]: row[3] for row in table[0]}
+    rows = {"fused": name, "student": f"distilled {name}"}
+    levels = {kind: (scored[row], f"{row}, test samples") for kind, row in rows.items() if row in scored}
+    if p is None or p.final_model_alone or p.method == "weights" or "fused" in levels:
+        return levels
+    if p.cv_accuracy is None:
+        return {"fused": (p.accuracy[-1], f"{name}, on the samples that chose it: too high"), **levels}
+    return {"fused": (p.cv_accuracy, f"{name}, cross-validated"), **levels}
+
+
+def _curve_parts(
+    history: CorrectnessHistory, c: ForgettingCurves, n_forgotten: int, levels: dict[str, tuple[float, str]]
+) -> dict[str, str]:
+    """Tiles, the two charts, the legend of the first, and the table of the curves."""
     e, best, peak = history.epochs, int(c.accuracy.argmax()), int(c.forget.argmax())
     gain, error = expected_gain(first_samples(history))
     tiles = [
@@ -160,19 +195,24 @@ def _curve_parts(history: CorrectnessHistory, c: ForgettingCurves, n_forgotten: 
         ("", "Expected gain", f"{100 * gain:+.1f}", f"points from fusion, ± {100 * error:.1f} (rough)"),
     ]
     tile = '<div class="{}"><dt>{}</dt><dd>{}<small>{}</small></dd></div>'
-    accuracy = (
-        f"Accuracy per epoch: {c.accuracy[0]:.1%} at epoch {e[0]}, at best {c.accuracy[best]:.1%} at epoch {e[best]}, "
-        f"{c.accuracy[-1]:.1%} at the end. {c.retained[best]:.1%} of the samples are right at epoch {e[best]} and at "
-        "the end."
-    )
+    gap = f"The best accuracy, {c.accuracy[best]:.1%} at epoch {e[best]}, is "
+    gap += f"{100 * (c.accuracy[best] - c.accuracy[-1]):.1f} points above the final one. "
+    gap += f"{c.forget[best]:.1%} of the samples are right at that epoch and wrong at the end."
+    if best == len(e) - 1:
+        gap = "The last epoch has the best accuracy."
+    lines = {"retained": c.retained, "accuracy": c.accuracy}
+    heights = {kind: value for kind, (value, _) in levels.items()}
+    legend = '<li class="{}"><i></i>{} ({}): {:.1%}</li>'
     forget = f"at most {c.forget[peak]:.1%}, at epoch {e[peak]}; zero at the end by definition."
     shown = sorted({*html.thinned(len(e), TABLE_ROWS), 0, best, peak})
     rows = [[str(e[i]), *(f"{v[i]:.2%}" for v in (c.accuracy, c.forget, c.learned, c.retained))] for i in shown]
     columns = ("epoch", "accuracy", "F<sub>e</sub>", "L<sub>e</sub>", "retained")
     return {
         "tiles": "".join(tile.format(*parts) for parts in tiles),
-        "accuracy": html.chart(e, {"retained": c.retained, "accuracy": c.accuracy}, accuracy, best),
-        "forget": html.chart(e, {"forget": c.forget}, f"Forget fraction per epoch: {forget}", peak),
+        "accuracy": html.chart(e, lines, f"Accuracy per epoch. {gap}", best, "% of samples", heights),
+        "levels": "".join(legend.format(kind, kind, where, value) for kind, (value, where) in levels.items()),
+        "gap": gap,
+        "forget": html.chart(e, {"forget": c.forget}, f"Forget fraction per epoch: {forget}", peak, "% of samples"),
         "thinned": html.thinned_note(shown, e),
         "numbers": html.scroll_table(columns, rows, "Numbers of each epoch", "tall"),
     }
@@ -197,69 +237,76 @@ def _matrix_section(history: CorrectnessHistory) -> str:
     return f"""
 <div class="matrix"><figure><div class="plot"><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">
 <img src="{light}" alt="Heat map of the forgetting matrix. {highest}"></picture>{axes}
-<span class="xname">wrong at epoch j</span><span class="yname">right at epoch i</span></div></figure>
+{html.axis_names("wrong at epoch j", "right at epoch i")}</div></figure>
 <div><p>The share of samples that are right at epoch i and wrong at epoch j{html.thinned_note(shown, history.epochs)}.
 Forgotten samples are below the diagonal, learned samples above it. The last column is F<sub>e</sub>.</p>
 <p>{highest}</p><div class="scale"><span>0</span><i></i><span>{top:.1%}{beyond}</span></div></div></div>"""
 
 
-def _samples_section(history: CorrectnessHistory, s: SampleStatistics, y: Int | None, images: Images) -> str:
+def _samples_section(
+    history: CorrectnessHistory, s: SampleStatistics, y: Int | None, names: dict[int, str], images: Images
+) -> str:
     forgotten = np.flatnonzero(s.forgotten)
     if not len(forgotten):
         return "\n<p>None: every sample that was right at some epoch is right at the end.</p>"
     # Right at most epochs and wrong at the end; among equals, first the one that was wrong for longest.
     chosen = forgotten[np.lexsort((s.last_correct[forgotten], -s.correctness[forgotten]))[:CARDS]]
-    cards = _cards(history, s, chosen, y, images)
+    kinds = [""] * CARDS if y is None else [f"class {names[k]}, " for k in y[chosen].tolist()]
+    cards = _cards(history, s, chosen, kinds, images)
     shown, rest = cards[: CARDS // 2], cards[CARDS // 2 :]
     more = f'<details><summary>{len(rest)} more</summary><ul class="cards">{"".join(rest)}</ul></details>'
-    return f"""{"" if y is None else _class_table(s.forgotten, y)}
+    return f"""{"" if y is None else _class_table(s.forgotten, y, names)}
 <h3>Right for most epochs, wrong at the end</h3>
 <p class="muted">The bar shows the epochs at which the sample was right, from the first to the last.</p>
 <ul class="cards">{"".join(shown)}</ul>
 {more if rest else ""}"""
 
 
-def _cards(history: CorrectnessHistory, s: SampleStatistics, chosen: Int, y: Int | None, images: Images) -> list[str]:
+def _cards(
+    history: CorrectnessHistory, s: SampleStatistics, chosen: Int, kinds: list[str], images: Images
+) -> list[str]:
     pictures = [""] * len(chosen) if images is None else html.thumbnails(images, chosen)
     epochs = np.array(html.thinned(len(history), MATRIX_ROWS))
     right = history.packed[np.ix_(epochs, chosen // 8)] >> (chosen % 8).astype(np.uint8) & 1
     cards = []
     for k, i in enumerate(chosen):
-        kind = "" if y is None else f"class {y[i]}, "
         last = history.epochs[int(s.last_correct[i])]
-        facts = f"{kind}right at {s.correctness[i]} of {len(history)} epochs, last at {last}"
+        facts = f"{kinds[k]}right at {s.correctness[i]} of {len(history)} epochs, last at {last}"
         words = f"<div><b>sample {i}</b><br><span>{facts}</span></div>"
         cards.append(f"<li>{pictures[k]}{words}{html.strip(right[:, k])}</li>")
     return cards
 
 
-def _class_table(forgotten: Bool, y: Int) -> str:
+def _class_table(forgotten: Bool, y: Int, names: dict[int, str]) -> str:
     """Share of each class that was forgotten; of many classes, the highest shares first."""
-    names, member, size = np.unique(y, return_inverse=True, return_counts=True)
+    classes, member, size = np.unique(y, return_inverse=True, return_counts=True)
     n = np.bincount(member, forgotten).astype(np.int64)
     share = n / size
     order = np.argsort(-share, kind="stable")
-    worst = np.sort(order[:20]) if len(names) <= 20 else order[:12]
-    columns = ("class", "forgotten", "share", "")
+    worst = np.sort(order[:20]) if len(classes) <= 20 else order[:12]
+    columns = ("class", "forgotten", "share of the class", f"0 to {share.max():.1%}")
 
     def table(chosen: Int, name: str, box: str = "") -> str:
         bars = [(k, html.share_bar(share[k] / share.max())) for k in chosen]
-        rows = [(str(names[k]), f"{n[k]:,} of {size[k]:,}", f"{share[k]:.1%}", bar) for k, bar in bars]
+        rows = [(names[int(classes[k])], f"{n[k]:,} of {size[k]:,}", f"{share[k]:.1%}", bar) for k, bar in bars]
         return html.scroll_table(columns, rows, name, box, "bars")
 
     text = f"\n<h3>By class</h3>\n{table(worst, 'Forgotten samples per class')}"
-    if len(worst) < len(names):
-        title = f"{len(names):,} classes, the most forgotten first" + (f": {TABLE_ROWS}" * (len(names) > TABLE_ROWS))
+    if len(worst) < len(classes):
+        title = f"{len(classes):,} classes, the most forgotten first"
+        title += f": {TABLE_ROWS}" * (len(classes) > TABLE_ROWS)
         text += f"\n<details><summary>{title}</summary>{table(order[:TABLE_ROWS], title, 'tall')}</details>"
     return text
 
 
-def _plan_section(plan: Any, run: Run) -> str:
-    if plan is None:
-        return ""
-    p = _loaded(plan, FusionPlan.load)
-    if not isinstance(p, FusionPlan):
-        raise TypeError(f"plan: expected a FusionPlan or a path, got {type(plan).__name__}")
+def _read_plan(source: Any) -> FusionPlan | None:
+    plan = _loaded(source, FusionPlan.load)
+    if plan is None or isinstance(plan, FusionPlan):
+        return plan
+    raise TypeError(f"plan: expected a FusionPlan or a path, got {type(plan).__name__}")
+
+
+def _plan_section(p: FusionPlan, run: Run) -> str:
     n = len(run.history)
     names = p.epochs or (run.history.epochs if p.n_epochs == n else range(p.n_epochs))
     counted = "" if p.epochs else " Its rows are counted from 0 here."
@@ -284,7 +331,8 @@ def _plan_summary(p: FusionPlan) -> str:
             low, high = (100 * v for v in p.gain_interval)
             text += f", {low:+.1f} to {high:+.1f} points from the final model (95 % confidence interval)"
         text += "."
-    return f"<p>{text}</p>"
+    method = html.text(summaries().get(p.method, ""))
+    return f'<p>{text}</p>\n<p class="muted">{method}</p>'
 
 
 def _weights_table(p: FusionPlan, names: Sequence[int]) -> str:
@@ -294,7 +342,8 @@ def _weights_table(p: FusionPlan, names: Sequence[int]) -> str:
     shown = "{:.1%}" if linear else "{:.3f}"
     largest = max(weights.values())
     rows = [(str(names[e]), shown.format(weights[e]), html.share_bar(weights[e] / largest)) for e in heavy]
-    table = html.scroll_table(("epoch", "weight", ""), rows, "Weight of each checkpoint", kind="bars")
+    columns = ("epoch", "weight", f"0 to {shown.format(largest)}")
+    table = html.scroll_table(columns, rows, "Weight of each checkpoint", kind="bars")
     rest = shown.format(sum(weights.values()) - sum(weights[e] for e in heavy))
     others = f"<p>The {BARS} largest weights. {len(weights) - BARS} other checkpoints share {rest}.</p>"
     kind = "Weights" if linear else "Weights of the logarithms"
@@ -313,51 +362,24 @@ def _members_table(p: FusionPlan, names: Sequence[int]) -> str:
     return f"<h3>Members, in the order found{around}</h3>\n{table}"
 
 
-def _comparison_section(source: Any) -> str:
-    if source is None:
-        return ""
-    rows, notes, n, n_test = _read_comparison(source)
+def _comparison_section(rows: list[tuple[Any, ...]], notes: list[Any], n: int, n_test: int) -> str:
     best = max(r[3] for r in rows)
     cells = [
-        (name, f"{k:g}", f"{a:.2%}", f"{b:.2%}", html.share_bar(b), *(f"{v:.3f}" for v in more))
+        (html.text(name, 80), f"{k:g}", f"{a:.2%}", f"{b:.2%}", *(f"{v:.3f}" for v in more), html.share_bar(b))
         for name, k, a, b, *more in rows[:TABLE_ROWS]
     ]
     measures = ("test NLL", "test ECE")[: len(rows[0]) - 4]
-    columns = ("method", "forward passes", "selection accuracy", "test accuracy", "", *measures)
+    columns = ("method", "forward passes", "selection accuracy", "test accuracy", *measures, "test accuracy, 0 to 100%")
     marked = [k for k, row in enumerate(rows[:TABLE_ROWS]) if row[3] == best]
     table = html.scroll_table(columns, cells, "Methods compared", kind="bars many", best=marked)
     remarks = "".join(f"<p>{html.text(note, 500)}</p>" for note in notes[:20])
+    said = {row[0] for row in rows}
+    methods = "".join(f"<dt>{k}</dt><dd>{html.text(v)}</dd>" for k, v in row_summaries().items() if k in said)
     return f"""<h2>Comparison with the controls</h2>
 <p>Chosen on {html.count(n, "sample")}, scored on {n_test:,}. A prediction costs the given number of forward passes. The
-best test accuracy is in bold.</p>
-{table}{remarks}"""
-
-
-def _read_comparison(source: Any) -> tuple[list[tuple[Any, ...]], list[Any], int, int]:
-    """Rows (method, forward passes, accuracies, NLL and ECE if known), notes, and the sizes of the two sets."""
-    try:
-        content = _loaded(source, lambda path: json.loads(_files.read_bytes(path)))
-        if isinstance(source, Comparison):
-            content = json.loads(source.to_json())
-        rows = []
-        known = [
-            k for k in ("test_nll", "test_ece") if all(k in row for row in content["rows"])
-        ]  # older files lack them
-        for row in content["rows"]:
-            passes = _check.number(row["forward_passes"], 0, 1e9, "forward_passes")
-            accuracies = (_check.number(row[k], 0, 1, k) for k in ("selection_accuracy", "test_accuracy"))
-            more = (_check.number(row[k], 0, 1e9, k) for k in known)
-            rows.append((html.text(row["method"], 80), passes, *accuracies, *more))
-        if not rows:
-            raise ValueError("rows: expected at least one")
-        n, n_test = (_check.number(content[k], 0, 2**62, k, int) for k in ("n_selection", "n_test"))
-        return rows, list(content.get("notes", [])), n, n_test
-    except OSError:
-        raise
-    except Exception as error:  # a file from a stranger may fail in any way
-        reason = f"missing {error}" if isinstance(error, KeyError) else error
-        where = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "comparison"
-        raise ValueError(f"{where}: not a comparison (Comparison.to_json, fmn-ref compare --json): {reason}") from None
+best test accuracy is in bold. Rows with a k are plain means of as many checkpoints as KF has. EMA, SWA and averaged KF
+are averages of weights. A row “distilled …” is a network that was trained on the predictions of that method.</p>
+{table}{remarks}<dl class="methods">{methods}</dl>"""
 
 
 def _settings(run: Run) -> str:

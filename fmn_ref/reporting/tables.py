@@ -57,6 +57,21 @@ def _inert(cell: Any) -> Any:
     return cell  # a number with a sign
 
 
+def one_line(value: Any, limit: int) -> str:
+    """Text of `value` on one line of at most `limit` characters.
+
+    Characters that do not show (line breaks, reversed writing, half surrogates) are replaced.
+
+    Examples
+    --------
+    >>> one_line("great white shark", 12)
+    'great white…'
+    """
+    s = str(value)
+    s = s if len(s) <= limit else s[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in s)
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean over the seeds and its standard error; None for the error of a single seed."""
     error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None

@@ -17,7 +17,7 @@ from .content import content_of
 from .folder import DOOR, RunFolder
 
 # Options of the command line that are files.
-INPUTS = ["file", "run_dir", "path", "plan", "probs", "labels", "correct", "ids", "images", "comparison"]
+INPUTS = ["file", "run_dir", "path", "plan", "probs", "labels", "correct", "ids", "images", "comparison", "class_names"]
 INPUTS += ["select", "select_labels", "test", "test_labels"]
 OUTPUTS = ["output", "per_sample"]
 
@@ -53,6 +53,7 @@ _OPTIONS = {
     "test_labels": ("test_labels", "test"),
     "correct": ("correct", "file"),
     "images": ("images",),
+    "class_names": ("class_names",),
     "sample_ids": ("path",),
 }
 
