@@ -157,13 +157,13 @@ def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, n
 
 
 def class_names(x: Any, classes: Int) -> list[str]:
-    """Names of the classes 0, 1, ...: at least as many as the highest of `classes` needs."""
+    """Names of the classes 0, 1, ..., at least up to the highest of `classes`; the number itself for an empty name."""
     names = np.asarray(x, object)  # an array of strings would pad every name to the longest
     if names.ndim != 1 or not all(isinstance(name, str) for name in names):
         raise TypeError(f"class_names: expected a list of strings, got {type(x).__name__}")
     if classes.max() >= len(names):
         raise ValueError(f"class_names: expected at least {classes.max() + 1} names, got {len(names)}")
-    return list(names)
+    return [name.strip() or str(k) for k, name in enumerate(names)]
 
 
 def sums_to_one(scores: Any) -> bool:

@@ -115,6 +115,20 @@ def test_own_loop(data):
     assert Path("curves.png").exists()
 
 
+def test_figures_and_report(data, capsys):
+    pytest.importorskip("matplotlib")
+    train, val = (data["x_train"], data["y_train"]), (data["x_val"], data["y_val"])
+    data["run"] = fmn.train(data["model"], train, val, epochs=4, run_dir="runs/mine", progress=False)
+    text = page("figures-and-report")
+    for code in blocks(text):
+        exec(code, data)
+    np.save("labels.npy", val[1])
+    Path("classes.txt").write_text("\n".join(data["names"]))
+    for command in commands(text):
+        assert main(command) == 0, capsys.readouterr().err
+    assert Path("runs/mine/report.html").read_bytes() == Path("report.html").read_bytes()
+
+
 def test_existing_checkpoints(data, capsys):
     Path("runs/old").mkdir(parents=True)
     paths = [Path(f"runs/old/checkpoint_{i}.pt") for i in range(4)]

@@ -24,6 +24,7 @@ from inputs import history_of
 import fmn_ref as fmn
 from fmn_ref import demo
 from fmn_ref.cli import main
+from fmn_ref.fusion.methods import summaries
 from fmn_ref.reporting.report import write_report
 
 VOID = {"meta", "img", "source", "br"}
@@ -132,7 +133,7 @@ def test_headline_and_curves(digits, report):
 def test_lines_are_drawn_where_the_numbers_are(digits, report):
     """Points of a line, converted back with the labels of the axis, are the numbers."""
     curves, drawn = fmn.forgetting_curves(digits[0].history), []
-    for plot in [d for d in Page(report).root.iter("div") if d.get("role") == "img"]:
+    for plot in plots(Page(report)):
         ticks = [float(s.text.rstrip("%")) / 100 for s in plot.iter("span") if s.get("class") == "y"]
         for path in plot.iter("path"):
             values = {"accuracy": curves.accuracy, "retained": curves.retained, "forget": curves.forget}.get(
@@ -147,6 +148,11 @@ def test_lines_are_drawn_where_the_numbers_are(digits, report):
                 ticks[-1] - points[:, 1] * (ticks[-1] - ticks[0]), values, atol=1e-4 * (ticks[-1] - ticks[0])
             )
     assert sorted(drawn) == ["accuracy", "forget", "retained"]
+    scored = json.loads((digits[0].run_dir / "comparison.json").read_text())["rows"]
+    fused = next(row["test_accuracy"] for row in scored if row["method"] == "greedy")  # the method of the plan
+    value, text = levels(Page(report))["fused"]
+    assert value == pytest.approx(fused, abs=1e-3)
+    assert text == f"fused (greedy, test samples): {fused:.1%}"
 
 
 def test_heat_map_is_the_forgetting_matrix(digits, report):
@@ -200,7 +206,7 @@ def test_plan_and_comparison(digits, report):
     numbers = ("selection_accuracy", "test_accuracy")
     more = ("test_nll", "test_ece")
     rows = [
-        [r["method"], str(r["forward_passes"]), *(f"{r[k]:.2%}" for k in numbers), "", *(f"{r[k]:.3f}" for k in more)]
+        [r["method"], str(r["forward_passes"]), *(f"{r[k]:.2%}" for k in numbers), *(f"{r[k]:.3f}" for k in more), ""]
         for r in content["rows"]
     ]
     assert page.table("Methods compared") == rows
@@ -208,6 +214,167 @@ def test_plan_and_comparison(digits, report):
     top = max(r["test_accuracy"] for r in content["rows"])
     assert best == {r["method"] for r in content["rows"] if r["test_accuracy"] == top}
     assert "Chosen on 300 samples, scored on 697." in page.text()
+
+
+def test_bars_stand_in_their_column(report):
+    """The style sheet draws a bar in a cell of the class "bar" only."""
+    cells = [cell for cell in Page(report).root.iter("td") if cell.find("i") is not None]
+    assert len(cells) > 20
+    assert {cell.get("class") for cell in cells} == {"bar"}
+
+
+def test_a_sentence_for_each_method(digits, tmp_path):
+    sentences = {name: text.replace("\n", " ") for name, text in summaries().items()}
+    rows = [{"method": name, **ROW} for name in ("last", "KF", "pool", "auto", "top-k", "mine")]
+    table = {"rows": rows, "n_selection": 10, "n_test": 20}
+    page = Page(write_report(digits[0].run_dir, tmp_path / "r.html", comparison=table))
+    words = ["".join(e.itertext()) for e in page.root.find(".//dl[@class='methods']")]
+    assert words == ["KF", sentences["forget"], "pool", sentences["pool"], "auto", sentences["auto"]]
+    plan = page.text().split("The plan of the fusion")[1].split("Weights")[0]
+    assert plan.endswith(f"{sentences['greedy']} ")
+
+
+# --- the chart of the accuracy ---
+
+
+def plots(page):
+    return [box for box in page.root.iter("div") if box.get("role") == "img"]
+
+
+def levels(page):
+    """Accuracy and legend of each horizontal line in the first chart."""
+    plot = plots(page)[0]
+    ticks = [float(s.text.rstrip("%")) / 100 for s in plot.iter("span") if s.get("class") == "y"]
+    texts = {li.get("class"): "".join(li.itertext()) for li in page.root.find(".//ul[@class='legend']")}
+    found = {}
+    for kind in ("fused", "student"):
+        assert (kind in texts) == (plot.find(f"svg/path[@class='{kind}']") is not None)
+        if kind in texts:
+            height = re.fullmatch(r"M0 (\S+)H1000", plot.find(f"svg/path[@class='{kind}']").get("d"))[1]
+            found[kind] = round(ticks[-1] - float(height) / 1000 * (ticks[-1] - ticks[0]), 3), texts[kind]
+    return found
+
+
+ROW = {"forward_passes": 2, "selection_accuracy": 0.5, "test_accuracy": 0.25}
+SCORED = {"KF": 0.75, "distilled KF": 0.8, "pool": 0.91, "distilled pool": 0.955}
+POOL = {"members": ((2, 1.0),), "accuracy": (0.5, 0.7), "method": "pool", "combine": "geometric"}
+KF = {"members": ((1, 0.5),), "accuracy": (0.5, 0.625)}
+
+
+@pytest.mark.parametrize(
+    ("plan", "scored", "expected"),
+    [
+        (None, None, {}),
+        (None, {"mine": 0.5}, {}),
+        (None, SCORED, {"fused": (0.75, "KF, test samples"), "student": (0.8, "distilled KF, test samples")}),
+        (KF, SCORED, {"fused": (0.75, "KF, test samples"), "student": (0.8, "distilled KF, test samples")}),
+        (POOL, SCORED, {"fused": (0.91, "pool, test samples"), "student": (0.955, "distilled pool, test samples")}),
+        (POOL, {"distilled pool": 1.0}, {"fused": (0.7, "pool, on the samples that chose it: too high"),
+                                         "student": (1.0, "distilled pool, test samples")}),
+        (POOL | {"cv_accuracy": 0.625}, None, {"fused": (0.625, "pool, cross-validated")}),
+        (KF, None, {"fused": (0.625, "KF, on the samples that chose it: too high")}),
+        ({"members": (), "accuracy": (0.5,)}, None, {}),
+        (KF | {"method": "weights"}, SCORED, {}),
+    ],
+)  # fmt: skip
+def test_accuracy_of_the_fused_model_and_its_student(tmp_path, rng, plan, scored, expected):
+    write_run(tmp_path / "run", rng.random((3, 40)) < 0.5)
+    if plan is not None:
+        fmn.FusionPlan(n_epochs=3, window=0, **plan).save(tmp_path / "run" / "plan.json")
+    if scored is not None:
+        rows = [{"method": name, **ROW, "test_accuracy": accuracy} for name, accuracy in scored.items()]
+        table = {"rows": rows, "n_selection": 10, "n_test": 20}
+        (tmp_path / "run" / "comparison.json").write_text(json.dumps(table))
+    page = Page(write_report(tmp_path / "run", tmp_path / "r.html"))
+    shown = {kind: (value, f"{kind} ({where}): {value:.1%}") for kind, (value, where) in expected.items()}
+    assert levels(page) == shown
+
+
+def test_one_epoch_has_a_level_too(tmp_path):
+    write_run(tmp_path / "run", [[1, 0, 0, 1]])
+    plan = fmn.FusionPlan(((0, 0.5),), 1, 0, (0.5, 1.0))
+    page = Page(write_report(tmp_path / "run", tmp_path / "r.html", plan=plan))
+    assert levels(page)["fused"][0] == 1
+    assert "The last epoch has the best accuracy." in page.text()
+
+
+def test_every_axis_has_a_name(report):
+    found = [[span.text for span in plot.iter("span") if span.get("class") in ("xname", "yname")]
+             for plot in Page(report).root.iter("div") if (plot.get("class") or "").startswith("plot")]  # fmt: skip
+    assert found == [["epoch", "% of samples"]] * 2 + [["wrong at epoch j", "right at epoch i"]]
+
+
+@pytest.mark.parametrize(
+    ("correct", "text"),
+    [
+        ([[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1]],
+         "The best accuracy, 75.0% at epoch 1, is 25.0 points above the final one. "
+         "50.0% of the samples are right at that epoch and wrong at the end."),
+        ([[1, 0], [0, 1]],
+         "The best accuracy, 50.0% at epoch 0, is 0.0 points above the final one. "
+         "50.0% of the samples are right at that epoch and wrong at the end."),
+        ([[1, 0], [1, 1]], "The last epoch has the best accuracy."),
+    ],
+    ids=["a gap", "other samples", "no gap"],
+)  # fmt: skip
+def test_the_gap_to_the_peak(tmp_path, correct, text):
+    write_run(tmp_path / "run", correct)
+    page = Page(write_report(tmp_path / "run", tmp_path / "r.html"))
+    assert "".join(page.root.find(".//figcaption").itertext()) == text
+
+
+# --- class names ---
+
+NAMES = ["cat", "dog", '<b>&"\u202e', "long " * 1000, "none of them"]
+
+
+def named_page(tmp_path, class_names, n=8):
+    if not (tmp_path / "run").exists():
+        write_run(tmp_path / "run", [[1] * n, [0] * n])
+    y = np.arange(n) % 4
+    return Page(write_report(tmp_path / "run", tmp_path / "r.html", labels=y, class_names=class_names))
+
+
+def test_class_names(tmp_path):
+    page = named_page(tmp_path, NAMES)
+    assert not page.root.findall(".//b/b")
+    shown = ["cat", "dog", '<b>&"\N{REPLACEMENT CHARACTER}', ("long " * 12)[:59] + "…"]
+    assert [row[0] for row in page.table("Forgotten samples per class")] == shown
+    for i, card in enumerate(page.cards()):
+        assert card == f"sample {i}class {shown[i % 4]}, right at 1 of 2 epochs, last at 0"
+    (tmp_path / "names.txt").write_text("\n".join(NAMES), "utf-8")
+    for given in (tuple(NAMES), np.array(NAMES), tmp_path / "names.txt", str(tmp_path / "names.txt")):
+        assert named_page(tmp_path, given).bytes == page.bytes
+    assert [row[0] for row in named_page(tmp_path, None).table("Forgotten samples per class")] == list("0123")
+
+
+def test_a_thousand_names(tmp_path):
+    write_run(tmp_path / "run", [[1] * 2000, [0] * 2000])
+    names, y = [f"class of number {i}" for i in range(1000)], np.arange(2000) % 1000
+    page = Page(write_report(tmp_path / "run", tmp_path / "r.html", labels=y, class_names=names))
+    assert [row[0] for row in page.table("Forgotten samples per class")] == names[:12]
+    assert [row[0] for row in page.table("1,000 classes, the most forgotten first: 500")] == names[:500]
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "words"),
+    [
+        (["a", "b"], ValueError, "class_names: expected at least 4 names, got 2"),
+        ([], ValueError, "class_names: expected at least 4 names, got 0"),
+        (["a", "b", "c", 3], TypeError, "class_names: expected a list of strings, got list"),
+        ({0: "a"}, TypeError, "class_names: expected a list of strings, got dict"),
+        ({"a", "b", "c", "d"}, TypeError, "class_names: expected a list of strings, got set"),
+        ([["a", "b", "c", "d"]], TypeError, "class_names: expected a list of strings, got list"),
+        (b"abcd", TypeError, "class_names: expected a list of strings, got bytes"),
+        ("missing.txt", FileNotFoundError, "missing.txt"),
+    ],
+)
+def test_wrong_class_names(tmp_path, names, error, words):
+    with pytest.raises(error, match=words):
+        named_page(tmp_path, names)
+    assert not (tmp_path / "r.html").exists()
+    with pytest.raises(ValueError, match="class_names: needs labels"):
+        write_report(tmp_path / "run", tmp_path / "r.html", class_names=["a", "b", "c", "d"])
 
 
 def test_without_labels_images_plan_and_comparison(tmp_path, rng):
@@ -431,16 +598,21 @@ def test_command_line(digits, tmp_path, monkeypatch, capsys):
     run, x, y = digits
     monkeypatch.chdir(tmp_path)
     np.savez("val.npz", images=x, labels=y)
-    args = ["report", str(run.run_dir), "--labels", "val.npz", "--images", "val.npz"]
+    (tmp_path / "names.txt").write_text("".join(f"the {i}\r\n" for i in range(10)))
+    args = ["report", str(run.run_dir), "--labels", "val.npz", "--images", "val.npz", "--class-names", "names.txt"]
     assert main(args) == 0
     first = run.run_dir / "report.html"
     assert capsys.readouterr().out == f"report written to {first} ({-(-first.stat().st_size // 1000)} kB)\n"
-    assert Page(first).table("Forgotten samples per class")
+    assert [row[0] for row in Page(first).table("Forgotten samples per class")] == [f"the {i}" for i in range(10)]
     plan, comparison = (str(run.run_dir / name) for name in ("plan.json", "comparison.json"))
     assert main([*args, "--plan", plan, "--comparison", comparison, "-o", "again.html", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content == {"output": "again.html", "bytes": os.path.getsize("again.html")}
     assert (tmp_path / "again.html").read_bytes() == first.read_bytes()
+    (tmp_path / "names.txt").write_text("one\n")
+    assert main(args) == 1
+    words = "names.txt: class_names: expected at least 10 names, got 1"
+    assert capsys.readouterr().err == f"fmn-ref: error: {words}\n"
     assert main(["report", "nowhere"]) == 1
     assert capsys.readouterr().err == "fmn-ref: error: nowhere: no run there (run.json is missing)\n"
 
@@ -602,6 +774,14 @@ OUTSIDE = """[...document.body.querySelectorAll("*")].filter(e => {
 }).map(e => e.outerHTML)"""
 
 
+# Pairs of labels of one chart that lie over each other.
+OVERLAPS = """[...document.querySelectorAll(".plot")].flatMap(plot => {
+  const labels = [...plot.querySelectorAll("span:not(.dot)")].map(e => [e.textContent, e.getBoundingClientRect()]);
+  return labels.flatMap(([a, p], i) => labels.slice(i + 1).filter(([b, q]) =>
+    p.left < q.right && q.left < p.right && p.top < q.bottom && q.top < p.bottom).map(([b, q]) => a + " | " + b));
+})"""
+
+
 @pytest.fixture(scope="module")
 def long_report(tmp_path_factory):
     """Report with contents that may not fit: many classes, long words, large numbers."""
@@ -610,13 +790,19 @@ def long_report(tmp_path_factory):
     write_run(folder / ("run" * 60), rng.random((30, 5000)) < 0.5, config={"k" * 90: "v" * 300}, epochs=epochs)
     row = {"forward_passes": 1000, "selection_accuracy": 1.0, "test_accuracy": 1.0}
     table = {"rows": [{"method": "m" * 200, **row}, {"method": "a b", **row}], "notes": ["n" * 300]}
-    labels = rng.integers(0, 60, 5000) + 10**12
+    labels = rng.integers(0, 60, 5000)
     plan = fmn.FusionPlan(tuple((i, 0.5) for i in range(29)), 30, 1, (0.5,) * 30)
-    options = {"labels": labels, "plan": plan, "comparison": table | {"n_selection": 10**9, "n_test": 10**9}}
+    names = ["n" * 500, "two words " * 50] * 30
+    options = {
+        "class_names": names,
+        "labels": labels,
+        "plan": plan,
+        "comparison": table | {"n_selection": 10**9, "n_test": 10**9},
+    }
     return write_report(folder / ("run" * 60), folder / "r.html", images=rng.random((5000, 4, 200)), **options)
 
 
-@pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 900)])
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (400, 800), (1280, 900)])
 @pytest.mark.parametrize("which", ["report", "long_report"])
 def test_in_a_browser(browser, request, which, width, height):
     path = request.getfixturevalue(which)
@@ -626,6 +812,7 @@ def test_in_a_browser(browser, request, which, width, height):
         browser.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
         assert browser.ask("document.documentElement.scrollWidth") == browser.ask("innerWidth") == width
         assert browser.ask(OUTSIDE) == []
+        assert browser.ask(OVERLAPS) == []
         assert browser.ask("[...document.images].every(i => i.naturalWidth > 0)")
         elements, contrast = browser.ask(CONTRAST)
         assert elements > 100
