@@ -284,7 +284,7 @@ def _class_table(forgotten: Bool, y: Int, names: dict[int, str]) -> str:
     share = n / size
     order = np.argsort(-share, kind="stable")
     worst = np.sort(order[:20]) if len(classes) <= 20 else order[:12]
-    columns = ("class", "forgotten", "share of the class", f"0 to {share.max():.1%}")
+    columns = ("class", "forgotten", "share", f"0 to {share.max():.1%}")
 
     def table(chosen: Int, name: str, box: str = "") -> str:
         bars = [(k, html.share_bar(share[k] / share.max())) for k in chosen]
@@ -377,8 +377,8 @@ def _comparison_section(rows: list[tuple[Any, ...]], notes: list[Any], n: int, n
     methods = "".join(f"<dt>{k}</dt><dd>{html.text(v)}</dd>" for k, v in row_summaries().items() if k in said)
     return f"""<h2>Comparison with the controls</h2>
 <p>Chosen on {html.count(n, "sample")}, scored on {n_test:,}. A prediction costs the given number of forward passes. The
-best test accuracy is in bold. Rows with a k are plain means of as many checkpoints as KF has. EMA, SWA and averaged KF
-are averages of weights. A row “distilled …” is a network that was trained on the predictions of that method.</p>
+best test accuracy is in bold. last-k, equally spaced and top-k are plain means of as many checkpoints as KF has. EMA,
+SWA and averaged KF are averages of weights. “distilled …” is a network trained on the predictions of that method.</p>
 {table}{remarks}<dl class="methods">{methods}</dl>"""
 
 

@@ -786,7 +786,7 @@ OVERLAPS = """[...document.querySelectorAll(".plot")].flatMap(plot => {
 def long_report(tmp_path_factory):
     """Report with contents that may not fit: many classes, long words, large numbers."""
     folder, rng = tmp_path_factory.mktemp("long"), np.random.default_rng(2)
-    epochs = (np.arange(30) * 123_457).tolist()
+    epochs = (np.arange(30) * 41_234_567).tolist()
     write_run(folder / ("run" * 60), rng.random((30, 5000)) < 0.5, config={"k" * 90: "v" * 300}, epochs=epochs)
     row = {"forward_passes": 1000, "selection_accuracy": 1.0, "test_accuracy": 1.0}
     table = {"rows": [{"method": "m" * 200, **row}, {"method": "a b", **row}], "notes": ["n" * 300]}
