@@ -545,6 +545,15 @@ def test_demo_small(files, capsys):
     for figure in ("curves", "matrix", "weights", "last_correct", "per_class"):
         assert f"({(path := f'noise_40/seed_0/report/{figure}.png')})" in report
         assert (files / "demo" / path).exists()
+    assert "(report.html)" in report
+    shown = (files / "demo/report.html").read_text()
+    assert "seed_0: 3 epochs, 300 samples" in shown
+    lines = {
+        r["method"]: r["test_accuracy"]
+        for r in json.loads((files / "demo/noise_40/seed_0/cell.json").read_text())["rows"]
+    }
+    for kind, row in (("fused", "KF"), ("student", "distilled KF")):
+        assert f"{kind} ({row}, test samples): {lines[row]:.1%}" in shown
     run_dir = fmn.Run.open(files / "demo/noise_20/seed_1")
     assert len(run_dir.history) == 3
     assert fmn.FusionPlan.load(run_dir.run_dir / "plan.json").n_epochs == 3
@@ -553,6 +562,7 @@ def test_demo_small(files, capsys):
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert main([*args[:-2], "4"]) == 1
     assert "choose another folder" in capsys.readouterr().err
+    assert "one run: demo/report.html" in run(capsys, *args[:-1])
 
 
 def by_any_name(folder, name):

@@ -57,6 +57,11 @@ def test_the_peak_and_the_gap(tmp_path):
         ([[1, 0, 0]], []),
         ([[1]], []),
         ([[0, 0], [0, 0]], []),
+        # F_e is largest at epoch 0, accuracy at epoch 1
+        (
+            [[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 0]],
+            ["peak above final:\n20.0 points\n\n$F_e$ at the peak:\n20.0%"],
+        ),
         ([[1], [0]], ["peak above final:\n100.0 points\n\n$F_e$ at the peak:\n100.0%"]),
         ([[1, 0], [0, 1]], ["peak above final:\n0.0 points\n\n$F_e$ at the peak:\n50.0%"]),  # other samples
     ],
@@ -131,9 +136,9 @@ def test_of_many_classes_the_most_forgotten_are_shown(tmp_path, rng):
 
 
 def test_long_and_awkward_names(tmp_path):
-    names = ["$x^", "\\bad{", "two\nlines", "half \ud800", "x" * 100_000, "_", " "]
+    names = ["$x^$", "\\bad{", "two\nlines", "half \ud800", "x" * 100_000, "_", " "]
     figure = plot.per_class(np.ones((2, 7), bool), np.arange(7), class_names=names)
-    shown = ["$x^", "\\bad{", "two\N{REPLACEMENT CHARACTER}lines", "half \N{REPLACEMENT CHARACTER}", "x" * 23 + "…"]
+    shown = ["$x^$", "\\bad{", "two\N{REPLACEMENT CHARACTER}lines", "half \N{REPLACEMENT CHARACTER}", "x" * 23 + "…"]
     assert list(bars(figure)) == [*shown, "_", "6"]
     figure.savefig(tmp_path / "f.png")  # mathematics between dollar signs would not parse
     axes = figure.axes[0]

@@ -313,9 +313,12 @@ def test_every_axis_has_a_name(report):
         ([[1, 0], [0, 1]],
          "The best accuracy, 50.0% at epoch 0, is 0.0 points above the final one. "
          "50.0% of the samples are right at that epoch and wrong at the end."),
+        ([[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 0]],
+         "The best accuracy, 60.0% at epoch 1, is 20.0 points above the final one. "
+         "20.0% of the samples are right at that epoch and wrong at the end."),
         ([[1, 0], [1, 1]], "The last epoch has the best accuracy."),
     ],
-    ids=["a gap", "other samples", "no gap"],
+    ids=["a gap", "other samples", "F_e is larger at another epoch", "no gap"],
 )  # fmt: skip
 def test_the_gap_to_the_peak(tmp_path, correct, text):
     write_run(tmp_path / "run", correct)
