@@ -52,6 +52,15 @@ inline void count(const Kernels& k, const fmn_matrix* m, int64_t e, int n_rows, 
     }
 }
 
+// Computes forgotten and learned from right and retained; all four are sums over the same samples.
+inline void derive(int64_t* counts, int64_t plane, int64_t n_epochs, int64_t reference) {
+    for (int64_t i = 0; i < plane; ++i) {
+        const int64_t right_at_reference = counts[i / n_epochs * n_epochs + reference];
+        counts[plane + i] = counts[i] - counts[3 * plane + i];
+        counts[2 * plane + i] = right_at_reference - counts[3 * plane + i];
+    }
+}
+
 // Adds the statistics of a block, whose epochs begin at `base`, to the counts of its samples (rows of n).
 inline void add_block(const SampleBlock& block, int64_t size, int32_t base, int32_t length, int64_t n, int32_t* counts) {
     int32_t *first = counts, *last = counts + n, *events = counts + 2 * n, *right = counts + 3 * n, *wrong = counts + 4 * n;

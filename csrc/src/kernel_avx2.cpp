@@ -181,40 +181,37 @@ FMN_AVX2 inline void spread(int right, __m256i lanes[2]) {
     lanes[1] = _mm256_cmpeq_epi64(_mm256_and_si256(bits, high), high);
 }
 
-// Four epochs per step. Bound by the loads and stores of the sums, whose addresses depend on the groups.
-FMN_AVX2 void add_counts(const GroupTile<int64_t>& t) {
-    if (t.n_lanes < 8) return loops::add_counts(t);
-    for (int64_t i = 0; i < t.n_samples; ++i) {
-        int64_t* sums = t.sums + t.groups[i] * t.n_epochs;
-        __m256i right[2];
-        spread(t.right[i], right);
-        const __m256i at_end = _mm256_set1_epi8(static_cast<char>(t.at_end[i]));
-        for (int half = 0; half < 2; ++half, sums += 4) {
-            store(sums, _mm256_sub_epi64(load(sums), right[half]));
-            int64_t* retained = sums + 3 * t.plane;
-            store(retained, _mm256_sub_epi64(load(retained), _mm256_and_si256(right[half], at_end)));
-        }
-    }
+FMN_AVX2 void gather(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* out) {
+    loops::gather(rows, n_rows, n, out);
 }
 
-FMN_AVX2 void add_weights(const GroupTile<double>& t) {
-    if (t.n_lanes < 8) return loops::add_weights(t);
+FMN_AVX2 void add_counts(const CountTile& t) { loops::add_counts(t); }
+
+// Four epochs per step. With one group the sums stay in registers, since each sample would wait for the store of the one before.
+template <bool one_group>
+FMN_AVX2 inline void add_weights_by(const WeightTile& t) {
+    WeightLines own = *t.lines, *lines = &own;
     for (int64_t i = 0; i < t.n_samples; ++i) {
-        double* sums = t.sums + t.groups[i] * t.n_epochs;
+        if (!one_group) lines = t.lines + t.groups[i];
         __m256i right[2];
         spread(t.right[i], right);
         const __m256i w = _mm256_castpd_si256(_mm256_set1_pd(t.weights[i]));
-        const __m256i at_end = _mm256_set1_epi8(static_cast<char>(t.at_end[i]));
+        const __m256i at_end = _mm256_set1_epi8(static_cast<char>(-t.at_end[i]));
         const __m256i w_end = _mm256_and_si256(w, at_end), w_not = _mm256_andnot_si256(at_end, w);
-        for (int half = 0; half < 2; ++half, sums += 4) {
+        for (int half = 0; half < 2; ++half) {
             const __m256i terms[4] = {_mm256_and_si256(right[half], w), _mm256_and_si256(right[half], w_not),
                                       _mm256_andnot_si256(right[half], w_end), _mm256_and_si256(right[half], w_end)};
             for (int row = 0; row < 4; ++row) {
-                double* sum = sums + row * t.plane;
+                double* sum = lines->sums[row] + 4 * half;
                 _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), _mm256_castsi256_pd(terms[row])));
             }
         }
     }
+    if (one_group) *t.lines = own;
+}
+
+FMN_AVX2 void add_weights(const WeightTile& t) {
+    return t.n_groups == 1 ? add_weights_by<true>(t) : add_weights_by<false>(t);
 }
 
 // Loops of the mixtures, vectorised by the compiler.
@@ -239,7 +236,7 @@ FMN_AVX2 void update_samples_avx2(const uint8_t* const* rows, int n_rows, int64_
 }
 
 const Kernels avx2_kernels = {"avx2",   count_bytes,    count_bits,          count_overlaps, pack,        unpack,
-                              compare,  compare_scores, update_samples_avx2, add_counts,     add_weights, widen,
+                              compare,  compare_scores, update_samples_avx2, gather, add_counts, add_weights, widen,
                               sums_to_one, interval, right_at};
 
 }  // namespace fmn

@@ -309,6 +309,8 @@ def group_members(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np
         )
     if g.dtype.kind in "US" and not hasattr(groups, "dtype"):
         g = np.asarray(groups, object)  # of a list with gaps: NumPy turns NaN into the string "nan"
+    if g.dtype.kind in "iu" and int(g.max()) - int(g.min()) < 4 * n_samples:
+        return _integer_members(g)
     if g.dtype.kind not in "TO":
         names, member = np.unique(g, return_inverse=True)
         return names, member.astype(np.int64)
@@ -316,6 +318,15 @@ def group_members(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np
     _check_one_type(g)
     names, member = np.unique(g, return_inverse=True)
     return np.array(names.tolist()), member.astype(np.int64)
+
+
+def _integer_members(g: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """As np.unique with its inverse, for integers of a small range: by a table, without sorting."""
+    least = g.min()
+    place = g.astype(np.int64) - np.int64(least) if least <= np.iinfo(np.int64).max else (g - least).astype(np.int64)
+    used = np.bincount(place) > 0
+    names = np.flatnonzero(used)
+    return (names.astype(g.dtype) + least).astype(g.dtype), (np.cumsum(used) - 1)[place]
 
 
 def _check_one_type(groups: NDArray[Any]) -> None:
