@@ -85,24 +85,33 @@ FMN_AVX2 void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t* 
     for (int r = 0; r < n_rows; ++r) count_bits_by<1>(rows + r, ref, n, counts + 2 * r);
 }
 
-// One row against four, which share its load; otherwise as count_bits.
-FMN_AVX2 void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
+// Two rows against four: each load serves several counts; otherwise as count_bits.
+FMN_AVX2 void count_overlaps(const uint8_t* const* a, const uint8_t* const* b, int64_t n, int64_t* counts, int64_t stride) {
     const __m256i zero = _mm256_setzero_si256();
-    __m256i sum64[4] = {zero, zero, zero, zero};
-    int64_t i = 0;
-    while (i + 32 <= n) {
-        __m256i sum8[4] = {zero, zero, zero, zero};
-        const int64_t steps = (n - i) / 32 < 31 ? (n - i) / 32 : 31;
-        for (int64_t step = 0; step < steps; ++step, i += 32) {
-            const __m256i v = load(a + i);
-            for (int k = 0; k < 4; ++k)
-                sum8[k] = _mm256_add_epi8(sum8[k], popcount_bytes(_mm256_and_si256(v, load(b[k] + i))));
+    __m256i sum64[overlap_rows][overlap_columns];
+    for (auto& row : sum64)
+        for (auto& s : row) s = zero;
+    int64_t at = 0;
+    while (at + 32 <= n) {
+        __m256i sum8[overlap_rows][overlap_columns];
+        for (auto& row : sum8)
+            for (auto& s : row) s = zero;
+        const int64_t steps = (n - at) / 32 < 31 ? (n - at) / 32 : 31;
+        for (int64_t step = 0; step < steps; ++step, at += 32) {
+            const __m256i rows[overlap_rows] = {load(a[0] + at), load(a[1] + at)};
+            for (int k = 0; k < overlap_columns; ++k) {
+                const __m256i column = load(b[k] + at);
+                for (int i = 0; i < overlap_rows; ++i)
+                    sum8[i][k] = _mm256_add_epi8(sum8[i][k], popcount_bytes(_mm256_and_si256(rows[i], column)));
+            }
         }
-        for (int k = 0; k < 4; ++k) sum64[k] = _mm256_add_epi64(sum64[k], _mm256_sad_epu8(sum8[k], zero));
+        for (int i = 0; i < overlap_rows; ++i)
+            for (int k = 0; k < overlap_columns; ++k)
+                sum64[i][k] = _mm256_add_epi64(sum64[i][k], _mm256_sad_epu8(sum8[i][k], zero));
     }
-    const uint8_t* const rest[4] = {b[0] + i, b[1] + i, b[2] + i, b[3] + i};
-    loops::count_overlaps(a + i, rest, n - i, counts);
-    for (int k = 0; k < 4; ++k) counts[k] += sum(sum64[k]);
+    for (int i = 0; i < overlap_rows; ++i)
+        for (int k = 0; k < overlap_columns; ++k) counts[i * stride + k] += sum(sum64[i][k]);
+    if (at < n) loops::count_overlaps_from(at, a, b, n, counts, stride);
 }
 
 FMN_AVX2 void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {

@@ -75,19 +75,23 @@ FMN_AVX512 void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t
     for (int r = 0; r < n_rows; ++r) count_bits_by<1>(rows + r, ref, n, counts + 2 * r);
 }
 
-// One row against four, which share its load.
-FMN_AVX512 void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
-    const __m512i zero = _mm512_setzero_si512();
-    __m512i sum64[4] = {zero, zero, zero, zero};
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-        const __m512i v = load(a + i);
-        for (int k = 0; k < 4; ++k)
-            sum64[k] = _mm512_add_epi64(sum64[k], _mm512_popcnt_epi64(_mm512_and_si512(v, load(b[k] + i))));
+// Two rows against four: each load serves several counts. Bound by the population counts.
+FMN_AVX512 void count_overlaps(const uint8_t* const* a, const uint8_t* const* b, int64_t n, int64_t* counts, int64_t stride) {
+    __m512i sum64[overlap_rows][overlap_columns];
+    for (auto& row : sum64)
+        for (auto& s : row) s = _mm512_setzero_si512();
+    int64_t at = 0;
+    for (; at + 64 <= n; at += 64) {
+        const __m512i rows[overlap_rows] = {load(a[0] + at), load(a[1] + at)};
+        for (int k = 0; k < overlap_columns; ++k) {
+            const __m512i column = load(b[k] + at);
+            for (int i = 0; i < overlap_rows; ++i)
+                sum64[i][k] = _mm512_add_epi64(sum64[i][k], _mm512_popcnt_epi64(_mm512_and_si512(rows[i], column)));
+        }
     }
-    const uint8_t* const rest[4] = {b[0] + i, b[1] + i, b[2] + i, b[3] + i};
-    loops::count_overlaps(a + i, rest, n - i, counts);
-    for (int k = 0; k < 4; ++k) counts[k] += sum(sum64[k]);
+    for (int i = 0; i < overlap_rows; ++i)
+        for (int k = 0; k < overlap_columns; ++k) counts[i * stride + k] += sum(sum64[i][k]);
+    if (at < n) loops::count_overlaps_from(at, a, b, n, counts, stride);
 }
 
 FMN_AVX512 void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {

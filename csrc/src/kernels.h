@@ -64,8 +64,9 @@ struct Kernels {
     void (*count_bytes)(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int64_t n, int64_t* counts);
     void (*count_bits)(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int64_t n_bytes, int64_t* counts);
 
-    // counts[k] += bits set in both a and b[k], for k < 4.
-    void (*count_overlaps)(const uint8_t* a, const uint8_t* const* b, int64_t n_bytes, int64_t* counts);
+    // counts[i * stride + k] += bits set in both a[i] and b[k], for i < overlap_rows and k < overlap_columns.
+    void (*count_overlaps)(const uint8_t* const* a, const uint8_t* const* b, int64_t n_bytes, int64_t* counts,
+                           int64_t stride);
 
     // Bytes to bits, with zeros past the last sample, and bits to bytes 0 or 1.
     void (*pack)(const uint8_t* bytes, int64_t n, uint8_t* bits);
@@ -102,7 +103,7 @@ struct Kernels {
                      int64_t n_epsilons, bool* right);
 };
 
-constexpr int count_rows = 4, sample_rows = 8;
+constexpr int count_rows = 4, sample_rows = 8, overlap_rows = 2, overlap_columns = 4;
 constexpr int64_t compare_block = 4096;
 
 extern const Kernels base_kernels;

@@ -101,12 +101,20 @@ FMN_INLINE void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t
     }
 }
 
-FMN_INLINE void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
-    for (int k = 0; k < 4; ++k) {
-        int64_t i = 0;
-        for (; i + 8 <= n; i += 8) counts[k] += popcount(load<uint64_t>(a + i) & load<uint64_t>(b[k] + i));
-        for (; i < n; ++i) counts[k] += popcount(a[i] & b[k][i]);
-    }
+FMN_INLINE void count_overlaps_from(int64_t begin, const uint8_t* const* a, const uint8_t* const* b, int64_t n,
+                                    int64_t* counts, int64_t stride) {
+    for (int i = 0; i < overlap_rows; ++i)
+        for (int k = 0; k < overlap_columns; ++k) {
+            int64_t at = begin, count = 0;
+            for (; at + 8 <= n; at += 8) count += popcount(load<uint64_t>(a[i] + at) & load<uint64_t>(b[k] + at));
+            for (; at < n; ++at) count += popcount(a[i][at] & b[k][at]);
+            counts[i * stride + k] += count;
+        }
+}
+
+FMN_INLINE void count_overlaps(const uint8_t* const* a, const uint8_t* const* b, int64_t n, int64_t* counts,
+                               int64_t stride) {
+    count_overlaps_from(0, a, b, n, counts, stride);
 }
 
 template <class T>
