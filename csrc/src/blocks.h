@@ -124,7 +124,7 @@ inline void count_samples(const Kernels& k, const fmn_matrix* m, int64_t start, 
 // A tile of the all-pairs matrix: 32 rows against 32, in pieces of the samples that stay in the level-2 cache.
 struct OverlapTile {
     static constexpr int rows = 32;
-    static constexpr int64_t piece = 1024;  // bytes of bits
+    static constexpr int64_t piece = 2048;  // bytes of bits
     int64_t counts[rows][rows] = {};
     uint8_t packed[2][rows][piece];
     const uint8_t *a[rows], *b[rows];

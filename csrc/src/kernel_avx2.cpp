@@ -85,7 +85,7 @@ FMN_AVX2 void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t* 
     for (int r = 0; r < n_rows; ++r) count_bits_by<1>(rows + r, ref, n, counts + 2 * r);
 }
 
-// Two rows against four: each load serves several counts; otherwise as count_bits.
+// Four rows against four: each load serves several counts; otherwise as count_bits.
 FMN_AVX2 void count_overlaps(const uint8_t* const* a, const uint8_t* const* b, int64_t n, int64_t* counts, int64_t stride) {
     const __m256i zero = _mm256_setzero_si256();
     __m256i sum64[overlap_rows][overlap_columns];
@@ -98,7 +98,7 @@ FMN_AVX2 void count_overlaps(const uint8_t* const* a, const uint8_t* const* b, i
             for (auto& s : row) s = zero;
         const int64_t steps = (n - at) / 32 < 31 ? (n - at) / 32 : 31;
         for (int64_t step = 0; step < steps; ++step, at += 32) {
-            const __m256i rows[overlap_rows] = {load(a[0] + at), load(a[1] + at)};
+            const __m256i rows[overlap_rows] = {load(a[0] + at), load(a[1] + at), load(a[2] + at), load(a[3] + at)};
             for (int k = 0; k < overlap_columns; ++k) {
                 const __m256i column = load(b[k] + at);
                 for (int i = 0; i < overlap_rows; ++i)

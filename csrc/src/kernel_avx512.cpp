@@ -75,14 +75,14 @@ FMN_AVX512 void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t
     for (int r = 0; r < n_rows; ++r) count_bits_by<1>(rows + r, ref, n, counts + 2 * r);
 }
 
-// Two rows against four: each load serves several counts. Bound by the population counts.
+// Four rows against four: each load serves several counts. Bound by the population counts.
 FMN_AVX512 void count_overlaps(const uint8_t* const* a, const uint8_t* const* b, int64_t n, int64_t* counts, int64_t stride) {
     __m512i sum64[overlap_rows][overlap_columns];
     for (auto& row : sum64)
         for (auto& s : row) s = _mm512_setzero_si512();
     int64_t at = 0;
     for (; at + 64 <= n; at += 64) {
-        const __m512i rows[overlap_rows] = {load(a[0] + at), load(a[1] + at)};
+        const __m512i rows[overlap_rows] = {load(a[0] + at), load(a[1] + at), load(a[2] + at), load(a[3] + at)};
         for (int k = 0; k < overlap_columns; ++k) {
             const __m512i column = load(b[k] + at);
             for (int i = 0; i < overlap_rows; ++i)

@@ -60,7 +60,7 @@ void count_overlaps(const uint8_t* const* a, const uint8_t* const* b, int64_t n,
             for (auto& s : row) s = vdupq_n_u8(0);
         const int64_t steps = (n - at) / 16 < 31 ? (n - at) / 16 : 31;
         for (int64_t step = 0; step < steps; ++step, at += 16) {
-            const uint8x16_t rows[overlap_rows] = {vld1q_u8(a[0] + at), vld1q_u8(a[1] + at)};
+            const uint8x16_t rows[overlap_rows] = {vld1q_u8(a[0] + at), vld1q_u8(a[1] + at), vld1q_u8(a[2] + at), vld1q_u8(a[3] + at)};
             for (int k = 0; k < overlap_columns; ++k) {
                 const uint8x16_t column = vld1q_u8(b[k] + at);
                 for (int i = 0; i < overlap_rows; ++i) sum8[i][k] = vaddq_u8(sum8[i][k], vcntq_u8(vandq_u8(rows[i], column)));

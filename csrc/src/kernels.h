@@ -103,7 +103,7 @@ struct Kernels {
                      int64_t n_epsilons, bool* right);
 };
 
-constexpr int count_rows = 4, sample_rows = 8, overlap_rows = 2, overlap_columns = 4;
+constexpr int count_rows = 4, sample_rows = 8, overlap_rows = 4, overlap_columns = 4;
 constexpr int64_t compare_block = 4096;
 
 extern const Kernels base_kernels;
