@@ -57,17 +57,17 @@ class SampleStatistics:
     @cached_property
     def correctness(self) -> NDArray[np.int64]:
         """Number of epochs at which it was right."""
-        return self.counts[3].astype(np.int64)
+        return np.asarray(self.counts[3], np.int64)
 
     @cached_property
     def presentations_needed(self) -> NDArray[np.int64]:
         """Epochs until it stayed right: one past the last wrong epoch; n_epochs if it is wrong at the end."""
-        return self.counts[4].astype(np.int64) + 1
+        return np.asarray(self.counts[4] + np.int64(1))
 
     @cached_property
     def forgotten(self) -> NDArray[np.bool_]:
         """Right at some epoch and wrong at the last one: bool."""
-        return (self.counts[0] >= 0) & (self.counts[4] == self.n_epochs - 1)
+        return np.asarray((self.counts[0] >= 0) & (self.counts[4] == self.n_epochs - 1))
 
     def _where_learned(self, values: NDArray[np.int32], otherwise: float) -> NDArray[np.float64]:
         return np.where(self.counts[0] < 0, otherwise, values)
