@@ -11,7 +11,10 @@ from setuptools import setup
 
 kinds = ("base", "avx2", "avx512", "neon")  # each compiles to nothing on other processors
 required = os.environ.get("FMN_REQUIRE_EXT", "0") not in ("", "0")
-sources = ["bindings/module.cpp", *(f"src/{s}.cpp" for s in ("dispatch", "mixture", *(f"kernel_{k}" for k in kinds)))]
+sources = [
+    "bindings/module.cpp",
+    *(f"src/{s}.cpp" for s in ("dispatch", "groups", "mixture", *(f"kernel_{k}" for k in kinds))),
+]
 
 
 class Build(build_ext):

@@ -109,13 +109,14 @@ def terminal_form() -> tuple[int, bool]:
 
 def write_per_sample(args: argparse.Namespace, correct: Any, epochs: list[int]) -> None:
     stats = sample_statistics(correct, never_learned=args.never_learned, progress=True)
-    n = len(stats.forgotten)
+    n = stats.counts.shape[1]
     names = list(range(n)) if args.ids is None else read_ids(args.ids)
     if len(names) != n:
         raise ValueError(f"{args.ids}: expected {n} lines, one id per sample, got {len(names)}")
-    columns = {"sample_id": names, **{k: v.tolist() for k, v in vars(stats).items()}}
+    table = stats.columns()
+    columns = {"sample_id": names, **{k: v.tolist() for k, v in table.items()}}
     for k in ("first_learned", "last_correct"):  # from rows of the matrix to epochs; empty for never
-        columns[k] = ["" if np.isnan(row) else epochs[int(row)] for row in vars(stats)[k]]
+        columns[k] = ["" if np.isnan(row) else epochs[int(row)] for row in table[k]]
     text = csv_table(list(columns), zip(*columns.values(), strict=True))
     _files.write_atomic(args.per_sample, lambda f: f.write(text.encode("utf-8", BYTES)))
 

@@ -52,6 +52,15 @@ inline void count(const Kernels& k, const fmn_matrix* m, int64_t e, int n_rows, 
     }
 }
 
+// Computes forgotten and learned from right and retained; all four are sums over the same samples.
+inline void derive(int64_t* counts, int64_t plane, int64_t n_epochs, int64_t reference) {
+    for (int64_t i = 0; i < plane; ++i) {
+        const int64_t right_at_reference = counts[i / n_epochs * n_epochs + reference];
+        counts[plane + i] = counts[i] - counts[3 * plane + i];
+        counts[2 * plane + i] = right_at_reference - counts[3 * plane + i];
+    }
+}
+
 // Adds the statistics of a block, whose epochs begin at `base`, to the counts of its samples (rows of n).
 inline void add_block(const SampleBlock& block, int64_t size, int32_t base, int32_t length, int64_t n, int32_t* counts) {
     int32_t *first = counts, *last = counts + n, *events = counts + 2 * n, *right = counts + 3 * n, *wrong = counts + 4 * n;
@@ -115,28 +124,29 @@ inline void count_samples(const Kernels& k, const fmn_matrix* m, int64_t start, 
 // A tile of the all-pairs matrix: 32 rows against 32, in pieces of the samples that stay in the level-2 cache.
 struct OverlapTile {
     static constexpr int rows = 32;
-    static constexpr int64_t piece = 1024;  // bytes of bits
+    static constexpr int64_t piece = 2048;  // bytes of bits
     int64_t counts[rows][rows] = {};
     uint8_t packed[2][rows][piece];
-    const uint8_t *a[rows], *b[rows + 3];
+    const uint8_t *a[rows], *b[rows];
 
-    // Reads rows i, i + 1, ... as bits. Places past the last row repeat it: count_overlaps takes four rows at once.
+    // Reads rows i, i + 1, ... as bits. Places past the last row repeat it: count_overlaps takes several rows at once.
     void read(const Kernels& k, const fmn_matrix* m, int64_t i, int64_t start, int64_t n, int side, int n_places) {
         const uint8_t** out = side ? b : a;
         for (int64_t row = 0; row < n_places; ++row) {
             const int64_t e = std::min(i + row, m->n_epochs - 1);
-            out[row] = m->format == FMN_BITS ? at(m, e, start) : packed[side][std::min<int64_t>(row, rows - 1)];
-            if (m->format == FMN_BYTES && row < rows) k.pack(at(m, e, start), n, packed[side][row]);
+            out[row] = m->format == FMN_BITS ? at(m, e, start) : packed[side][row];
+            if (m->format == FMN_BYTES) k.pack(at(m, e, start), n, packed[side][row]);
         }
     }
 
     void add(const Kernels& k, const fmn_matrix* m, int64_t i0, int64_t j0, int64_t start, int64_t n) {
         const int n_i = static_cast<int>(std::min<int64_t>(rows, m->n_epochs - i0));
         const int n_j = static_cast<int>(std::min<int64_t>(rows, m->n_epochs - j0));
-        read(k, m, i0, start, n, 0, n_i);
-        read(k, m, j0, start, n, 1, (n_j + 3) / 4 * 4);
-        for (int i = 0; i < n_i; ++i)
-            for (int j = i0 == j0 ? i / 4 * 4 : 0; j < n_j; j += 4) k.count_overlaps(a[i], b + j, n / 8, &counts[i][j]);
+        read(k, m, i0, start, n, 0, (n_i + overlap_rows - 1) / overlap_rows * overlap_rows);
+        read(k, m, j0, start, n, 1, (n_j + overlap_columns - 1) / overlap_columns * overlap_columns);
+        for (int i = 0; i < n_i; i += overlap_rows)
+            for (int j = i0 == j0 ? i / overlap_columns * overlap_columns : 0; j < n_j; j += overlap_columns)
+                k.count_overlaps(a + i, b + j, n / 8, &counts[i][j], rows);
         const uint8_t mask = tail_mask(n);
         for (int i = 0; mask && i < n_i; ++i)
             for (int j = 0; j < n_j; ++j) counts[i][j] += popcount8(a[i][n / 8] & b[j][n / 8] & mask);

@@ -43,63 +43,6 @@ const Kernels& choose() {
     return *found[0];
 }
 
-bool valid(const fmn_matrix* m) {
-    return m && valid_sizes(m->n_epochs, m->n_samples) && (m->data || m->n_epochs == 0 || m->n_samples == 0) &&
-           (m->format == FMN_BYTES || m->format == FMN_BITS);
-}
-
-bool valid(const fmn_matrix* m, int64_t reference) { return valid(m) && 0 <= reference && reference < m->n_epochs; }
-
-// Computes forgotten and learned from right and retained; all four are sums over the same samples.
-void derive(int64_t* counts, int64_t plane, int64_t n_epochs, int64_t reference) {
-    for (int64_t i = 0; i < plane; ++i) {
-        const int64_t right_at_reference = counts[i / n_epochs * n_epochs + reference];
-        counts[plane + i] = counts[i] - counts[3 * plane + i];
-        counts[2 * plane + i] = right_at_reference - counts[3 * plane + i];
-    }
-}
-
-// Transposes a matrix of 8 x 8 bits, a byte per row, by swapping blocks of 1, 2 and 4 (Hacker's Delight, 7-3).
-uint64_t transposed(uint64_t x) {
-    x = (x & 0xAA55AA55AA55AA55u) | (x & 0x00AA00AA00AA00AAu) << 7 | (x >> 7 & 0x00AA00AA00AA00AAu);
-    x = (x & 0xCCCC3333CCCC3333u) | (x & 0x0000CCCC0000CCCCu) << 14 | (x >> 14 & 0x0000CCCC0000CCCCu);
-    return (x & 0xF0F0F0F00F0F0F0Fu) | (x & 0x00000000F0F0F0F0u) << 28 | (x >> 28 & 0x00000000F0F0F0F0u);
-}
-
-// Takes eight epochs at a time and the samples in order, so that a floating-point sum does not depend on the thread count.
-template <class T, class Add>
-void add_groups(const fmn_matrix* m, int64_t reference, const int64_t* groups, const double* weights, int64_t n_groups,
-                int n_threads, T* sums, const Add& add) {
-    constexpr int64_t block = 2048;
-    const auto& k = kernels();
-    const int64_t n_epochs = m->n_epochs;
-    split(ceil_div(n_epochs, 8), 16.0 * n_epochs * m->n_samples, n_threads, [=, &k](int64_t first, int64_t last) {
-        uint8_t bits[8][block / 8] = {}, reference_bits[block / 8], right[block], at_end[block];
-        const auto packed = [=, &k](int64_t e, int64_t start, int64_t n, uint8_t* out) {
-            if (m->format == FMN_BYTES) return k.pack(at(m, e, start), n, out);
-            std::memcpy(out, at(m, e, start), static_cast<size_t>(ceil_div(n, 8)));
-        };
-        for (int64_t tile = first; tile < last; ++tile) {
-            const int n_lanes = static_cast<int>(std::min<int64_t>(8, n_epochs - 8 * tile));
-            for (int64_t start = 0; start < m->n_samples; start += block) {
-                const int64_t n = std::min(block, m->n_samples - start);
-                packed(reference, start, n, reference_bits);
-                k.unpack(reference_bits, n, at_end);
-                for (int64_t i = 0; i < n; ++i) at_end[i] = static_cast<uint8_t>(-at_end[i]);
-                for (int lane = 0; lane < n_lanes; ++lane) packed(8 * tile + lane, start, n, bits[lane]);
-                for (int64_t i = 0; i < n; i += 8) {
-                    uint64_t rows = 0;
-                    for (int lane = 0; lane < n_lanes; ++lane) rows |= uint64_t(bits[lane][i / 8]) << 8 * lane;
-                    rows = transposed(rows);
-                    for (int s = 0; s < 8; ++s) right[i + s] = static_cast<uint8_t>(rows >> 8 * s);
-                }
-                add({right, at_end, groups + start, weights ? weights + start : nullptr, n, sums + 8 * tile, n_epochs,
-                     n_groups * n_epochs, n_lanes});
-            }
-        }
-    });
-}
-
 constexpr int64_t label_piece = 1 << 15;    // samples: 256 KiB of labels
 
 }  // namespace
@@ -137,23 +80,6 @@ fmn_status fmn_curve_counts(const fmn_matrix* m, int64_t reference, int n_thread
         }
     });
     derive(counts, n, n, reference);
-    return FMN_OK;
-}
-
-fmn_status fmn_group_counts(const fmn_matrix* m, int64_t reference, const int64_t* groups, int64_t n_groups, int n_threads,
-                            int64_t* counts) {
-    if (!valid(m, reference) || !counts || !valid_groups(groups, m->n_samples, n_groups)) return FMN_INVALID_ARGUMENT;
-    add_groups(m, reference, groups, nullptr, n_groups, n_threads, counts, kernels().add_counts);
-    derive(counts, n_groups * m->n_epochs, m->n_epochs, reference);
-    return FMN_OK;
-}
-
-fmn_status fmn_group_sums(const fmn_matrix* m, int64_t reference, const int64_t* groups, int64_t n_groups,
-                          const double* weights, int n_threads, double* sums) {
-    if (!valid(m, reference) || !sums || (!weights && m->n_samples > 0) ||
-        !valid_groups(groups, m->n_samples, n_groups))
-        return FMN_INVALID_ARGUMENT;
-    add_groups(m, reference, groups, weights, n_groups, n_threads, sums, kernels().add_weights);
     return FMN_OK;
 }
 

@@ -85,24 +85,33 @@ FMN_AVX2 void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t* 
     for (int r = 0; r < n_rows; ++r) count_bits_by<1>(rows + r, ref, n, counts + 2 * r);
 }
 
-// One row against four, which share its load; otherwise as count_bits.
-FMN_AVX2 void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
+// Four rows against four: each load serves several counts; otherwise as count_bits.
+FMN_AVX2 void count_overlaps(const uint8_t* const* a, const uint8_t* const* b, int64_t n, int64_t* counts, int64_t stride) {
     const __m256i zero = _mm256_setzero_si256();
-    __m256i sum64[4] = {zero, zero, zero, zero};
-    int64_t i = 0;
-    while (i + 32 <= n) {
-        __m256i sum8[4] = {zero, zero, zero, zero};
-        const int64_t steps = (n - i) / 32 < 31 ? (n - i) / 32 : 31;
-        for (int64_t step = 0; step < steps; ++step, i += 32) {
-            const __m256i v = load(a + i);
-            for (int k = 0; k < 4; ++k)
-                sum8[k] = _mm256_add_epi8(sum8[k], popcount_bytes(_mm256_and_si256(v, load(b[k] + i))));
+    __m256i sum64[overlap_rows][overlap_columns];
+    for (auto& row : sum64)
+        for (auto& s : row) s = zero;
+    int64_t at = 0;
+    while (at + 32 <= n) {
+        __m256i sum8[overlap_rows][overlap_columns];
+        for (auto& row : sum8)
+            for (auto& s : row) s = zero;
+        const int64_t steps = (n - at) / 32 < 31 ? (n - at) / 32 : 31;
+        for (int64_t step = 0; step < steps; ++step, at += 32) {
+            const __m256i rows[overlap_rows] = {load(a[0] + at), load(a[1] + at), load(a[2] + at), load(a[3] + at)};
+            for (int k = 0; k < overlap_columns; ++k) {
+                const __m256i column = load(b[k] + at);
+                for (int i = 0; i < overlap_rows; ++i)
+                    sum8[i][k] = _mm256_add_epi8(sum8[i][k], popcount_bytes(_mm256_and_si256(rows[i], column)));
+            }
         }
-        for (int k = 0; k < 4; ++k) sum64[k] = _mm256_add_epi64(sum64[k], _mm256_sad_epu8(sum8[k], zero));
+        for (int i = 0; i < overlap_rows; ++i)
+            for (int k = 0; k < overlap_columns; ++k)
+                sum64[i][k] = _mm256_add_epi64(sum64[i][k], _mm256_sad_epu8(sum8[i][k], zero));
     }
-    const uint8_t* const rest[4] = {b[0] + i, b[1] + i, b[2] + i, b[3] + i};
-    loops::count_overlaps(a + i, rest, n - i, counts);
-    for (int k = 0; k < 4; ++k) counts[k] += sum(sum64[k]);
+    for (int i = 0; i < overlap_rows; ++i)
+        for (int k = 0; k < overlap_columns; ++k) counts[i * stride + k] += sum(sum64[i][k]);
+    if (at < n) loops::count_overlaps_from(at, a, b, n, counts, stride);
 }
 
 FMN_AVX2 void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
@@ -181,40 +190,37 @@ FMN_AVX2 inline void spread(int right, __m256i lanes[2]) {
     lanes[1] = _mm256_cmpeq_epi64(_mm256_and_si256(bits, high), high);
 }
 
-// Four epochs per step. Bound by the loads and stores of the sums, whose addresses depend on the groups.
-FMN_AVX2 void add_counts(const GroupTile<int64_t>& t) {
-    if (t.n_lanes < 8) return loops::add_counts(t);
-    for (int64_t i = 0; i < t.n_samples; ++i) {
-        int64_t* sums = t.sums + t.groups[i] * t.n_epochs;
-        __m256i right[2];
-        spread(t.right[i], right);
-        const __m256i at_end = _mm256_set1_epi8(static_cast<char>(t.at_end[i]));
-        for (int half = 0; half < 2; ++half, sums += 4) {
-            store(sums, _mm256_sub_epi64(load(sums), right[half]));
-            int64_t* retained = sums + 3 * t.plane;
-            store(retained, _mm256_sub_epi64(load(retained), _mm256_and_si256(right[half], at_end)));
-        }
-    }
+FMN_AVX2 void gather(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* out) {
+    loops::gather(rows, n_rows, n, out);
 }
 
-FMN_AVX2 void add_weights(const GroupTile<double>& t) {
-    if (t.n_lanes < 8) return loops::add_weights(t);
+FMN_AVX2 void add_counts(const CountTile& t) { loops::add_counts(t); }
+
+// Four epochs per step. With one group the sums stay in registers, since each sample would wait for the store of the one before.
+template <bool one_group>
+FMN_AVX2 inline void add_weights_by(const WeightTile& t) {
+    WeightLines own = *t.lines, *lines = &own;
     for (int64_t i = 0; i < t.n_samples; ++i) {
-        double* sums = t.sums + t.groups[i] * t.n_epochs;
+        if (!one_group) lines = t.lines + t.groups[i];
         __m256i right[2];
         spread(t.right[i], right);
         const __m256i w = _mm256_castpd_si256(_mm256_set1_pd(t.weights[i]));
-        const __m256i at_end = _mm256_set1_epi8(static_cast<char>(t.at_end[i]));
+        const __m256i at_end = _mm256_set1_epi8(static_cast<char>(-t.at_end[i]));
         const __m256i w_end = _mm256_and_si256(w, at_end), w_not = _mm256_andnot_si256(at_end, w);
-        for (int half = 0; half < 2; ++half, sums += 4) {
+        for (int half = 0; half < 2; ++half) {
             const __m256i terms[4] = {_mm256_and_si256(right[half], w), _mm256_and_si256(right[half], w_not),
                                       _mm256_andnot_si256(right[half], w_end), _mm256_and_si256(right[half], w_end)};
             for (int row = 0; row < 4; ++row) {
-                double* sum = sums + row * t.plane;
+                double* sum = lines->sums[row] + 4 * half;
                 _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), _mm256_castsi256_pd(terms[row])));
             }
         }
     }
+    if (one_group) *t.lines = own;
+}
+
+FMN_AVX2 void add_weights(const WeightTile& t) {
+    return t.n_groups == 1 ? add_weights_by<true>(t) : add_weights_by<false>(t);
 }
 
 // Loops of the mixtures, vectorised by the compiler.
@@ -239,7 +245,7 @@ FMN_AVX2 void update_samples_avx2(const uint8_t* const* rows, int n_rows, int64_
 }
 
 const Kernels avx2_kernels = {"avx2",   count_bytes,    count_bits,          count_overlaps, pack,        unpack,
-                              compare,  compare_scores, update_samples_avx2, add_counts,     add_weights, widen,
+                              compare,  compare_scores, update_samples_avx2, gather, add_counts, add_weights, widen,
                               sums_to_one, interval, right_at};
 
 }  // namespace fmn

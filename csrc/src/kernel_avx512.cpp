@@ -75,19 +75,23 @@ FMN_AVX512 void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t
     for (int r = 0; r < n_rows; ++r) count_bits_by<1>(rows + r, ref, n, counts + 2 * r);
 }
 
-// One row against four, which share its load.
-FMN_AVX512 void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
-    const __m512i zero = _mm512_setzero_si512();
-    __m512i sum64[4] = {zero, zero, zero, zero};
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-        const __m512i v = load(a + i);
-        for (int k = 0; k < 4; ++k)
-            sum64[k] = _mm512_add_epi64(sum64[k], _mm512_popcnt_epi64(_mm512_and_si512(v, load(b[k] + i))));
+// Four rows against four: each load serves several counts. Bound by the population counts.
+FMN_AVX512 void count_overlaps(const uint8_t* const* a, const uint8_t* const* b, int64_t n, int64_t* counts, int64_t stride) {
+    __m512i sum64[overlap_rows][overlap_columns];
+    for (auto& row : sum64)
+        for (auto& s : row) s = _mm512_setzero_si512();
+    int64_t at = 0;
+    for (; at + 64 <= n; at += 64) {
+        const __m512i rows[overlap_rows] = {load(a[0] + at), load(a[1] + at), load(a[2] + at), load(a[3] + at)};
+        for (int k = 0; k < overlap_columns; ++k) {
+            const __m512i column = load(b[k] + at);
+            for (int i = 0; i < overlap_rows; ++i)
+                sum64[i][k] = _mm512_add_epi64(sum64[i][k], _mm512_popcnt_epi64(_mm512_and_si512(rows[i], column)));
+        }
     }
-    const uint8_t* const rest[4] = {b[0] + i, b[1] + i, b[2] + i, b[3] + i};
-    loops::count_overlaps(a + i, rest, n - i, counts);
-    for (int k = 0; k < 4; ++k) counts[k] += sum(sum64[k]);
+    for (int i = 0; i < overlap_rows; ++i)
+        for (int k = 0; k < overlap_columns; ++k) counts[i * stride + k] += sum(sum64[i][k]);
+    if (at < n) loops::count_overlaps_from(at, a, b, n, counts, stride);
 }
 
 FMN_AVX512 void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
@@ -120,33 +124,45 @@ FMN_AVX512 bool compare_scores(const uint8_t* scores, fmn_type type, int64_t n_c
     return loops::compare_scores(scores, type, n_classes, stride, labels, n, bytes);
 }
 
-// Eight epochs per step: the byte of bits is the mask. Bound by the loads and stores of the sums.
-FMN_AVX512 void add_counts(const GroupTile<int64_t>& t) {
-    if (t.n_lanes < 8) return loops::add_counts(t);
-    const __m512i one = _mm512_set1_epi64(1);
+FMN_AVX512 void gather(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* out) {
+    loops::gather(rows, n_rows, n, out);
+}
+
+// A line per step: the bits of 32 epochs are the mask. Bound by the loads and stores of the lines.
+FMN_AVX512 void add_counts(const CountTile& t) {
+    const __m512i one = _mm512_set1_epi16(1);
     for (int64_t i = 0; i < t.n_samples; ++i) {
-        int64_t* sums = t.sums + t.groups[i] * t.n_epochs;
-        const uint8_t masks[2] = {t.right[i], static_cast<uint8_t>(t.right[i] & t.at_end[i])};
-        for (int k = 0; k < 2; ++k, sums += 3 * t.plane) {
-            const __m512i sum = load(sums);
-            store(sums, _mm512_mask_add_epi64(sum, masks[k], sum, one));
-        }
+        uint32_t right = 0;
+        for (int b = 0; b < count_lanes / 8; ++b) right |= uint32_t(t.right[b][i]) << 8 * b;
+        CountLine* line = t.lines + 2 * t.groups[i] + t.at_end[i];
+        const __m512i counts = load(line);
+        store(line, _mm512_mask_add_epi16(counts, right, counts, one));
     }
 }
 
-FMN_AVX512 void add_weights(const GroupTile<double>& t) {
-    if (t.n_lanes < 8) return loops::add_weights(t);
+// With one group the sums stay in registers, since each sample would wait for the store of the one before.
+template <bool one_group>
+FMN_AVX512 inline void add_weights_by(const WeightTile& t) {
+    __m512d sums[4];
+    WeightLines* lines = t.lines;
+    for (int row = 0; row < 4; ++row) sums[row] = _mm512_loadu_pd(lines->sums[row]);
     for (int64_t i = 0; i < t.n_samples; ++i) {
-        double* sums = t.sums + t.groups[i] * t.n_epochs;
-        const uint8_t right = t.right[i], end = t.at_end[i], not_end = static_cast<uint8_t>(~end);
+        const uint8_t right = t.right[i], end = static_cast<uint8_t>(-t.at_end[i]), not_end = static_cast<uint8_t>(~end);
         const uint8_t masks[4] = {right, static_cast<uint8_t>(right & not_end), static_cast<uint8_t>(~right & end),
-                                   static_cast<uint8_t>(right & end)};
+                                  static_cast<uint8_t>(right & end)};
         const __m512d w = _mm512_set1_pd(t.weights[i]);
-        for (int row = 0; row < 4; ++row, sums += t.plane) {
-            const __m512d sum = _mm512_loadu_pd(sums);
-            _mm512_storeu_pd(sums, _mm512_mask_add_pd(sum, masks[row], sum, w));
+        if (!one_group) lines = t.lines + t.groups[i];
+        for (int row = 0; row < 4; ++row) {
+            if (!one_group) sums[row] = _mm512_loadu_pd(lines->sums[row]);
+            sums[row] = _mm512_mask_add_pd(sums[row], masks[row], sums[row], w);
+            if (!one_group) _mm512_storeu_pd(lines->sums[row], sums[row]);
         }
     }
+    for (int row = 0; one_group && row < 4; ++row) _mm512_storeu_pd(lines->sums[row], sums[row]);
+}
+
+FMN_AVX512 void add_weights(const WeightTile& t) {
+    return t.n_groups == 1 ? add_weights_by<true>(t) : add_weights_by<false>(t);
 }
 
 // Loops of the mixtures, vectorised by the compiler.
@@ -166,7 +182,7 @@ FMN_AVX512 void right_at(const double* now, const double* then, int64_t n, int64
 
 // The blocks of samples use the AVX2 kernel: 512-bit vectors were no faster on Zen 4, and memory bounds both.
 const Kernels avx512_kernels = {"avx512", count_bytes,    count_bits,          count_overlaps, pack,        unpack,
-                                compare,  compare_scores, update_samples_avx2, add_counts,     add_weights, widen,
+                                compare,  compare_scores, update_samples_avx2, gather, add_counts, add_weights, widen,
                                 sums_to_one, interval, right_at};
 
 }  // namespace fmn

@@ -52,19 +52,24 @@ void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int6
     }
 }
 
-void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
-    int64_t i = 0;
-    while (i + 16 <= n) {
-        uint8x16_t sum8[4] = {vdupq_n_u8(0), vdupq_n_u8(0), vdupq_n_u8(0), vdupq_n_u8(0)};
-        const int64_t steps = (n - i) / 16 < 31 ? (n - i) / 16 : 31;
-        for (int64_t step = 0; step < steps; ++step, i += 16) {
-            const uint8x16_t v = vld1q_u8(a + i);
-            for (int k = 0; k < 4; ++k) sum8[k] = vaddq_u8(sum8[k], vcntq_u8(vandq_u8(v, vld1q_u8(b[k] + i))));
+void count_overlaps(const uint8_t* const* a, const uint8_t* const* b, int64_t n, int64_t* counts, int64_t stride) {
+    int64_t at = 0;
+    while (at + 16 <= n) {
+        uint8x16_t sum8[overlap_rows][overlap_columns];
+        for (auto& row : sum8)
+            for (auto& s : row) s = vdupq_n_u8(0);
+        const int64_t steps = (n - at) / 16 < 31 ? (n - at) / 16 : 31;
+        for (int64_t step = 0; step < steps; ++step, at += 16) {
+            const uint8x16_t rows[overlap_rows] = {vld1q_u8(a[0] + at), vld1q_u8(a[1] + at), vld1q_u8(a[2] + at), vld1q_u8(a[3] + at)};
+            for (int k = 0; k < overlap_columns; ++k) {
+                const uint8x16_t column = vld1q_u8(b[k] + at);
+                for (int i = 0; i < overlap_rows; ++i) sum8[i][k] = vaddq_u8(sum8[i][k], vcntq_u8(vandq_u8(rows[i], column)));
+            }
         }
-        for (int k = 0; k < 4; ++k) counts[k] += vaddlvq_u8(sum8[k]);
+        for (int i = 0; i < overlap_rows; ++i)
+            for (int k = 0; k < overlap_columns; ++k) counts[i * stride + k] += vaddlvq_u8(sum8[i][k]);
     }
-    const uint8_t* const rest[4] = {b[0] + i, b[1] + i, b[2] + i, b[3] + i};
-    loops::count_overlaps(a + i, rest, n - i, counts);
+    if (at < n) loops::count_overlaps_from(at, a, b, n, counts, stride);
 }
 
 // Each byte keeps the one bit of its place; pairwise additions gather eight of them into one byte.
@@ -83,7 +88,7 @@ void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
 
 const Kernels neon_kernels = {
     "neon",        count_bytes,           count_bits,            count_overlaps,    pack,              loops::unpack,
-    loops::compare, loops::compare_scores, loops::update_samples, loops::add_counts, loops::add_weights,
+    loops::compare, loops::compare_scores, loops::update_samples, loops::gather, loops::add_counts, loops::add_weights,
     loops::widen, loops::sums_to_one, loops::interval, loops::right_at};
 
 }  // namespace fmn

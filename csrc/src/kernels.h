@@ -25,18 +25,29 @@ struct SampleBlock {
     uint8_t last[size], last_wrong[size];   // epochs; 0 if there is none
 };
 
-// Correctness of some samples at up to eight epochs, and the sums (4, n_groups, n_epochs) that they are added to.
-template <class T>
-struct GroupTile {
-    const uint8_t* right;   // bit k of right[i]: sample i was right at the tile's epoch k
-    const uint8_t* at_end;  // 255 if it was right at the reference epoch, else 0
+// Sums of one group in a tile of epochs; a cache line each.
+constexpr int count_lanes = 32, weight_lanes = 8;
+struct alignas(64) CountLine {
+    uint16_t counts[count_lanes];
+};
+struct alignas(64) WeightLines {
+    double sums[4][weight_lanes];  // right, forgotten, learned, retained
+};
+
+// Correctness of some samples at the epochs of a tile, and the lines that they are added to.
+struct CountTile {
+    const uint8_t* const* right;  // bit k of right[b][i]: sample i was right at the tile's epoch 8 * b + k
+    const uint8_t* at_end;        // 1 if it was right at the reference epoch, else 0
+    const int64_t* groups;
+    int64_t n_samples;
+    CountLine* lines;  // line 2 * g of group g counts samples that are wrong at the reference epoch, the next one the others
+};
+struct WeightTile {
+    const uint8_t *right, *at_end;  // as above, for eight epochs
     const int64_t* groups;
     const double* weights;
-    int64_t n_samples;
-    T* sums;           // first row (right), group 0, the tile's first epoch
-    int64_t n_epochs;  // distance between groups
-    int64_t plane;     // distance between right, forgotten, learned and retained
-    int n_lanes;       // number of epochs in this tile
+    int64_t n_samples, n_groups;
+    WeightLines* lines;  // of each group
 };
 
 // The closed interval [lo, hi] of epsilon in which a mixture of two rows of scores is right, empty if lo > hi; and the widest
@@ -53,8 +64,9 @@ struct Kernels {
     void (*count_bytes)(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int64_t n, int64_t* counts);
     void (*count_bits)(const uint8_t* const* rows, int n_rows, const uint8_t* ref, int64_t n_bytes, int64_t* counts);
 
-    // counts[k] += bits set in both a and b[k], for k < 4.
-    void (*count_overlaps)(const uint8_t* a, const uint8_t* const* b, int64_t n_bytes, int64_t* counts);
+    // counts[i * stride + k] += bits set in both a[i] and b[k], for i < overlap_rows and k < overlap_columns.
+    void (*count_overlaps)(const uint8_t* const* a, const uint8_t* const* b, int64_t n_bytes, int64_t* counts,
+                           int64_t stride);
 
     // Bytes to bits, with zeros past the last sample, and bits to bytes 0 or 1.
     void (*pack)(const uint8_t* bytes, int64_t n, uint8_t* bits);
@@ -71,9 +83,12 @@ struct Kernels {
     // epoch before. n_rows is sample_rows or 1. The n_rows pointers after them are the next rows, for prefetching.
     void (*update_samples)(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t e, SampleBlock* block);
 
-    // Add the tile's samples: counts to right and retained only (the others follow from them), weights to all four rows.
-    void (*add_counts)(const GroupTile<int64_t>& tile);
-    void (*add_weights)(const GroupTile<double>& tile);
+    // Bit k of out[i] = whether rows[k][i] is nonzero, for k < n_rows <= 8; the other bits are 0.
+    void (*gather)(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* out);
+
+    // Add the tile's samples, in their order.
+    void (*add_counts)(const CountTile& tile);
+    void (*add_weights)(const WeightTile& tile);
 
     // Converts n floating-point numbers to double.
     void (*widen)(const void* scores, fmn_type type, int64_t n, double* out);
@@ -88,7 +103,7 @@ struct Kernels {
                      int64_t n_epsilons, bool* right);
 };
 
-constexpr int count_rows = 4, sample_rows = 8;
+constexpr int count_rows = 4, sample_rows = 8, overlap_rows = 4, overlap_columns = 4;
 constexpr int64_t compare_block = 4096;
 
 extern const Kernels base_kernels;

@@ -101,12 +101,20 @@ FMN_INLINE void count_bits(const uint8_t* const* rows, int n_rows, const uint8_t
     }
 }
 
-FMN_INLINE void count_overlaps(const uint8_t* a, const uint8_t* const* b, int64_t n, int64_t* counts) {
-    for (int k = 0; k < 4; ++k) {
-        int64_t i = 0;
-        for (; i + 8 <= n; i += 8) counts[k] += popcount(load<uint64_t>(a + i) & load<uint64_t>(b[k] + i));
-        for (; i < n; ++i) counts[k] += popcount(a[i] & b[k][i]);
-    }
+FMN_INLINE void count_overlaps_from(int64_t begin, const uint8_t* const* a, const uint8_t* const* b, int64_t n,
+                                    int64_t* counts, int64_t stride) {
+    for (int i = 0; i < overlap_rows; ++i)
+        for (int k = 0; k < overlap_columns; ++k) {
+            int64_t at = begin, count = 0;
+            for (; at + 8 <= n; at += 8) count += popcount(load<uint64_t>(a[i] + at) & load<uint64_t>(b[k] + at));
+            for (; at < n; ++at) count += popcount(a[i][at] & b[k][at]);
+            counts[i * stride + k] += count;
+        }
+}
+
+FMN_INLINE void count_overlaps(const uint8_t* const* a, const uint8_t* const* b, int64_t n, int64_t* counts,
+                               int64_t stride) {
+    count_overlaps_from(0, a, b, n, counts, stride);
 }
 
 template <class T>
@@ -216,26 +224,36 @@ FMN_INLINE void update_samples(const uint8_t* const* rows, int n_rows, int64_t n
     update_samples_from(0, rows, n_rows, n, e, block);
 }
 
-FMN_INLINE void add_counts(const GroupTile<int64_t>& t) {
+FMN_INLINE void gather(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* out) {
+    std::memset(out, 0, static_cast<size_t>(n));
+    for (int k = 0; k < n_rows; ++k) {
+        const uint8_t *row = rows[k], bit = static_cast<uint8_t>(1 << k);
+        FMN_NO_ALIAS
+        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint8_t>(out[i] | (static_cast<uint8_t>(-(row[i] != 0)) & bit));
+    }
+}
+
+FMN_INLINE void add_counts(const CountTile& t) {
     for (int64_t i = 0; i < t.n_samples; ++i) {
-        int64_t* sums = t.sums + t.groups[i] * t.n_epochs;
-        const int right = t.right[i], retained = right & t.at_end[i];
-        for (int k = 0; k < t.n_lanes; ++k) {
-            sums[k] += right >> k & 1;
-            sums[3 * t.plane + k] += retained >> k & 1;
+        uint16_t* counts = t.lines[2 * t.groups[i] + t.at_end[i]].counts;
+        for (int half = 0; half < 2; ++half, counts += 16) {
+            const uint16_t right = static_cast<uint16_t>(t.right[2 * half][i] | t.right[2 * half + 1][i] << 8);
+            FMN_NO_ALIAS
+            for (int k = 0; k < 16; ++k)
+                counts[k] = static_cast<uint16_t>(counts[k] + ((right & static_cast<uint16_t>(1 << k)) != 0));
         }
     }
 }
 
-FMN_INLINE void add_weights(const GroupTile<double>& t) {
+FMN_INLINE void add_weights(const WeightTile& t) {
     for (int64_t i = 0; i < t.n_samples; ++i) {
-        double* sums = t.sums + t.groups[i] * t.n_epochs;
+        auto& sums = t.lines[t.groups[i]].sums;
         const double w = t.weights[i];
-        for (int k = 0; k < t.n_lanes; ++k) {
+        for (int k = 0; k < weight_lanes; ++k) {
             const bool right = t.right[i] >> k & 1, at_end = t.at_end[i];
-            if (right) sums[k] += w;
-            if (right != at_end) sums[(right ? 1 : 2) * t.plane + k] += w;
-            if (right & at_end) sums[3 * t.plane + k] += w;
+            if (right) sums[0][k] += w;
+            if (right != at_end) sums[right ? 1 : 2][k] += w;
+            if (right & at_end) sums[3][k] += w;
         }
     }
 }

@@ -41,6 +41,13 @@ inline bool valid_sizes(int64_t a, int64_t b) {
     return a >= 0 && b >= 0 && (a == 0 || b <= (int64_t(1) << 62) / a);
 }
 
+inline bool valid(const fmn_matrix* m) {
+    return m && valid_sizes(m->n_epochs, m->n_samples) && (m->data || m->n_epochs == 0 || m->n_samples == 0) &&
+           (m->format == FMN_BYTES || m->format == FMN_BITS);
+}
+
+inline bool valid(const fmn_matrix* m, int64_t reference) { return valid(m) && 0 <= reference && reference < m->n_epochs; }
+
 // The size of an fmn_type; 0 for any other number.
 inline int64_t type_size(int32_t type) {
     switch (type) {

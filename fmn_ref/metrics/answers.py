@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check
-from .curves import ForgettingCurves, group_members
+from .curves import ForgettingCurves
+from .groups import group_members
 
 EXACT = 20_000  # most ways of counting the votes on a question that are enumerated
 SAMPLES = 4096  # random draws where there are more: a standard error below 0.8 points per question

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from .. import _check
 from ..kernels import backend
 from ..kernels.mixing import widened
+from .groups import group_members, joined_groups
 from .matrix import Matrix, adjacent
 
 
@@ -219,7 +220,7 @@ class ForgettingCurves:
         if self.groups is None or other.groups is None:
             n_samples, total = self.n_samples + other.n_samples, self.total + other.total
             return ForgettingCurves(self.counts + other.counts, n_samples, total, self.reference)
-        groups = _joined(self.groups, other.groups)
+        groups = joined_groups(self.groups, other.groups)
         of_self, of_other = np.searchsorted(groups, self.groups), np.searchsorted(groups, other.groups)
 
         def added(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
@@ -231,14 +232,6 @@ class ForgettingCurves:
         counts = added(self.counts.swapaxes(1, 2), other.counts.swapaxes(1, 2)).swapaxes(1, 2)
         n_samples, total = added(self.n_samples, other.n_samples), added(self.total, other.total)
         return ForgettingCurves(np.ascontiguousarray(counts), n_samples, total, self.reference, groups)
-
-
-def _joined(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-    """The groups of both, sorted. A ValueError where NumPy would turn numbers into strings, or integers into floats."""
-    text = [g.dtype.kind if g.dtype.kind in "US" else "" for g in (a, b)]
-    if text[0] != text[1] or np.result_type(a, b).kind == "f":
-        raise ValueError(f"ForgettingCurves: can only add groups of one type, got {a.dtype} and {b.dtype}")
-    return np.union1d(a, b)
 
 
 def forgetting_curves(
@@ -298,33 +291,6 @@ def forgetting_curves(
     if groups is None:
         return ForgettingCurves(sums[:, 0], n, total[0], r)
     return ForgettingCurves(sums, size, size if w is None else total, r, names)
-
-
-def group_members(groups: Any, n_samples: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Distinct labels, sorted, and each sample's index among them."""
-    g = _check.array(groups, "groups", kinds="biufUSTO")
-    if g.shape != (n_samples,) or g.dtype.kind == "f":
-        raise ValueError(
-            f"groups: expected {n_samples} integers or strings, one per sample, got shape {g.shape}, dtype {g.dtype}"
-        )
-    if g.dtype.kind in "US" and not hasattr(groups, "dtype"):
-        g = np.asarray(groups, object)  # of a list with gaps: NumPy turns NaN into the string "nan"
-    if g.dtype.kind not in "TO":
-        names, member = np.unique(g, return_inverse=True)
-        return names, member.astype(np.int64)
-    g = g.astype(object)
-    _check_one_type(g)
-    names, member = np.unique(g, return_inverse=True)
-    return np.array(names.tolist()), member.astype(np.int64)
-
-
-def _check_one_type(groups: NDArray[Any]) -> None:
-    """Raise a ValueError where an array of objects, such as a column of pandas, holds more than one type of labels."""
-    known: tuple[tuple[type, ...], ...] = ((str,), (bytes,), (int, np.integer, np.bool_))
-    expected = next((types for types in known if isinstance(groups[0], types)), ())
-    for i, value in enumerate(groups):
-        if not isinstance(value, expected):
-            raise ValueError(f"groups: expected only integers or only strings, got {value!r:.40} at sample {i}")
 
 
 def forget_fraction(correct: Any, *, reference: int = -1, sample_weight: Any = None) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,35 +14,67 @@ from .. import _check
 from .matrix import Matrix
 
 NEVER_LEARNED = ("nan", "toneva", "cartography", "datadiet", "deepcore")
+COLUMNS = ("first_learned", "last_correct", "forgetting_events", "correctness", "presentations_needed", "forgotten")
 
 
 @dataclass(frozen=True, eq=False)
 class SampleStatistics:
-    """Learning and forgetting of each sample; all arrays are (n_samples,).
+    """Learning and forgetting of each sample: (n_samples,) arrays, each computed from the counts when it is first read.
 
     Attributes
     ----------
-    first_learned : float64
-        First epoch at which the sample was right; nan if there is none.
-    last_correct : float64
-        Last epoch at which it was right; nan if there is none.
-    forgetting_events : float64
-        Changes from right to wrong between recorded epochs (Toneva et al. 2019). The argument `never_learned` gives the
-        value for samples that were never right.
-    correctness : int64
-        Number of epochs at which it was right.
-    presentations_needed : int64
-        Epochs until the sample stayed right: one past the last wrong epoch; n_epochs if it is wrong at the end.
-    forgotten : bool
-        Right at some epoch and wrong at the last one.
+    counts : (5, n_samples) int32
+        First and last row right, number of right-to-wrong changes, number of rows right, last row wrong; -1 for none.
+    n_epochs : int
+        Number of rows.
+    never_learned : str
+        As in `sample_statistics`.
     """
 
-    first_learned: NDArray[np.float64]
-    last_correct: NDArray[np.float64]
-    forgetting_events: NDArray[np.float64]
-    correctness: NDArray[np.int64]
-    presentations_needed: NDArray[np.int64]
-    forgotten: NDArray[np.bool_]
+    counts: NDArray[np.int32]
+    n_epochs: int
+    never_learned: str = "nan"
+
+    @cached_property
+    def first_learned(self) -> NDArray[np.float64]:
+        """First epoch at which the sample was right; nan if there is none."""
+        return self._where_learned(self.counts[0], np.nan)
+
+    @cached_property
+    def last_correct(self) -> NDArray[np.float64]:
+        """Last epoch at which it was right; nan if there is none."""
+        return self._where_learned(self.counts[1], np.nan)
+
+    @cached_property
+    def forgetting_events(self) -> NDArray[np.float64]:
+        """Changes from right to wrong between recorded epochs (Toneva et al. 2019).
+
+        The argument `never_learned` gives the value for samples that were never right.
+        """
+        values = dict(zip(NEVER_LEARNED, (np.nan, self.n_epochs, 1000.0, np.inf, 0.0), strict=True))
+        return self._where_learned(self.counts[2], values[self.never_learned])
+
+    @cached_property
+    def correctness(self) -> NDArray[np.int64]:
+        """Number of epochs at which it was right."""
+        return np.asarray(self.counts[3], np.int64)
+
+    @cached_property
+    def presentations_needed(self) -> NDArray[np.int64]:
+        """Epochs until it stayed right: one past the last wrong epoch; n_epochs if it is wrong at the end."""
+        return np.asarray(self.counts[4] + np.int64(1))
+
+    @cached_property
+    def forgotten(self) -> NDArray[np.bool_]:
+        """Right at some epoch and wrong at the last one: bool."""
+        return np.asarray((self.counts[0] >= 0) & (self.counts[4] == self.n_epochs - 1))
+
+    def _where_learned(self, values: NDArray[np.int32], otherwise: float) -> NDArray[np.float64]:
+        return np.where(self.counts[0] < 0, otherwise, values)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The six arrays by name, for a table."""
+        return {name: getattr(self, name) for name in COLUMNS}
 
     @classmethod
     def concatenate(cls, parts: Sequence[SampleStatistics]) -> SampleStatistics:
@@ -50,11 +83,14 @@ class SampleStatistics:
         Raises
         ------
         ValueError
-            `parts` is empty.
+            `parts` is empty, or its parts differ in `n_epochs` or `never_learned`.
         """
         if not parts:
             raise ValueError("parts: expected at least one")
-        return cls(**{name: np.concatenate([vars(p)[name] for p in parts]) for name in vars(parts[0])})
+        forms = {(p.n_epochs, p.never_learned) for p in parts}
+        if len(forms) > 1:
+            raise ValueError(f"parts: expected one number of epochs and one never_learned, got {sorted(forms)}")
+        return cls(np.concatenate([p.counts for p in parts], axis=1), *forms.pop())
 
 
 def sample_statistics(correct: Any, *, never_learned: str = "nan", progress: bool = False) -> SampleStatistics:
@@ -90,15 +126,6 @@ def sample_statistics(correct: Any, *, never_learned: str = "nan", progress: boo
     """
     m = Matrix(correct)
     _check.choice(never_learned, NEVER_LEARNED, "never_learned")
-    value = dict(zip(NEVER_LEARNED, (np.nan, m.n_epochs, 1000.0, np.inf, 0.0), strict=True))[never_learned]
     counts = [m.kernels.sample_counts(rows, part.stop - part.start) for part, rows in m.blocks(progress)]
-    first, last, events, right, last_wrong = counts[0] if len(counts) == 1 else np.concatenate(counts, axis=1)
-    never = first < 0
-    return SampleStatistics(
-        first_learned=np.where(never, np.nan, first),
-        last_correct=np.where(never, np.nan, last),
-        forgetting_events=np.where(never, value, events),
-        correctness=right.astype(np.int64),
-        presentations_needed=last_wrong.astype(np.int64) + 1,
-        forgotten=~never & (last_wrong == m.n_epochs - 1),
-    )
+    joined = counts[0] if len(counts) == 1 else np.concatenate(counts, axis=1)
+    return SampleStatistics(joined, m.n_epochs, never_learned)

@@ -27,7 +27,7 @@ def everything(correct, groups, weights):
         fmn.forgetting_curves(correct, sample_weight=weights).counts,
         fmn.forgetting_curves(correct, groups=groups, sample_weight=weights).counts,
         fmn.forgetting_matrix(correct, progress=True),
-        *vars(stats).values(),
+        *stats.columns().values(),
     ]
 
 
@@ -118,11 +118,16 @@ def test_parts_of_several_machines_add_up(each_backend, rng, correct):
         sum(fmn.forgetting_curves(p) for p in parts).counts, fmn.forgetting_curves(correct).counts
     )
     np.testing.assert_array_equal(sum(fmn.forgetting_matrix(p) for p in parts), fmn.forgetting_matrix(correct))
-    joined = fmn.SampleStatistics.concatenate([fmn.sample_statistics(p) for p in parts])
-    for name, whole in vars(fmn.sample_statistics(correct)).items():
-        np.testing.assert_array_equal(vars(joined)[name], whole)
+    each = [fmn.sample_statistics(p) for p in parts]
+    joined = fmn.SampleStatistics.concatenate(each).columns()
+    assert len(joined) == 6
+    for name, whole in fmn.sample_statistics(correct).columns().items():
+        np.testing.assert_array_equal(joined[name], whole)
     with pytest.raises(ValueError, match="at least one"):
         fmn.SampleStatistics.concatenate([])
+    for other in (fmn.sample_statistics(correct[1:]), fmn.sample_statistics(correct, never_learned="toneva")):
+        with pytest.raises(ValueError, match="one number of epochs and one never_learned"):
+            fmn.SampleStatistics.concatenate([each[0], other])
 
 
 def test_tensors_on_an_accelerator_take_the_torch_path(monkeypatch, rng, correct):

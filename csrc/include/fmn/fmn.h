@@ -16,8 +16,9 @@
  * thread gets at least a tenth of a millisecond of work, so small calls start none. All of them end before the call returns.
  * The library keeps no state between calls: several threads may call it at once.
  *
- * Memory. Only fmn_check_probabilities, fmn_mixture_right and fmn_best_epsilon allocate: buffers for a block of samples, and
- * what the comment of fmn_best_epsilon says.
+ * Memory. Only these functions allocate: fmn_group_counts and fmn_group_sums less than the size of their output or 256 bytes a
+ * group, if that is more; fmn_check_probabilities, fmn_mixture_right and fmn_best_epsilon buffers for a block of samples, and
+ * what the comment of fmn_best_epsilon says. If there is not enough memory, nothing was added.
  *
  * Results. The same input gives the same output, bit for bit, for any number of threads and any instruction set.
  *
