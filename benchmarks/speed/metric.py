@@ -1,12 +1,13 @@
-"""Speed of the metric kernels beside NumPy, numba and torch, in one process.
+"""Speed of the metric kernels beside NumPy, numba, torch and NumKong, in one process.
 
     fmn-ref bench metric [--samples 1281167] [-o benchmarks/results]
 
 metric.cpp is the same benchmark without Python. A row of the table is one function on one input by one program. It
 gives the median milliseconds of the calls of half a second (at least three calls), GB of input per second, and the
-speedup over NumPy, numba and torch. For inputs larger than the caches, a row of the compiled kernels also gives its
-share of the read bandwidth: the rate at which as many threads read the same bytes, timed in turns with the kernel. All
-results of a case are compared with NumPy's before anything is timed. Slower rows are kept.
+speedup over the other programs. NumKong counts packed bits; it takes part where it is installed. For inputs larger than
+the caches, a row of the compiled kernels also gives its share of the read bandwidth: the rate at which as many threads
+read the same bytes, timed in turns with the kernel. All results of a case are compared with NumPy's before anything is
+timed. Slower rows are kept.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ..common import machine, median_seconds, write_result
 
 IN_CACHE = 200, 20_000  # epochs, samples: 4 MB of bytes, half a MB of bits
 TONEVA = 200, 50_000
-PROGRAMS = ("numpy", "numba", "torch")  # that ours is compared with
+PROGRAMS = ("numpy", "numba", "torch", "numkong")  # that ours is compared with
 
 Array = NDArray[Any]
 Call = Callable[[], Any]
@@ -136,6 +137,38 @@ def torch_matmul(t: torch.Tensor) -> Array:
     return total.long().numpy()
 
 
+def numkong_overlaps(bits: Array) -> Call | None:
+    """Overlap counts of all pairs from NumKong's Hamming distances, each thread a part of the rows; None without it.
+
+    A row of zeros is at distance |a| from row a, and the overlap of a and b is (|a| + |b| - distance) / 2.
+    """
+    try:
+        import numkong  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return None
+    rows = np.concatenate([bits, np.zeros_like(bits[:1])])
+    n = len(rows)
+
+    def call() -> Array:
+        threads = int(os.environ["FMN_NUM_THREADS"])
+        # row i is compared with n - i rows: the bounds cut that triangle into equal parts
+        bounds = [round(n - n * (1 - part / threads) ** 0.5) for part in range(threads + 1)]
+        out = numkong.zeros((n, n), dtype="uint32")
+
+        def fill(part: int) -> None:
+            options = {"dtype": "uint1", "out": out, "start_row": bounds[part], "end_row": bounds[part + 1]}
+            numkong.hammings_symmetric(rows, **options)
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, range(threads)))
+        distances = np.triu(np.asarray(out).astype(np.int64))
+        distances += distances.T
+        size = distances[-1, :-1]
+        return (size[:, None] + size - distances[:-1, :-1]) // 2
+
+    return call
+
+
 def forget_case(modules: Modules, c: Array) -> Case:
     """The forget fraction's counts alone."""
     t, last = torch.from_numpy(c), len(c) - 1
@@ -156,6 +189,9 @@ def pairs_case(modules: Modules, c: Array, bits: Array) -> Case:
         if name != "numpy" or n < 2_000_000
     }
     calls["torch"] = partial(torch_matmul, torch.from_numpy(c))
+    packed = numkong_overlaps(bits)
+    if packed is not None:
+        calls["numkong"] = packed
     return Case("all pairs", "bits", bits.nbytes, calls, bits)
 
 
@@ -319,7 +355,7 @@ def benchmark(epochs: int, samples: int, output: str | None = None) -> dict[str,
 def summary(result: dict[str, Any]) -> str:
     """The compiled kernels' rows on all threads, as the README shows them."""
     columns = ["function", "input", "epochs x samples", "ms", "GB/s", "of read bandwidth"]
-    columns += ["x NumPy", "x numba", "x torch"]
+    columns += ["x NumPy", "x numba", "x torch", "x NumKong"]
     keys = "function", "input", "shape"
     compiled = [row for row in result["rows"] if row["program"] == "cpp"]
     best = {tuple(row[k] for k in keys): row for row in compiled}  # the last of equal ones: all threads
