@@ -38,7 +38,7 @@ NO_LABELS = bytes(32)
 
 def labels_digest(labels: Any, n_samples: int | None = None) -> bytes:
     """SHA-256 of the labels as little-endian int64: equal for two files of the same samples in the same order."""
-    return hashlib.sha256(_check.labels(labels, n_samples).astype("<i8").tobytes()).digest()
+    return hashlib.sha256(_check.labels(labels, n_samples).astype("<i8", copy=False).data).digest()
 
 
 class CorrectnessHistory:
