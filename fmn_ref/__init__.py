@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .training.recipe import Recipe
     from .training.train import train
 
-__version__ = "0.1.0"
+__version__ = "0.1.0rc1"
 
 # Names that load their module on first use; a module's own name stands for the module.
 _LAZY = {

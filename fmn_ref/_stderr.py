@@ -41,8 +41,13 @@ def shows(progress: bool | None = None) -> bool:
 def say(text: str) -> None:
     """Write a line to standard error, if there is one."""
     stream = _Stream()
-    stream.write(f"{text}\n")
+    stream.write(f"{printable(text)}\n")
     stream.flush()
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would act on: a name in a stranger's file may hold its control sequences."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def progress_bar(

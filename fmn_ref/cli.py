@@ -254,7 +254,7 @@ def options_of(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def print_result(args: argparse.Namespace, content: dict[str, Any], text: str) -> None:
-    print(json.dumps(content, indent=1) if args.json else text)
+    print(json.dumps(content, indent=1) if args.json else _stderr.printable(text))
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], Callable[[_arguments.Add], None]]] = {

@@ -205,7 +205,8 @@ py::tuple best_epsilons(const py::array& current, const std::vector<py::array>& 
 
 }  // namespace
 
-PYBIND11_MODULE(_kernels, m) {
+// The functions share no state: a free-threaded Python may call them at once, on arrays that nobody writes meanwhile.
+PYBIND11_MODULE(_kernels, m, py::mod_gil_not_used()) {
     using namespace py::literals;
     m.doc() = "Compiled kernels of fmn_ref; see protocol.py.";
     m.def("curve_counts", curve_counts, "rows"_a, "n_samples"_a, "reference"_a, "counts"_a.noconvert());

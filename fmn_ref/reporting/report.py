@@ -131,7 +131,7 @@ def write_report(
 
 def _given_or_found(given: Any, *paths: Path) -> Any:
     """The argument, or else the first of the files that the run's folder contains."""
-    return given if given is not None else next((path for path in paths if path.is_file()), None)
+    return given if given is not None else next(filter(os.path.lexists, paths), None)
 
 
 def _loaded(given: Any, load: Callable[[str], Any]) -> Any:

@@ -59,7 +59,7 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[Tensor, Tensor]:
     """Return (logits, labels) of a batch; a `FusedModel` calls the function for each member."""
-    function = forward_fn or default_forward
+    function = default_forward if forward_fn is None else forward_fn
     if hasattr(type(model), "_fmn_in_place"):
         with computing(model) as network:
             return forward(network, batch, forward_fn)

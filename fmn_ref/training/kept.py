@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _check, _files
+from ..runs.arrays import open_npy
 from ..runs.folder import RunFolder
 from . import data
 from .samples import tensors_digest
@@ -73,13 +75,13 @@ class KeptPredictions:
     def matching(cls, folder: RunFolder, source: Any) -> KeptPredictions | None:
         """Those of a run, if it has some and they are of this data set."""
         kept = cls(folder)
-        if not kept._about.is_file():
+        if not os.path.lexists(kept._about):
             return None
         return kept if _files.read_json(kept._about, FORMAT).get("data") == data_digest(source) else None
 
     def begin(self, digest: str, labels: NDArray[np.int64]) -> None:
         """Write which data the predictions are of, before the first of them; ValueError if there are some of others."""
-        if self._about.is_file():
+        if os.path.lexists(self._about):
             if _files.read_json(self._about, FORMAT).get("data") != digest:
                 raise ValueError(f"data: not the data whose predictions {self._folder.predictions} keeps")
         else:
@@ -95,10 +97,10 @@ class KeptPredictions:
     def read(self, epoch: int) -> NDArray[np.float32] | None:
         """Probabilities of an epoch, scaled to sum 1; None if they were not kept."""
         path = self._folder.prediction(epoch)
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
         with _files.naming(path, "kept predictions"):
-            probs = np.load(path, mmap_mode="r", allow_pickle=False).astype(np.float32)
+            probs = open_npy(path).astype(np.float32)
             if probs.ndim != 2 or len(probs) != len(self.labels):
                 raise ValueError(f"expected {len(self.labels)} rows, got shape {probs.shape}")
             return np.asarray(probs / probs.sum(1, keepdims=True))
@@ -107,4 +109,4 @@ class KeptPredictions:
     def labels(self) -> NDArray[np.int64]:
         """Labels (n_samples,) of the data set."""
         with _files.naming(self._labels, "labels of kept predictions"):
-            return _check.labels(np.load(self._labels, allow_pickle=False))
+            return _check.labels(np.array(open_npy(self._labels)))

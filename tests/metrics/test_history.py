@@ -271,7 +271,7 @@ def test_select(path):
         (lambda h: h.append(CORRECT[0], epoch=4), ValueError, "epoch"),
         (lambda h: h.append(CORRECT[0], epoch="five"), TypeError, "epoch"),
         (lambda h: h.truncate(6), ValueError, "n_epochs"),
-        (lambda h: np.asarray(h, copy=False), ValueError, "copy"),
+        (lambda h: h.__array__(copy=False), ValueError, "copy"),
         (lambda h: CorrectnessHistory(0), ValueError, "n_samples"),
         (lambda h: CorrectnessHistory(2.0), TypeError, "n_samples"),
         (lambda h: CorrectnessHistory(3, labels=[0, 1]), ValueError, "labels"),
