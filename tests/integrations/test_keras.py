@@ -157,7 +157,7 @@ def test_models_and_arguments_that_are_refused():
     recorder.record(0, y_val, y_val)
     with pytest.raises(ValueError, match="not recorded with Keras"):
         probabilities(recorder.run, make_model(), x_val)
-    with pytest.raises(ValueError, match="suffix: the checkpoints in .*torch end in"):
+    with pytest.raises(ValueError, match=r"suffix: the checkpoints in .*torch end in"):
         RecorderCallback("torch", x_val, y_val)
 
 
