@@ -392,7 +392,7 @@ def test_what_is_said_when_something_is_missing(missing):
     assert expected in process.stderr
 
 
-FIRST, FUSING, BACKUP = blocks(DOCS.read_text())
+FIRST, FUSING, _, BACKUP = blocks(DOCS.read_text())
 
 
 @pytest.mark.parametrize("block", [FIRST + FUSING, BACKUP])

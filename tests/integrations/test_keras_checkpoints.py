@@ -18,6 +18,7 @@ h5py = pytest.importorskip("h5py")
 
 from inputs import softmax  # noqa: E402
 from keras_models import Dump, fit, make_data, make_model, state_of  # noqa: E402
+from pages import blocks  # noqa: E402
 
 import fmn_ref as fmn  # noqa: E402
 from fmn_ref.cli import main  # noqa: E402
@@ -25,6 +26,7 @@ from fmn_ref.integrations.keras import RecorderCallback, from_checkpoints, proba
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 BACKEND = keras.backend.backend()
+DOCS = Path(__file__).parents[2] / "docs" / "integrations" / "keras.md"
 _, (X, Y), _ = make_data()
 NAMES = {"weights": "{epoch:02d}-{loss:.3f}.weights.h5", "keras": "model_{epoch}.keras", "h5": "epoch{epoch}.h5"}
 
@@ -95,7 +97,7 @@ def test_two_classes_by_one_output_and_labels_in_a_column_over_a_pattern():
         model.fit(x, y % 2, epochs=1, verbose=0)
         model.save(f"out/model_{i}.keras")
         model.save(f"out/other_{i}.keras")
-    with pytest.raises(ValueError, match="both claim|two schemes"):
+    with pytest.raises(ValueError, match=r"both claim|two schemes"):
         imported(model)
     run = imported(model, "out/model_*.keras", y=(Y % 2)[:, None])
     z = model.predict(X, verbose=0)[:, 0]
@@ -159,9 +161,7 @@ def test_other_data_is_refused():
     imported()
     other = make_data(7)[1]
     for x, y in (other, (X, np.roll(Y, 1)), (X[:100], Y[:100])):
-        with pytest.raises(
-            ValueError, match=r"run_dir: run holds a run of other checkpoints than .*, or of other data"
-        ):
+        with pytest.raises(ValueError, match=r"run holds a run of other checkpoints than .*, or of other data"):
             imported(x=x, y=y)
     with pytest.raises(ValueError, match="y: expected 120 labels, as x has samples, got 119"):
         imported(y=Y[:-1], run_dir="other")
@@ -281,9 +281,7 @@ def test_the_configuration_in_an_archive_is_not_read():
 )
 def test_archives_of_another_form_are_refused(change):
     rewritten(change)
-    with pytest.raises(
-        ValueError, match=r"model_1\.keras: not a \.keras file: expected model\.weights\.h5 in it, once"
-    ):
+    with pytest.raises(ValueError, match=r"model_1\.keras: not a \.keras file: expected model\.weights\.h5 in it"):
         imported()
     assert sorted(os.listdir()) == ["model.keras", "out"]
 
@@ -379,6 +377,14 @@ loader = lambda: iter([])
     for option in (["--key", "a"], ["--copy"], ["--keep-predictions"], ["--forward-fn", "mine:data"]):
         assert main([*command, "--data", "mine:data", *option]) == 1
         assert f"{option[0]}: not for a model of Keras" in capsys.readouterr().err
+
+
+def test_the_guide(capsys):
+    trained("keras", 5)
+    names = {"model": make_model(), "x_val": X, "y_val": Y}
+    exec(next(code for code in blocks(DOCS.read_text()) if "from_checkpoints" in code), names)
+    assert len(names["run"].history) == 5
+    assert "out/model_5.keras" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="started from there")
