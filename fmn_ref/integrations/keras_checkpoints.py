@@ -176,14 +176,23 @@ class Predictor:
 
     def _load(self, path: Path) -> None:
         with _unpacked(path) as file:
-            found, own = _sizes(file, path), self._own_sizes
-            if sum(found.values()) != sum(own.values()):  # layers may have other names in other versions
-                parts = {"missing": own.keys() - found.keys(), "left over": found.keys() - own.keys()}
-                listed = "; ".join(f"{what} {', '.join(sorted(n)[:_SHOWN])}" for what, n in parts.items() if n)
-                counts = f"it holds {sum(found.values())} numbers, and the model {sum(own.values())}"
-                raise ValueError(f"{path}: does not fit the model: {counts}" + f" ({listed})" * bool(listed))
+            self._check_sizes(_sizes(file, path), path)
             skip = None if file.suffixes[-2:] != [".weights", ".h5"] else getattr(self._model, "optimizer", None)
             load_weights(self._model, file, skip, name=path)
+
+    def _check_sizes(self, found: dict[str, int], path: Path) -> None:
+        """Refuse weights of another network, of which Keras might load a part.
+
+        Sums are compared: versions of Keras give layers other names. A file may also hold other numbers than
+        `model.weights` does, such as a metric's.
+        """
+        n = sum(found.values())
+        if n == self._model.count_params() or n == sum(self._own_sizes.values()):
+            return
+        parts = {"missing": self._own_sizes.keys() - found.keys(), "left over": found.keys() - self._own_sizes.keys()}
+        listed = "; ".join(f"{what} {', '.join(sorted(names)[:_SHOWN])}" for what, names in parts.items() if names)
+        counts = f"it holds {n} numbers, and the model {sum(self._own_sizes.values())}"
+        raise ValueError(f"{path}: does not fit the model: {counts}" + f" ({listed})" * bool(listed))
 
     @cached_property
     def _own_sizes(self) -> dict[str, int]:
