@@ -28,6 +28,7 @@ exclude_patterns = ["examples"]
 autodoc_typehints = "none"  # the docstrings give shapes and dtypes
 autodoc_mock_imports = [
     "accelerate",
+    "h5py",
     "keras",
     "lightning",
     "peft",

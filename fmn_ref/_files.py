@@ -254,6 +254,8 @@ def reading(path: AnyPath, what: str) -> Iterator[IO[bytes]]:
 def cause(error: BaseException) -> str:
     """The message of an error in one line, with the error's name where the message alone says little."""
     text = " ".join(str(error).split())
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        return f"missing {text}"  # of a dict in the file
     known = isinstance(error, (ValueError, TypeError, OSError, MemoryError, RuntimeError))
     return text if known and text else f"{type(error).__name__}: {text}".removesuffix(": ")
 

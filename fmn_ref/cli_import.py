@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from ._arguments import called, named_object
 from .metrics.curves import forget_fraction
 from .reporting.graded import import_answers
 from .runs import importers
+from .runs.run import Run
 from .runs.text import id_array
 
 Result = tuple[dict[str, Any], str]  # what is printed with --json, and without
@@ -38,7 +40,7 @@ def import_options(add: Callable[..., object]) -> None:
     )
     for name, what in {"task": "name or pattern", "metric": "such as acc", "filter": "such as strict-match"}.items():
         add(f"--{name}", help=f"lm-eval: {name}, {what}")
-    add("--batch-size", type=int, default=256, help="checkpoints: samples at a time (default 256)")
+    add("--batch-size", type=int, help="checkpoints: samples at a time (default 256; of Keras: 32)")
 
 
 def import_records(args: argparse.Namespace) -> Result:
@@ -65,20 +67,41 @@ def import_records(args: argparse.Namespace) -> Result:
 
 def _import_checkpoints(args: argparse.Namespace) -> Result:
     """Evaluate the checkpoints with the network and the data that the user's functions return."""
-    from .training.existing import from_checkpoints
-
     for name in ("model", "data", "output"):
         if not vars(args)[name]:
             raise ValueError(f"--{name}: `import checkpoints` needs it")
-    options = {name: vars(args)[name] for name in _OPTIONS} | {"link": not args.copy}
-    if args.forward_fn:
-        options["forward_fn"] = named_object(args.forward_fn, "--forward-fn")
     model, data = called(args.model, "--model"), called(args.data, "--data")
     source = args.path[0] if len(args.path) == 1 else args.path
-    run = from_checkpoints(source, model, data, args.output, **options)
+    run = (_keras_run if _is_of_keras(model) else _torch_run)(args, source, model, data)
     forget, epochs, accuracy = forget_fraction(run.history), run.history.epochs, float(run.history[-1].mean())
     peak, at = float(forget.max()), epochs[int(forget.argmax())]
     content = {"output": args.output, "epochs": list(epochs), "n_samples": run.history.n_samples}
     content |= {"final_accuracy": accuracy, "peak_forget_fraction": peak, "peak_epoch": at}
     text = f"{args.output}: {len(epochs)} checkpoints, epochs {epochs[0]} to {epochs[-1]}, accuracy at the end "
     return content, f"{text}{accuracy:.2%}\npeak forget fraction {peak:.2%} at epoch {at}"
+
+
+def _torch_run(args: argparse.Namespace, source: Any, model: Any, data: Any) -> Run:
+    from .training.existing import from_checkpoints
+
+    options = {name: vars(args)[name] for name in _OPTIONS if vars(args)[name] is not None} | {"link": not args.copy}
+    if args.forward_fn:
+        options["forward_fn"] = named_object(args.forward_fn, "--forward-fn")
+    return from_checkpoints(source, model, data, args.output, **options)
+
+
+def _is_of_keras(model: Any) -> bool:
+    keras = sys.modules.get("keras")
+    return keras is not None and isinstance(model, keras.Model)
+
+
+def _keras_run(args: argparse.Namespace, source: Any, model: Any, data: Any) -> Run:
+    from .integrations.keras_checkpoints import from_checkpoints
+
+    for name in ("key", "copy", "keep_predictions", "forward_fn"):
+        if vars(args)[name]:
+            raise ValueError(f"--{name.replace('_', '-')}: not for a model of Keras")
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        raise TypeError(f"--data: expected (inputs, labels) for a model of Keras, got {type(data).__name__}")
+    x, y = data
+    return from_checkpoints(source, model, x, y, args.output, batch_size=args.batch_size)

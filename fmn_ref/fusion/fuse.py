@@ -114,7 +114,8 @@ def fuse(
     problem = Problem(reader, _correctness_of(reader, correct, y, final), final, window, search, grid, *bounds)
     epochs = correct.epochs if isinstance(correct, CorrectnessHistory) else reader.epochs
     found = _cross_validate(problem, target, method, n_folds) if n_folds else _Estimate(method)
-    return _planned(problem, target, found, epochs)
+    plan = _planned(problem, target, found, epochs)
+    return plan if reader.file_of is None else plan.with_files(reader.file_of)
 
 
 _METHODS_DOC = "".join(f'\n    - "{name}": {text}' for name, text in summaries().items())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ import numpy as np
 from .. import _check, _files
 from .._check import Float
 from ..metrics.history import labels_digest
+from ..runs.folder import RunFolder
+from ..runs.references import file_of
 from .methods import method_names
 from .mixtures import COMBINATIONS, Members, log_linear_pool, members_from_weights, replay, window_epochs
 from .probabilities import ProbabilityReader, samples_digest
@@ -51,6 +55,9 @@ class FusionPlan:
     epochs : tuple of int
         Recorded epoch or step of each row, if `probs` or `correct` of `fuse` knew them; else empty. Texts and tables
         show these numbers.
+    files : {row: Path}
+        Checkpoint of each row with a weight, for texts: of the run that made the probabilities, or in whose folder the
+        plan was read. Else empty. Not saved.
     """
 
     members: Members
@@ -65,6 +72,7 @@ class FusionPlan:
     gain_interval: tuple[float, float] | None = field(default=None, compare=False)
     epochs: tuple[int, ...] = field(default=(), compare=False, repr=False)
     samples_sha256: str = field(default="", compare=False, repr=False)
+    files: Mapping[int, Path] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.members:  # the final model's own probabilities, without a floor
@@ -164,6 +172,11 @@ class FusionPlan:
                 merged.append(part)
         return merged
 
+    def with_files(self, file_of: Callable[[int], Path | None]) -> FusionPlan:
+        """Return the plan with `files`, by a function that returns a row's checkpoint, or None."""
+        found = {row: file_of(row) for row in self.weights}
+        return replace(self, files={row: path for row, path in found.items() if path is not None})
+
     def epoch_of(self, row: int) -> int:
         """Recorded epoch or step of a row; the row itself if none is known."""
         return self.epochs[row] if self.epochs else row
@@ -255,11 +268,14 @@ class FusionPlan:
                 raise ValueError(f"window: expected windows of epochs that the file lists, got {plan.window}")
             if "weights" in content:
                 plan._check_weights(content["weights"])
-            return plan
+        folder = RunFolder.of(path)
+        return plan.with_files(lambda row: file_of(folder, plan.epochs[row])) if folder and plan.epochs else plan
 
     def _check_weights(self, given: dict[str, Any]) -> None:
         """Refuse weights that are not those of the members: other languages read `weights` alone."""
         for row, weight in self.weights.items():
+            if str(row) not in given:
+                raise ValueError(f"weights: missing row {row}, whose weight is {weight:g} as in members")
             found = _check.number(given[str(row)], 0, MOST_WEIGHT, "weights")
             if abs(found - weight) > 1e-6 * max(1, weight):
                 raise ValueError(f"weights: expected {weight:g} for row {row} as in members, got {found:g}")
@@ -269,8 +285,10 @@ class FusionPlan:
     def __str__(self) -> str:
         """The checkpoints with their weights, a line each, then what they reach and cost."""
         name = "epoch" if self.epochs else "row"
-        lines = [f"{name:>6} {'weight':>7}"]
-        lines += [f"{self.epoch_of(row):6d} {weight:7.4f}" for row, weight in self.weights.items()]
+        lines = [f"{name:>6} {'weight':>7}" + "  file" * bool(self.files)]
+        for row, weight in self.weights.items():
+            file = f"  {_shown(self.files[row])}" if row in self.files else ""
+            lines.append(f"{self.epoch_of(row):6d} {weight:7.4f}{file}")
         return "\n".join([*(lines if self.members else ()), self._summary()])
 
     def _summary(self) -> str:
@@ -286,3 +304,9 @@ class FusionPlan:
         elif self.members and self.method != "weights":
             text += "; not cross-validated (folds=5 does it)"
         return text
+
+
+def _shown(path: Path) -> Path:
+    """A path relative to the working directory, if it lies there."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

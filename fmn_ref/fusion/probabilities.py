@@ -31,6 +31,8 @@ class ProbabilityReader:
         Whether `probs` is an array, a list, a tuple or files: then reading an epoch is cheap.
     epochs : tuple of int
         Recorded epoch or step of each row, if `probs` knows them.
+    file_of : callable(row) or None
+        Returns the checkpoint of a row, if `probs` knows them.
     """
 
     def __init__(self, probs: Any, name: str = "probs") -> None:
@@ -47,6 +49,7 @@ class ProbabilityReader:
         self.in_memory = shape is not None or isinstance(probs, (list, tuple)) or hasattr(probs, "paths")
         epochs = getattr(probs, "epochs", ())
         self.epochs: tuple[int, ...] = epochs if isinstance(epochs, tuple) else ()
+        self.file_of = getattr(probs, "file_of", None)
         self._checked: set[int] = set()
         self._views: dict[int, Array] = {}
         self._few = not hasattr(probs, "paths") or len(probs) <= MOST_MAPPED

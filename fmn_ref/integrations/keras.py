@@ -9,10 +9,8 @@ Checkpoints are files of `model.save_weights`: weights and the optimizer's state
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -21,21 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check, _files
-from ..runs.importers import softmax
 from ..runs.recorder import Recorder
 from ..runs.run import Run
-from ..training.predictions import StoredPredictions
+from .keras_checkpoints import (  # first, for what it says where Keras is missing
+    SUFFIX,
+    class_columns,
+    class_labels,
+    ensure_built,
+    from_checkpoints,
+    gives_logits,
+    load_weights,
+    probabilities,
+    random_state_kept,
+)
 
-try:
-    import keras
-except ImportError as error:
-    if error.name == "keras":
-        raise ImportError('Keras is not installed: pip install "fmn_ref[keras]"') from None
-    hint = "set KERAS_BACKEND to one that is installed, torch or jax, before Keras is imported"
-    raise ImportError(f"Keras cannot load its backend ({error}): {hint}") from error
+import keras  # isort: skip
 
+__all__ = ["RecorderCallback", "from_checkpoints", "probabilities"]
 logger = logging.getLogger(__name__)
-SUFFIX = ".weights.h5"
 _RECORDED: weakref.WeakSet[Any] = weakref.WeakSet()  # models that a callback has recorded in this process
 
 
@@ -101,7 +102,7 @@ class RecorderCallback(keras.callbacks.Callback):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.labels = _class_labels(y_val)
+        self.labels = class_labels(y_val, "y_val")
         self._seed = None if seed is None else _check.number(seed, 0, 2**31, "seed", int)
         self._x, self._from_logits, self._batch_size = x_val, from_logits, batch_size
         self._begins, self._has_recorded = True, False
@@ -135,12 +136,12 @@ class RecorderCallback(keras.callbacks.Callback):
             raise FileNotFoundError(f"{path}: no weights to go on from ({hint})")
         if getattr(model, "optimizer", None) is None:
             raise ValueError("model: compile it before `restore`, which loads the optimizer's state too")
-        _ensure_built(model, self._x, self._batch_size)
+        ensure_built(model, self._x, self._batch_size)
         if not model.optimizer.built:  # Keras would skip its state, with a warning
             model.optimizer.build(model.trainable_variables)
         before = model.get_weights()
         try:
-            _load_weights(model, path)
+            load_weights(model, path)
         except ValueError:
             model.set_weights(before)
             raise
@@ -150,7 +151,7 @@ class RecorderCallback(keras.callbacks.Callback):
         """Predict once, twice if `x_val` is a loader: what cannot be recorded fails before hours of training."""
         self._begins = True
         arrays = hasattr(self._x, "shape") or isinstance(self._x, (list, tuple, dict))
-        with _random_state_kept():  # one for both passes, such that a loader that shuffles draws two orders
+        with random_state_kept():  # one for both passes, such that a loader that shuffles draws two orders
             first, *second = [self._predict() for _ in range(1 if arrays else 2)]
         if len(first) != len(self.labels):
             raise ValueError(f"y_val: expected {len(first)} labels, as x_val has samples, got {len(self.labels)}")
@@ -166,7 +167,7 @@ class RecorderCallback(keras.callbacks.Callback):
             _seed_epoch(self.model, self._seed, epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        with _random_state_kept():
+        with random_state_kept():
             columns = self._predict()
         self.recorder.record(epoch, columns, self.labels)
         self._has_recorded = True
@@ -204,149 +205,13 @@ class RecorderCallback(keras.callbacks.Callback):
         raise ValueError(f"{self.recorder.run_dir}: {text}; use {' or '.join(ways)}")
 
     def _predict(self) -> NDArray[Any]:
-        logits = _gives_logits(self.model) if self._from_logits is None else self._from_logits
+        logits = gives_logits(self.model) if self._from_logits is None else self._from_logits
         outputs = self.model.predict(self._x, batch_size=self._batch_size, verbose=0)
-        return _class_columns(outputs, logits)
+        return class_columns(outputs, logits)
 
     def _save(self, path: Path) -> None:
         with _files.replacing(path, SUFFIX) as temporary:  # Keras insists on the suffix
             self.model.save_weights(temporary)
-
-
-class probabilities(StoredPredictions):
-    """Predictions of each recorded epoch on `x`, computed when read; the latest 4 GiB stay in memory.
-
-    ``probabilities(run, model, x)[i]`` is (n_samples, n_classes) float32 for row i of the history. A single output
-    counts as two classes.
-
-    Parameters
-    ----------
-    run : Run
-        ``callback.run``, ``Run.open(run_dir)``, or `kept` of either.
-    model : keras.Model
-        Loads each epoch's weights to predict, and gets its own back afterwards.
-    x : array or data set
-        What `model.predict` takes.
-    batch_size : int, optional
-        As in `model.predict`.
-    from_logits : bool, optional
-        Whether the model returns logits. Default: as the loss says that the model was compiled with, else False.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Here: `run` was not recorded with Keras. When read: a checkpoint is damaged or does not fit; the model returns
-        neither probabilities nor declared logits.
-    FileNotFoundError
-        When read: `keep` deleted the checkpoint. Use `run.kept`.
-
-    Examples
-    --------
-    >>> fused = plan.apply(probabilities(run, model, x_test))  # doctest: +SKIP
-    """
-
-    def __init__(
-        self, run: Run, model: Any, x: Any, *, batch_size: int | None = None, from_logits: bool | None = None
-    ) -> None:
-        if not isinstance(run, Run):
-            raise TypeError(f"run: expected a Run, got {type(run).__name__}")
-        if run.suffix != SUFFIX:
-            raise ValueError(f"run: {run.run_dir} was not recorded with Keras (no {SUFFIX} files)")
-        super().__init__(run)
-        self._model, self._x, self._batch_size = model, x, batch_size
-        self._logits = _gives_logits(model) if from_logits is None else from_logits
-
-    def _evaluate(self, row: int) -> NDArray[np.float32]:
-        columns = _class_columns(self._outputs(self._run.checkpoint(row)), self._logits)
-        return softmax(columns, "model") if self._logits else columns.astype(np.float32)
-
-    def _outputs(self, path: Path) -> Any:
-        _ensure_built(self._model, self._x, self._batch_size)
-        before = self._model.get_weights()
-        try:
-            _load_weights(self._model, path, skip=getattr(self._model, "optimizer", None))
-            with _random_state_kept():
-                return self._model.predict(self._x, batch_size=self._batch_size, verbose=0)
-        finally:
-            self._model.set_weights(before)
-
-
-def _class_labels(y: Any) -> NDArray[np.int64]:
-    """Return classes (n_samples,) of labels in any form that Keras's losses take: floats, a column, one-hot."""
-    a = _check.array(y, "y_val")
-    if a.dtype.kind in "bf" and (a == np.floor(a)).all():
-        a = a.astype(np.int64)
-    if a.ndim == 2 and a.shape[1] == 1:
-        a = a[:, 0]
-    elif a.ndim == 2:
-        if not ((a == 0) | (a == 1)).all() or not (a.sum(1) == 1).all():
-            raise ValueError(f"y_val: expected classes, or rows with a single 1 (one-hot), got shape {a.shape}")
-        a = a.argmax(1)
-    return _check.labels(a, name="y_val")
-
-
-def _class_columns(outputs: Any, logits: bool) -> NDArray[Any]:
-    """Return logits or probabilities (n_samples, n_classes); a single output becomes the second of two classes."""
-    if isinstance(outputs, (dict, list, tuple)):
-        hint = "record one of several by fmn.Recorder in a callback of your own (docs/integrations/loops.md)"
-        raise TypeError(f"model: expected one output, got {len(outputs)}; {hint}")
-    z = np.asarray(outputs)
-    z = z.astype(np.float64 if z.dtype == np.float64 else np.float32)  # NumPy does not know bfloat16
-    if z.ndim != 2 or 0 in z.shape:
-        raise ValueError(f"model: expected predictions of shape (n_samples, n_classes), got shape {z.shape}")
-    if z.shape[1] == 1:
-        z = np.concatenate([np.zeros_like(z) if logits else 1 - z, z], axis=1)
-    _check_columns(z, logits)
-    return z
-
-
-def _check_columns(z: NDArray[Any], logits: bool) -> None:
-    """Refuse probabilities that were declared logits, and the reverse."""
-    if logits:
-        if (z >= 0).all() and (z <= 1).all() and _check.sums_to_one(z):
-            raise ValueError("from_logits: the model gives probabilities (rows sum to 1), not logits")
-        return
-    try:
-        _check.probabilities(z, name="model")
-    except ValueError as error:
-        finite = np.isfinite(z).all()
-        hint = "if it gives logits, say from_logits=True" if finite else "what was recorded before is intact"
-        raise ValueError(f"{error}; {hint}") from None
-
-
-def _gives_logits(model: Any) -> bool:
-    """Read `from_logits` of the loss that the model was compiled with."""
-    loss = getattr(model, "loss", None)
-    config = loss.get_config() if isinstance(loss, keras.losses.Loss) else {}
-    return bool(config.get("from_logits", False))
-
-
-def _ensure_built(model: Any, x: Any, batch_size: int | None) -> None:
-    """Predict once if the model has no weights yet: without an Input, it gets them from its first data."""
-    if not model.built:
-        with _random_state_kept():
-            model.predict(x, batch_size=batch_size, verbose=0)
-
-
-def _random_state_kept() -> contextlib.AbstractContextManager[Any]:
-    """Restore torch's random state afterwards: there `predict` draws from the generator that training uses."""
-    if keras.backend.backend() != "torch":
-        return contextlib.nullcontext()
-    from torch.random import fork_rng
-
-    return fork_rng(devices=[])
-
-
-def _load_weights(model: Any, path: Path, skip: Any = None) -> None:
-    try:
-        with warnings.catch_warnings():
-            # Keras only warns if the checkpoint holds the state of another kind of optimizer.
-            warnings.filterwarnings("error", "Skipping variable loading for optimizer")
-            keras.saving.load_weights(model, path, objects_to_skip=None if skip is None else [skip])
-    except (OSError, ValueError, KeyError, UserWarning) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-        raise ValueError(f"{path}: damaged, or does not fit the model: {reason}") from error
 
 
 def _seed_epoch(model: Any, seed: int, epoch: int) -> None:

@@ -125,7 +125,7 @@ def metric_text(columns: dict[str, list[Any]], summary: dict[str, Any], referenc
     share = f"{summary['forgotten_samples']} of {summary['n_samples']} samples"
     lines.append(f"{peak}; {share} were right once and are wrong at epoch {reference}")
     gain = f"{100 * summary['expected_gain']:.0f} ± {100 * summary['expected_gain_error']:.0f} points"
-    lines.append(f"fusing the checkpoints may add about {gain} (a rule fitted on small networks: docs/results.md)")
+    lines.append(f"fusing the checkpoints may add about {gain} (a rule fitted on image classifiers: docs/results.md)")
     return "\n".join(lines)
 
 

@@ -82,10 +82,12 @@ def load_state(model: nn.Module, state: dict[str, Any]) -> None:
     RuntimeError
         The weights do not fit, or hold a base that is another than the network's.
     """
+    name = adapter_of(model)
+    if name is None:
+        model.load_state_dict(state)
+        return
     from peft import set_peft_model_state_dict
 
-    name = adapter_of(model)
-    assert name is not None
     own, whole = _adapter_state(model, name), model.state_dict()
     held = {t.data_ptr() for t in own.values()}
     base = {n: t for n, t in whole.items() if n not in own and getattr(t, "data_ptr", int)() not in held}
@@ -94,7 +96,7 @@ def load_state(model: nn.Module, state: dict[str, Any]) -> None:
     weights = {n: value for n, value in state.items() if n not in base}
     if weights.keys() == own.keys():
         set_peft_model_state_dict(model, weights, adapter_name=name)
-    elif weights.keys() == whole.keys() - base.keys():  # the whole network, as `train` stores it
+    elif weights.keys() == whole.keys() - base.keys():  # the whole network, as `train` stored it once
         model.load_state_dict(weights, strict=False)
     else:
         missing, left_over = sorted(own.keys() - weights.keys())[:5], sorted(map(str, weights.keys() - own.keys()))[:5]

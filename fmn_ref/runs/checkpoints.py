@@ -211,10 +211,7 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: AnyPath) -> nn.M
     """Load a state_dict, which `path` names in errors, into `model`."""
     inner = unwrap(model)
     try:
-        if adapters.adapter_of(inner) is None:
-            inner.load_state_dict(state)
-        else:
-            adapters.load_state(inner, state)
+        adapters.load_state(inner, state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: does not fit the model: {error}") from None
     drop_derived(inner)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from .. import _files
 from . import distributed_files, foreign
 from .folder import AnyPath, RunFolder
+from .torch_files import HDF5, KERAS, OF_KERAS
 
 logger = logging.getLogger(__name__)
 _COPIES = {"last", "latest", "best", "final", "newest"}  # of an epoch that has a file of its own
@@ -35,7 +36,11 @@ class _Checkpoint(NamedTuple):
     path: Path
 
 
-def find_checkpoints(source: AnyPath | Iterable[AnyPath], counter: Callable[[Path, str], Any]) -> dict[int, Path]:
+def find_checkpoints(
+    source: AnyPath | Iterable[AnyPath],
+    counter: Callable[[Path, str], Any] = lambda path, name: None,
+    endings: tuple[str, ...] = foreign.ENDINGS,
+) -> dict[int, Path]:
     """Find checkpoints and their numbers, ascending.
 
     Parameters
@@ -44,7 +49,9 @@ def find_checkpoints(source: AnyPath | Iterable[AnyPath], counter: Callable[[Pat
         A folder is searched one level deep; links in it, and names that say "last", "best" or "optimizer", are left
         out. A text with \\*, ? or [ that is no file is a pattern of `glob`. A list is taken as it is.
     counter : callable(path, name)
-        Reads the number that a container holds under a name. Used where file names have no numbers.
+        Reads the number that a container holds under a name. Used where file names have no numbers. Default: none.
+    endings : tuple of str
+        How the names of checkpoints end.
 
     Returns
     -------
@@ -59,14 +66,14 @@ def find_checkpoints(source: AnyPath | Iterable[AnyPath], counter: Callable[[Pat
         No numbers, two files of the same number, or names of two schemes.
     """
     if isinstance(source, (str, os.PathLike)):
-        found, left_out = _search(source)
+        found, left_out = _search(source, endings)
     elif isinstance(source, Iterable) and not isinstance(source, bytes):
         source = list(source)
-        found, left_out = _listed(source), {}
+        found, left_out = _listed(source, endings), {}
     else:
         raise TypeError(f"source: expected a folder, a pattern or a list of paths, got {type(source).__name__}")
     if not found:
-        reasons = f"; left out: {_some(left_out)}" if left_out else _hint(source)
+        reasons = f"; left out: {_some(left_out)}" if left_out else _hint(source, endings)
         raise FileNotFoundError(f"{source}: no checkpoints there{reasons}")
     if left_out:
         logger.warning("%s: left out: %s", source, _some(left_out))
@@ -79,21 +86,23 @@ def _some(words: Mapping[str, str]) -> str:
     return ", ".join(shown + more)
 
 
-def _hint(source: Any) -> str:
-    """Say which folder below holds checkpoints."""
-    if isinstance(source, (str, os.PathLike)) and _files.absolute(source).is_dir():
+def _hint(source: Any, endings: tuple[str, ...]) -> str:
+    """Say which folder below holds checkpoints, or that those in the folder are of Keras."""
+    if isinstance(source, (str, os.PathLike)):
         top = _files.absolute(source)
+        if any(name.endswith(KERAS) for name in (os.listdir(top) if top.is_dir() else glob.glob(str(top)))):
+            return f"; {OF_KERAS}"
         for pattern in ("*/*", "*/*/*", "*/*/*/*"):
             for path in sorted(top.glob(pattern)):
-                if path.name.endswith(foreign.ENDINGS):
+                if path.name.endswith(endings):
                     return f"; there are some in {path.parent}"
-    return f" (files that end in {', '.join(foreign.ENDINGS)}, or folders with one of them)"
+    return f" (files that end in {', '.join(endings)}, or folders with one of them)"
 
 
 # --- files ---
 
 
-def _search(source: AnyPath) -> tuple[list[_Checkpoint], dict[str, str]]:
+def _search(source: AnyPath, endings: tuple[str, ...]) -> tuple[list[_Checkpoint], dict[str, str]]:
     """Find the checkpoints of a folder or a pattern, and what is left out with the reason."""
     top = _files.absolute(source)
     if top.is_dir():
@@ -102,13 +111,13 @@ def _search(source: AnyPath) -> tuple[list[_Checkpoint], dict[str, str]]:
         paths = [Path(path) for path in glob.glob(str(top))]
         top = _shared_folder(paths) if paths else top
     elif top.exists():
-        return _listed([top]), {}
+        return _listed([top], endings), {}
     else:
         raise FileNotFoundError(f"{source}: no such folder")
     found, left_out = list[_Checkpoint](), dict[str, str]()
     for path in paths:
         name = path.relative_to(top).as_posix()
-        word, inside = _verdict(path, name)
+        word, inside = _verdict(path, name, endings)
         if word:
             left_out[name] = word
         elif inside is not None:
@@ -122,21 +131,21 @@ def _shared_folder(paths: list[Path]) -> Path:
     return paths[0].parent.parent if alone else Path(os.path.commonpath([path.parent for path in paths]))
 
 
-def _verdict(path: Path, name: str) -> tuple[str, Path | None]:
+def _verdict(path: Path, name: str, endings: tuple[str, ...]) -> tuple[str, Path | None]:
     """Why a path is left out, or the checkpoint that it is; neither for what has nothing to do with checkpoints."""
     folder = path.is_dir()
-    relevant = path.name.endswith(foreign.ENDINGS) or path.name.endswith(foreign.INDEX)
+    relevant = path.name.endswith(endings) or path.name.endswith(foreign.INDEX)
     words = set(re.split(r"[^a-z]+", name.lower()))
     if path.is_symlink():
         return ("a link", None) if folder or relevant else ("", None)
     if folder:
-        inside = None if RunFolder(path).run_json.exists() or path.name.startswith(".") else _inside(path)
+        inside = None if RunFolder(path).run_json.exists() or path.name.startswith(".") else _inside(path, endings)
         if inside is None or isinstance(inside, str):
             return inside or "", None
     else:
         inside = path
         if _UNFINISHED.search(path.name) or path.name.startswith("."):
-            return ("unfinished, by its name", None) if any(e in path.name for e in foreign.ENDINGS) else ("", None)
+            return ("unfinished, by its name", None) if any(e in path.name for e in endings) else ("", None)
         if not relevant:
             return "", None
         if not path.is_file():
@@ -152,7 +161,7 @@ def _has_no_weights(name: str) -> bool:
     return bool(_NO_WEIGHTS & {*re.split(r"[^a-z]+", name.lower()), *re.findall("[a-z]+_[a-z]+", name.lower())})
 
 
-def _inside(folder: Path) -> Path | str | None:
+def _inside(folder: Path, endings: tuple[str, ...]) -> Path | str | None:
     """The checkpoint in a folder of its own; the reason if it cannot be told; None if there is none."""
     if (folder / distributed_files.METADATA).is_file():
         return folder
@@ -161,7 +170,7 @@ def _inside(folder: Path) -> Path | str | None:
     for name in _KNOWN:
         if (folder / name).is_file():
             return "a link inside" if (folder / name).is_symlink() else folder / name
-    paths = [p for p in folder.iterdir() if p.name.endswith(foreign.ENDINGS) and not _has_no_weights(p.name)]
+    paths = [p for p in folder.iterdir() if p.name.endswith(endings) and not _has_no_weights(p.name)]
     indexes = [p for p in folder.glob(f"*{foreign.INDEX}") if not p.is_symlink()]
     if len(indexes) == 1:
         return indexes[0]
@@ -181,17 +190,22 @@ def _torn(path: Path) -> str:
         file.seek(max(0, size - (1 << 17)))
         if head.startswith(b"PK\3\4"):
             return "" if b"PK\5\6" in file.read() else "half-written"
+        if head == HDF5:
+            file.seek(0)
+            start = file.read(48)  # of versions 0 and 1: the end of the file is in the bytes from 40 on
+            end = start[40:48] if start[8] < 2 else start[28:36]
+            return "half-written" if size < int.from_bytes(end, "little") else ""
         if path.suffix == ".safetensors":
             return "half-written" if len(head) < 8 or int.from_bytes(head, "little") + 8 > size else ""
     return ""
 
 
-def _listed(paths: Iterable[AnyPath]) -> list[_Checkpoint]:
+def _listed(paths: Iterable[AnyPath], endings: tuple[str, ...]) -> list[_Checkpoint]:
     """Name the paths of a list; FileNotFoundError for one that is not there."""
     found = list[tuple[Path, Path]]()
     for given in paths:
         path = _files.absolute(given)
-        inside = _inside(path) if path.is_dir() else path
+        inside = _inside(path, endings) if path.is_dir() else path
         if not path.exists() or inside is None or isinstance(inside, str):
             raise FileNotFoundError(f"{given}: no such checkpoint{f' ({inside})' if inside and path.exists() else ''}")
         found.append((path, inside))
@@ -204,7 +218,7 @@ def _listed(paths: Iterable[AnyPath]) -> list[_Checkpoint]:
 
 def _numbered(found: list[_Checkpoint], counter: Callable[[Path, str], Any]) -> dict[int, Path]:
     """Give each checkpoint its number."""
-    placed = sorted(c for c in found if re.search(r"\d", c.name, re.ASCII))
+    placed = sorted(c for c in found if re.search(r"\d", _stem(c.name), re.ASCII))
     if not placed:
         return _by_content(found, counter)
     unplaced = {c.name: "no number in its name" for c in found if c not in placed}
@@ -234,7 +248,7 @@ def _checked(number: int, name: str) -> int:
 
 
 def _stem(name: str) -> str:
-    return next((name[: -len(e)] for e in (*foreign.ENDINGS, foreign.INDEX) if name.endswith(e)), name)
+    return next((name[: -len(e)] for e in (*KERAS, *foreign.ENDINGS, foreign.INDEX) if name.endswith(e)), name)
 
 
 def _labelled(name: str) -> dict[str, int]:

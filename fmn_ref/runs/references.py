@@ -6,11 +6,12 @@ the checkpoint is.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
-from .folder import AnyPath
+from .folder import AnyPath, RunFolder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +48,14 @@ def exists(path: Path) -> bool:
 def target_of(path: Path) -> Path:
     """The file of a checkpoint: the path itself, or what it refers to."""
     return Path(read_reference(path)["path"]) if is_reference(path) else path
+
+
+def file_of(folder: RunFolder, epoch: int) -> Path | None:
+    """The file of an epoch's checkpoint, or what it refers to; None if the run has none, or it cannot be told."""
+    with contextlib.suppress(OSError, ValueError):
+        path = folder.checkpoint(epoch, folder.read().suffix)
+        return target_of(path) if path.exists() else None
+    return None
 
 
 def check_unchanged(path: Path) -> Path:

@@ -15,6 +15,10 @@ from .. import _files
 from . import archive, standins
 from .folder import AnyPath
 
+KERAS = (".weights.h5", ".keras", ".h5")  # endings of the files of Keras
+HDF5 = b"\x89HDF\r\n\x1a\n"  # first bytes of such a file, but .keras
+OF_KERAS = "files of Keras are there, for from_checkpoints and probabilities of fmn_ref.integrations.keras"
+
 
 def load(path: AnyPath, scan: bool = False, foreign: bool = False, mapped: bool = False) -> Any:
     """Load a file that `checkpoints.save` or torch.save wrote, to the CPU.
@@ -43,7 +47,10 @@ def load(path: AnyPath, scan: bool = False, foreign: bool = False, mapped: bool 
     absolute = _files.absolute(path)
     mapped = mapped and os.fsencode(absolute).decode(errors="ignore") == str(absolute)
     with _files.reading(path, "a readable checkpoint of tensors") as file:
-        if foreign and file.read(4) != b"PK\3\4":
+        head = file.read(8)
+        if head == HDF5 or absolute.suffix == ".keras":
+            raise ValueError(f"{path}: not a file of torch; {OF_KERAS}")
+        if foreign and not head.startswith(b"PK\3\4"):
             mapped = False
             archive.check_legacy(file, standins.DROPPED)
         else:

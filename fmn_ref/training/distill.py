@@ -26,7 +26,7 @@ from .logits import checked_step
 from .order import Order
 from .recipe import Recipe
 from .soft_targets import SoftTargets, Targets
-from .store import IN_FULL, Store
+from .store import IN_FULL, Store, base_digest
 
 RULED_OUT = -1e30  # a log-probability below it is that of a class which the network masks
 
@@ -156,7 +156,7 @@ def distill(
     options = targets, views, top_k, augment, forward_fn, folder
     source = _soft_targets(teacher, train_data, setup["epochs"], settings, *options)
     stored = None if val_data is None else keep, resume, half and parameter_names(student), disk_wait
-    config = {} if run_dir is None else setup | source.identity | source.identity_in_full
+    config = {} if run_dir is None else setup | source.identity | source.identity_in_full | base_digest(student)
     files = nullcontext() if run_dir is None else Store(run_dir, config, *stored)
     with files as store:
         if store is None or not store.load_final(student, setup["epochs"]):

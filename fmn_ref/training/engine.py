@@ -20,7 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .._stderr import progress_bar, shows
 from ..metrics.curves import correctness
-from ..runs import checkpoints
+from ..runs import adapters, checkpoints
 from ..runs.complete import check_complete
 from . import data, distributed
 from .averages import averaged_tensors
@@ -66,10 +66,10 @@ class Average:
         self._steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": self.model.state_dict(), "steps": self._steps}
+        return {"weights": adapters.state_of(self.model), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["weights"])
+        adapters.load_state(self.model, state["weights"])
         self._steps.copy_(state["steps"])
 
 
@@ -82,7 +82,7 @@ class EarlyStopping:
 
     def update(self, epoch: int, accuracy: float, model: nn.Module) -> None:
         if accuracy > self.best["accuracy"]:
-            weights = checkpoints.snapshot(model.state_dict())
+            weights = checkpoints.snapshot(adapters.state_of(model))
             self.best = {"epoch": epoch, "accuracy": accuracy, "weights": weights}
 
     def exhausted(self, epoch: int) -> bool:
@@ -95,6 +95,19 @@ class EarlyStopping:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = {name: state[name] for name in self.best}
+
+
+class Weights:
+    """The weights that the checkpoints of a network hold, as a part of a resume state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        return adapters.state_of(self._model)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        adapters.load_state(self._model, state)
 
 
 class Loop:
@@ -117,7 +130,11 @@ class Loop:
         self.stepped: Any = wrapped if recipe.compile == "none" else torch.compile(wrapped, mode=recipe.compile)
         self.optimizer = recipe.make_optimizer(model)
         self.scheduler = recipe.make_scheduler(self.optimizer, epochs)
-        self.parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.parts: dict[str, Any] = {
+            "model": Weights(self.model),
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+        }
         self.parts |= {k: v for k, v in {"average": average, "stopping": stopping}.items() if v is not None}
 
     def state(self, epoch: int) -> dict[str, Any]:
@@ -161,9 +178,9 @@ class Loop:
     def finish(self) -> None:
         """Leave the result in the model: the best epoch's weights, or the average."""
         if self.stopping is not None and self.stopping.best["weights"]:
-            self.model.load_state_dict(self.stopping.best["weights"])
+            adapters.load_state(self.model, self.stopping.best["weights"])
         elif self.average is not None:
-            self.model.load_state_dict(self.average.model.state_dict())
+            adapters.load_state(self.model, adapters.state_of(self.average.model))
 
 
 def fit(
@@ -196,7 +213,7 @@ def fit(
         Shown at the end of the bar.
     """
     loop, device = Loop(model, recipe, epochs, average, stopping), data.device_of(model)
-    start = _resume(loop.parts, store)
+    start = _resume(loop, store)
     bar = progress_bar(range(start, epochs), names[0], epochs, progress=shown(progress), initial=start, unit="epoch")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), bar:
         for epoch in bar:
@@ -266,16 +283,17 @@ def _loss(loss_fn: Loss, outputs: Tensor, targets: Any) -> Tensor:
         raise TypeError(f"model: expected logits (n, n_classes), {got}; {hint}") from None
 
 
-def _resume(parts: dict[str, Any], store: Store | None) -> int:
+def _resume(loop: Loop, store: Store | None) -> int:
     """Load the state after the last finished epoch, in every process; return the number of the next."""
     if store is None:
         return 0
-    check_complete(parts["model"].state_dict(), parts["model"])
-    state = distributed.on_rank_zero(partial(store.load, set(parts)))
+    if adapters.adapter_of(loop.model) is None:  # else by its definition
+        check_complete(loop.model.state_dict(), loop.model)
+    state = distributed.on_rank_zero(partial(store.load, set(loop.parts)))
     if state is None:
         return 0
     try:
-        for name, part in parts.items():
+        for name, part in loop.parts.items():
             part.load_state_dict(state[name])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{store.folder.resume}: does not fit this model and optimizer: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import _check, _files, _stderr
+from .. import _check
 from ..metrics.curves import correctness
 from ..metrics.history import labels_digest
 from ..runs import adapters, checkpoints, foreign, references
 from ..runs.discovery import find_checkpoints
+from ..runs.existing import check_apart, record_each, refusal, unrecorded
 from ..runs.folder import AnyPath, RunFolder
 from ..runs.recorder import Recorder
 from ..runs.run import Run
@@ -111,8 +113,7 @@ def from_checkpoints(
         raise ValueError("half: copies are stored in 16 bits, and nothing is copied; pass link=False")
     files = find_checkpoints(source, _read_counter)
     first = next(iter(files.values()))
-    if _files.absolute(run_dir).resolve() == first.parent.resolve():
-        raise ValueError(f"run_dir: {run_dir} is the folder of the checkpoints; choose another one")
+    check_apart(run_dir, files)
     loader = _Loader(key)
     evaluation = Evaluation(model, data, loader.load, forward_fn=forward_fn, batch_size=batch_size)
     digest = data_digest(data) if keep_predictions else ""
@@ -187,15 +188,12 @@ class Evaluation:
         self, recorder: Recorder, files: dict[int, Path], *, digest: str = "", progress: bool | None = None
     ) -> Run:
         """Record the checkpoints that are not recorded yet, and keep predictions if there is a digest of the data."""
-        new = self._new_files(recorder, files)
-        with _stderr.progress_bar(new.items(), "checkpoints", progress=progress) as bar:
-            for epoch, path in bar:
-                accuracy = self._record_one(recorder, epoch, path, digest).mean()
-                peak = recorder.peak_forget_fraction
-                bar.set_postfix_str(f"epoch {epoch}, accuracy {accuracy:.1%}, peak F_e {peak:.1%}")
+        new = unrecorded(recorder, files)
+        self._check_recorded(recorder, files)
+        record_each(recorder, new, partial(self._record_one, recorder, digest), progress)
         return recorder.run
 
-    def _record_one(self, recorder: Recorder, epoch: int, path: Path, digest: str) -> NDArray[np.bool_]:
+    def _record_one(self, recorder: Recorder, digest: str, epoch: int, path: Path) -> float:
         weights = self.load(path)
         outputs, labels, correct = self._evaluate(path, _unchanged if digest else predicted_classes)
         if digest:
@@ -203,7 +201,7 @@ class Evaluation:
             kept.begin(digest, labels.numpy())
             kept.write(epoch, outputs.softmax(1).numpy())
         recorder.record_correct(epoch, correct, labels, weights=weights)
-        return correct
+        return float(correct.mean())
 
     def _evaluate(self, path: Path, output: Output = predicted_classes) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
         """Predict with the checkpoint that is loaded, whose path is for errors: (outputs, labels, correctness)."""
@@ -214,21 +212,15 @@ class Evaluation:
         except ValueError as error:
             raise ValueError(f"{error} (with the weights of {path})") from error
 
-    def _new_files(self, recorder: Recorder, files: dict[int, Path]) -> dict[int, Path]:
-        """Files that are not recorded; ValueError where a recorded one is another, or a new one lies between them."""
-        history = recorder.run.history.epochs if recorder.next_epoch else ()
-        new = {epoch: path for epoch, path in files.items() if epoch not in history}
-        for epoch, path in new.items():
-            if epoch < recorder.next_epoch:
-                raise self._refusal(recorder.folder, f"{path}, which comes before epoch {recorder.next_epoch - 1}")
-        stored = {epoch: recorder.folder.checkpoint(epoch, recorder.run.suffix) for epoch in history}
-        there = [epoch for epoch in history if epoch in files]
-        referred = [epoch for epoch in there if stored[epoch].exists() and references.is_reference(stored[epoch])]
-        for epoch in referred:
-            references.follow(stored[epoch], files[epoch])
-        if there and not (there[-1:] == referred[-1:] and recorder.run.config.get("data")):
+    def _check_recorded(self, recorder: Recorder, files: dict[int, Path]) -> None:
+        """Compare the latest checkpoint that is recorded, unless a reference and a digest tell that all is the same."""
+        there = [epoch for epoch in (recorder.run.history.epochs if recorder.next_epoch else ()) if epoch in files]
+        if not there:
+            return
+        stored = recorder.folder.checkpoint(there[-1], recorder.run.suffix)
+        referred = references.is_reference(stored) and stored.exists()
+        if not (referred and recorder.run.config.get("data")):
             self._check_latest(recorder.run, there[-1], files[there[-1]])
-        return new
 
     def _check_latest(self, run: Run, epoch: int, path: Path) -> None:
         """Evaluate the latest recorded checkpoint once more: neither its weights nor the data may be others."""
@@ -242,12 +234,7 @@ class Evaluation:
             pairs = [(value, copied[name]) for name, value in weights.items() if isinstance(value, Tensor)]
             same = all(torch.allclose(a.float(), b.float(), 1e-3, 1e-7, equal_nan=True) for a, b in pairs)  # of 16 bits
         if not same:
-            raise self._refusal(run.folder, f"{path}, or of other {self._name}")
-
-    def _refusal(self, folder: RunFolder, what: str) -> ValueError:
-        return ValueError(
-            f"run_dir: {folder.given} holds a run of other checkpoints than {what}; choose another folder"
-        )
+            raise refusal(run.folder, f"{path}, or of other {self._name}")
 
 
 def _unchanged(logits: Tensor) -> Tensor:

@@ -11,12 +11,14 @@ import threading
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check
+from ..runs import references
 from ..runs.run import Run
 
 CACHE_BYTES = 4 << 30
@@ -56,6 +58,10 @@ class StoredPredictions(Sequence[NDArray[np.float32]]):
     def epochs(self) -> tuple[int, ...]:
         """Recorded epoch or step of each row."""
         return self._run.history.epochs
+
+    def file_of(self, row: int) -> Path | None:
+        """The file of a row's checkpoint, or None if there is none."""
+        return references.file_of(self._run.folder, self.epochs[row])
 
     @property
     def evaluated(self) -> tuple[int, ...]:
@@ -171,7 +177,7 @@ class Probabilities(StoredPredictions):
         return labels
 
     def _evaluate(self, row: int) -> NDArray[np.float32]:
-        from ..runs import checkpoints, references
+        from ..runs import checkpoints
         from .data import predict
 
         kept = None if self._kept is None else self._kept.read(self._run.history.epochs[row])

@@ -18,10 +18,11 @@ from typing import Any
 
 from torch import nn
 
-from ..runs import checkpoints
+from ..runs import adapters, checkpoints
 from ..runs.folder import AnyPath, RunFolder
 from ..runs.recorder import Recorder
 from . import distributed
+from .samples import named_digest
 
 logger = logging.getLogger(__name__)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -84,6 +85,12 @@ class Writer:
                     logger.error("%s: %s; the run waits for free space", error.filename, error.strerror)
                     logged = True
                 self._hurry.wait(PAUSE)
+
+
+def base_digest(model: nn.Module) -> dict[str, str]:
+    """Entry of run.json for the weights of a network that its checkpoints do not hold: the base of an adapter."""
+    base = {name: t for name, t in adapters.base_of(checkpoints.unwrap(model)) if isinstance(t, nn.Parameter)}
+    return {f"base{IN_FULL}": named_digest(base)} if base else {}
 
 
 class Store(contextlib.ExitStack):

@@ -23,7 +23,7 @@ from . import data
 from .engine import Loss, fit
 from .order import Order
 from .recipe import Recipe
-from .store import IN_FULL, Store
+from .store import IN_FULL, Store, base_digest
 
 
 def train(
@@ -130,6 +130,7 @@ def train(
     epochs = _check.number(epochs, 1, 2**31, "epochs", int)
     data.check_module(model, "model")
     config = {"epochs": epochs, **asdict(settings), **_digests(data=train_data, val_data=val_data)}
+    config |= base_digest(model)
     device = data.device_of(model)
     val, order = data.Batches(val_data, 256, device, split=True), Order(val_data, "val_data")
     with Store(run_dir, config, keep, resume, half and parameter_names(model), disk_wait) as store:

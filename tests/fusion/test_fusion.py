@@ -304,6 +304,9 @@ class TestPlanFile:
         plan.write_text(json.dumps(content | change))
         with pytest.raises(ValueError, match=r"^\S+plan\.json: not a valid plan: "):
             fmn.FusionPlan.load(plan)
+        plan.write_text(json.dumps(content | {"weights": {"1": 1 / 6, "2": 1 / 6, "4": 0.5}}))
+        with pytest.raises(ValueError, match=r"plan\.json: not a valid plan: weights: missing row 3, whose"):
+            fmn.FusionPlan.load(plan)
         added = content["weights"] | {"0": 0.0}
         plan.write_text(json.dumps(content | {"weights": added}))
         with pytest.raises(ValueError, match=r"plan\.json: not a valid plan: weights: expected 4 rows"):

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # a subprocess h
 from folders import full_disk  # noqa: E402
 from fresh_process import record_in_another_process  # noqa: E402
 from inputs import softmax  # noqa: E402
+from keras_models import Dump, fit, make_data, make_model, state_of  # noqa: E402
 from pages import blocks, n_lines  # noqa: E402
 
 import fmn_ref as fmn  # noqa: E402
@@ -31,43 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 BACKEND = keras.backend.backend()
 DOCS = Path(__file__).parents[2] / "docs" / "integrations" / "keras.md"
 EPOCHS = 6
-
-
-def make_data(seed=0, n=120):
-    rng = np.random.default_rng(seed)
-    y = rng.integers(0, 4, 3 * n)
-    x = (rng.normal(size=(3 * n, 6)) + 1.2 * np.eye(6)[y]).astype(np.float32)
-    noisy = np.where(rng.random(n) < 0.4, rng.integers(0, 4, n), y[:n])
-    return (x[:n], noisy), (x[n : 2 * n], y[n : 2 * n]), (x[2 * n :], y[2 * n :])
-
-
-def make_model(last="softmax", n_outputs=4, loss=None):
-    if loss is None:
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=last is None)
-    layers = keras.layers
-    hidden = [layers.Dense(32, "relu"), layers.BatchNormalization(), layers.Dropout(0.2)]
-    model = keras.Sequential([layers.Input((6,)), *hidden, layers.Dense(n_outputs, last)])
-    model.compile(keras.optimizers.Adam(0.02), loss)
-    return model
-
-
-class Dump(keras.callbacks.Callback):
-    """Write down by hand what each epoch predicts."""
-
-    def __init__(self, x):
-        super().__init__()
-        self.x, self.outputs = x, []
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.outputs.append(self.model.predict(self.x, verbose=0))
-
-
-def fit(model, callbacks, epochs=EPOCHS, **options):
-    return model.fit(*make_data()[0], batch_size=16, epochs=epochs, verbose=0, callbacks=callbacks, **options)
-
-
-def state_of(model):
-    return [*model.get_weights(), *(np.array(v) for v in model.optimizer.variables)]
 
 
 @pytest.fixture(autouse=True)
@@ -428,7 +392,7 @@ def test_what_is_said_when_something_is_missing(missing):
     assert expected in process.stderr
 
 
-FIRST, FUSING, BACKUP = blocks(DOCS.read_text())
+FIRST, FUSING, _, BACKUP = blocks(DOCS.read_text())
 
 
 @pytest.mark.parametrize("block", [FIRST + FUSING, BACKUP])

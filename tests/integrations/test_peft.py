@@ -1,5 +1,6 @@
 """Adapters of PEFT: the same histories as merged networks, one base in memory and in no file."""
 
+import json
 import os
 from pathlib import Path
 
@@ -647,6 +648,83 @@ def test_a_recorded_training_in_bfloat16(tmp_path):
     recorder = train(tmp_path, "bert", adapted("bert"), num_train_epochs=2, bf16=True)
     probs = recorder.run.probabilities(sentences(60, 2))
     np.testing.assert_array_equal(fmn.correctness(probs[:], probs.labels), recorder.run.history.correct())
+
+
+class Killed(Exception):
+    pass
+
+
+def own_training(run_dir, kind, distilled=False, until=None, base=None):
+    """Train, or distil from a merged network, with a `run_dir`; killed in an epoch, if `until` is one."""
+    model, (_, data, forward_fn, _), passes = adapted(kind), KINDS[kind], []
+    if base is not None:
+        model.get_base_model().load_state_dict(base, strict=False)
+
+    def forward_or_die(network, batch):
+        passes.append(network.training)
+        if until is not None and sum(passes) > until * STEPS:
+            raise Killed
+        return forward(network, batch, forward_fn)
+
+    options = {"epochs": 4, "lr": 3e-2, "optimizer": "adamw", "batch_size": 16, "progress": False, "run_dir": run_dir}
+    options |= {"forward_fn": forward_or_die}
+    if distilled:
+        teacher = adapted(kind).merge_and_unload()
+        options |= {"ema_decay": 0.5, "patience": 3, "val_data": data(60, 2)}
+        fmn.distill(model, teacher, data(16 * STEPS, 1), kd_weight=0.5, **options)
+    else:
+        fmn.train(model, data(16 * STEPS, 1), data(60, 2), **options)
+    return model
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("distilled", [False, True], ids=["train", "distill"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_train_and_distill_store_adapters_and_resume_bit_for_bit(tmp_path, kind, distilled):
+    unbroken = own_training(tmp_path / "unbroken", kind, distilled)
+    with pytest.raises(Killed):
+        own_training(tmp_path / "killed", kind, distilled, until=2)
+    assert len(fmn.Run.open(tmp_path / "killed").history) == 2
+    resumed = own_training(tmp_path / "killed", kind, distilled)
+    assert same_tensors(resumed.state_dict(), unbroken.state_dict())
+    runs = [fmn.Run.open(tmp_path / name, resumed, KINDS[kind][2]) for name in ("unbroken", "killed")]
+    np.testing.assert_array_equal(runs[0].history.correct(), runs[1].history.correct())
+    names = peft.get_peft_model_state_dict(resumed).keys()
+    for path, other in zip(*(run.checkpoints for run in runs), strict=True):
+        assert torch.load(path).keys() == names
+        assert same_tensors(torch.load(path), torch.load(other))
+    base = sum(p.nbytes for p in resumed.parameters() if not p.requires_grad)
+    held = torch.load(tmp_path / "killed" / "resume.pt")
+    assert "classifier" in str(names) or sum(t.nbytes for t in held["model"].values()) < base / 4
+    assert held["model"].keys() == names
+    probs = runs[0].probabilities(KINDS[kind][1](60, 2))
+    np.testing.assert_array_equal(fmn.correctness(probs[2], probs.labels), runs[0].history[2])
+    other = {name: value + 1 for name, value in KINDS[kind][0]().state_dict().items()}
+    with pytest.raises(ValueError, match=r"base_in_full: the run in .* was made with"):
+        own_training(tmp_path / "killed", kind, distilled, base=other)
+
+
+@pytest.mark.parametrize("distilled", [False, True], ids=["train", "distill"])
+def test_a_run_of_whole_networks_goes_on(tmp_path, monkeypatch, distilled):
+    """As earlier versions stored them, without a digest of the base."""
+    unbroken = own_training(tmp_path / "unbroken", "gpt2", distilled)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("fmn_ref.runs.adapters.state_of", lambda model: model.state_dict())
+        with pytest.raises(Killed):
+            own_training(tmp_path / "run", "gpt2", distilled, until=2)
+    path = tmp_path / "run" / "run.json"
+    content = json.loads(path.read_text())
+    del content["config"]["base_in_full"]
+    path.write_text(json.dumps(content))
+    assert len(torch.load(tmp_path / "run" / "resume.pt")["model"]) == len(unbroken.state_dict())
+    resumed = own_training(tmp_path / "run", "gpt2", distilled)
+    assert same_tensors(resumed.state_dict(), unbroken.state_dict())
+    run = fmn.Run.open(tmp_path / "run", resumed, causal_lm_forward)
+    probs = run.probabilities(texts(60, 2))
+    np.testing.assert_array_equal(fmn.correctness(probs[:], probs.labels), run.history.correct())
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"lora_alpha": "x"}', '{"lora_alpha": NaN}', '{"lora_alpha": null}'])

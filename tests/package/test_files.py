@@ -218,7 +218,7 @@ class TestReading:
     @pytest.mark.parametrize(
         ("error", "words"),
         [
-            (KeyError("x"), "KeyError: 'x'"),
+            (KeyError("x"), "missing 'x'"),
             (IndexError(), "IndexError"),
             (OSError(errno.EIO, "bad disk"), r"\[Errno 5\] bad disk"),
             (ValueError("two\nlines"), "two lines"),

@@ -209,6 +209,45 @@ def test_killed_it_resumes(folder, tmp_path):
     assert len(list((tmp_path / "run" / "predictions").glob("epoch_*.npy"))) == 20
 
 
+def test_a_plan_shows_the_file_of_each_member(folder, tmp_path, monkeypatch):
+    """Relative to the working directory, if the file lies there."""
+    with_optimizer(folder, 4)
+    run = fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
+    plan = fmn.fuse(run.probabilities(VAL), VAL[1], correct=run.history, method="equal")
+    plan.save(tmp_path / "run" / "plan.json")
+    expected = [["epoch", "weight", "file"], *([str(e), "0.2500", f"{folder}/ckpt_{e}.pth.tar"] for e in (1, 2, 3, 4))]
+    for found in (plan, fmn.FusionPlan.load(tmp_path / "run" / "plan.json")):
+        assert found == plan
+        assert [line.split() for line in str(found).splitlines()[:-1]] == expected
+        assert "ckpt" not in repr(found)
+    monkeypatch.chdir(tmp_path)
+    (folder / "ckpt_3.pth.tar").unlink()
+    assert str(fmn.FusionPlan.load("run/plan.json")).splitlines()[3] == "     3  0.2500  old/ckpt_3.pth.tar"
+    plan.save("elsewhere.json")
+    assert "file" not in str(fmn.FusionPlan.load("elsewhere.json"))
+
+
+@pytest.mark.parametrize("damage", ["run.json", "checkpoints/epoch_00002.ref.json"])
+def test_a_plan_loads_beside_a_damaged_run(folder, tmp_path, damage):
+    plain(folder, 3)
+    run = fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
+    plan = fmn.fuse(run.probabilities(VAL), VAL[1], correct=run.history, method="equal")
+    plan.save(tmp_path / "run" / "plan.json")
+    (tmp_path / "run" / damage).write_text("{")
+    text = str(fmn.FusionPlan.load(tmp_path / "run" / "plan.json"))
+    assert ("epoch_3.pt" in text) == (damage != "run.json")
+    assert "epoch_2.pt" not in text
+
+
+def test_a_plan_of_a_training_shows_its_own_checkpoints(tmp_path):
+    torch.manual_seed(0)
+    run = fmn.train(make_model(), TRAIN, VAL, epochs=6, run_dir=tmp_path / "run", keep="budget:3", progress=False).kept
+    plan = fmn.fuse(run.probabilities(VAL), VAL[1], correct=run.history, method="pool")
+    files = [line.split()[-1] for line in str(plan).splitlines()[1:-1]]
+    assert files == [str(run.checkpoints[row]) for row in plan.weights]
+    assert len(files) > 1
+
+
 def test_a_changed_file_is_noticed(folder, tmp_path):
     plain(folder, 3)
     run = fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run", keep_predictions=True)
