@@ -65,11 +65,11 @@ def import_records(args: argparse.Namespace) -> Result:
 
 def _import_checkpoints(args: argparse.Namespace) -> Result:
     """Evaluate the checkpoints with the network and the data that the user's functions return."""
+    missing = [f"--{name}" for name in ("model", "data", "output") if not vars(args)[name]]
+    if missing:
+        args.usage_error(f"import checkpoints needs {', '.join(missing)} too")
     from .training.existing import from_checkpoints
 
-    for name in ("model", "data", "output"):
-        if not vars(args)[name]:
-            raise ValueError(f"--{name}: `import checkpoints` needs it")
     options = {name: vars(args)[name] for name in _OPTIONS} | {"link": not args.copy}
     if args.forward_fn:
         options["forward_fn"] = named_object(args.forward_fn, "--forward-fn")
@@ -80,5 +80,6 @@ def _import_checkpoints(args: argparse.Namespace) -> Result:
     peak, at = float(forget.max()), epochs[int(forget.argmax())]
     content = {"output": args.output, "epochs": list(epochs), "n_samples": run.history.n_samples}
     content |= {"final_accuracy": accuracy, "peak_forget_fraction": peak, "peak_epoch": at}
-    text = f"{args.output}: {len(epochs)} checkpoints, epochs {epochs[0]} to {epochs[-1]}, accuracy at the end "
+    several = f"{len(epochs)} checkpoints, epochs {epochs[0]} to {epochs[-1]}"
+    text = f"{args.output}: {several if len(epochs) > 1 else f'1 checkpoint, epoch {epochs[0]}'}, accuracy at the end "
     return content, f"{text}{accuracy:.2%}\npeak forget fraction {peak:.2%} at epoch {at}"

@@ -108,6 +108,21 @@ def load_epochs(path: str, logits: bool = False) -> Any:
     return importers.from_logits(epochs) if logits else epochs
 
 
+def load_epoch_numbers(path: str, n_epochs: int) -> tuple[int, ...]:
+    """Load the epoch or step of each row, if an .npz file of probabilities names them; else empty."""
+    if not path.endswith(".npz") or "epochs" not in arrays.npz_names(path):
+        return ()
+    numbers = arrays.load_npz(path, ["epochs"])[0]
+    if (
+        numbers.shape != (n_epochs,)
+        or numbers.dtype.kind not in "iu"
+        or numbers.min() < 0
+        or (np.diff(numbers) < 1).any()
+    ):
+        raise ValueError(f"{path}: epochs: expected {n_epochs} ascending integers from 0, got shape {numbers.shape}")
+    return tuple(map(int, numbers))
+
+
 def load_named(path: str, *names: str, verify: bool = True) -> tuple[Any, str]:
     """Load an array or a history, and the array's name in an .npz file ("" for other files).
 
@@ -155,10 +170,11 @@ def load_correct(path: str, labels: str | None, verify: bool = True) -> Any:
     without_labels = labels is None and not path.endswith(".npz") and not scores
     if name == "correct" or without_labels:
         return _check.correct_matrix(a, path)
-    return history_of(a, load_labels(labels, path), path if labels is None else f"{path} with {labels}")
+    source = path if labels is None else f"{path} with {labels}"
+    return history_of(a, load_labels(labels, path), source, load_epoch_numbers(path, len(a)))
 
 
-def history_of(a: Any, labels: NDArray[np.int64], source: str) -> CorrectnessHistory:
+def history_of(a: Any, labels: NDArray[np.int64], source: str, epochs: tuple[int, ...] = ()) -> CorrectnessHistory:
     """Correctness of predictions (n_epochs, n_samples) or scores (n_epochs, n_samples, n_classes).
 
     Reads one epoch at a time and keeps bits, so a memory-mapped file may be larger than memory. Errors name `source`.
@@ -170,7 +186,7 @@ def history_of(a: Any, labels: NDArray[np.int64], source: str) -> CorrectnessHis
     mapping = _files.mapping(a)
     for i, epoch in enumerate(_stderr.progress_bar(a, "reading")):
         try:
-            history.append(correctness(epoch, labels))
+            history.append(correctness(epoch, labels), epochs[i] if epochs else None)
         except ValueError as error:
             raise ValueError(f"{source}: epoch {i}: {error}") from None
         _files.drop_pages(mapping)
