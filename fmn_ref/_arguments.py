@@ -161,7 +161,7 @@ def predict_options(add: Add) -> None:
     add("--forward-fn", metavar="MODULE:FUNCTION", help="function (model, batch) -> (logits, labels)")
     add("--batch-size", type=int, default=256, help="samples at a time (default 256)")
     add("--amp", action="store_true", help="evaluate in bfloat16")
-    output = "file to write: .npz with 'probs' and 'labels', or .npy with the probabilities alone (default probs.npz)"
+    output = "file to write: .npz with 'probs', 'labels' and 'epochs', or .npy of 'probs' alone (default probs.npz)"
     add("-o", "--output", default="probs.npz", help=output)
 
 
