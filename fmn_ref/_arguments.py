@@ -73,7 +73,7 @@ def called(text: str, option: str) -> Any:
     try:
         inspect.signature(found).bind()
     except TypeError as error:
-        raise ValueError(f"{option}: {text} is called without arguments, and has {error}") from None
+        raise ValueError(f"{option}: {text} is called without arguments; {error}") from None
     return found()
 
 

@@ -203,7 +203,7 @@ def load_into(model: nn.Module, path: AnyPath) -> nn.Module:
     """Load a checkpoint into `model`; ValueError, which names the file, if names or shapes do not fit."""
     inner = unwrap(model)
     if references.is_reference(path):
-        return load_weights(model, references.load_state(Path(path), inner), path)
+        return load_weights(model, references.load_state(Path(path), inner), references.target_of(Path(path)))
     return load_weights(model, renamed(load(path), inner.state_dict()), path)
 
 

@@ -28,6 +28,7 @@ _NUMBER = r"(?:(?<==)[-+])?\d+(?:\.\d+)?(?:e[-+]?\d+(?![a-z0-9]))?"
 _KNOWN: tuple[str, ...] = ("model.safetensors.index.json", "model.safetensors")
 _KNOWN += ("pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_A_SHARD = "a shard, by its name"
 _SEVERAL = "holds "  # begins the reason why a folder is not one checkpoint
 _SHOWN = 8  # files in a message
 
@@ -71,6 +72,7 @@ def find_checkpoints(source: AnyPath | Iterable[AnyPath], counter: Callable[[Pat
         unfit = not all(word.startswith(_SEVERAL) for word in left_out.values())
         reasons = f"; left out: {_some(left_out)}" if unfit else _hint(source)
         raise FileNotFoundError(f"{source}: no checkpoints there{reasons}")
+    left_out = {name: word for name, word in left_out.items() if word != _A_SHARD}  # the index stands for them
     if left_out:
         logger.warning("%s: left out: %s", source, _some(left_out))
     return dict(sorted(_numbered(found, counter).items()))
@@ -150,7 +152,7 @@ def _verdict(path: Path, name: str) -> tuple[str, Path | None]:
     if words & _COPIES:
         return "a copy, by its name", None
     if _SHARD.search(path.name) and any(path.parent.glob(f"*{foreign.INDEX}")):
-        return "a shard, by its name", None
+        return _A_SHARD, None
     return _torn(inside), inside
 
 

@@ -184,17 +184,45 @@ def test_the_folder_of_one_checkpoint(tmp_path):
     assert run.history.epochs == (50,)
 
 
-def test_the_folder_of_one_checkpoint_in_shards(tmp_path):
+def test_the_folder_of_one_checkpoint_in_shards(tmp_path, caplog):
     one = tmp_path / "step_7"
     write_folder(one, state(1))
     run = fmn.from_checkpoints(one, make_model(), VAL, tmp_path / "run")
     assert run.history.epochs == (7,)
+    assert caplog.text == ""
     assert same(run.model, state(1))
 
 
 def test_a_key_where_the_file_is_the_state_dict(folder, tmp_path):
     with pytest.raises(ValueError, match=r"no state_dict at key 'model'; the file itself is one, which needs no key"):
         fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run", key="model")
+
+
+def test_shards_of_a_pattern_are_no_checkpoints(tmp_path):
+    write_folder(tmp_path / "step_7", state(1))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoints there; left out: model-00001-of-00002.* \(a shard"):
+        fmn.from_checkpoints(str(tmp_path / "step_7" / "*.safetensors"), make_model(), VAL, tmp_path / "run")
+
+
+def test_shards_beside_the_checkpoints_of_a_trainer_are_left_out(tmp_path):
+    for step in (5, 10):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+        write(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors", state(step))
+    write_folder(tmp_path / "final", state(10))
+    for path in (tmp_path / "final").iterdir():
+        path.rename(tmp_path / "out" / path.name)  # what save_model leaves in the output folder
+    run = fmn.from_checkpoints(tmp_path / "out", make_model(), VAL, tmp_path / "run")
+    assert run.history.epochs == (5, 10)
+
+
+def test_a_reference_that_does_not_fit_names_the_file(folder, tmp_path):
+    fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
+    other = make_model()
+    other[4] = nn.Linear(32, 5)
+    with pytest.raises(
+        ValueError, match=r"old/epoch_1\.pt: does not fit the model: 4\.weight is \(4, 32\), not \(5, 32\)"
+    ):
+        fmn.Run.open(tmp_path / "run", other).probabilities(VAL)[0]
 
 
 def test_a_file_for_the_run_dir(folder, tmp_path):
@@ -217,7 +245,10 @@ def test_all_missing_options_are_named_with_the_usage(capsys):
 
 def test_a_function_with_arguments_is_named(command, capsys):
     assert main([*command, "--data", "mistakes:needs"]) == 1
-    assert "--data: mistakes:needs is called without arguments, and has missing a" in capsys.readouterr().err
+    assert (
+        "--data: mistakes:needs is called without arguments; missing a required argument: 'n'"
+        in capsys.readouterr().err
+    )
 
 
 def test_one_checkpoint_is_no_plural(command, capsys):
