@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,9 @@ def error_line(error: Exception, options: Mapping[str, Any]) -> str:
 
 def _line_with_file(error: Exception, options: Mapping[str, Any]) -> str:
     line = " ".join(str(error).splitlines())
+    if isinstance(error, OSError) and error.filename is not None and error.strerror and line.startswith("[Errno"):
+        given = [str(v) for v in options.values() if isinstance(v, str) and _files.absolute(v) == Path(error.filename)]
+        return f"{(given or [error.filename])[0]}: {error.strerror[:1].lower()}{error.strerror[1:]}"
     if "softmax" in line and options.get("logits") is False:
         line += " (--logits does it)"
     if not isinstance(error, (ValueError, TypeError, OSError, ImportError, FloatingPointError)):

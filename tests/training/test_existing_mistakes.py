@@ -277,3 +277,10 @@ def test_the_hint_names_every_call_that_takes_a_forward_fn(folder, tmp_path):
     with pytest.raises(ValueError, match=r"from_checkpoints and Run\.open take it; --forward-fn"):
         fmn.from_checkpoints(folder, Pair(*make_model()), VAL, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [["metric", "gone.npz"], ["fuse", "gone.npz"], ["apply", "gone.json", "gone.npz"]])
+def test_a_file_that_is_not_there_is_named_as_given(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 1
+    assert capsys.readouterr().err == f"fmn-ref: error: {command[1]}: no such file or directory\n"
