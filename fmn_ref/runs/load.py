@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +117,12 @@ def load_epoch_numbers(path: str, n_epochs: int) -> tuple[int, ...]:
     """Load the epoch or step of each row, if an .npz file of probabilities names them; else empty."""
     if not path.endswith(".npz") or "epochs" not in arrays.npz_names(path):
         return ()
-    numbers = arrays.load_npz(path, ["epochs"])[0]
-    if (
-        numbers.shape != (n_epochs,)
-        or numbers.dtype.kind not in "iu"
-        or numbers.min() < 0
-        or (np.diff(numbers) < 1).any()
-    ):
-        raise ValueError(f"{path}: epochs: expected {n_epochs} ascending integers from 0, got shape {numbers.shape}")
-    return tuple(map(int, numbers))
+    found = arrays.load_npz(path, ["epochs"])[0]
+    numbers = tuple(map(int, found)) if found.ndim == 1 and found.dtype.kind in "iu" else ()
+    ascending = all(a < b for a, b in pairwise((-1, *numbers, 2**62)))
+    if len(numbers) != n_epochs or not ascending:
+        raise ValueError(f"{path}: epochs: expected {n_epochs} ascending integers from 0, got shape {found.shape}")
+    return numbers
 
 
 def load_named(path: str, *names: str, verify: bool = True) -> tuple[Any, str]:

@@ -72,7 +72,9 @@ def test_a_plan_from_the_command_line_names_epochs(command, tmp_path, capsys):
     assert [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize("epochs", [[1, 2], [3, 2, 1], [-1, 0, 1], [0.5, 1, 2]])
+@pytest.mark.parametrize(
+    "epochs", [[1, 2], [3, 2, 1], [-1, 0, 1], [0.5, 1, 2], 3, [1, 1, 2], [0, 1, 2**62], [[0], [1], [2]]]
+)
 def test_epochs_that_cannot_be_are_refused(tmp_path, monkeypatch, capsys, epochs):
     monkeypatch.chdir(tmp_path)
     np.savez("p.npz", probs=np.full((3, 4, 2), 0.5), labels=np.array([0, 1, 0, 1]), epochs=np.array(epochs))
