@@ -171,9 +171,18 @@ def load_correct(path: str, labels: str | None, verify: bool = True) -> Any:
     scores = a.dtype.kind == "f" and a.ndim == 3
     without_labels = labels is None and not path.endswith(".npz") and not scores
     if name == "correct" or without_labels:
-        return _check.correct_matrix(a, path)
+        correct = _check.correct_matrix(a, path)
+        epochs = load_epoch_numbers(path, len(correct))
+        return _numbered(correct, epochs) if epochs else correct
     source = path if labels is None else f"{path} with {labels}"
     return history_of(a, load_labels(labels, path), source, load_epoch_numbers(path, len(a)))
+
+
+def _numbered(correct: NDArray[np.bool_], epochs: tuple[int, ...]) -> CorrectnessHistory:
+    history = CorrectnessHistory(correct.shape[1])
+    for row, epoch in zip(correct, epochs, strict=True):
+        history.append(row, epoch)
+    return history
 
 
 def history_of(a: Any, labels: NDArray[np.int64], source: str, epochs: tuple[int, ...] = ()) -> CorrectnessHistory:
