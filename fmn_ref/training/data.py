@@ -342,7 +342,8 @@ def predict(
     if not parts:
         raise ValueError("data: expected at least one batch")
     probs, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    _check.labels(labels.cpu(), n_classes=n_classes)
+    if order is not None:  # predictions that are judged; soft targets do not use the labels
+        _check.labels(labels.cpu(), n_classes=n_classes)
     if data.is_split:
         ids = data.ids()
         if len(ids) != len(labels):
