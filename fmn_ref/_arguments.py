@@ -54,6 +54,8 @@ def named_object(text: str, option: str) -> Any:
     module, _, name = text.partition(":")
     if not module or not name:
         raise ValueError(f"{option}: expected module:function, got {text!r}")
+    if module.endswith(".py"):
+        raise ValueError(f"{option}: expected a module, {module[:-3].replace('/', '.')}:{name}, got the file {module}")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -66,7 +68,13 @@ def called(text: str, option: str) -> Any:
     """Return what the function "module:name" returns, or the object itself if it is a network or data."""
     found = named_object(text, option)
     is_maker = inspect.isfunction(found) or inspect.isclass(found) or isinstance(found, functools.partial)
-    return found() if is_maker else found
+    if not is_maker:
+        return found
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise ValueError(f"{option}: {text} is called without arguments; {error}") from None
+    return found()
 
 
 def demo_options(add: Add) -> None:
@@ -153,7 +161,7 @@ def predict_options(add: Add) -> None:
     add("--forward-fn", metavar="MODULE:FUNCTION", help="function (model, batch) -> (logits, labels)")
     add("--batch-size", type=int, default=256, help="samples at a time (default 256)")
     add("--amp", action="store_true", help="evaluate in bfloat16")
-    output = "file to write: .npz with 'probs' and 'labels', or .npy with the probabilities alone (default probs.npz)"
+    output = "file to write: .npz with 'probs', 'labels' and 'epochs', or .npy of 'probs' alone (default probs.npz)"
     add("-o", "--output", default="probs.npz", help=output)
 
 

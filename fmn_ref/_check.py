@@ -149,7 +149,8 @@ def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, n
         raise ValueError(f"{name}: expected {n_samples} samples, got {len(a)}")
     if a.min() < 0 or (n_classes is not None and a.max() >= n_classes):
         bound = "n_classes" if n_classes is None else n_classes
-        hint = "; for one score a sample give classes, score > 0 as integers" if n_classes == 1 else ""
+        hint = "; do they count from 1?" if a.min() == 1 and a.max() == n_classes else ""
+        hint = "; for one score a sample give classes, score > 0 as integers" if n_classes == 1 else hint
         raise ValueError(f"{name}: expected classes in [0, {bound}), got values from {a.min()} to {a.max()}{hint}")
     if a.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name}: expected classes below 2^63, got {a.max()}")

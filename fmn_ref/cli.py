@@ -15,6 +15,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,16 @@ from .reporting.graded import answers_summary
 from .reporting.report import write_report
 from .reporting.tables import csv_table
 from .runs.arrays import write_epochs
-from .runs.load import check_outputs, error_line, has_labels, load_correct, load_epochs, load_labels, load_named
+from .runs.load import (
+    check_outputs,
+    error_line,
+    has_labels,
+    load_correct,
+    load_epoch_numbers,
+    load_epochs,
+    load_labels,
+    load_named,
+)
 from .runs.run import Run
 from .runs.text import BYTES, read_ids
 
@@ -132,6 +142,7 @@ def command_fuse(args: argparse.Namespace) -> None:
     correct = load_named(args.correct, "correct")[0] if args.correct else None
     options = options_of(args, "method", "window", "search", "max_members", "max_forward_passes", "folds")
     plan = fuse(probs, labels, correct=correct, sample_weight="balanced" if args.balanced else None, **options)
+    plan = replace(plan, epochs=plan.epochs or load_epoch_numbers(args.probs, len(probs)))
     plan.save(args.output)
     content = {"output": args.output, "members": plan.members, "weights": plan.weights, "combine": plan.combine}
     content |= {"epochs": plan.epochs} | {"selection_accuracy": plan.accuracy, "method": plan.method}
@@ -176,7 +187,9 @@ def command_predict(args: argparse.Namespace) -> None:
     check_module(model, f"--model: {args.model}")
     run = Run.open(args.run_dir, model, forward_fn).kept
     probs = run.probabilities(_arguments.called(args.data, "--data"), batch_size=args.batch_size, amp=args.amp)
-    shape = write_epochs(args.output, _stderr.progress_bar(probs, "predicting"), lambda: {"labels": probs.labels})
+    others = {"epochs": np.array(run.history.epochs)}
+    bar = _stderr.progress_bar(probs, "predicting")
+    shape = write_epochs(args.output, bar, lambda: {"labels": probs.labels, **others})
     n, epochs = len(whole.history), list(run.history.epochs)
     text = f"probabilities {shape} written to {args.output}"
     text += f"; {len(epochs)} of {n} epochs have a checkpoint: {epochs}" * (len(epochs) < n)
@@ -280,7 +293,7 @@ def parser() -> argparse.ArgumentParser:
         summary, _, examples = (inspect.getdoc(run) or "").partition("\n\n")
         lines = argparse.RawDescriptionHelpFormatter
         c = commands.add_parser(name, help=summary, description=summary, epilog=examples, formatter_class=lines)
-        c.set_defaults(run=run)
+        c.set_defaults(run=run, usage_error=c.error)
         c.add_argument("--json", action="store_true", help="print JSON")
         add_options(c.add_argument)
     return p

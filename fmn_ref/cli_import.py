@@ -67,9 +67,9 @@ def import_records(args: argparse.Namespace) -> Result:
 
 def _import_checkpoints(args: argparse.Namespace) -> Result:
     """Evaluate the checkpoints with the network and the data that the user's functions return."""
-    for name in ("model", "data", "output"):
-        if not vars(args)[name]:
-            raise ValueError(f"--{name}: `import checkpoints` needs it")
+    missing = [f"--{name}" for name in ("model", "data", "output") if not vars(args)[name]]
+    if missing:
+        args.usage_error(f"import checkpoints needs {', '.join(missing)} too")
     model, data = called(args.model, "--model"), called(args.data, "--data")
     source = args.path[0] if len(args.path) == 1 else args.path
     run = (_keras_run if _is_of_keras(model) else _torch_run)(args, source, model, data)
@@ -77,7 +77,8 @@ def _import_checkpoints(args: argparse.Namespace) -> Result:
     peak, at = float(forget.max()), epochs[int(forget.argmax())]
     content = {"output": args.output, "epochs": list(epochs), "n_samples": run.history.n_samples}
     content |= {"final_accuracy": accuracy, "peak_forget_fraction": peak, "peak_epoch": at}
-    text = f"{args.output}: {len(epochs)} checkpoints, epochs {epochs[0]} to {epochs[-1]}, accuracy at the end "
+    several = f"{len(epochs)} checkpoints, epochs {epochs[0]} to {epochs[-1]}"
+    text = f"{args.output}: {several if len(epochs) > 1 else f'1 checkpoint, epoch {epochs[0]}'}, accuracy at the end "
     return content, f"{text}{accuracy:.2%}\npeak forget fraction {peak:.2%} at epoch {at}"
 
 

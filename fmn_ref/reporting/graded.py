@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .. import _files
 from ..metrics.answers import expected_curves, temporal_forgetting
+from ..runs.arrays import differing_numbers
 from ..runs.lm_eval import from_lm_eval
 from ..runs.text import id_array
 
@@ -24,6 +25,9 @@ def import_answers(
     arrays: dict[str, Any] = {"correct": graded.correct[:, :, 0]} if one else {"draws": graded.correct}
     arrays |= {"n_choices": graded.n_choices, "tasks": graded.tasks, "sample_ids": id_array(graded.sample_ids)}
     arrays["checkpoints"] = np.array(graded.checkpoints)
+    epochs = differing_numbers(graded.checkpoints)
+    if one and epochs and list(epochs) == sorted(set(epochs)):
+        arrays["epochs"] = np.array(epochs)
     if graded.answers is not None:
         arrays["answers"] = graded.answers
     _files.write_atomic(output, lambda file: np.savez(file, **arrays))

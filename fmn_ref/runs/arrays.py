@@ -151,6 +151,15 @@ def _write_npy(file: IO[bytes], epochs: Any) -> tuple[int, ...]:
     return shape
 
 
+def differing_numbers(names: Sequence[str]) -> tuple[int, ...]:
+    """Number in each name, if the names differ in one number and in nothing else; else empty."""
+    if len({re.sub(r"\d+", "#", name) for name in names}) != 1:
+        return ()
+    numbers = zip(*(re.findall(r"\d+", name) for name in names), strict=True)
+    differ = [column for column in numbers if len(set(column)) > 1]
+    return tuple(map(int, differ[0])) if len(differ) == 1 else ()
+
+
 class EpochFiles(Sequence[NDArray[Any]]):
     """Arrays of several .npy files, each opened when it is read.
 
@@ -169,9 +178,7 @@ class EpochFiles(Sequence[NDArray[Any]]):
     @property
     def epochs(self) -> tuple[int, ...]:
         """Number in the name of each file, if the names differ in one number; else empty."""
-        numbers = zip(*(re.findall(r"\d+", path.name) for path in self.paths), strict=True)
-        differ = [column for column in numbers if len(set(column)) > 1]
-        return tuple(map(int, differ[0])) if len(differ) == 1 else ()
+        return differing_numbers([path.name for path in self.paths])
 
     def __len__(self) -> int:
         return len(self.paths)

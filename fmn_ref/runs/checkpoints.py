@@ -203,7 +203,7 @@ def load_into(model: nn.Module, path: AnyPath) -> nn.Module:
     """Load a checkpoint into `model`; ValueError, which names the file, if names or shapes do not fit."""
     inner = unwrap(model)
     if references.is_reference(path):
-        return load_weights(model, references.load_state(Path(path), inner), path)
+        return load_weights(model, references.load_state(Path(path), inner), references.target_of(Path(path)))
     return load_weights(model, renamed(load(path), inner.state_dict()), path)
 
 
@@ -213,9 +213,20 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: AnyPath) -> nn.M
     try:
         adapters.load_state(inner, state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: does not fit the model: {error}") from None
+        reason = _other_shapes(inner, state) or " ".join(str(error).split())
+        raise ValueError(f"{path}: does not fit the model: {reason}") from None
     drop_derived(inner)
     return model
+
+
+def _other_shapes(model: nn.Module, state: dict[str, Any]) -> str:
+    """List weights whose shapes alone do not fit; empty where names differ too."""
+    own = model.state_dict()
+    if not isinstance(state, Mapping) or own.keys() != state.keys():
+        return ""
+    shapes = {name: (getattr(state[name], "shape", None), getattr(value, "shape", None)) for name, value in own.items()}
+    differ = [f"{name} is {tuple(a)}, not {tuple(b)}" for name, (a, b) in shapes.items() if a and b and a != b]
+    return ", ".join(differ[:3]) + (f" and {len(differ) - 3} more" if len(differ) > 3 else "")
 
 
 def drop_derived(model: nn.Module) -> None:

@@ -28,6 +28,9 @@ _LABELS = {"epoch": "epoch|ep", "step": "global_step|steps?|iter|iteration|updat
 _NUMBER = r"(?:(?<==)[-+])?\d+(?:\.\d+)?(?:e[-+]?\d+(?![a-z0-9]))?"
 _KNOWN: tuple[str, ...] = ("model.safetensors.index.json", "model.safetensors")
 _KNOWN += ("pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_A_SHARD = "a shard, by its name"
+_SEVERAL = "holds "  # begins the reason why a folder is not one checkpoint
 _SHOWN = 8  # files in a message
 
 
@@ -73,8 +76,10 @@ def find_checkpoints(
     else:
         raise TypeError(f"source: expected a folder, a pattern or a list of paths, got {type(source).__name__}")
     if not found:
-        reasons = f"; left out: {_some(left_out)}" if left_out else _hint(source, endings)
+        unfit = not all(word.startswith(_SEVERAL) for word in left_out.values())
+        reasons = f"; left out: {_some(left_out)}" if unfit else _hint(source, endings)
         raise FileNotFoundError(f"{source}: no checkpoints there{reasons}")
+    left_out = {name: word for name, word in left_out.items() if word != _A_SHARD}  # the index stands for them
     if left_out:
         logger.warning("%s: left out: %s", source, _some(left_out))
     return dict(sorted(_numbered(found, counter).items()))
@@ -95,7 +100,7 @@ def _hint(source: Any, endings: tuple[str, ...]) -> str:
         for pattern in ("*/*", "*/*/*", "*/*/*/*"):
             for path in sorted(top.glob(pattern)):
                 if path.name.endswith(endings):
-                    return f"; there are some in {path.parent}"
+                    return f"; there are some in {Path(source, path.parent.relative_to(top))}"
     return f" (files that end in {', '.join(endings)}, or folders with one of them)"
 
 
@@ -122,7 +127,10 @@ def _search(source: AnyPath, endings: tuple[str, ...]) -> tuple[list[_Checkpoint
             left_out[name] = word
         elif inside is not None:
             found.append(_Checkpoint(name, inside))
-    return found, left_out
+    alone = len(found) == 1 and found[0].path == _inside(top) and not re.search(r"\d", found[0].name, re.ASCII)
+    return (
+        _listed([top], endings) if alone and _labelled(top.name) else found
+    ), left_out  # a checkpoint's folder is numbered
 
 
 def _shared_folder(paths: list[Path]) -> Path:
@@ -154,6 +162,8 @@ def _verdict(path: Path, name: str, endings: tuple[str, ...]) -> tuple[str, Path
         return "no weights, by its name", None
     if words & _COPIES:
         return "a copy, by its name", None
+    if _SHARD.search(path.name) and any(path.parent.glob(f"*{foreign.INDEX}")):
+        return _A_SHARD, None
     return _torn(inside), inside
 
 
@@ -175,7 +185,7 @@ def _inside(folder: Path, endings: tuple[str, ...]) -> Path | str | None:
     if len(indexes) == 1:
         return indexes[0]
     files = [p for p in paths if p.is_file() and not p.is_symlink()]
-    return files[0] if len(files) == 1 else (f"holds {len(files)} checkpoints" if files else None)
+    return files[0] if len(files) == 1 else (f"{_SEVERAL}{len(files)} checkpoints" if files else None)
 
 
 def _torn(path: Path) -> str:

@@ -52,7 +52,7 @@ def record_each(
 
     The peak forget fraction needs the whole history each time: it is computed as often as the time of the pass allows.
     """
-    with _stderr.progress_bar(new.items(), "checkpoints", progress=progress) as bar:
+    with _stderr.progress_bar(new.items(), "checkpoints", progress=progress if new else False) as bar:
         due = peak = 0.0
         for epoch, path in bar:
             accuracy, now = record(epoch, path), time.monotonic()

@@ -120,6 +120,8 @@ class RunFolder:
             plain = json.loads(json.dumps(config))
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"config: expected a dict that JSON can hold ({error})") from None
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{self.given}: a file; expected a folder, or the name of a new one, for the run")
         self.path.mkdir(parents=True, exist_ok=True)
         lock = RunLock.of(self.path)
         try:
@@ -155,7 +157,7 @@ class RunFolder:
             ends = f"the checkpoints in {self.path} end in {found.suffix!r}, not {suffix!r}"
             raise ValueError(f"suffix: {ends}; choose another folder")
         if config is not None:
-            check_same(f"the run in {self.path} was", found.config, config)
+            check_same(f"the run in {self.given} was", found.config, config)
 
     def holds(self, path: AnyPath) -> bool:
         """Tell whether a path is that of a file of the run: its plan and its comparison too, not a report beside it."""
@@ -237,6 +239,8 @@ def check_same(what: str, found: dict[str, Any], given: dict[str, Any]) -> None:
     for key in sorted(given.keys() | found.keys()):
         if found.get(key) != given.get(key) and json.dumps(found.get(key)) != json.dumps(given.get(key)):  # NaN is NaN
             differ = f"{what} made with {found.get(key)!r}, not {given.get(key)!r}"
+            if any(re.fullmatch("[0-9a-f]{16,}", str(content.get(key))) for content in (found, given)):
+                differ = f"{what} made with other {key} (the digests differ; the order counts)"
             raise ValueError(f"{key}: {differ}; choose another folder")
 
 

@@ -113,6 +113,8 @@ def read_state(
     found = {name: state for name, state in _states(content, "", _DEPTH) if key is None or name == key}
     if not found:
         known = [name for name, _ in _states(content, "", _DEPTH)]
+        if known == [""] and key:
+            raise ValueError(f"{path}: no state_dict at key {key!r}; the file itself is one, which needs no key")
         wanted = "a state_dict" if key is None else f"a state_dict at key {key!r}"
         raise ValueError(f"{path}: expected {wanted}, got {_some(known) or type(content).__name__}")
     adapters.check_config(model, path.parent)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,9 @@ def error_line(error: Exception, options: Mapping[str, Any]) -> str:
 
 def _line_with_file(error: Exception, options: Mapping[str, Any]) -> str:
     line = " ".join(str(error).splitlines())
+    if isinstance(error, OSError) and error.filename is not None and error.strerror and line.startswith("[Errno"):
+        given = [str(v) for v in options.values() if isinstance(v, str) and _files.absolute(v) == Path(error.filename)]
+        return f"{(given or [error.filename])[0]}: {error.strerror[:1].lower()}{error.strerror[1:]}"
     if "softmax" in line and options.get("logits") is False:
         line += " (--logits does it)"
     if not isinstance(error, (ValueError, TypeError, OSError, ImportError, FloatingPointError)):
@@ -107,6 +112,18 @@ def load_epochs(path: str, logits: bool = False) -> Any:
     names = ["probs", "logits", "scores"] if logits else ["probs"]
     epochs = importers.epoch_files(path) if folder else load_array(path, *names)
     return importers.from_logits(epochs) if logits else epochs
+
+
+def load_epoch_numbers(path: str, n_epochs: int) -> tuple[int, ...]:
+    """Load the epoch or step of each row, if an .npz file of probabilities names them; else empty."""
+    if not path.endswith(".npz") or "epochs" not in arrays.npz_names(path):
+        return ()
+    found = arrays.load_npz(path, ["epochs"])[0]
+    numbers = tuple(map(int, found)) if found.ndim == 1 and found.dtype.kind in "iu" else ()
+    ascending = all(a < b for a, b in pairwise((-1, *numbers, 2**62)))
+    if len(numbers) != n_epochs or not ascending:
+        raise ValueError(f"{path}: epochs: expected {n_epochs} ascending integers from 0, got shape {found.shape}")
+    return numbers
 
 
 def load_named(path: str, *names: str, verify: bool = True) -> tuple[Any, str]:
@@ -155,11 +172,21 @@ def load_correct(path: str, labels: str | None, verify: bool = True) -> Any:
     scores = a.dtype.kind == "f" and a.ndim == 3
     without_labels = labels is None and not path.endswith(".npz") and not scores
     if name == "correct" or without_labels:
-        return _check.correct_matrix(a, path)
-    return history_of(a, load_labels(labels, path), path if labels is None else f"{path} with {labels}")
+        correct = _check.correct_matrix(a, path)
+        epochs = load_epoch_numbers(path, len(correct))
+        return _numbered(correct, epochs) if epochs else correct
+    source = path if labels is None else f"{path} with {labels}"
+    return history_of(a, load_labels(labels, path), source, load_epoch_numbers(path, len(a)))
 
 
-def history_of(a: Any, labels: NDArray[np.int64], source: str) -> CorrectnessHistory:
+def _numbered(correct: NDArray[np.bool_], epochs: tuple[int, ...]) -> CorrectnessHistory:
+    history = CorrectnessHistory(correct.shape[1])
+    for row, epoch in zip(correct, epochs, strict=True):
+        history.append(row, epoch)
+    return history
+
+
+def history_of(a: Any, labels: NDArray[np.int64], source: str, epochs: tuple[int, ...] = ()) -> CorrectnessHistory:
     """Correctness of predictions (n_epochs, n_samples) or scores (n_epochs, n_samples, n_classes).
 
     Reads one epoch at a time and keeps bits, so a memory-mapped file may be larger than memory. Errors name `source`.
@@ -171,7 +198,7 @@ def history_of(a: Any, labels: NDArray[np.int64], source: str) -> CorrectnessHis
     mapping = _files.mapping(a)
     for i, epoch in enumerate(_stderr.progress_bar(a, "reading")):
         try:
-            history.append(correctness(epoch, labels))
+            history.append(correctness(epoch, labels), epochs[i] if epochs else None)
         except ValueError as error:
             raise ValueError(f"{source}: epoch {i}: {error}") from None
         _files.drop_pages(mapping)

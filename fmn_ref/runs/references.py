@@ -7,6 +7,7 @@ the checkpoint is.
 from __future__ import annotations
 
 import contextlib
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,16 @@ def _compare(path: Path, target: Path) -> None:
         was, is_ = recorded.get(name), now.get(name)
         if was != is_:
             hint = "restore it, or evaluate the checkpoints again into another run_dir"
-            raise ValueError(f"{target}: {name} changed since it was recorded ({was} before, {is_} now); {hint}")
+            file = f"{name} " if name != target.name else ""
+            words = f"{file}changed since it was recorded (then {_in_words(was)}, now {_in_words(is_)})"
+            raise ValueError(f"{target}: {words}; {hint}")
+
+
+def _in_words(stamp: Any) -> str:
+    if stamp is None:
+        return "not there"
+    time = datetime.fromtimestamp(stamp["mtime_ns"] / 1e9, timezone.utc).isoformat(" ", "milliseconds")
+    return f"{stamp['size']} bytes of {time}"
 
 
 def stamp(target: Path) -> dict[str, dict[str, int]]:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .. import _check
 from ..runs import checkpoints
 from . import distributed, samples
-from .logits import check_logits, check_pair
+from .logits import TAKE_FORWARD, check_logits, check_pair, conversion_hint
 from .memory_format import either_format, set_contiguous
 from .order import Listener, Order
 
@@ -36,7 +36,7 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     The batch is (inputs, labels), or a dict of "labels" and the model's keyword arguments. The model returns logits, or
     an object with `.logits`.
     """
-    hint = "pass a forward_fn (Run.open takes it)"
+    hint = f"pass a forward_fn ({TAKE_FORWARD})"
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             hint = f"rename the labels' key (a Trainer's loader does so), or {hint}"
@@ -50,11 +50,11 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(f"batch: expected (inputs, labels) or a dict, got {got}; {hint}")
     if isinstance(labels, (np.ndarray, list, tuple)):
         labels = torch.from_numpy(_check.labels(labels)).to(device_of(model))
+    logits = getattr(output, "logits", output)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
         got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        tokens = "; of tokens? forward_fn=causal_lm_forward" if getattr(labels, "ndim", 1) == 2 else ""
-        raise TypeError(f"labels: expected integers of shape (n,), got {got}{tokens}")
-    return getattr(output, "logits", output), labels.long()
+        raise TypeError(f"labels: expected integers of shape (n,), got {got}{conversion_hint(labels, logits)}")
+    return logits, labels.long()
 
 
 def forward(model: nn.Module, batch: Any, forward_fn: Forward | None) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ class Batches:
                 raise ValueError("data: a stream cannot be split over processes; pass a DataLoader that does it")
             self.source = DataLoader(data, batch_size)
         elif not isinstance(data, Dataset):
-            _check_batches(data)
+            samples.check_batches(data)
 
     def __iter__(self) -> Iterator[Any]:
         if self.arrays:
@@ -236,16 +236,6 @@ class Batches:
                 raise ValueError("data: a stream cannot be split over processes; pass arrays or a Dataset")
             rows = torch.tensor([i for batch in batches for i in batch])
         return rows.to(self.device)
-
-
-def _check_batches(data: Any) -> None:
-    """Raise a TypeError where data is no iterable of batches."""
-    if not hasattr(data, "__iter__") or isinstance(data, (Tensor, np.ndarray, str, Mapping, Iterator)):
-        raise TypeError(f"data: expected (inputs, labels), a Dataset or a DataLoader, got {type(data).__name__}")
-    if isinstance(data, (tuple, list)) and any(hasattr(part, "shape") or isinstance(part, str) for part in data):
-        got = ", ".join(type(part).__name__ for part in data[:4])
-        hint = "a torch Dataset of (inputs, label) takes inputs of several parts, and texts"
-        raise TypeError(f"data: expected arrays (inputs, labels), got {type(data).__name__} of {got}; {hint}")
 
 
 def _resident(t: Tensor, device: torch.device) -> Tensor:
@@ -335,18 +325,25 @@ def predict(
     """
     if not isinstance(data, Batches):
         data = Batches(data, batch_size, device_of(model), split=split)
-    output = output or partial(torch.log_softmax if log else torch.softmax, dim=1)
+    convert, n_classes = output or partial(torch.log_softmax if log else torch.softmax, dim=1), 0
+
+    def output_of(logits: Tensor) -> Tensor:
+        nonlocal n_classes
+        n_classes = logits.shape[1]
+        return convert(logits)
 
     def predicted() -> tuple[Listener, list[tuple[Tensor, Tensor]]]:
         listener, kind = Listener(order, fixed=bool(data.arrays)), type(model)
         with evaluating(model), computing(model) as network, listener.listening(network):
-            parts = list(_predict_batches(network, data, forward_fn, output, amp, listener))
+            parts = list(_predict_batches(network, data, forward_fn, output_of, amp, listener))
         return (listener, parts) if type(model) is kind else predicted()  # it was caught: see `copies.Watch`
 
     listener, parts = either_format(predicted, partial(set_contiguous, model), data.set_contiguous)
     if not parts:
         raise ValueError("data: expected at least one batch")
     probs, labels = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    if order is not None:  # predictions that are judged; soft targets do not use the labels
+        _check.labels(labels.cpu(), n_classes=n_classes)
     if data.is_split:
         ids = data.ids()
         if len(ids) != len(labels):
@@ -363,7 +360,7 @@ def _predict_batches(
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=amp):
             logits, labels = forward(network, batch, forward_fn)
         if i == 0:
-            check_logits(logits, "a forward_fn may convert them (Run.open takes it)")
+            check_logits(logits, f"a forward_fn may convert them ({TAKE_FORWARD})")
         check_pair(logits, labels)
         listener.add(batch, labels)
         yield output(logits.float()), labels

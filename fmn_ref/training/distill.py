@@ -150,6 +150,8 @@ def distill(
     arXiv 2507.08686, Section V ("distilled KF"); Hinton et al. 2015, arXiv 1503.02531 (temperature and its square).
     """
     data.check_module(student, "student")
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError("student: no parameter requires a gradient; the order is distill(student, teacher, ...)")
     settings = Recipe.of(recipe)
     setup = asdict(settings) | _checked_setup(epochs, temperature, kd_weight, ema_decay, patience, val_data, run_dir)
     folder = RunFolder(run_dir).targets if targets_dir is None and run_dir is not None else targets_dir

@@ -26,7 +26,7 @@ from . import data, distributed
 from .averages import averaged_tensors
 from .copies import independent
 from .ensemble import frozen_norms
-from .logits import Step
+from .logits import TAKE_FORWARD, Step
 from .memory_format import either_format, set_channels_last, set_contiguous
 from .order import reseed
 from .recipe import Recipe, take_step
@@ -278,7 +278,7 @@ def _loss(loss_fn: Loss, outputs: Tensor, targets: Any) -> Tensor:
     except (TypeError, AttributeError):
         if isinstance(outputs, Tensor):
             raise
-        hint = "a forward_fn may pick them (Run.open takes it)"
+        hint = f"a forward_fn may pick them ({TAKE_FORWARD})"
         got = f"which loss_fn cannot take, got {type(outputs).__name__}"
         raise TypeError(f"model: expected logits (n, n_classes), {got}; {hint}") from None
 

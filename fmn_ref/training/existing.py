@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,13 @@ from ..runs.existing import check_apart, record_each, refusal, unrecorded
 from ..runs.folder import AnyPath, RunFolder
 from ..runs.recorder import Recorder
 from ..runs.run import Run
-from .copies import independent
+from .copies import InPlace, independent
 from .data import Batches, Forward, Output, arrays_digest, check_module, device_of, predict
 from .kept import KeptPredictions, data_digest
 from .logits import predicted_classes
 from .order import Order
+
+logger = logging.getLogger(__name__)
 
 
 def from_checkpoints(
@@ -57,7 +60,7 @@ def from_checkpoints(
         without numbers, from "epoch" or "global_step" in the files. A folder's links and files named "last" or "best"
         are left out with a warning.
     model : torch.nn.Module
-        A network that the checkpoints fit, on the device to use. Its own weights do not change.
+        A network that the checkpoints fit, on the device to use. Its own weights do not change; a copy is evaluated.
     data : (inputs, labels), torch Dataset or DataLoader
         Labelled data that the network was not trained on, always in the same order.
     run_dir : path
@@ -84,7 +87,8 @@ def from_checkpoints(
     Returns
     -------
     Run
-        Its epochs are the numbers of the checkpoints, `run.history.epochs`.
+        Its epochs are the numbers of the checkpoints, `run.history.epochs`. `run.model` has the weights of the latest
+        one, unless the network cannot be copied.
 
     Raises
     ------
@@ -94,8 +98,6 @@ def from_checkpoints(
         A checkpoint is damaged, does not fit the model (what is missing and left over is listed) or changed since it
         was recorded; two files claim one epoch; `run_dir` holds another run, or one of other data; the network returns
         no finite logits.
-    ImportError
-        A .safetensors file, and safetensors is not installed.
 
     Examples
     --------
@@ -120,7 +122,7 @@ def from_checkpoints(
     if digest is None:
         raise TypeError("keep_predictions: the data holds objects by which it could not be recognised later")
     if not RunFolder(run_dir).run_json.exists():
-        evaluation.load(first)  # what does not fit is refused before anything is written
+        evaluation.prepare(first, digest)
     config = {"made_by": "from_checkpoints", "key": key, "link": link, "data": arrays_digest(data)}
     options: dict[str, Any] = {"suffix": references.SUFFIX, "save": loader.refer} if link else {"half": half}
     with Recorder(run_dir, model, keep, config=config, forward_fn=forward_fn, **options) as recorder:
@@ -129,6 +131,9 @@ def from_checkpoints(
 
 def _read_counter(path: Path, name: str) -> int | None:
     return foreign.counter_of(foreign.read_content(path), name)
+
+
+_Evaluated = tuple[dict[str, Any], Tensor, Tensor, NDArray[np.bool_]]  # weights, outputs, labels, correctness
 
 
 class _Loader:
@@ -178,6 +183,11 @@ class Evaluation:
         size = _check.number(batch_size, 1, 2**31, "batch_size", int)
         self._batches, self._order = Batches(data, size, device_of(self._network)), Order(data, name)
         self._load, self._forward_fn, self._name = load, forward_fn, name
+        self._prepared: dict[Path, _Evaluated] = {}
+
+    def prepare(self, path: Path, digest: str) -> None:
+        """Evaluate the first checkpoint before there is a run: what is refused then leaves nothing behind."""
+        self._prepared[path] = self._evaluated(path, digest)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Load a checkpoint into the network; return its weights."""
@@ -191,17 +201,28 @@ class Evaluation:
         new = unrecorded(recorder, files)
         self._check_recorded(recorder, files)
         record_each(recorder, new, partial(self._record_one, recorder, digest), progress)
-        return recorder.run
+        run = recorder.run
+        if not isinstance(self._network, InPlace):
+            if not new and references.exists(run.checkpoints[-1]):
+                checkpoints.load_into(self._network, run.checkpoints[-1])
+            run.model = self._network  # as after a training: with the latest weights
+        if new and self._order.labels is not None:
+            _warn_of_guessing(run, self._order.labels)
+        return run
 
     def _record_one(self, recorder: Recorder, digest: str, epoch: int, path: Path) -> float:
-        weights = self.load(path)
-        outputs, labels, correct = self._evaluate(path, _unchanged if digest else predicted_classes)
+        prepared = self._prepared.pop(path) if path in self._prepared else self._evaluated(path, digest)
+        weights, outputs, labels, correct = prepared
         if digest:
             kept = KeptPredictions(recorder.folder)
             kept.begin(digest, labels.numpy())
             kept.write(epoch, outputs.softmax(1).numpy())
         recorder.record_correct(epoch, correct, labels, weights=weights)
         return float(correct.mean())
+
+    def _evaluated(self, path: Path, digest: str) -> _Evaluated:
+        weights = self.load(path)
+        return weights, *self._evaluate(path, _unchanged if digest else predicted_classes)
 
     def _evaluate(self, path: Path, output: Output = predicted_classes) -> tuple[Tensor, Tensor, NDArray[np.bool_]]:
         """Predict with the checkpoint that is loaded, whose path is for errors: (outputs, labels, correctness)."""
@@ -235,6 +256,20 @@ class Evaluation:
             same = all(torch.allclose(a.float(), b.float(), 1e-3, 1e-7, equal_nan=True) for a, b in pairs)  # of 16 bits
         if not same:
             raise refusal(run.folder, f"{path}, or of other {self._name}")
+
+
+def _warn_of_guessing(run: Run, labels: Tensor) -> None:
+    """Log a warning if no checkpoint is better than an answer that is always the same: the data may be other data."""
+    best = max(float(run.history[row].mean()) for row in range(len(run.history)))
+    guess = float(torch.bincount(labels).max()) / len(labels)
+    if best <= guess < 1:
+        hint = "are the inputs scaled, and the classes numbered, as in the training?"
+        logger.warning(
+            "no checkpoint is right more often (%.1f %%) than the most frequent label is (%.1f %%): %s",
+            100 * best,
+            100 * guess,
+            hint,
+        )
 
 
 def _unchanged(logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import _check
 
+TAKE_FORWARD = "train, from_checkpoints and Run.open take it; --forward-fn"  # for messages
 Step = Callable[[nn.Module, Any], tuple[Tensor, Any]]  # (model, batch) -> outputs, targets
 
 
@@ -30,6 +31,16 @@ def check_logits(logits: Any, hint: str) -> None:
         raise ValueError(f"model: expected logits (n, n_classes), got {got}; {hint}")
     if logits.numel() and (logits >= 0).all() and _check.sums_to_one(logits.detach()):
         raise ValueError(f"model: expected logits or log-probabilities, got probabilities; {hint}")
+
+
+def conversion_hint(labels: Any, logits: Any) -> str:
+    """What makes classes of labels in another form."""
+    shape: Any = getattr(labels, "shape", ())
+    if len(shape) == 2 and shape[1] == 1:
+        return "; labels[:, 0] has it"
+    if len(shape) == 2 and shape == getattr(logits, "shape", ()):
+        return "; one-hot? labels.argmax(1) are classes"
+    return "; of tokens? forward_fn=causal_lm_forward" if len(shape) == 2 else ""
 
 
 def predicted_classes(logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any
@@ -267,3 +267,17 @@ def named_digest(tensors: dict[Any, Any]) -> str:
 def _rows_at_once(t: Tensor) -> int:
     """Rows of a tensor that take about 16 MiB: one from a memory map is not read as a whole."""
     return max(1, (16 << 20) * max(1, len(t)) // max(1, t.nbytes)) if t.ndim else 1
+
+
+def check_batches(data: Any) -> None:
+    """Raise a TypeError where data is no iterable of batches."""
+    if not hasattr(data, "__iter__") or isinstance(data, (Tensor, np.ndarray, str, Mapping, Iterator)):
+        raise TypeError(f"data: expected (inputs, labels), a Dataset or a DataLoader, got {type(data).__name__}")
+    plain = isinstance(data, (tuple, list)) and all(isinstance(part, (tuple, list)) for part in data)
+    if plain and any(isinstance(item, (int, float)) for part in data for item in part[:1]):
+        kinds = " and ".join(type(part).__name__ for part in data[:2])
+        raise TypeError(f"data: expected arrays (inputs, labels), got {kinds} of numbers; numpy.array makes arrays")
+    if isinstance(data, (tuple, list)) and any(hasattr(part, "shape") or isinstance(part, str) for part in data):
+        got = ", ".join(type(part).__name__ for part in data[:4])
+        hint = "a torch Dataset of (inputs, label) takes inputs of several parts, and texts"
+        raise TypeError(f"data: expected arrays (inputs, labels), got {type(data).__name__} of {got}; {hint}")

@@ -139,8 +139,27 @@ def test_existing_checkpoints(data, capsys):
     for code in blocks(page("existing-checkpoints")):
         exec(code, names)
     assert names["log_probs"].shape == (240, 4)
+    assert names["student"](data["x_test"]).shape == (240, 4)
     np.testing.assert_array_equal(names["run"].history.correct(), names["recorder"].run.history.correct())
     assert "| auto |" in capsys.readouterr().out
+
+
+def test_existing_checkpoints_on_the_command_line(data, capsys):
+    Path("runs/old").mkdir(parents=True)
+    for epoch in range(4):
+        train_one_epoch(data["model"], data["x_train"], data["y_train"])
+        torch.save(data["model"].state_dict(), f"runs/old/checkpoint_{epoch}.pt")
+    functions = "def select_data():\n    return make_data()[1]\n\ndef test_data():\n    return make_data()[2]\n"
+    Path("mine.py").write_text(f"from networks import make_data, make_model\n\n{functions}")
+    for command in commands(page("existing-checkpoints")):
+        capsys.readouterr()
+        assert main(command) == 0, command
+        if command[0] == "compare":
+            Path("runs/a/comparison.json").write_text(capsys.readouterr().out)
+    report = Path("runs/a/report.html").read_text()
+    assert "The plan of the fusion" in report
+    assert "pool" in report
+    assert "greedy" in report  # a row of the comparison alone
 
 
 def test_disk_budget_and_split(data):

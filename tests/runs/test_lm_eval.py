@@ -404,3 +404,11 @@ class TestCommandLine:
         assert error.count("\n") == 1
         assert sorted(out.rglob("*")) == before
         assert not Path("history.npz").exists()
+
+
+def test_the_metric_of_graded_answers_names_the_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["import", "lm-eval", str(DATA), "--task", "sums_choice", "--metric", "acc", "-o", "a.npz"]) == 0
+    capsys.readouterr()
+    assert main(["metric", "a.npz", "--csv"]) == 0
+    assert [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["100", "200", "1000"]

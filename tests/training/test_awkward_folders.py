@@ -492,7 +492,7 @@ def half_precision(folder):
 @case
 def wrong_shapes(folder):
     save_all(folder, content=lambda e: {"weight": torch.zeros(4, N_IN), "bias": torch.zeros(4)})
-    return Refused("size mismatch for weight")
+    return Refused(f"does not fit the model: weight is {(4, N_IN)}, not")
 
 
 @case

@@ -259,7 +259,7 @@ def test_a_changed_file_is_noticed(folder, tmp_path):
         lambda: fmn.FusedModel(plan, run),
         lambda: fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run"),
     ):
-        with pytest.raises(ValueError, match=r"epoch_2\.pt: epoch_2\.pt changed since it was recorded"):
+        with pytest.raises(ValueError, match=r"epoch_2\.pt: changed since it was recorded"):
             use()
     run.probabilities(VAL)[0]
 
@@ -291,7 +291,7 @@ def test_other_checkpoints_in_the_same_run_are_refused(folder, tmp_path):
     (tmp_path / "other").mkdir()
     for epoch, (state, _) in enumerate(states(4, seed=9), 1):
         torch.save(state, tmp_path / "other" / f"epoch_{epoch}.pt")
-    with pytest.raises(ValueError, match=r"epoch_1\.pt: epoch_1\.pt changed"):
+    with pytest.raises(ValueError, match=r"epoch_1\.pt: changed since"):
         fmn.from_checkpoints(tmp_path / "other", make_model(), VAL, tmp_path / "run")
     with pytest.raises(ValueError, match="holds a run of other checkpoints than"):
         fmn.from_checkpoints(tmp_path / "other", make_model(), VAL, tmp_path / "copies", link=False)
@@ -621,7 +621,7 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
         (["--data", "mine_for_import:gone"], "--data: module 'mine_for_import' has no attribute 'gone'"),
         (["--data", "nothing_there:x"], "--data: No module named 'nothing_there'"),
         (["--data", "mine_for_import"], "--data: expected module:function"),
-        ([], "--data: `import checkpoints` needs it"),
+        (["--data", "mine_for_import.py:x"], "--data: expected a module, mine_for_import:x, got the file"),
     ):
         assert main([*command, *fault]) == 1
         assert message in capsys.readouterr().err

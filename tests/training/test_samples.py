@@ -376,7 +376,7 @@ def test_data_that_looks_like_batches_is_refused(bad, words):
 
 
 def test_labels_may_be_a_list():
-    probs, labels = data.predict(nn.Linear(3, 2), [(A, Y.tolist()), (A, Y.numpy())])
+    probs, labels = data.predict(nn.Linear(3, 3), [(A, Y.tolist()), (A, Y.numpy())])
     assert len(probs) == 12
     assert torch.equal(labels, torch.cat([Y, Y]))
 
