@@ -184,10 +184,14 @@ def is_open_at(descriptor: int, path: Path) -> bool:
         return False
 
 
+def write_bytes(path: AnyPath, content: bytes) -> None:
+    """Write a file of this content."""
+    write_atomic(path, lambda file: file.write(content))
+
+
 def write_json(path: AnyPath, content: Any) -> None:
     """Write an indented JSON file."""
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def flush_output() -> None:

@@ -99,7 +99,7 @@ class CorrectnessHistory:
         header = _HEADER.pack(_MAGIC, 1, 0, self.n_samples, self.digest)
         header = (header + struct.pack("<I", zlib.crc32(header))).ljust(_PAD, b"\0")
         try:
-            _files.write_atomic(path, lambda file: file.write(header))
+            _files.write_bytes(path, header)
         except BaseException:
             path.unlink(missing_ok=True)  # its folder could not be synced: the next try must find no file
             raise
@@ -243,7 +243,7 @@ class CorrectnessHistory:
             with _files.reading(self.path, "a readable history") as file:
                 kept = file.read(self._end(n))
             try:  # a new file, so that views of the old one stay valid
-                _files.write_atomic(self.path, lambda file: file.write(kept))
+                _files.write_bytes(self.path, kept)
             finally:  # it is there even if its folder could not be synced
                 self._size = self.path.stat().st_size
                 if self._size == len(kept):

@@ -114,7 +114,7 @@ def write_report(
         comparison=_comparison_section(_given_or_found(comparison, *run.folder.comparisons)),
         settings=_settings(run),
     )
-    _files.write_atomic(target, lambda file: file.write(page.encode()))
+    _files.write_bytes(target, page.encode())
     return target
 
 
