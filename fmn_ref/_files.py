@@ -101,7 +101,7 @@ def _replacement(path: AnyPath, ending: str) -> Iterator[IO[bytes]]:
                 with contextlib.suppress(OSError):
                     os.unlink(file.name)
                 raise
-        sync_folder(target.parent)
+        sync(target.parent)
     except OSError as error:
         if error.filename is None or str(error.filename).startswith(str(target.with_name(f".{target.name}."))):
             error.filename = str(target)  # the error of a full disk has no file name
@@ -144,12 +144,26 @@ def _remove_leftover(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename or a new file in `folder` survive a power loss, if the system can sync folders: Windows cannot."""
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, if it is missing; it survives a power loss."""
+    path.mkdir(parents=True, exist_ok=True)
+    for above in path.parents:  # also of a folder that a killed process made and did not sync
+        sync(above)
+
+
+def sync_tree(path: Path) -> None:
+    """Make a file, or a folder with all that is in it, survive a power loss, whoever wrote it."""
+    for found in (path, *path.rglob("*"), path.parent):
+        if found.is_file() or found.is_dir():
+            sync(found)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power loss. Windows cannot sync folders."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -119,7 +119,7 @@ def average_checkpoints(
             if (sources[-1].path / name).is_file():
                 _files.write_bytes(temporary / name, _files.read_bytes(sources[-1].path / name))
         temporary.rename(target)
-        _files.sync_folder(target.parent)
+        _files.sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -122,16 +122,12 @@ def foreign(folder, done):
 
 def check_other_epochs(folder, done):
     """Rows of discarded epochs, and their checkpoints, do not come back."""
-    discarded = [i for i, what in enumerate(done) if what == "discarded"]
-    if not discarded:
-        check_all_recorded(folder, [what for what in done if what != "discarded"])
-        return
-    again = done[discarded[0] + 1 :]
-    first = again[0] if again else None
-    if again:
-        run = fmn.Run.open(folder)
-        kept = range(first)
-        check_history(run.history, [*kept, *again], dict.fromkeys(range(first, 100), 1))
+    if "discards" not in done:
+        check_all_recorded(folder, done)
+    elif done[-1] not in ("discards", "discarded"):
+        run, again = fmn.Run.open(folder), done[done.index("discarded") + 1 :]
+        kept = range(again[0])
+        check_history(run.history, [*kept, *again], dict.fromkeys(range(again[0], EPOCHS), 1))
         assert [e for e in run.history.epochs if run.folder.checkpoint(e).exists()] == list(kept)
 
 
@@ -143,6 +139,7 @@ def rewound(folder, done):
             recorder.model.load_state_dict(fresh(epoch).state_dict())
             recorder.record(epoch, row(epoch), LABELS)
             done(epoch)
+        done("discards")
         recorder.rewind(2)
         done("discarded")
     record_others(fmn.Recorder(folder, keep="none"), 2, done)
@@ -164,6 +161,7 @@ def overwritten(folder, done):
                 recorder.model.load_state_dict(fresh(epoch).state_dict())
                 recorder.record(epoch, row(epoch), LABELS)
                 done(epoch)
+    done("discards")
     recorder = fmn.Recorder(folder, keep="none", overwrite=True)
     done("discarded")
     record_others(recorder, 0, done)
@@ -186,7 +184,7 @@ def check_trained(folder, done):
     if done:
         run = fmn.Run.open(folder, make_model())
         n = max((what + 1 for what in done if isinstance(what, int)), default=0)
-        n = max(n, EPOCHS if "trained" in done and "rewound" not in done else 0)
+        n = EPOCHS if done[-1] in ("trained", "plan", "report") else n
         assert len(run.history) >= n
         assert len(run.kept.history) == len(run.history)
         for path in run.checkpoints:
@@ -203,9 +201,9 @@ def training(folder, done):
     _, val, _ = make_data()
     trained(folder, EPOCHS, augment=jitter(done))
     done("trained")
+    done("rewinds")
     with fmn.Recorder(folder) as recorder:
         recorder.rewind(EPOCHS - 1)
-    done("rewound")
     run = trained(folder, EPOCHS, augment=jitter(lambda what: None))
     fmn.fuse(run.probabilities(val), val[1], correct=run.history).save(folder / "plan.json")
     done("plan")
@@ -224,7 +222,7 @@ def check_distilled(folder, done):
         run = fmn.Run.open(folder, make_model())
         assert len(run.history) >= max((what + 1 for what in done if isinstance(what, int)), default=EPOCHS)
     if "distilled" in done:
-        assert len(list((folder / "targets").iterdir())) == 3 * 2 + 1
+        assert len(list((folder / "targets").glob("[!.]*"))) == 3 * 2 + 1
 
 
 @job(check_distilled)
@@ -288,6 +286,7 @@ def ensemble(folder, done):
 
 
 def check_averaged(folder, done):
+    folder = folder.parent
     if done or folder.exists():
         config = json.loads((folder / "config.json").read_text())
         assert config == {"architecture": "two layers"}
@@ -302,8 +301,8 @@ def averaged(folder, done):
     if not source.exists():
         fmn.average_checkpoints(paths[:1], {0: 1.0}, source, progress=False)
         (source / "config.json").write_text(json.dumps({"architecture": "two layers"}))
+    folder = folder.parent
     if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
         fmn.average_checkpoints([source, source], {0: 0.5, 1: 0.5}, folder, progress=False)
     done("averaged")
 

@@ -74,9 +74,9 @@ class Program:
         try:
             check(boot / job / "run", done)
             work(boot / job / "run", lambda what: None)
-            found, expected = _of(job, final_files(boot)), _of(job, self.files)
+            found, expected = _compared(final_files(boot)), _compared(_of(job, self.files))
             differ = sorted(n for n in found.keys() | expected.keys() if not identical(found.get(n), expected.get(n)))
-            return f"other bits than unbroken: {differ}" if differ else None
+            return f"other bits: {[(n, n in found, n in expected) for n in differ]}, {sorted(found)}" if differ else None
         except Exception:
             return traceback.format_exc()
 
@@ -93,8 +93,13 @@ class Program:
 
 
 def _of(job, files):
-    """Files of a job, without reports, which name their folder."""
-    return {p: c for p, c in files.items() if p.split("/")[0] in (job, f"{job}.fmnh") and not p.endswith(".html")}
+    """Files of a job."""
+    return {path: content for path, content in files.items() if path.split("/")[0] in (job, f"{job}.fmnh")}
+
+
+def _compared(files):
+    """Leave out reports, which name their folder, and temporary files, which the next write deletes."""
+    return {path: content for path, content in files.items() if not path.endswith(".html") and "/." not in path}
 
 
 @contextlib.contextmanager
