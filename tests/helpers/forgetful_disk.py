@@ -14,13 +14,14 @@ Those are the promises of POSIX, as the ALICE paper reads them (Pillai et al., O
 more. What the model lacks: errors that the disk reports late, and sectors that are lost although they were synced.
 """
 
+import os
 import re
 import subprocess
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 SECTOR = 512
-MODES = ("nothing", "names", "data", "everything", "any")  # what of the unsynced survives
+MODES = ("nothing", "names", "data", "everything", "any", "any")  # what of the unsynced survives
 _READS = "lseek fcntl dup dup2 dup3 mmap".split()
 _WRITES = """open openat creat write pwrite64 writev pwritev pwritev2 truncate ftruncate fallocate copy_file_range sendfile
 splice rename renameat renameat2 unlink unlinkat rmdir mkdir mkdirat link linkat symlink symlinkat fsync fdatasync
@@ -47,7 +48,8 @@ class Call(NamedTuple):
     def path(self, i, at=None):
         """Argument i as an absolute path, relative to the open folder in argument `at`."""
         path = self.text(i).decode()
-        return path if path.startswith("/") or at is None else f"{self.file(at)[1]}/{path}"
+        assert path.startswith("/") or at is not None, f"the model lacks the working directory of {self}"
+        return os.path.normpath(path if at is None else os.path.join(self.file(at)[1], path))
 
     def file(self, i):
         """Number and path of the open file in argument i."""

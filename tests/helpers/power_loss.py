@@ -1,6 +1,6 @@
 """Cut the power of real programs at every moment that matters, and see what the next boot finds.
 
-    python tests/helpers/power_loss.py --draws 8 -o benchmarks/results/power_losses.json
+    python tests/helpers/power_loss.py --share 1 -o benchmarks/results/power_losses.json
 
 `crash_jobs` runs once under strace. Its calls are replayed on a `forgetful_disk.Disk`, which loses power before every
 fsync and after every change. For each moment several states are drawn: nothing of the unsynced survives, its names do,
@@ -80,16 +80,16 @@ class Program:
         except Exception:
             return traceback.format_exc()
 
-    def losses(self, draw, every, draws):
-        """Cut the power before each sync and, with the probability `every`, before other calls; yield what happened.
+    def losses(self, draw, share):
+        """Cut the power in a random share of the moments and modes, a third of it where no sync follows.
 
-        At each moment, all modes of `MODES` and `draws` random states. Yields (job, mode, fault or None, state).
+        Yields (job, what it had done, mode, fault or None).
         """
         with _quick():
             for disk, job, done, sync in self.moments():
-                if sync or draw.random() < every:
-                    for mode in [*MODES[:-1], *[MODES[-1]] * draws]:
-                        yield job, mode, self.check(disk, job, done, mode, draw), done
+                for mode in MODES:
+                    if draw.random() < (share if sync else share / 3):
+                        yield job, done, mode, self.check(disk, job, done, mode, draw)
 
 
 def _of(job, files):
@@ -111,29 +111,28 @@ def _quick():
         yield
 
 
-def summary(folder, seed, every, draws):
+def summary(program, seed, share):
     """Number of power losses for each job, and the faults."""
     print("seed", seed, flush=True)
     counts, faults = Counter(), []
-    for job, mode, fault, done in Program(folder).losses(random.Random(seed), every, draws):
+    for job, done, mode, fault in program.losses(random.Random(seed), share):
         counts[job] += 1
         if fault:
             faults.append(f"{job}, {mode}, after {done[-3:]}: {fault}")
-    return {"losses": dict(counts), "n": counts.total(), "faults": faults}
+    return {"seed": seed, "share": share, "losses": counts.total(), "of": dict(counts), "faults": faults}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every", type=float, default=1.0, help="share of the other moments (default: 1.0)")
-    parser.add_argument("--draws", type=int, default=4, help="random states at each moment (default: 4)")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the moments and states (default: 1)")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="seed of the draws (default: new)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
-        result = summary(Path(folder), args.seed, args.every, args.draws)
-    content = {"format": "fmn_ref.power_losses", "version": 1, "seed": args.seed, "made_with": versions(), **result}
+        result = summary(Program(Path(folder)), args.seed, args.share)
+    content = {"format": "fmn_ref.power_losses", "version": 1, "made_with": versions(), **result}
     args.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
