@@ -120,7 +120,8 @@ class RunFolder:
             plain = json.loads(json.dumps(config))
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"config: expected a dict that JSON can hold ({error})") from None
-        _files.make_folder(self.path)
+        if not self.run_json.exists():
+            _files.make_folder(self.path)
         lock = RunLock.of(self.path)
         try:
             if overwrite:

@@ -133,7 +133,9 @@ class Folder:
     def survivors(self, mode, draw):
         """Number of the change, for each name, that survives."""
         if mode != "any":
-            return {name: 0 if mode in ("nothing", "data") else len(changes) - 1 for name, changes in self.names.items()}
+            return {
+                name: 0 if mode in ("nothing", "data") else len(changes) - 1 for name, changes in self.names.items()
+            }
         return {name: draw.randrange(len(changes)) for name, changes in self.names.items()}
 
 
@@ -177,7 +179,9 @@ class Disk:
         elif name in ("dup", "dup2", "dup3") or (name == "fcntl" and arguments[1].startswith("F_DUPFD")):
             self._open[call.result] = self._open.get(call.file(0)[0])
         elif name == "mmap" and len(arguments) > 4 and _FILE.match(arguments[4]) and self.inside(call.file(4)[1]):
-            assert "MAP_SHARED" not in arguments[3] or "PROT_WRITE" not in arguments[2], "the model lacks stores to maps"
+            assert "MAP_SHARED" not in arguments[3] or "PROT_WRITE" not in arguments[2], (
+                "the model lacks stores to maps"
+            )
         elif name != "mmap" and _FILE.match(arguments[0]) and self.inside(call.file(0)[1]):
             self._run_on_file(call, self._open[call.file(0)[0]])
         else:

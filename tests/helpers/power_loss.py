@@ -76,7 +76,9 @@ class Program:
             work(boot / job / "run", lambda what: None)
             found, expected = _compared(final_files(boot)), _compared(_of(job, self.files))
             differ = sorted(n for n in found.keys() | expected.keys() if not identical(found.get(n), expected.get(n)))
-            return f"other bits: {[(n, n in found, n in expected) for n in differ]}, {sorted(found)}" if differ else None
+            return (
+                f"other bits: {[(n, n in found, n in expected) for n in differ]}, {sorted(found)}" if differ else None
+            )
         except Exception:
             return traceback.format_exc()
 

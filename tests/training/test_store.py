@@ -177,7 +177,7 @@ def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
 def test_a_state_that_cannot_be_moved_is_tried_again(unbroken, tmp_path, monkeypatch):
     """The folder's sync fails once, at every place in turn, with a disk that is full: `train` waits for room."""
     monkeypatch.setattr(store, "PAUSE", 0.001)
-    real, begun = os.fsync, len(tmp_path.parents) + 3  # calls before the thread's first one
+    real, begun = os.fsync, len(tmp_path.parents) + 4  # calls before the thread's first one
     for at in range(begun, begun + 40, 4):
         calls = []
 
