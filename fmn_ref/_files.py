@@ -103,7 +103,8 @@ def _replacement(path: AnyPath, ending: str) -> Iterator[IO[bytes]]:
                 raise
         sync(target.parent)
     except OSError as error:
-        if error.filename is None or str(error.filename).startswith(str(target.with_name(f".{target.name}."))):
+        known = None if error.filename is None else Path(str(error.filename))
+        if known in (None, target.parent) or known.name.startswith(f".{target.name}."):
             error.filename = str(target)  # the error of a full disk has no file name
         raise
 
@@ -170,6 +171,7 @@ def sync(path: Path) -> None:
             os.close(descriptor)
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
+            error.filename = str(path)
             raise
 
 
@@ -247,11 +249,11 @@ def naming(path: AnyPath, what: str) -> Iterator[None]:
         yield
     except Warning:
         raise
-    except MemoryError as error:
-        needed = cause(error) if str(error) else f"reading {os.path.getsize(absolute(path))} bytes needs more memory"
-        raise MemoryError(f"{path}: {needed}") from error
     except Exception as error:
-        text = cause(error)
+        text, unmapped = cause(error), getattr(error, "errno", None) == errno.ENOMEM
+        if unmapped or isinstance(error, MemoryError):
+            needed = f"reading {os.path.getsize(absolute(path))} bytes needs more memory"
+            raise MemoryError(f"{path}: {needed if unmapped or not str(error) else text}") from error
         raise ValueError(text if text.startswith(str(path)) else f"{path}: not {what}: {text}") from error
 
 

@@ -111,6 +111,7 @@ class Recorder:
         self._lock: RunLock | None = self.folder.claim(config, suffix=suffix, overwrite=overwrite)
         self.folder.checkpoints.mkdir(exist_ok=True)
         if self.folder.history.exists():
+            _files.sync(self.run_dir)  # a process that rewound the history may have been killed before it did
             self._history = CorrectnessHistory.open(self.folder.history)
             self.rewind(self.next_epoch)  # deletes a history without epochs, which a crash may leave
             self._prune()  # of a crash too: knowing the next epoch, a budget would decide otherwise

@@ -1,4 +1,4 @@
-"""A power loss: what was done is there, and the program goes on to the same bits. Also whether the disk model forgets."""
+"""After a power loss, what was done is there, and the program goes on to the same bits. Also: the disk forgets."""
 
 import os
 import random

@@ -1,11 +1,11 @@
 """A disk that forgets what was not synced: the file operations of a real process, replayed up to a power loss.
 
-`record` runs a program under strace, which sees every system call: Python's, torch's and HDF5's alike. A `Disk` executes
-the calls below one folder in memory. It knows for each file and each folder what an fsync has made durable, and what
-only the page cache holds. `Disk.lose_power` draws one of the states that the next boot may find:
+`record` runs a program under strace, which sees every system call: Python's, torch's and HDF5's alike. A `Disk`
+executes the calls below one folder in memory. It knows for each file and each folder what an fsync has made durable,
+and what only the page cache holds. `Disk.lose_power` draws one of the states that the next boot may find:
 
-- Data of a file, by sectors of 512 bytes: each sector is that of the last fsync or of any write since, and zero where it
-  was never written. The length is that of the last fsync or any since. A sector itself is never torn.
+- Data of a file, by sectors of 512 bytes: each sector is that of the last fsync or of any write since, and zero where
+  it was never written. The length is that of the last fsync or any since. A sector itself is never torn.
 - Names in a folder: each name is what it was at the last fsync of the folder, or after any of its changes since,
   whatever became of the other names. An fsync of a file does not store its name, nor one of a folder the folder's.
 - A rename is one change in this respect: the old name is gone only if the new one is there. Both may be there.
@@ -22,10 +22,12 @@ from typing import NamedTuple
 
 SECTOR = 512
 MODES = ("nothing", "names", "data", "everything", "any", "any")  # what of the unsynced survives
-_READS = "lseek fcntl dup dup2 dup3 mmap".split()
-_WRITES = """open openat creat write pwrite64 writev pwritev pwritev2 truncate ftruncate fallocate copy_file_range sendfile
-splice rename renameat renameat2 unlink unlinkat rmdir mkdir mkdirat link linkat symlink symlinkat fsync fdatasync
-sync_file_range""".split()
+_READS = ("lseek", "fcntl", "dup", "dup2", "dup3", "mmap")
+_WRITES = (
+    *("open", "openat", "creat", "write", "pwrite64", "writev", "pwritev", "pwritev2", "truncate", "ftruncate"),
+    *("fallocate", "copy_file_range", "sendfile", "splice", "rename", "renameat", "renameat2", "unlink", "unlinkat"),
+    *("rmdir", "mkdir", "mkdirat", "link", "linkat", "symlink", "symlinkat", "fsync", "fdatasync", "sync_file_range"),
+)
 _LINE = re.compile(r"(\d+) +(\w+)\((.*)\) += (-?\d+|0x[0-9a-f]+)(?:<.*>)?(?: .*)?")
 _UNFINISHED = re.compile(r"(\d+) +(.*) <unfinished \.\.\.>")
 _RESUMED = re.compile(r"(\d+) +<\.\.\. \w+ resumed>(.*)")

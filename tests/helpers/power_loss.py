@@ -49,7 +49,7 @@ class Program:
         self.files = final_files(self.root)
 
     def moments(self):
-        """Yield (disk, job, what it has done, whether a sync follows) before each call that changes or syncs something."""
+        """Yield (disk, job, what it has done, whether a sync follows) before each call that changes or syncs a file."""
         disk, done, job = Disk(self.root), {name: [] for name in crash_jobs.JOBS}, None
         for call in self.calls:
             if call.name == "write" and call.file(0)[1] == str(self.log):
