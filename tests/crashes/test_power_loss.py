@@ -3,12 +3,9 @@
 import os
 import random
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-from folders import contents
-from forgetful_disk import Disk, record
+from forgetful_disk import states_after
 from power_loss import Program, summary
 
 pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace, which sees every write")
@@ -49,30 +46,10 @@ os.ftruncate(page, 1800)
 """
 
 
-HDF5 = """
-import h5py, pathlib, sys
-from fmn_ref import _files
-with _files.replacing(pathlib.Path(sys.argv[1]) / "a.h5") as temporary, h5py.File(temporary, "w") as file:
-    file["w"] = list(range(10_000))
-"""
-
-
 @pytest.fixture(scope="module")
 def states(tmp_path_factory):
     """States after a power loss at the end of PROTOCOLS."""
     return states_after(PROTOCOLS, tmp_path_factory.mktemp("disk"), 300)
-
-
-def states_after(code, folder, n):
-    """Run code on an empty folder, and lose power at its end, n times."""
-    (folder / "root").mkdir()
-    disk = Disk(folder / "root")
-    for call in record([sys.executable, "-c", code, str(folder / "root")], folder / "log"):
-        disk.run(call)
-    everything = {Path(p): c for p, c in disk.lose_power(random.Random(0), "everything").items() if c is not None}
-    assert everything == contents(folder / "root")
-    draw = random.Random(1)
-    return [disk.lose_power(draw) for _ in range(n)]
 
 
 @pytest.mark.parametrize(
@@ -110,12 +87,6 @@ def test_the_disk_tears_between_sectors_only(states):
         parts = [slice(i, min(i + 512, len(page))) for i in range(0, len(page), 512)]
         assert all(page[part] in [version[part] for version in versions] for part in parts)
     assert len(pages) > 8
-
-
-def test_what_hdf5_writes_is_seen_and_synced(tmp_path):
-    pytest.importorskip("h5py")
-    states = states_after(HDF5, tmp_path, 20)
-    assert {state["a.h5"] for state in states} == {(tmp_path / "root" / "a.h5").read_bytes()}
 
 
 def test_after_each_power_loss_what_was_done_is_there_and_the_end_has_the_same_bits(tmp_path):

@@ -15,8 +15,10 @@ more. What the model lacks: errors that the disk reports late, and sectors that 
 """
 
 import os
+import random
 import re
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -259,6 +261,18 @@ class Disk:
                 yield from self._surviving(node, f"{prefix}{name}/", kept, mode, draw)
             elif node is not None:
                 yield prefix + name, node.survivor(mode, draw)
+
+
+def states_after(code, folder, n):
+    """Run Python code on the empty folder "root" in `folder`, and lose power at its end, n times."""
+    root, draw = folder / "root", random.Random(1)
+    root.mkdir()
+    disk = Disk(root)
+    for call in record([sys.executable, "-c", code, str(root)], folder / "log"):
+        disk.run(call)
+    left = {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+    assert disk.lose_power(draw, "everything") == left
+    return [disk.lose_power(draw) for _ in range(n)]
 
 
 def write(state, folder):
