@@ -101,9 +101,10 @@ def _replacement(path: AnyPath, ending: str) -> Iterator[IO[bytes]]:
                 with contextlib.suppress(OSError):
                     os.unlink(file.name)
                 raise
-        sync_folder(target.parent)
+        sync(target.parent)
     except OSError as error:
-        if error.filename is None or str(error.filename).startswith(str(target.with_name(f".{target.name}."))):
+        known = None if error.filename is None else Path(str(error.filename))
+        if known in (None, target.parent) or known.name.startswith(f".{target.name}."):
             error.filename = str(target)  # the error of a full disk has no file name
         raise
 
@@ -144,18 +145,33 @@ def _remove_leftover(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename or a new file in `folder` survive a power loss, if the system can sync folders: Windows cannot."""
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, if it is missing; it survives a power loss."""
+    path.mkdir(parents=True, exist_ok=True)
+    for above in path.parents:  # also of a folder that a killed process made and did not sync
+        sync(above)
+
+
+def sync_tree(path: Path) -> None:
+    """Make a file, or a folder with all that is in it, survive a power loss, whoever wrote it."""
+    for found in (path, *path.rglob("*"), path.parent):
+        if found.is_file() or found.is_dir():
+            sync(found)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power loss. Windows cannot sync folders."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
+            error.filename = str(path)
             raise
 
 
@@ -184,10 +200,14 @@ def is_open_at(descriptor: int, path: Path) -> bool:
         return False
 
 
+def write_bytes(path: AnyPath, content: bytes) -> None:
+    """Write a file of this content."""
+    write_atomic(path, lambda file: file.write(content))
+
+
 def write_json(path: AnyPath, content: Any) -> None:
     """Write an indented JSON file."""
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def flush_output() -> None:
@@ -229,11 +249,11 @@ def naming(path: AnyPath, what: str) -> Iterator[None]:
         yield
     except Warning:
         raise
-    except MemoryError as error:
-        needed = cause(error) if str(error) else f"reading {os.path.getsize(absolute(path))} bytes needs more memory"
-        raise MemoryError(f"{path}: {needed}") from error
     except Exception as error:
-        text = cause(error)
+        text, unmapped = cause(error), getattr(error, "errno", None) == errno.ENOMEM
+        if unmapped or isinstance(error, MemoryError):
+            needed = f"reading {os.path.getsize(absolute(path))} bytes needs more memory"
+            raise MemoryError(f"{path}: {needed if unmapped or not str(error) else text}") from error
         raise ValueError(text if text.startswith(str(path)) else f"{path}: not {what}: {text}") from error
 
 

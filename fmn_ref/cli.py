@@ -128,7 +128,7 @@ def write_per_sample(args: argparse.Namespace, correct: Any, epochs: list[int]) 
     for k in ("first_learned", "last_correct"):  # from rows of the matrix to epochs; empty for never
         columns[k] = ["" if np.isnan(row) else epochs[int(row)] for row in table[k]]
     text = csv_table(list(columns), zip(*columns.values(), strict=True))
-    _files.write_atomic(args.per_sample, lambda f: f.write(text.encode("utf-8", BYTES)))
+    _files.write_bytes(args.per_sample, text.encode("utf-8", BYTES))
 
 
 def command_fuse(args: argparse.Namespace) -> None:

@@ -117,7 +117,7 @@ def run_demo(out: Path, n_seeds: int = 5, epochs: int = 40) -> dict[str, Any]:
     noise = {f"{rate:.0%}": _over_seeds(cells[rate]) for rate in RATES}
     results = {"format": "fmn_ref.demo", "version": 1, "n_seeds": n_seeds, "epochs": epochs, "noise": noise}
     _files.write_json(out / "results.json", results)
-    _files.write_atomic(out / "report.md", lambda f: f.write(report_text(results).encode()))
+    _files.write_bytes(out / "report.md", report_text(results).encode())
     images, labels = load_digits(0, RATES[-1])[1]
     write_report(out / SHOWN, out / "report.html", labels=labels, images=images)
     return results

@@ -219,7 +219,7 @@ def write_fused(
 ) -> None:
     """Write a fused model as `save_fused` does; `save` gets the paths of a checkpoint and of its member's folder."""
     target = _files.absolute(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    _files.make_folder(target)
     replaced = _fused_members(target, paths)
     with _beside(target / "members") as new:
         for row, path in paths.items():
@@ -227,10 +227,12 @@ def write_fused(
         if processing_class is not None:
             processing_class.save_pretrained(target)
         (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
+        _files.sync(target)
         for member in replaced:
             remove_checkpoint(member)
         for member in new.iterdir():
             member.rename(target / member.name)
+        _files.sync_tree(target)
     plan.save(target / "plan.json")
 
 

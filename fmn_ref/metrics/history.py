@@ -13,7 +13,7 @@ Every byte is checked: by its CRC-32, or to be the one that must be there.
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import operator
 import os
@@ -99,11 +99,11 @@ class CorrectnessHistory:
         header = _HEADER.pack(_MAGIC, 1, 0, self.n_samples, self.digest)
         header = (header + struct.pack("<I", zlib.crc32(header))).ljust(_PAD, b"\0")
         try:
-            _files.write_atomic(path, lambda file: file.write(header))
+            _files.write_bytes(path, header)
         except BaseException:
             path.unlink(missing_ok=True)  # its folder could not be synced: the next try must find no file
             raise
-        self._size = _PAD
+        self._state = _state(path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> CorrectnessHistory:
@@ -130,13 +130,13 @@ class CorrectnessHistory:
             n_samples, digest = _read_header(file.read(_PAD), path)
             self = cls(n_samples)
             self.path, self.digest = _files.absolute(path), digest
-            self._size = os.fstat(file.fileno()).st_size
+            self._state = _state(file.fileno())
             self._scan(verify)
             return self
 
     def _scan(self, verify: bool) -> None:
         """Read the epoch numbers of the intact records."""
-        n, rest = divmod(self._size - _PAD, self._record_size)
+        n, rest = divmod(self._state[0] - _PAD, self._record_size)
         epochs: list[int] = []
         fault = ""
         records = self._map(n)
@@ -164,7 +164,12 @@ class CorrectnessHistory:
         if n == 0:
             return np.zeros((0, self._record_size), np.uint8)
         assert self.path is not None
-        return np.memmap(self.path, np.uint8, "r", offset=_PAD, shape=(n, self._record_size))
+        with _files.opened(self.path) as file:
+            if _state(file.fileno())[1:] != self._state[1:]:
+                raise ValueError(
+                    f"{self.path}: another process discarded epochs since it was opened here; open it again"
+                )
+            return np.memmap(file, np.uint8, "r", offset=_PAD, shape=(n, self._record_size))
 
     @property
     def packed(self) -> NDArray[np.uint8]:
@@ -225,15 +230,17 @@ class CorrectnessHistory:
             file.truncate(end)  # removes a torn record
             file.seek(end)
             try:
-                if file.write(record.data) != record.size:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                todo = record.data
+                while todo:  # a signal, a limit or a nearly full disk may cut a write short
+                    todo = todo[file.write(todo) :]
                 os.fsync(file.fileno())
             except OSError as error:
                 error.filename = str(self.path)
-                file.truncate(end)
+                with contextlib.suppress(OSError):  # the first error tells more; the next append truncates as well
+                    file.truncate(end)
                 raise
             finally:
-                self._size = os.fstat(file.fileno()).st_size
+                self._state = _state(file.fileno())
 
     def truncate(self, n_epochs: int) -> None:
         """Keep the first `n_epochs` rows and drop the others, also in the file."""
@@ -243,17 +250,17 @@ class CorrectnessHistory:
             with _files.reading(self.path, "a readable history") as file:
                 kept = file.read(self._end(n))
             try:  # a new file, so that views of the old one stay valid
-                _files.write_atomic(self.path, lambda file: file.write(kept))
+                _files.write_bytes(self.path, kept)
             finally:  # it is there even if its folder could not be synced
-                self._size = self.path.stat().st_size
-                if self._size == len(kept):
+                self._state = _state(self.path)
+                if self._state[0] == len(kept):
                     self.epochs = self.epochs[:n]
         self._rows = self._rows.copy()  # views of the old rows keep their values
         self.epochs = self.epochs[:n]
 
     def check_unchanged(self) -> None:
         """Raise ValueError if another writer changed the file since it was opened here."""
-        if self.path is not None and self.path.stat().st_size != self._size:
+        if self.path is not None and _state(self.path) != self._state:
             raise ValueError(f"{self.path}: changed since it was opened here; a history has one writer")
 
     def correct(self) -> NDArray[np.bool_]:
@@ -313,6 +320,12 @@ class CorrectnessHistory:
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else str(self.path)
         return f"CorrectnessHistory(n_epochs={len(self)}, n_samples={self.n_samples}, {where})"
+
+
+def _state(file: Path | int) -> tuple[int, int, int]:
+    """Size and identity of a file: rewinding makes a new one."""
+    found = os.stat(file)
+    return found.st_size, found.st_dev, found.st_ino
 
 
 def _checksum(epoch: int, record: NDArray[np.uint8]) -> int:

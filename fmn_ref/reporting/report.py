@@ -125,7 +125,7 @@ def write_report(
         comparison="" if table is None else _comparison_section(*table),
         settings=_settings(run),
     )
-    _files.write_atomic(target, lambda file: file.write(page.encode()))
+    _files.write_bytes(target, page.encode())
     return target
 
 

@@ -176,8 +176,19 @@ def save(content: Any, path: AnyPath) -> None:
     import torch
 
     buffer = io.BytesIO()
-    torch.save(_compact(content), buffer)
+    try:
+        torch.save(_compact(content), buffer)
+    except (MemoryError, RuntimeError) as error:  # torch hides the former behind an error of its writer
+        if not isinstance(error.__context__ or error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise MemoryError(f"{path}: storing {_nbytes(content)} bytes of tensors needs as much memory more") from error
     _files.write_atomic(path, partial(archive.seal, buffer.getbuffer()))
+
+
+def _nbytes(content: Any) -> int:
+    sizes: list[int] = []
+    each_tensor(content, lambda t: sizes.append(t.nbytes) or t)  # type: ignore[func-returns-value]
+    return sum(sizes)
 
 
 def _compact(content: Any) -> Any:

@@ -127,10 +127,10 @@ def _search(source: AnyPath, endings: tuple[str, ...]) -> tuple[list[_Checkpoint
             left_out[name] = word
         elif inside is not None:
             found.append(_Checkpoint(name, inside))
-    alone = len(found) == 1 and found[0].path == _inside(top) and not re.search(r"\d", found[0].name, re.ASCII)
-    return (
-        _listed([top], endings) if alone and _labelled(top.name) else found
-    ), left_out  # a checkpoint's folder is numbered
+    alone = len(found) == 1 and found[0].path == _inside(top, endings) and not re.search(r"\d", found[0].name, re.ASCII)
+    if alone and _labelled(top.name):  # the folder of one checkpoint has its number
+        return _listed([top], endings), left_out
+    return found, left_out
 
 
 def _shared_folder(paths: list[Path]) -> Path:

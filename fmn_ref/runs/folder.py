@@ -122,7 +122,8 @@ class RunFolder:
             raise TypeError(f"config: expected a dict that JSON can hold ({error})") from None
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{self.given}: a file; expected a folder, or the name of a new one, for the run")
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.run_json.exists():
+            _files.make_folder(self.path)
         lock = RunLock.of(self.path)
         try:
             if overwrite:
@@ -185,9 +186,11 @@ class RunFolder:
         return self.predictions / f"epoch_{epoch:05d}.npy"
 
     def discard(self, epoch: int, suffix: str) -> None:
-        """Delete one epoch's checkpoint, and predictions that it made."""
-        self.prediction(epoch).unlink(missing_ok=True)
-        remove_checkpoint(self.checkpoint(epoch, suffix))
+        """Delete one epoch's checkpoint, and predictions that it made, so that they do not come back."""
+        for path in (self.prediction(epoch), self.checkpoint(epoch, suffix)):
+            if path.exists():
+                remove_checkpoint(path)
+                _files.sync(path.parent)
 
     def write_checkpoint(self, epoch: int, suffix: str, write: Callable[[Path], object]) -> None:
         """Have `write(path)` store one epoch's checkpoint, in place of what a crash left under its name."""
@@ -197,6 +200,7 @@ class RunFolder:
         if not path.exists():
             hint = "`save` must not return before the file is written"
             raise FileNotFoundError(f"{path}: `save` returned, but there is no such file; {hint}")
+        _files.sync_tree(path)  # of somebody who did not
 
     def remove_unrecorded(self, epochs: tuple[int, ...], suffix: str) -> None:
         """Delete checkpoints of epochs that are not among `epochs`: a crash left them."""
@@ -209,13 +213,13 @@ class RunFolder:
         """Delete the run's files: first what others begin with, so that a kill leaves no half of a run."""
         if self.run_json.exists() and not self.history.exists():
             self.read()  # raises for another tool's run.json
-        for path in (self.resume, self.previous_resume):
-            path.unlink(missing_ok=True)
+        self.delete(self.resume, self.previous_resume)
         self.clear()
-        self.run_json.unlink(missing_ok=True)
         for path in self.checkpoints.glob("epoch_*") if self.checkpoints.is_dir() else ():
             if re.fullmatch(r"epoch_\d{5,}(\.\w+)+", path.name, re.ASCII):
                 remove_checkpoint(path)
+                _files.sync(self.checkpoints)
+        self.delete(self.run_json)
 
     def _checkpoint_files(self, suffix: str) -> list[Path]:
         named = re.compile(r"epoch_\d{5,}" + re.escape(suffix))
@@ -223,8 +227,13 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete the history, and the plan and the comparison that were made from it."""
-        for path in (self.plan, self.comparisons[0], self.history):
+        self.delete(self.plan, self.comparisons[0], self.history)
+
+    def delete(self, *paths: Path) -> None:
+        """Delete files of the folder before anything that follows: what was deleted does not come back."""
+        for path in paths:
             path.unlink(missing_ok=True)
+        _files.sync(self.path)
 
 
 def checked_suffix(suffix: Any) -> str:

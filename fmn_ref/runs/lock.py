@@ -81,10 +81,7 @@ def _lock_file(path: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                import logging  # slow to import
-
-                text = "%s: %s; nothing keeps a second process from writing here"
-                logging.getLogger(__name__).warning(text, path, error.strerror)
+                _warn(path, error)
                 return descriptor
             owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
@@ -96,6 +93,14 @@ def _lock_file(path: Path) -> int:
                 os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode())
             return descriptor
         os.close(descriptor)  # its holder deleted the file while we opened it: try again
+
+
+def _warn(path: Path, error: OSError) -> None:
+    """Tell of a file system without locks."""
+    import logging  # slow to import
+
+    text = "%s: %s; nothing keeps a second process from writing here"
+    logging.getLogger(__name__).warning(text, path, error.strerror)
 
 
 def _opened(path: Path) -> int:
@@ -145,8 +150,10 @@ def _waited_for(path: Path) -> int:
             if error.errno in _NO_PERMISSION:
                 break
             raise
-        with contextlib.suppress(OSError):  # a file system without locks
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            _warn(path, error)
         if is_open_at(descriptor, path):
             return descriptor
         os.close(descriptor)  # its holder deleted the file

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import _check
+from .. import _check, _files
 from .._check import Bool, Int
 from ..metrics.curves import correctness, forget_fraction
 from ..metrics.history import CorrectnessHistory, labels_digest
@@ -111,8 +111,10 @@ class Recorder:
         self._lock: RunLock | None = self.folder.claim(config, suffix=suffix, overwrite=overwrite)
         self.folder.checkpoints.mkdir(exist_ok=True)
         if self.folder.history.exists():
+            _files.sync(self.run_dir)  # a process that rewound the history may have been killed before it did
             self._history = CorrectnessHistory.open(self.folder.history)
             self.rewind(self.next_epoch)  # deletes a history without epochs, which a crash may leave
+            self._prune()  # of a crash too: knowing the next epoch, a budget would decide otherwise
 
     def record(self, epoch: int, scores_or_predictions: Any, labels: Any, *, index: Any = None) -> None:
         """Store one epoch: its checkpoint first, then its row of the history.
@@ -184,11 +186,13 @@ class Recorder:
             if self._keep.limited:
                 self.folder.remove_unrecorded(self._epochs, self._suffix)
             self.folder.write_checkpoint(epoch, self._suffix, write)
+        else:
+            self.folder.discard(epoch, self._suffix)
         if self._history is None:
             self._history = CorrectnessHistory(len(correct), self.folder.history, labels=labels)
         self._history.append(correct, epoch)
-        if stores and self._keep.limited:
-            self._prune(self._history)
+        if stores:
+            self._prune()
 
     def _writer(self, weights: dict[str, Any] | None) -> Callable[[Path], object]:
         """Return what writes the checkpoint; TypeError or ValueError if it could not be read or loaded back."""
@@ -206,13 +210,16 @@ class Recorder:
         half = self._half if self._half is not True or self.model is None else checkpoints.parameter_names(self.model)
         return partial(checkpoints.save_weights, state, half=half)
 
-    def _prune(self, history: CorrectnessHistory) -> None:
+    def _prune(self) -> None:
         """Delete the checkpoints that `keep` does not keep. The epoch is recorded: an error is only logged."""
-        paths = [self.folder.checkpoint(e, self._suffix) for e in history.epochs]
+        paths = [self.folder.checkpoint(e, self._suffix) for e in self._epochs]
         rows = [row for row, path in enumerate(paths) if path.exists()]
+        if self._history is None or not self._keep.limited or not rows:
+            return
         try:
-            for row in self._keep.dropped(rows, history.select(rows).correct()):
+            for row in self._keep.dropped(rows, self._history.select(rows).correct()):
                 remove_checkpoint(paths[row])
+                _files.sync(self.folder.checkpoints)
         except OSError as error:
             logger.error("%s; deleted after the next epoch instead", error)
 
@@ -259,8 +266,8 @@ class Recorder:
         with self._taken_lock().turn:
             dropped = [e for e in self._epochs if e >= epoch]
             if dropped:
-                for path in self._stale_states(len(self._epochs) - len(dropped)):
-                    path.unlink()  # first: after a kill, the states must not be ahead of the history
+                # First: after a crash, the states must not be ahead of the history.
+                self.folder.delete(*self._stale_states(len(self._epochs) - len(dropped)))
                 self._history.truncate(len(self._history) - len(dropped))
             for e in dropped:  # a checkpoint that stayed would be taken for that of the epoch recorded next
                 self.folder.discard(e, self._suffix)

@@ -7,7 +7,7 @@ the checkpoint is.
 from __future__ import annotations
 
 import contextlib
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def _compare(path: Path, target: Path) -> None:
 def _in_words(stamp: Any) -> str:
     if stamp is None:
         return "not there"
-    time = datetime.fromtimestamp(stamp["mtime_ns"] / 1e9, timezone.utc).isoformat(" ", "milliseconds")
+    time = datetime.fromtimestamp(stamp["mtime_ns"] / 1e9, UTC).isoformat(" ", "milliseconds")
     return f"{stamp['size']} bytes of {time}"
 
 

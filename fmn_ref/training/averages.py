@@ -117,9 +117,9 @@ def average_checkpoints(
             tensors.write_shards(temporary, new, tied, most)
         for name in _KEPT_FILES:
             if (sources[-1].path / name).is_file():
-                shutil.copyfile(sources[-1].path / name, temporary / name)
+                _files.write_bytes(temporary / name, _files.read_bytes(sources[-1].path / name))
         temporary.rename(target)
-        _files.sync_folder(target.parent)
+        _files.sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -105,8 +105,9 @@ class FusedModel(nn.Module):
             The folder cannot be written.
         """
         target = _files.absolute(folder)
-        target.mkdir(parents=True, exist_ok=True)
+        _files.make_folder(target)
         (target / "plan.json").unlink(missing_ok=True)  # never a plan beside the members of another
+        _files.sync(target)
         for stale in target.glob("member_*.pt"):
             if re.fullmatch(r"member_\d{5,}\.pt", stale.name):  # not a file of the user's
                 stale.unlink()

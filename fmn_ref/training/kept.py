@@ -85,7 +85,7 @@ class KeptPredictions:
             if _files.read_json(self._about, FORMAT).get("data") != digest:
                 raise ValueError(f"data: not the data whose predictions {self._folder.predictions} keeps")
         else:
-            self._folder.predictions.mkdir(exist_ok=True)
+            _files.make_folder(self._folder.predictions)
             _files.write_atomic(self._labels, lambda file: np.save(file, labels))
             _files.write_json(self._about, {"format": FORMAT, "version": 1, "data": digest})
 

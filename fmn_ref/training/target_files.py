@@ -61,7 +61,7 @@ class TargetFolder(contextlib.ExitStack):
         return self
 
     def _open(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        _files.make_folder(self.path)
         self.enter_context(sole_user(self.path))
         self._read()
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ keras = pytest.importorskip("keras")
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # a subprocess has no conftest
 
 from folders import full_disk  # noqa: E402
+from forgetful_disk import states_after  # noqa: E402
 from fresh_process import record_in_another_process  # noqa: E402
 from inputs import softmax  # noqa: E402
 from keras_models import Dump, fit, make_data, make_model, state_of  # noqa: E402
@@ -473,6 +475,20 @@ def test_other_backends(backend):
         command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=1200
     )
     assert process.returncode == 0, process.stdout + process.stderr
+
+
+SAVES = """
+import pathlib, sys, h5py
+from fmn_ref import _files
+with _files.replacing(pathlib.Path(sys.argv[1]) / "a.weights.h5") as temporary, h5py.File(temporary, "w") as file:
+    file["w"] = list(range(10_000))
+"""
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace, which sees every write")
+def test_what_hdf5_writes_survives_a_power_loss(tmp_path):
+    states = states_after(SAVES, tmp_path, 20)
+    assert {state["a.weights.h5"] for state in states} == {(tmp_path / "root" / "a.weights.h5").read_bytes()}
 
 
 if __name__ == "__main__":
