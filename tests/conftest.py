@@ -16,6 +16,13 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread_again():
+    """A benchmark sets its own number, and trainings on another number have other bits."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(20260101)
