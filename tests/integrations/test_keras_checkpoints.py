@@ -150,9 +150,9 @@ def test_a_changed_file_is_noticed_and_one_that_moved_is_followed(kind):
     assert probabilities(run, make_model(), X)[1].shape == (120, 4)
     second = next(path for path in Path("moved").iterdir() if "2" in path.name.partition("-")[0])
     os.utime(second, (0, 0))
-    with pytest.raises(ValueError, match=re.escape(second.name) + " changed since it was recorded"):
+    with pytest.raises(ValueError, match=re.escape(second.name) + ": changed since it was recorded"):
         probabilities(run, make_model(), X)[1]
-    with pytest.raises(ValueError, match=re.escape(second.name) + " changed since it was recorded"):
+    with pytest.raises(ValueError, match=re.escape(second.name) + ": changed since it was recorded"):
         imported(source="moved")
 
 
