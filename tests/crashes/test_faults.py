@@ -18,6 +18,7 @@ import pytest
 from crash_jobs import EPOCHS, JOBS, LABELS, record
 from folders import contents
 from kill_runs import final_files, identical
+from resumable import File
 from training_runs import fresh, same_weights, trained
 
 import fmn_ref as fmn
@@ -66,20 +67,8 @@ class FailsOnce:
         return opened
 
 
-class Writing:
+class Writing(File):
     """A file that is written in halves, between which the disk may fail."""
-
-    def __init__(self, file, disk):
-        self._file, self._disk = file, disk
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self._file.close()
 
     def write(self, content):
         half = len(content) // 2
