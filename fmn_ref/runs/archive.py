@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Set
 from typing import IO, Any, NamedTuple
 
-from .pickles import scan
+from .pickles import LONGEST_NAME, scan
 
 _LOCAL = struct.Struct("<4s2x2H4x3I2H")  # of the zip format: before each entry, in the directory, and at the end
 _CENTRAL = struct.Struct("<4s4x2H4x3I4H2x2I")
@@ -85,7 +85,8 @@ def check(file: IO[bytes], scanned: bool = True, dropped: Set[bytes] = frozenset
     _require(len(sizes) == len(entries) and b"data.pkl" in sizes, "it has no data.pkl, as torch.save writes")
     pickled = sizes[b"data.pkl"]
     data = _read(file, _check_local(file, pickled, pickled.header)[0], pickled.size)
-    if scanned or b"bytearray" in data or sum(map(data.count, _NESTING)) > _NESTED:
+    long = max(map(len, data.split()), default=0) > LONGEST_NAME  # as a name without spaces might be
+    if scanned or long or b"bytearray" in data or sum(map(data.count, _NESTING)) > _NESTED:
         _check_storages(scan(data, contents=True, dropped=dropped), sizes)
 
 

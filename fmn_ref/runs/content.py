@@ -29,7 +29,7 @@ def content_of(path: _files.AnyPath) -> Content | None:
             return _zip_content(path)
         if head[:1] == b"{":
             return _json_content(head)
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except Exception:  # zipfile raises several kinds for a damaged archive
         return None
     if head.startswith(b"\x93NUMPY"):
         return Content("npy", "an .npy file")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Set
 from typing import Any
 
 DEEPEST = 1000  # as deep as Python's pickle module can write
+LONGEST_NAME = 2000  # of a class: torch's error for one that it does not know takes quadratic time
 EXPANSION = 64  # values for each byte of a pickle, shared ones counted each time: no honest file has as many
 _BYTEARRAY = (b"builtins\nbytearray", b"__builtin__\nbytearray")  # of an integer: that many bytes
 _ENCODE = [b"_codecs\nencode"]
@@ -155,6 +156,8 @@ class _Machine:
         self.push()
 
     def name(self, module: Any, name: Any) -> None:
+        if any(isinstance(part, bytes) and len(part) > LONGEST_NAME for part in (module, name)):
+            raise ValueError(f"a name is too long at offset {self.at - 1}")
         self.push(module + b"\n" + name if isinstance(module, bytes) and isinstance(name, bytes) else None)
 
     def put(self, index: int) -> None:

@@ -38,7 +38,14 @@ def read_reference(path: AnyPath) -> dict[str, Any]:
     target, key, files = content.get("path"), content.get("key"), content.get("files")
     if not (isinstance(target, str) and isinstance(key, str) and isinstance(files, dict)):
         raise ValueError(f"{path}: not a {FORMAT} file: it lacks path, key or files")
+    if not all(map(_is_stamp, files.values())):
+        raise ValueError(f"{path}: not a {FORMAT} file: expected size and mtime_ns of each file as integers")
     return content
+
+
+def _is_stamp(found: Any) -> bool:
+    numbers = [found.get(name) for name in ("size", "mtime_ns")] if isinstance(found, dict) else [None]
+    return all(type(n) is int and abs(n) < 2**63 for n in numbers)
 
 
 def exists(path: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -121,8 +122,9 @@ def _read_folder(folder: Path) -> dict[str, Any]:
 def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
     with _files.reading(index, "an index of shards") as file:
         weight_map = dict(json.loads(file.read())["weight_map"])
-        if any(not isinstance(n, str) or re.search(r"[/\\]|^\.*$", n) for n in weight_map.values()):
+        if any(not isinstance(n, str) or re.search(r"[/\\\0]|^\.*$", n) for n in weight_map.values()):
             raise ValueError("a shard is not in its folder")
+        os.fsencode("".join(weight_map.values()))  # a name that no file can have
     shards = {name: _read_file(folder / name) for name in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:

@@ -27,7 +27,10 @@ static std::string context;  // of the current case, for the message of a failur
         }                                                                                            \
     } while (0)
 
-using Rng = std::mt19937_64;
+#ifndef FMN_TEST_RNG  // tests/fuzz/fuzz_fmn.cpp has another source of random numbers
+#define FMN_TEST_RNG std::mt19937_64
+#endif
+using Rng = FMN_TEST_RNG;
 using Bytes = std::vector<uint8_t>;
 
 static int64_t pick(Rng& rng, int64_t low, int64_t high) { return low + static_cast<int64_t>(rng() % (high - low + 1)); }

@@ -160,6 +160,11 @@ def test_compressed_entries_are_refused(path):
         ("data.pkl", lambda data: b".", "IndexError|not there"),
         ("data.pkl", lambda data: data[:40], "no end|ends within|not an allowed global"),
         ("data.pkl", lambda data: b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s.", "too deep"),
+        (
+            "data.pkl",
+            lambda data: b"\x80\x02co" + b"a" * 20_000 + b"\nx\n.",
+            "name is too long",
+        ),  # 5 s in torch's message
         ("data.pkl", lambda data: b"\x80\x02cbuiltins\nbytearray\nq\0\x8a\x05\0\0\0\0\x10\x85Rq\1.", "memory"),
         ("data/0", lambda data: data[:4], "larger than its entry|does not match expected size"),
     ],

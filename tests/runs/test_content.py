@@ -77,3 +77,12 @@ def test_other_json(tmp_path):
     for text in (json.dumps({"format": ["fmn_ref.plan"]}), "{", "{" * 100_000):
         (tmp_path / "file").write_text(text)
         assert content_of(tmp_path / "file").kind == "json"
+
+
+def test_an_archive_of_a_later_zip_version_is_no_error(tmp_path):
+    """Fuzzing found zipfile's NotImplementedError, with which the command line ended in a traceback."""
+    np.savez(tmp_path / "a.npz", correct=np.eye(2))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[content.index(b"PK\1\2") + 6] = 250
+    (tmp_path / "a.npz").write_bytes(content)
+    assert content_of(tmp_path / "a.npz") is None

@@ -1,0 +1,208 @@
+"""Fuzz the readers of files, one after the other, and write what was found to benchmarks/results/fuzz.json.
+
+    python tests/fuzz/fuzz.py [TARGET ...] [--seconds 60] [--seed 1] [--record]
+
+Each target runs in a process of its own, with atheris where it is installed, else with the mutations of mutations.py.
+The target `c_api` needs clang.
+"""
+
+import argparse
+import base64
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import oracle
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+RECORD = ROOT / "benchmarks" / "results" / "fuzz.json"
+C_API = "c_api"
+_OPTIONS = ["-timeout=20", "-rss_limit_mb=6000", "-len_control=0"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", metavar="TARGET")
+    parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--record", action="store_true", help="add the result to benchmarks/results/fuzz.json")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return fuzz_here(args.targets[0], args.seconds, args.seed, args.child)
+    for name in args.targets or [*_targets(), C_API]:
+        found = fuzz_c(args.seconds, args.seed) if name == C_API else fuzz_apart(name, args.seconds, args.seed)
+        print(json.dumps(found), flush=True)
+        if args.record:
+            add_to_record(found)
+
+
+def _targets():
+    from targets import TARGETS
+
+    return TARGETS
+
+
+def fuzz_apart(name, seconds, seed):
+    """Fuzz a target in another process, which a file may kill."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        result = Path(folder, "result.json")
+        command = [sys.executable, __file__, name, f"--seconds={seconds}", f"--seed={seed}", f"--child={folder}"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if result.exists():
+            return json.loads(result.read_text())
+        state = Path(folder, "state.json")
+        found = json.loads(state.read_text()) if state.exists() else {"target": name}
+        last = max(
+            (p for p in Path(folder, "files").rglob("*") if p.is_file()), key=lambda p: p.stat().st_mtime, default=None
+        )
+        found.setdefault("findings", []).append(
+            {
+                "what": f"exit status {done.returncode}: {done.stderr[-600:]}",
+                "input": "" if last is None else base64.b64encode(last.read_bytes()).decode(),
+            }
+        )
+        return found
+
+
+def fuzz_here(name, seconds, seed, folder):
+    """Fuzz a target in this process."""
+    atheris = None
+    if importlib.util.find_spec("atheris"):
+        import atheris
+
+        with atheris.instrument_imports(include=["fmn_ref"]):
+            target = _targets()[name]
+    else:
+        target = _targets()[name]
+    run = Fuzzing(name, target, folder, seed, "mutations" if atheris is None else f"atheris {_version('atheris')}")
+    run.begin(seconds)
+    if atheris is None:
+        from mutations import mutate
+
+        for data in mutate(run.seeds, seed):
+            run.execute(data)
+    else:
+        corpus = write_corpus(folder, run.seeds)
+        options = [*_OPTIONS, f"-seed={seed}", "-max_len=16384", str(corpus)]
+        atheris.Setup([name, f"-dict={folder / 'words.dict'}", *options], run.execute)
+        atheris.Fuzz()
+
+
+def _version(package):
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def write_corpus(folder, seeds):
+    """Write the first files, and the words of mutations.py as a dictionary of libFuzzer."""
+    from mutations import WORDS
+
+    (folder / "corpus").mkdir()
+    for i, seed in enumerate(seeds):
+        (folder / "corpus" / f"seed_{i}").write_bytes(seed)
+    quoted = ("".join(f"\\x{b:02x}" for b in word) for word in WORDS if len(word) < 64)
+    (folder / "words.dict").write_text("".join(f'"{word}"\n' for word in quoted))
+    return folder / "corpus"
+
+
+class Fuzzing:
+    """Executions of one target, and each kind of finding once."""
+
+    def __init__(self, name, target, folder, seed, engine):
+        from targets import InMemory
+
+        self.name, self.target, self.folder, self.seed, self.engine = name, target, folder, seed, engine
+        self.executions = self.taken = 0
+        self.findings, self.end, self.start = {}, math.inf, time.monotonic()
+        (folder / "files").mkdir()
+        os.chdir(folder / "files")
+        self.path = InMemory() if target.file == "in memory" else target.prepare(folder / "files")
+        self.seeds = target.seeds()
+
+    def begin(self, seconds):
+        """Read the first files: what is imported late is imported then."""
+        for seed in self.seeds:
+            self.execute(seed)
+        warnings.simplefilter("ignore")
+        self.findings.clear()
+        self.executions = self.taken = 0
+        oracle.watch()
+        self.start = time.monotonic()
+        self.end = self.start + seconds
+        for seed in self.seeds:
+            self.execute(seed)
+
+    def execute(self, data):
+        if time.monotonic() > self.end:  # libFuzzer ends the process without Python's own exit
+            self.write("result.json")
+            os._exit(0)
+        self.executions += 1
+        try:
+            self.taken += oracle.check(self.target, self.path, self.target.mended(bytes(data)))
+        except oracle.Finding as finding:
+            cause = finding.__cause__
+            where = traceback.extract_tb(cause.__traceback__)[-1] if cause else None
+            kind = f"{re.sub(r'[0-9]+', '#', str(finding))[:60]} {where and (where.filename, where.lineno)}"
+            if kind not in self.findings and len(self.findings) < 50:
+                text = "".join(traceback.format_exception(finding)) if cause else str(finding)
+                self.findings[kind] = {"what": text[-1500:], "input": base64.b64encode(bytes(data)).decode()[:20000]}
+                self.write("state.json")
+
+    def write(self, name):
+        seconds = round(time.monotonic() - self.start)
+        content = {"target": self.name, "engine": self.engine, "executions": self.executions, "taken": self.taken}
+        content |= {"seconds": seconds, "seed": self.seed, "findings": list(self.findings.values())}
+        (self.folder / name).write_text(json.dumps(content))
+
+
+def fuzz_c(seconds, seed):
+    """Build the C library and its target with AddressSanitizer and UndefinedBehaviorSanitizer, and run libFuzzer."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = [*map(str, sorted((ROOT / "csrc" / "src").glob("*.cpp"))), str(HERE / "fuzz_fmn.cpp")]
+        clang = os.environ.get("CLANGXX", "clang++")
+        options = "-w -std=c++17 -O1 -g -ffp-contract=off -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all"
+        include = [f"-I{ROOT / 'csrc' / part}" for part in ("include", "src")]
+        subprocess.run(
+            [clang, *options.split(), *include, *sources, "-pthread", "-o", f"{folder}/fuzz_fmn"], check=True
+        )
+        Path(folder, "corpus").mkdir()
+        command = [
+            f"{folder}/fuzz_fmn",
+            f"-max_total_time={seconds}",
+            f"-seed={seed}",
+            "-max_len=256",
+            f"{folder}/corpus",
+        ]
+        start = time.monotonic()
+        done = subprocess.run(
+            [*command, "-print_final_stats=1"], cwd=folder, capture_output=True, text=True, check=False
+        )
+        count = re.search(r"number_of_executed_units: (\d+)", done.stderr)
+        findings = [] if done.returncode == 0 else [{"what": done.stderr[-3000:], "input": ""}]
+        return {"target": C_API, "engine": "libFuzzer, ASan, UBSan", "executions": int(count[1]) if count else 0,
+                "seconds": round(time.monotonic() - start), "seed": seed, "findings": findings}  # fmt: skip
+
+
+def add_to_record(found):
+    """Add a run; findings are kept without their input, which becomes a regression test."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"runs": []}
+    found["findings"] = [finding["what"].splitlines()[-1] for finding in found["findings"]]
+    record["runs"].append(found)
+    record["executions"] = sum(run.get("executions", 0) for run in record["runs"])
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What a reader may do with any file: return, or raise one error that names it, soon and in little memory."""
+
+import codecs
+import os
+import resource
+import sys
+import time
+
+ALLOWED = (ValueError, TypeError, OSError, MemoryError)
+SECONDS, MOST_MEMORY = 1.0, 512 << 20  # of the processor, and beyond the file
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_CODE = {"exec", "import", "subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn"}
+_CODE |= {"os.putenv", "socket.connect", "socket.bind", "ctypes.dlopen", "ctypes.call_function"}
+_CHANGES = {
+    f"os.{name}" for name in ("mkdir", "remove", "rename", "rmdir", "link", "symlink", "truncate", "chmod", "chown")
+}
+_may_write = False  # temporary files
+_seen = None  # what the audited call has done; None where nothing is watched
+
+
+class Finding(AssertionError):
+    """A reader did what it must not do."""
+
+
+def _audit(event, arguments):
+    if _seen is None:
+        return
+    changes = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES
+    changes = changes or (event in _CHANGES and not (event == "os.mkdir" and os.path.isdir(arguments[0])))
+    if event in _CODE or (changes and not _may_write and not str(arguments[0]).endswith(".lock")):
+        _seen.append(f"{event} {arguments!r:.200}")
+
+
+def watch():
+    """Begin to watch what the interpreter does; a hook cannot be removed. Codecs come first: they are imported late."""
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
+        codecs.lookup(encoding)
+    if not getattr(sys, "_fmn_audited", False):
+        sys._fmn_audited = True
+        sys.addaudithook(_audit)
+
+
+def check(target, path, data):
+    """Write `data` as the file `path` and read it; a Finding says what the reader did wrong.
+
+    Returns
+    -------
+    bool
+        Whether the reader took the file.
+    """
+    global _seen, _may_write
+    path.write_bytes(data)
+    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    _seen, _may_write, error = [], target.temporary, None
+    try:
+        target.read(path)
+    except Exception as raised:
+        error = raised
+    finally:
+        seen, _seen = _seen, None
+    seconds = time.process_time() - start
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024
+    if seen:
+        raise Finding(f"it did: {seen[0]}")
+    if seconds > SECONDS or grown > MOST_MEMORY + len(data):
+        raise Finding(f"it took {seconds:.1f} s and {grown >> 20} MiB")
+    if error is not None and not isinstance(error, ALLOWED):
+        raise Finding(f"{type(error).__name__}: {error!s:.200}") from error
+    names = (path.name, *target.names)
+    told = f"{error} {getattr(error, 'filename', '')}"
+    if error is not None and not any(name in told for name in names):
+        raise Finding(f"no name in {type(error).__name__}: {error!s:.200}") from error
+    return error is None

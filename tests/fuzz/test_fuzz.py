@@ -1,0 +1,96 @@
+"""A short run of the fuzzers: every reader with files that broke one before, and with many damaged ones."""
+
+import contextlib
+import itertools
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import oracle
+import pytest
+from mutations import mutate
+from targets import TARGETS, InMemory, Target
+
+HERE = Path(__file__).parent
+SEED, MOST, SECONDS = 1, 3000, 0.3  # of the damage; executions of a target, and how long they may take
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """A function that prepares a target in an empty folder and reads its first files: late imports come then."""
+
+    def begin(target):
+        monkeypatch.chdir(tmp_path)
+        path, seeds = InMemory() if target.file == "in memory" else target.prepare(tmp_path), target.seeds()
+        for seed in seeds:
+            path.write_bytes(target.mended(seed))
+            with contextlib.suppress(*oracle.ALLOWED):
+                target.read(path)
+        oracle.watch()
+        return path, seeds
+
+    return begin
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_damaged_files_are_read_or_refused(name, begin):
+    target = TARGETS[name]
+    path, seeds = begin(target)
+    known = [file.read_bytes() for file in sorted((HERE / "corpus" / name).glob("*"))]
+    end = time.monotonic() + SECONDS
+    for i, data in enumerate(itertools.chain(seeds, known, itertools.islice(mutate(seeds, SEED), MOST))):
+        try:
+            oracle.check(target, path, target.mended(data))
+        except oracle.Finding as finding:
+            pytest.fail(f"file {i} of seed {SEED}: {finding}\n{data[:2000]!r}")
+        if time.monotonic() > end and i > len(seeds) + len(known):
+            break
+
+
+def test_each_file_of_the_corpus_belongs_to_a_target():
+    assert {folder.name for folder in (HERE / "corpus").iterdir()} <= {*TARGETS, "keras_weights"}
+
+
+def _unnamed(path):
+    raise ValueError("it is damaged")
+
+
+def _slow(path):
+    end = time.process_time() + 1.05
+    while time.process_time() < end:
+        pass
+
+
+READERS = {
+    "an error of another kind": lambda path: {}["a"],
+    "an error without the name": _unnamed,
+    "a file": lambda path: Path("new").write_bytes(b""),
+    "a file removed": lambda path: path.unlink(),
+    "a command": lambda path: os.system(":"),
+    "code": lambda path: exec("1"),
+    "much time": _slow,
+    "much memory": lambda path: bytes(range(256)) * (3 << 20),
+}
+
+
+@pytest.mark.parametrize("what", READERS)
+def test_the_oracle_finds(what, begin):
+    target = Target("file.bin", READERS[what], list)
+    path, _ = begin(target)
+    with pytest.raises(oracle.Finding):
+        oracle.check(target, path, b"")
+
+
+def test_mutations_are_those_of_their_seed():
+    some = [list(itertools.islice(mutate([b"abcdef"], seed), 50)) for seed in (1, 1, 2)]
+    assert some[0] == some[1] != some[2]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_target_of_the_c_library_compiles():
+    include = [f"-I{HERE.parents[1] / 'csrc' / part}" for part in ("include", "src")]
+    subprocess.run(["c++", "-std=c++17", "-fsyntax-only", *include, HERE / "fuzz_fmn.cpp"], check=True)
