@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 import fmn_ref as fmn
 from fmn_ref import _files
@@ -43,6 +44,34 @@ def median_seconds(call: Callable[[], Any], seconds: float = 0.5, most: int = 20
     return statistics.median(times)
 
 
+def on_zeros(
+    kernel: Callable[..., Any], shape: tuple[int, ...], *args: Any, dtype: DTypeLike = np.int64
+) -> Callable[[], NDArray[Any]]:
+    """Make a call of a kernel that adds to its last argument; the call returns that argument."""
+
+    def call() -> NDArray[Any]:
+        out = np.zeros(shape, dtype)
+        kernel(*args, out)
+        return out
+
+    return call
+
+
+def check_device(device: str) -> None:
+    """Raise a ValueError where torch has no such device."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here")
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or "CPU"."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
 def peak_kib() -> int:
     """Peak memory of this process in KiB. Linux only; getrusage would include the parent process."""
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
@@ -56,8 +85,10 @@ def machine() -> dict[str, Any]:
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    compiled: Any = import_kernels("cpp")
-    built = {"instruction set": fmn.backend().instruction_set, "compiler": compiled.compiler}
+    built = {"instruction set": fmn.backend().instruction_set}
+    if fmn.backend().name == "cpp":
+        compiled: Any = import_kernels("cpp")
+        built["compiler"] = compiled.compiler
     libraries = {"fmn_ref": fmn.__version__, "python": platform.python_version(), "numpy": np.__version__}
     libraries["torch"] = torch.__version__
     if "numba" in sys.modules:

@@ -106,9 +106,10 @@ def bench_options(suites: list[str], add: Add) -> None:
     add("--scale", choices=["cpu", "middle", "gpu"], default="cpu", help=scales)
     folders = "mnist/, cifar-100-binary/, cifar-100n/, tiny-imagenet-200/"
     add("--data", help=f"paper, descent, training: folder that contains {folders}")
-    device = "device (default: training: cuda if available; paper: cuda at scale gpu, else cpu)"
-    add("--device", choices=["cpu", "cuda"], help=f"training, paper: {device}")
-    add("--only", default="", help="paper: regular expression; run only the pieces whose names match")
+    device = "training: default cuda if available; paper: default cuda at scale gpu, else cpu"
+    add("--device", choices=["cpu", "cuda"], help=f"metric: time torch tensors of this device; {device}")
+    add("--only", default="", help="training, paper: regular expression; run only the pieces whose names match")
+    add("--quick", action="store_true", help="training, paper: few images or epochs, to try it")
     add("--jobs", type=int, default=1, help="paper: pieces to run at the same time (default 1)")
     add("--seeds", type=int, default=3, help="paper, descent: seeds per setting (default 3)")
     add("--clean", action="store_true", help="paper: delete the checkpoints of finished pieces")

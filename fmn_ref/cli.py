@@ -51,13 +51,13 @@ from .runs.text import BYTES, read_ids
 
 # Each benchmark: its module under fmn_ref.benchmarks, and how to call its function `benchmark`.
 SUITES: dict[str, tuple[str, Callable[[Any, argparse.Namespace], Any]]] = {
-    "metric": ("speed.metric", lambda run, a: run(a.epochs, a.samples, a.output)),
+    "metric": ("speed.metric", lambda run, a: run(a.epochs, a.samples, a.output, a.device)),
     "fusion": ("speed.fusion", lambda run, a: run(a.output)),
-    "training": ("speed.training", lambda run, a: run(a.data, a.output, device=a.device)),
+    "training": ("speed.training", lambda run, a: run(a.data, a.output, a.quick, a.device, a.only)),
     "paper": (
         "experiments.suite",
         lambda run, a: run(
-            a.scale, a.data, a.output or f"runs/paper_{a.scale}", a.only, a.jobs, a.seeds, a.clean, a.device
+            a.scale, a.data, a.output or f"runs/paper_{a.scale}", a.only, a.jobs, a.seeds, a.clean, a.device, a.quick
         ),
     ),
     "descent": ("experiments.double_descent", lambda run, a: run(a.data, a.output, a.seeds)),

@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,7 @@ def benchmark(
     n_seeds: int = 3,
     clean_up: bool = False,
     device: str | None = None,
+    quick: bool = False,
 ) -> str:
     """Run pieces, then write tables and figures of all finished pieces; return the tables' text.
 
@@ -169,8 +171,12 @@ def benchmark(
         Delete the checkpoints of finished pieces.
     device : {"cpu", "cuda"}, optional
         Device of all networks. Default: "cuda" at scale gpu, else "cpu".
+    quick : bool, default False
+        Train for three epochs, without the stages, to try the suite. Use a folder of its own.
     """
     todo = [p for p in all_pieces(scale, Path(root), n_seeds, device) if re.search(only, p.name)]
+    if quick:
+        todo = [replace(p, task=replace(p.task, epochs=3, stages={"": ()})) for p in todo]
     if not todo:
         raise ValueError(f"--only: no piece matches {only!r}")
     if any(p.task.device == "cuda" for p in todo) and not torch.cuda.is_available():

@@ -2,12 +2,12 @@
 
     fmn-ref bench metric [--samples 1281167] [-o benchmarks/results]
 
-metric.cpp is the same benchmark without Python. A row of the table is one function on one input by one program. It
-gives the median milliseconds of the calls of half a second (at least three calls), GB of input per second, and the
-speedup over the other programs. NumKong counts packed bits; it takes part where it is installed. For inputs larger than
-the caches, a row of the compiled kernels also gives its share of the read bandwidth: the rate at which as many threads
-read the same bytes, timed in turns with the kernel. All results of a case are compared with NumPy's before anything is
-timed. Slower rows are kept.
+metric_tensors.py has the rows of `--device cuda`. metric.cpp is the same benchmark without Python. A row of the table
+is one function on one input by one program. It gives the median milliseconds of the calls of half a second (at least
+three calls), GB of input per second, and the speedup over the other programs. NumKong counts packed bits; it takes part
+where it is installed. For inputs larger than the caches, a row of the compiled kernels also gives its share of the read
+bandwidth: the rate at which as many threads read the same bytes, timed in turns with the kernel. All results of a case
+are compared with NumPy's before anything is timed. Slower rows are kept.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 import fmn_ref as fmn
 from fmn_ref.kernels.backend import import_kernels
 from fmn_ref.reporting.tables import markdown_table
 
-from ..common import machine, median_seconds, write_result
+from ..common import machine, median_seconds, on_zeros, write_result
+from . import metric_tensors
 
 IN_CACHE = 200, 20_000  # epochs, samples: 4 MB of bytes, half a MB of bits
 TONEVA = 200, 50_000
@@ -85,17 +86,6 @@ def share_of_bandwidth(call: Call, size: int, a: Array, threads: int) -> tuple[f
         rounds = [(median_seconds(call, 0), median_seconds(read, 0)) for _ in range(9)]
     ours, reading = (statistics.median(times) for times in zip(*rounds, strict=True))
     return size / ours * reading / words.nbytes, words.nbytes / reading / 1e9
-
-
-def on_zeros(kernel: Callable[..., Any], shape: tuple[int, ...], *args: Any, dtype: DTypeLike = np.int64) -> Call:
-    """Make a call of a kernel that adds to its last argument; the call returns that argument."""
-
-    def call() -> Array:
-        out = np.zeros(shape, dtype)
-        kernel(*args, out)
-        return out
-
-    return call
 
 
 def kernel_modules() -> Modules:
@@ -240,11 +230,11 @@ def large_case(modules: Modules, epochs: int, samples: int, rng: np.random.Gener
     """Four curves of packed bits larger than the caches: eight times the samples. NumPy checks a corner of it."""
     bits = rng.integers(0, 256, (epochs, samples), np.uint8)
     corner = bits[-8:, :4096]
-    counts = [
+    ours, numpys = (
         on_zeros(modules[name].curve_counts, (4, len(corner)), corner, 8 * corner.shape[1], len(corner) - 1)()
         for name in ("cpp", "numpy")
-    ]
-    np.testing.assert_array_equal(*counts)
+    )
+    np.testing.assert_array_equal(ours, numpys)
     call = on_zeros(modules["cpp"].curve_counts, (4, epochs), bits, 8 * samples, epochs - 1)
     return Case("four curves", "bits", bits.nbytes, {"cpp": call}, bits)
 
@@ -333,11 +323,14 @@ def matrix_rows(modules: Modules, n_epochs: int, n: int, rng: np.random.Generato
     return rows
 
 
-def benchmark(epochs: int, samples: int, output: str | None = None) -> dict[str, Any]:
+def benchmark(epochs: int, samples: int, output: str | None = None, device: str | None = None) -> dict[str, Any] | str:
     """Time everything; write metric_throughput.json and metric_throughput.md into `output`.
 
-    `epochs` and `samples` are the size of the large matrix.
+    `epochs` and `samples` are the size of the large matrix. With a `device`, the matrix is a torch tensor there, and
+    `metric_tensors` times it.
     """
+    if device:
+        return metric_tensors.benchmark(epochs, samples, device, output)
     modules, rng = kernel_modules(), np.random.default_rng(0)
     threads = sorted({1, fmn.backend().threads})
     rows = matrix_rows(modules, *IN_CACHE, rng, threads)

@@ -36,6 +36,12 @@ class Setting(NamedTuple):
     lr: float = 0.05
 
     @property
+    def name(self) -> str:
+        """Name of the row, for `--only`."""
+        options = ("-augmented" if self.augmented else "") + (f"-{self.compile}" if self.compile != "none" else "")
+        return f"{self.dataset}-{self.network}-{self.batch_size}{options}"
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """Keywords of `fmn.train`."""
         return {name: getattr(self, name) for name in ("batch_size", "amp", "compile", "lr")}

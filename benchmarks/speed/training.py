@@ -1,6 +1,6 @@
 """Speed of training, of evaluating checkpoints and of distilling, beside the loops that a user would write.
 
-    fmn-ref bench training [--data ROOT] [--device cpu|cuda] [-o FOLDER]
+    fmn-ref bench training [--data ROOT] [--device cpu|cuda] [--only REGEX] [-o FOLDER]
 
 An epoch includes shuffling, training, validation and recording. It lasts until the first batch of the next epoch; the
 last one lasts until everything is written. The programs of a row alternate in one process and start from the same
@@ -10,6 +10,7 @@ same repetition. The data are those under ROOT (`experiments.datasets`), or rand
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from fmn_ref.reporting.tables import mean_and_error
 from fmn_ref.training import engine
 from fmn_ref.training.data import Batches, device_of, predict
 
-from ..common import in_new_process, machine, peak_kib, write_result
+from ..common import check_device, device_name, in_new_process, machine, peak_kib, write_result
 from ..experiments.datasets import Split
 from . import plain_loop
 from .settings import Setting
@@ -269,7 +270,7 @@ def accuracy_settings(device: str, quick: bool, with_mnist: bool) -> list[Settin
     return [s._replace(n_train=64, epochs=2) for s in settings] if quick else settings
 
 
-def benchmark(data: str | None, out: str | None, quick: bool = False, device: str | None = None) -> str:
+def benchmark(data: str | None, out: str | None, quick: bool = False, device: str | None = None, only: str = "") -> str:
     """Run everything; write training.json and training.md into `out`; return the Markdown.
 
     Parameters
@@ -281,25 +282,50 @@ def benchmark(data: str | None, out: str | None, quick: bool = False, device: st
         Use tiny data, for a test.
     device : {"cpu", "cuda"}, optional
         Default: "cuda" if there is a GPU.
+    only : str, default ""
+        Regular expression: run the parts whose names it matches. The parts are "training NAME" for each
+        `Setting.name`, "evaluation", "distillation", "memory" and "accuracy".
+
+    Raises
+    ------
+    ValueError
+        There is no such device, or no such part.
     """
+    check_device(device or "cpu")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    repetitions = 1 if quick else 3
-    rows, base = training_settings(device, quick)
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    programs = ("plain", "recorded") if sys.platform == "linux" else ()
-    n_seeds = 2 if quick else 5
-    result = {
+    todo = {name: part for name, part in parts(data, quick, device).items() if re.search(only, name)}
+    if not todo:
+        raise ValueError(f"--only: no part matches {only!r}")
+    asked = f" --only '{only}'" if only else ""
+    result: dict[str, Any] = {
         "format": "fmn_ref.training-benchmark",
         "version": 1,
-        "command": f"fmn-ref bench training{' --data ROOT' if data else ''} --device {device}",
+        "command": f"fmn-ref bench training{' --data ROOT' if data else ''} --device {device}{asked}",
         "quick": quick,
-        "machine": machine() | {"device": name, "threads": torch.get_num_threads()},
-        "training": [time_training(s, data, repetitions) for s in rows],
-        "evaluation": time_evaluation(base, data, repetitions),
-        "distillation": time_distillation(base, data, repetitions),
-        "memory": [memory_row(base, program) for program in programs],
-        "accuracy": [accuracy_row(s, data, n_seeds) for s in accuracy_settings(device, quick, data is not None)],
+        "machine": machine() | {"device": device_name(device), "threads": torch.get_num_threads()},
     }
+    for name, part in todo.items():
+        section, *setting = name.split(" ")
+        if setting:
+            result.setdefault(section, []).append(part())
+        else:
+            result[section] = part()
+    text = markdown(result)
     if out is not None:
-        write_result(out, "training", result, markdown(result))
-    return markdown(result)
+        write_result(out, "training", result, text)
+    return text
+
+
+def parts(data: str | None, quick: bool, device: str) -> dict[str, Callable[[], Any]]:
+    """What the benchmark measures: a call for each part, by name."""
+    rows, base = training_settings(device, quick)
+    repetitions, n_seeds = (1, 2) if quick else (3, 5)
+    programs = ("plain", "recorded") if sys.platform == "linux" else ()
+    compared = accuracy_settings(device, quick, data is not None)
+    return {
+        **{f"training {s.name}": partial(time_training, s, data, repetitions) for s in rows},
+        "evaluation": partial(time_evaluation, base, data, repetitions),
+        "distillation": partial(time_distillation, base, data, repetitions),
+        "memory": lambda: [memory_row(base, program) for program in programs],
+        "accuracy": lambda: [accuracy_row(s, data, n_seeds) for s in compared],
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from fmn_ref.reporting.tables import markdown_table
@@ -14,11 +15,13 @@ Images per second of whole epochs, with training, validation and writing.
 
 - plain: the loop that a user would write, with a DataLoader, `.item()` for every batch and `torch.save` every epoch.
 - step alone: the training step on one batch that stays on the device, an upper bound.
+- share of a step: the rate of fmn.train without recording, relative to the step alone.
 - recording: share of the epoch that history, checkpoints and resume files take.
 
 Ratios are ratios of times: the median over the repetitions, with the lowest and the highest. In each repetition the
 programs run one after the other.
 """
+EVALUATION = "Nine checkpoints ({network}) on {n_test} images, from the files to probabilities."
 DISTILLATION = """\
 Distillation ({network}, {n_train} images, batch {batch_size}), recorded like `fmn.train`, whose epoch with the same
 augmentation is the base of the ratios. Nine members fill the caches before the first epoch.
@@ -26,28 +29,29 @@ augmentation is the base of the ratios. Nine members fill the caches before the 
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """All tables."""
-    e = result["evaluation"]
-    parts = [
-        "# Speed of training, evaluation and distillation",
-        f"`{result['command']}`\n\n{INTRO}",
-        _training_table(result["training"]),
-        f"Nine checkpoints ({e['network']}) on {e['n_test']} images, from the files to probabilities.",
-        _evaluation_table(e),
-        DISTILLATION.format(**result["distillation"]),
-        _distillation_table(result["distillation"]),
-        "Memory of a process that trains for two epochs, in MiB.",
-        _memory_table(result["memory"]),
-        "Test accuracy after the last epoch in %, mean ± standard error over the seeds.",
-        _test_accuracy_table(result["accuracy"]),
-        f"Machine: {json.dumps(result['machine'])}",
-    ]
+    """The tables of all parts that were measured."""
+    sections: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "training": (INTRO, _training_table),
+        "evaluation": (EVALUATION, _evaluation_table),
+        "distillation": (DISTILLATION, _distillation_table),
+        "memory": ("Memory of a process that trains for two epochs, in MiB.", _memory_table),
+        "accuracy": (
+            "Test accuracy after the last epoch in %, mean ± standard error over the seeds.",
+            _test_accuracy_table,
+        ),
+    }
+    parts = ["# Speed of training, evaluation and distillation", f"`{result['command']}`"]
+    for name, (intro, table) in sections.items():
+        if name in result:
+            of = result[name]
+            parts += [intro.format(**of) if isinstance(of, dict) else intro, table(of)]
+    parts.append(f"Machine: {json.dumps(result['machine'])}")
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
 def _training_table(rows: list[dict[str, Any]]) -> str:
     options = ["data", "network", "batch", "augmented", "bf16", "compile"]
-    columns = [*options, "plain", "fmn.train", "step alone", "plain / fmn.train", "recording"]
+    columns = [*options, "plain", "fmn.train", "step alone", "share of a step", "plain / fmn.train", "recording"]
     return markdown_table(columns, map(_training_row, rows), len(options))
 
 
@@ -55,6 +59,7 @@ def _training_row(r: dict[str, Any]) -> list[str]:
     options = [r["dataset"], r["network"], str(r["batch_size"])]
     options += ["yes" if r[name] else "no" for name in ("augmented", "amp")]
     speeds = [f"{r['images_per_second'][name]:.0f}" for name in ("plain", "recorded", "step_alone")]
+    speeds.append(f"{r['images_per_second']['unrecorded'] / r['images_per_second']['step_alone']:.0%}")
     recording = f"{1 - r['relative']['unrecorded']['median']:.1%}"
     return [*options, r["compile"], *speeds, _ratio_text(r["relative"]["plain"]), recording]
 
