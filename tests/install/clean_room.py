@@ -2,9 +2,9 @@
 
     python tests/install/clean_room.py [-o benchmarks/results] [--only checkout editable ...]
 
-Needs dist/ as `.ci/release --light` leaves it; `make clean-room` does both. Every row has a new virtual environment, in
-which what the row leaves out is not installed, and without a compiler a PATH that names no other folder. With -o, each row
-goes into clean_room.json there and into the page; rows that are there already are not repeated.
+Needs dist/ as `.ci/release --light` leaves it; `make clean-room` does both. Every row has a new virtual environment.
+What the row leaves out is not installed; without a compiler, PATH names no other folder. With -o, each row goes into
+clean_room.json there and into the page; rows that are there already are not repeated.
 """
 
 import argparse
