@@ -50,19 +50,30 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--only", nargs="+", choices=[*CHECKOUTS, *FILES], default=[*CHECKOUTS, *FILES])
+    parser.add_argument("--torch", type=Path, help="site-packages with torch, to link to (default: installed once)")
     args = parser.parse_args()
     file = args.output and args.output / "clean_room.json"
     record = json.loads(file.read_text()) if file and file.exists() else new_record()
     done = [{key: row[key] for key in ("source", "compiler", "without")} for row in record["rows"]]
-    for row in rows():
-        if row["source"] in args.only and row not in done:
+    pending = [row for row in rows() if row["source"] in args.only and row not in done]
+    with tempfile.TemporaryDirectory(prefix="fmn_torch_") as shared:
+        torch = args.torch or torch_alone(pending, Path(shared))
+        for row in pending:
             with tempfile.TemporaryDirectory(prefix="fmn_clean_room_") as folder:
-                record["rows"].append(row | installed(row, Path(folder)))
+                record["rows"].append(row | installed(row, Path(folder), torch))
             print(json.dumps(record["rows"][-1]), flush=True)
             if file:
                 write(file, record)
     print(markdown(record))
     return 0 if all(row["faults"] == [] for row in record["rows"]) else 1
+
+
+def torch_alone(pending, folder):
+    """Install torch, without the package, if a row needs it; return the folder that the rows link to."""
+    if all("torch" in row["without"] for row in pending):
+        return None
+    Room(folder, None).pip("install", "torch")
+    return next(folder.glob("env/lib/*/site-packages"))
 
 
 def new_record():
@@ -78,37 +89,39 @@ def write(file, record):
     PAGE.write_text(with_table(PAGE.read_text(), record))
 
 
-def installed(row, folder):
-    """Install one row's source, use it from another folder, uninstall it; return what was found."""
-    room = Room(folder, row["compiler"])
-    source, extra = room.source(row["source"]), [p for p in ("numba", "torch") if p not in row["without"]]
-    start = time.perf_counter()
+def installed(row, folder, torch):
+    """Install one row's source, use it elsewhere, uninstall it; return what was found."""
+    room, extra = Room(folder, row["compiler"]), [p for p in ("numba", "torch") if p not in row["without"]]
     if "torch" in extra:
-        source[-1] += "[numba]" * ("numba" in extra)
-        output = room.pip("install", *source)
-    else:
-        output = room.pip("install", "--no-deps", *source) + room.pip("install", "numpy", "tqdm", *extra)
-    seconds = time.perf_counter() - start
+        room.link(torch)
+    start = time.perf_counter()
+    output = install(room, room.source(row["source"]), extra)
+    found = {"seconds": round(time.perf_counter() - start), "load": round(os.getloadavg()[0], 1)}
     room.check("the install is quiet", len(output.splitlines()) < 60 and "error" not in output.lower(), output)
     present = {line.split("==")[0] for line in room.pip("freeze", "--all").splitlines()}
     room.check("what is left out is not there", not present & set(row["without"]), str(present))
-    expected = "numba" if "numba" in extra else "numpy"
-    if row["compiler"] or row["source"] == "wheel":
-        expected = "cpp"
-    used = room.run("python", str(HERE / "check_wheel.py"), expected)
-    found = json.loads(room.run("fmn-ref", "info", "--json") or "{}")
-    size = sum(p.stat().st_size for p in folder.glob("env/lib/*/site-packages/**/*") if p.is_file())
+    compiled = row["compiler"] or row["source"] == "wheel"
+    found |= use(room, "cpp" if compiled else "numba" if "numba" in extra else "numpy")
     room.pip("uninstall", "-y", "fmn_ref")
-    left = [p for p in folder.glob("env/**/*") if re.search("fmn[_-]ref", str(p.relative_to(folder))) and p.is_file()]
-    left = [str(p.relative_to(folder)) for p in left if p.suffix not in NUMBA_CACHE]
-    room.check("nothing is left", not left, " ".join(left))
-    works = re.findall(r"^(\w+): works$", used, re.MULTILINE)
-    result = {"backend": found.get("name"), "works": works, "seconds": round(seconds), "megabytes": round(size / 1e6)}
-    return result | {
-        "load": round(os.getloadavg()[0], 1),
-        "lines_of_pip": len(output.splitlines()),
-        "faults": room.faults,
-    }
+    left = {str(p.relative_to(folder)) for p in folder.glob("env/**/*") if p.is_file() and p.suffix not in NUMBA_CACHE}
+    room.check("nothing is left", not any(re.search("fmn[_-]ref", name) for name in left), str(sorted(left)))
+    return found | {"faults": room.faults}
+
+
+def install(room, source, extra):
+    """Install as the page says; return what pip printed."""
+    if "torch" not in extra:
+        return room.pip("install", "numpy", "tqdm", *extra) + room.pip("install", "--no-deps", *source)
+    source[-1] += "[numba]" * ("numba" in extra)
+    return room.pip("install", *source)
+
+
+def use(room, backend):
+    """Run check_wheel.py and `fmn-ref info`; return what works, and how large the environment is."""
+    works = re.findall(r"^(\w+): works$", room.run("python", str(HERE / "check_wheel.py"), backend), re.MULTILINE)
+    found = json.loads(room.run("fmn-ref", "info", "--json") or "{}")
+    size = sum(p.stat().st_size for p in room.folder.glob("env/lib/*/site-packages/**/*") if p.is_file())
+    return {"backend": found.get("name"), "works": works, "megabytes": round(size / 1e6)}
 
 
 class Room:
@@ -124,6 +137,11 @@ class Room:
         if compiler:
             self.variables["PATH"] += f":{os.environ['PATH']}"
         subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True, env=self.variables)
+
+    def link(self, packages):
+        """Give the environment packages that pip installed elsewhere, by hard links: torch has 12 000 files."""
+        (here,) = self.folder.glob("env/lib/*/site-packages")
+        shutil.copytree(packages, here, copy_function=os.link, dirs_exist_ok=True, ignore=_of_pip)
 
     def source(self, name):
         """What pip is to install; a checkout is copied into a folder with a name that is awkward."""
@@ -153,6 +171,11 @@ class Room:
         if not holds:
             print(f"{what}:\n{shown}", file=sys.stderr)
             self.faults.append(what.replace(str(self.folder), "").replace(str(ROOT), ""))
+
+
+def _of_pip(folder, names):
+    """What every new environment has."""
+    return [n for n in names if n.startswith(("pip", "setuptools", "pkg_resources", "_distutils", "distutils-"))]
 
 
 def markdown(record):
