@@ -31,6 +31,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             part(Path(folder))
         print(f"{part.__name__}: works")
+    assert importlib.util.find_spec("fmn_ref.benchmarks.speed.metric"), "the benchmarks are missing"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         assert not sys._is_gil_enabled(), "importing the package turned the GIL on"
     print(f"fmn_ref {fmn.__version__} on Python {sys.version.split()[0]}: {fmn.backend()}")

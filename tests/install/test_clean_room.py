@@ -22,6 +22,24 @@ def test_every_install_worked():
         assert row["works"] == ["metrics", "fusion", "without_torch" if "torch" in row["without"] else "training"]
 
 
+def test_build_variables_that_exclude_each_other_are_named():
+    needed = "pybind11", "pybind11.setup_helpers", "setuptools", "setuptools.command", "setuptools.command.sdist"
+    code = (
+        "import runpy, sys; from unittest.mock import MagicMock\n"
+        f"sys.modules |= dict.fromkeys({needed!r}, MagicMock())\n"
+        "try: runpy.run_path(sys.argv[1])\nexcept SystemExit as error: print(error)"
+    )
+    printed = python(code, clean_room.ROOT / "setup.py", FMN_REQUIRE_EXT="1", FMN_NO_EXT="1")
+    assert printed == "FMN_REQUIRE_EXT and FMN_NO_EXT exclude each other: unset one\n"
+    assert python(code, clean_room.ROOT / "setup.py", FMN_REQUIRE_EXT="1", FMN_NO_EXT="0") == ""
+
+
+def test_the_page_names_the_packages_in_an_order_that_pip_accepts():
+    """pip calls it an error if packages are added beside a package that lacks torch."""
+    command = "pip install numpy tqdm && pip install --no-deps ."
+    assert f"\n{command}\n" in clean_room.PAGE.read_text()
+
+
 @pytest.mark.parametrize(
     ("module", "command", "expected"),
     [
