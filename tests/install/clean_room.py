@@ -29,14 +29,14 @@ FILES = {"sdist": "*.tar.gz", "wheel": "*-linux_*.whl", "pure wheel": "*-none-an
 NAMES = {"editable": "editable checkout", "wheel": "wheel with kernels", "pure wheel": "wheel without kernels"}
 COMPLETE, NO_NUMBA, NO_TORCH, NEITHER = [], ["numba"], ["torch"], ["numba", "torch"]
 ROWS = [  # source, with a compiler (None: nothing is compiled), what is left out
-    ("checkout", True, [NO_NUMBA, NEITHER]),
+    ("checkout", True, [NO_NUMBA, NO_TORCH, NEITHER]),
     ("checkout", False, [COMPLETE, NO_TORCH, NEITHER]),
-    ("sdist", True, [NO_NUMBA]),
-    ("sdist", False, [NEITHER]),
-    ("editable", True, [NO_NUMBA]),
-    ("editable", False, [NEITHER]),
+    ("sdist", True, [NO_NUMBA, NEITHER]),
+    ("sdist", False, [NO_TORCH, NEITHER]),
+    ("editable", True, [NO_NUMBA, NEITHER]),
+    ("editable", False, [NO_TORCH, NEITHER]),
     ("wheel", None, [COMPLETE, NEITHER]),
-    ("pure wheel", None, [COMPLETE, NO_NUMBA, NEITHER]),
+    ("pure wheel", None, [COMPLETE, NO_NUMBA, NO_TORCH, NEITHER]),
 ]
 NUMBA_CACHE = (".nbi", ".nbc")  # numba writes them beside its source; pip leaves them
 INHERITED = ("PIP_", "SSL_", "HTTP", "http", "NO_PROXY", "no_proxy", "HOME", "TMPDIR", "LANG")
