@@ -1,6 +1,6 @@
 // AVX2 kernels. Function attributes select the instruction set, not compiler flags: nothing else in the program is compiled
 // for AVX2. For the same reason this file includes neither <vector> nor <algorithm>.
-#include "loops.h"
+#include "sample_loops.h"
 
 #ifdef FMN_X86
 #include <immintrin.h>
@@ -172,37 +172,58 @@ FMN_AVX2 void add_samples(const SampleBlock& block, int64_t n, int32_t base, int
     loops::add_samples(block, n, base, length, counts, stride);
 }
 
-FMN_AVX2 void gather(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* out) {
-    loops::gather(rows, n_rows, n, out);
+FMN_AVX2 void transpose(const uint8_t* const* rows, int64_t n, uint8_t* out) { loops::transpose(rows, n, out); }
+
+// Adds the bits of 32 epochs to as many counts.
+FMN_AVX2 inline void add_bits(uint32_t bits, __m256i counts[2]) {
+    const __m256i places = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+    for (int half = 0; half < 2; ++half) {
+        const __m256i own = _mm256_and_si256(_mm256_set1_epi16(static_cast<short>(bits >> 16 * half)), places);
+        counts[half] = _mm256_sub_epi16(counts[half], _mm256_cmpeq_epi16(own, places));
+    }
 }
 
-FMN_AVX2 void add_counts(const CountTile& t) { loops::add_counts(t); }
-
-// Four epochs per step. With one group the sums stay in registers, since each sample would wait for the store of the one before.
-template <bool one_group>
-FMN_AVX2 inline void add_weights_by(const WeightTile& t) {
-    WeightLines own = *t.lines, *lines = &own;
-    for (int64_t i = 0; i < t.n_samples; ++i) {
-        if (!one_group) lines = t.lines + t.groups[i];
-        __m256i right[2];
-        spread(t.right[i], right);
-        const __m256i w = _mm256_castpd_si256(_mm256_set1_pd(t.weights[i]));
-        const __m256i at_end = _mm256_set1_epi8(static_cast<char>(-t.at_end[i]));
-        const __m256i w_end = _mm256_and_si256(w, at_end), w_not = _mm256_andnot_si256(at_end, w);
+FMN_AVX2 void add_counts(const GroupBlock& b, const uint8_t* const* right, CountLines* lines) {
+    loops::CountBits bits;
+    bits.read(b, right);
+    for (const Run* run = b.runs; run < b.runs + b.n_runs; ++run) {
+        uint16_t* rows[2] = {lines[run->group].right, lines[run->group].retained};
+        __m256i now[2] = {load(rows[0]), load(rows[0] + 16)}, retained[2] = {load(rows[1]), load(rows[1] + 16)};
+        for (int64_t k = run->begin; k < run->end; ++k) {
+            add_bits(bits.right[b.order[k]], now);
+            add_bits(bits.retained[b.order[k]], retained);
+        }
         for (int half = 0; half < 2; ++half) {
-            const __m256i terms[4] = {_mm256_and_si256(right[half], w), _mm256_and_si256(right[half], w_not),
-                                      _mm256_andnot_si256(right[half], w_end), _mm256_and_si256(right[half], w_end)};
-            for (int row = 0; row < 4; ++row) {
-                double* sum = lines->sums[row] + 4 * half;
-                _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), _mm256_castsi256_pd(terms[row])));
-            }
+            store(rows[0] + 16 * half, now[half]);
+            store(rows[1] + 16 * half, retained[half]);
         }
     }
-    if (one_group) *t.lines = own;
 }
 
-FMN_AVX2 void add_weights(const WeightTile& t) {
-    return t.n_groups == 1 ? add_weights_by<true>(t) : add_weights_by<false>(t);
+// Four epochs per step.
+FMN_AVX2 void add_weights(const GroupBlock& b, const uint8_t* right, WeightLines* lines) {
+    for (const Run* run = b.runs; run < b.runs + b.n_runs; ++run) {
+        auto& line = lines[run->group].sums;
+        __m256d sums[2][4];
+        for (int half = 0; half < 2; ++half)
+            for (int row = 0; row < 4; ++row) sums[half][row] = _mm256_loadu_pd(line[row] + 4 * half);
+        for (int64_t k = run->begin; k < run->end; ++k) {
+            const int64_t i = b.order[k];
+            __m256i now[2];
+            spread(right[i], now);
+            const __m256i w = _mm256_castpd_si256(_mm256_set1_pd(b.weights[i]));
+            const __m256i at_end = _mm256_set1_epi8(static_cast<char>(-b.at_end[i]));
+            const __m256i w_end = _mm256_and_si256(w, at_end), w_not = _mm256_andnot_si256(at_end, w);
+            for (int half = 0; half < 2; ++half) {
+                const __m256i terms[4] = {_mm256_and_si256(now[half], w), _mm256_and_si256(now[half], w_not),
+                                          _mm256_andnot_si256(now[half], w_end), _mm256_and_si256(now[half], w_end)};
+                for (int row = 0; row < 4; ++row)
+                    sums[half][row] = _mm256_add_pd(sums[half][row], _mm256_castsi256_pd(terms[row]));
+            }
+        }
+        for (int half = 0; half < 2; ++half)
+            for (int row = 0; row < 4; ++row) _mm256_storeu_pd(line[row] + 4 * half, sums[half][row]);
+    }
 }
 
 // Loops of the mixtures, vectorised by the compiler.
@@ -221,7 +242,7 @@ FMN_AVX2 void right_at(const double* now, const double* then, int64_t n, int64_t
 }  // namespace
 
 const Kernels avx2_kernels = {"avx2",   count_bytes,    count_bits,          count_overlaps, pack,        unpack,
-                              compare,  compare_scores, update_samples, add_samples, gather, add_counts, add_weights, widen,
+                              compare,  compare_scores, update_samples, add_samples, transpose, add_counts, add_weights, widen,
                               sums_to_one, interval, right_at};
 
 }  // namespace fmn

@@ -1,6 +1,6 @@
 // AVX-512 kernels (F, BW, VPOPCNTDQ: Ice Lake, Zen 4 and later). Function attributes as in kernel_avx2.cpp. With
 // -DFMN_SIMDE the same source runs on any x86-64, each instruction emulated: this tests it without AVX-512.
-#include "loops.h"
+#include "sample_loops.h"
 
 #ifdef FMN_X86
 #ifdef FMN_SIMDE
@@ -132,45 +132,44 @@ FMN_AVX512 void add_samples(const SampleBlock& block, int64_t n, int32_t base, i
     loops::add_samples(block, n, base, length, counts, stride);
 }
 
-FMN_AVX512 void gather(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* out) {
-    loops::gather(rows, n_rows, n, out);
-}
+FMN_AVX512 void transpose(const uint8_t* const* rows, int64_t n, uint8_t* out) { loops::transpose(rows, n, out); }
 
-// A line per step: the bits of 32 epochs are the mask. Bound by the loads and stores of the lines.
-FMN_AVX512 void add_counts(const CountTile& t) {
+// The bits of 32 epochs are the mask.
+FMN_AVX512 void add_counts(const GroupBlock& b, const uint8_t* const* right, CountLines* lines) {
+    loops::CountBits bits;
+    bits.read(b, right);
     const __m512i one = _mm512_set1_epi16(1);
-    for (int64_t i = 0; i < t.n_samples; ++i) {
-        uint32_t right = 0;
-        for (int b = 0; b < count_lanes / 8; ++b) right |= uint32_t(t.right[b][i]) << 8 * b;
-        CountLine* line = t.lines + 2 * t.groups[i] + t.at_end[i];
-        const __m512i counts = load(line);
-        store(line, _mm512_mask_add_epi16(counts, right, counts, one));
-    }
-}
-
-// With one group the sums stay in registers, since each sample would wait for the store of the one before.
-template <bool one_group>
-FMN_AVX512 inline void add_weights_by(const WeightTile& t) {
-    __m512d sums[4];
-    WeightLines* lines = t.lines;
-    for (int row = 0; row < 4; ++row) sums[row] = _mm512_loadu_pd(lines->sums[row]);
-    for (int64_t i = 0; i < t.n_samples; ++i) {
-        const uint8_t right = t.right[i], end = static_cast<uint8_t>(-t.at_end[i]), not_end = static_cast<uint8_t>(~end);
-        const uint8_t masks[4] = {right, static_cast<uint8_t>(right & not_end), static_cast<uint8_t>(~right & end),
-                                  static_cast<uint8_t>(right & end)};
-        const __m512d w = _mm512_set1_pd(t.weights[i]);
-        if (!one_group) lines = t.lines + t.groups[i];
-        for (int row = 0; row < 4; ++row) {
-            if (!one_group) sums[row] = _mm512_loadu_pd(lines->sums[row]);
-            sums[row] = _mm512_mask_add_pd(sums[row], masks[row], sums[row], w);
-            if (!one_group) _mm512_storeu_pd(lines->sums[row], sums[row]);
+    for (const Run* run = b.runs; run < b.runs + b.n_runs; ++run) {
+        __m512i now = load(lines[run->group].right), retained = load(lines[run->group].retained);
+        for (int64_t k = run->begin; k < run->end; ++k) {
+            now = _mm512_mask_add_epi16(now, bits.right[b.order[k]], now, one);
+            retained = _mm512_mask_add_epi16(retained, bits.retained[b.order[k]], retained, one);
         }
+        store(lines[run->group].right, now);
+        store(lines[run->group].retained, retained);
     }
-    for (int row = 0; one_group && row < 4; ++row) _mm512_storeu_pd(lines->sums[row], sums[row]);
 }
 
-FMN_AVX512 void add_weights(const WeightTile& t) {
-    return t.n_groups == 1 ? add_weights_by<true>(t) : add_weights_by<false>(t);
+// The bits of eight epochs are the mask. Bound by the latency of the additions, which are in the order of the samples.
+FMN_AVX512 void add_weights(const GroupBlock& b, const uint8_t* right, WeightLines* lines) {
+    static const int64_t masks[2] = {0, -1};
+    for (const Run* run = b.runs; run < b.runs + b.n_runs; ++run) {
+        auto& line = lines[run->group].sums;
+        __m512d sums[4];
+        for (int row = 0; row < 4; ++row) sums[row] = _mm512_loadu_pd(line[row]);
+        for (int64_t k = run->begin; k < run->end; ++k) {
+            const int64_t i = b.order[k];
+            const __mmask8 now = right[i];
+            const __m512d w = _mm512_set1_pd(b.weights[i]);
+            const __m512i bits = _mm512_castpd_si512(w), end_bits = _mm512_and_si512(bits, _mm512_set1_epi64(masks[b.at_end[i]]));
+            const __m512d w_end = _mm512_castsi512_pd(end_bits), w_not = _mm512_castsi512_pd(_mm512_xor_si512(bits, end_bits));
+            sums[0] = _mm512_mask_add_pd(sums[0], now, sums[0], w);
+            sums[1] = _mm512_mask_add_pd(sums[1], now, sums[1], w_not);
+            sums[2] = _mm512_mask_add_pd(sums[2], static_cast<__mmask8>(~now), sums[2], w_end);
+            sums[3] = _mm512_mask_add_pd(sums[3], now, sums[3], w_end);
+        }
+        for (int row = 0; row < 4; ++row) _mm512_storeu_pd(line[row], sums[row]);
+    }
 }
 
 // Loops of the mixtures, vectorised by the compiler.
@@ -189,7 +188,7 @@ FMN_AVX512 void right_at(const double* now, const double* then, int64_t n, int64
 }  // namespace
 
 const Kernels avx512_kernels = {"avx512", count_bytes,    count_bits,          count_overlaps, pack,        unpack,
-                                compare,  compare_scores, update_samples, add_samples, gather, add_counts, add_weights, widen,
+                                compare,  compare_scores, update_samples, add_samples, transpose, add_counts, add_weights, widen,
                                 sums_to_one, interval, right_at};
 
 }  // namespace fmn

@@ -1,6 +1,6 @@
 // NEON kernels for 64-bit Arm, where NEON is always available. The compiler vectorises the plain loops, except the counts of
 // bits (vcntq_u8 has no scalar equivalent) and packing.
-#include "loops.h"
+#include "sample_loops.h"
 
 #ifdef FMN_NEON
 #include <arm_neon.h>
@@ -88,7 +88,7 @@ void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
 
 const Kernels neon_kernels = {
     "neon",        count_bytes,           count_bits,            count_overlaps,    pack,              loops::unpack,
-    loops::compare, loops::compare_scores, loops::update_samples, loops::add_samples, loops::gather, loops::add_counts, loops::add_weights,
+    loops::compare, loops::compare_scores, loops::update_samples, loops::add_samples, loops::transpose, loops::add_counts, loops::add_weights,
     loops::widen, loops::sums_to_one, loops::interval, loops::right_at};
 
 }  // namespace fmn

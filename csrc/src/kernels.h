@@ -25,29 +25,26 @@ struct SampleBlock {
     uint64_t was[words];  // right at the row before
 };
 
-// Sums of one group in a tile of epochs; a cache line each.
+// Sums of one group in a tile of epochs.
 constexpr int count_lanes = 32, weight_lanes = 8;
-struct alignas(64) CountLine {
-    uint16_t counts[count_lanes];
+struct alignas(64) CountLines {
+    uint16_t right[count_lanes], retained[count_lanes];
 };
 struct alignas(64) WeightLines {
     double sums[4][weight_lanes];  // right, forgotten, learned, retained
 };
 
-// Correctness of some samples at the epochs of a tile, and the lines that they are added to.
-struct CountTile {
-    const uint8_t* const* right;  // bit k of right[b][i]: sample i was right at the tile's epoch 8 * b + k
-    const uint8_t* at_end;        // 1 if it was right at the reference epoch, else 0
-    const int64_t* groups;
-    int64_t n_samples;
-    CountLine* lines;  // line 2 * g of group g counts samples that are wrong at the reference epoch, the next one the others
+// A block of samples by group, those of a group in their order: each sum stays in registers.
+struct Run {
+    int64_t group, begin, end;  // places in `order`
 };
-struct WeightTile {
-    const uint8_t *right, *at_end;  // as above, for eight epochs
-    const int64_t* groups;
-    const double* weights;
-    int64_t n_samples, n_groups;
-    WeightLines* lines;  // of each group
+struct GroupBlock {
+    static constexpr int64_t size = 4096;
+    const Run* runs;
+    int64_t n_runs, n_samples;
+    const uint16_t* order;  // samples
+    const uint8_t* at_end;  // 1 if the sample was right at the reference epoch, else 0
+    const double* weights;  // unless counting
 };
 
 // The closed interval [lo, hi] of epsilon in which a mixture of two rows of scores is right, empty if lo > hi; and the widest
@@ -86,12 +83,13 @@ struct Kernels {
     // Adds a block of n samples, whose `length` epochs begin at `base`, to their counts: five rows, `stride` apart.
     void (*add_samples)(const SampleBlock& block, int64_t n, int32_t base, int32_t length, int32_t* counts, int64_t stride);
 
-    // Bit k of out[i] = whether rows[k][i] is nonzero, for k < n_rows <= 8; the other bits are 0.
-    void (*gather)(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* out);
+    // Bit k of out[i] = bit i of rows[k], for k < 8 and i < n or the next multiple of 8.
+    void (*transpose)(const uint8_t* const* rows, int64_t n, uint8_t* out);
 
-    // Add the tile's samples, in their order.
-    void (*add_counts)(const CountTile& tile);
-    void (*add_weights)(const WeightTile& tile);
+    // Add the tile's samples to the lines of their groups, in their order.
+    // right: at eight epochs of the tile, from `transpose`; four or one of them.
+    void (*add_counts)(const GroupBlock& block, const uint8_t* const* right, CountLines* lines);
+    void (*add_weights)(const GroupBlock& block, const uint8_t* right, WeightLines* lines);
 
     // Converts n floating-point numbers to double.
     void (*widen)(const void* scores, fmn_type type, int64_t n, double* out);

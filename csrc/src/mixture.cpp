@@ -80,20 +80,6 @@ private:
     std::vector<double> rows, sum;
 };
 
-// As split, for work that allocates: an exception must not leave a thread. Returns whether there was enough memory.
-template <class Work>
-bool split_allocating(int64_t n, double bytes, int n_threads, const Work& work) {
-    std::atomic<bool> enough{true};
-    split(n, bytes, n_threads, [&](int64_t begin, int64_t end) {
-        try {
-            work(begin, end);
-        } catch (const std::exception&) {  // of a vector: no memory, or more elements than a vector may have
-            enough = false;
-        }
-    });
-    return enough;
-}
-
 struct End {
     double at;
     int64_t weight;

@@ -1,6 +1,7 @@
 // Shared by the functions of the C API: the kernels in use, the split over threads, checks of arguments.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <exception>
 #include <thread>
 
@@ -29,6 +30,20 @@ void split(int64_t n, double bytes, int n_threads, const Work& work) {
     work(0, bound(1));
     if (part < parts) work(bound(part), n);
     while (--part > 0) threads[part].join();
+}
+
+// As split, for work that allocates: an exception must not leave a thread. Returns whether there was enough memory.
+template <class Work>
+bool split_allocating(int64_t n, double bytes, int n_threads, const Work& work) {
+    std::atomic<bool> enough{true};
+    split(n, bytes, n_threads, [&](int64_t begin, int64_t end) {
+        try {
+            work(begin, end);
+        } catch (const std::exception&) {  // of a vector: no memory, or more elements than a vector may have
+            enough = false;
+        }
+    });
+    return enough;
 }
 
 inline bool valid_groups(const int64_t* groups, int64_t n_samples, int64_t n_groups) {
