@@ -101,7 +101,7 @@ def compared(folder, backend, isa, threads):
     digests = expected["digests"], found["digests"]
     differ = [group for group in digests[0] | digests[1] if digests[0].get(group) != digests[1].get(group)]
     pairs = [np.array([found["values"][group], values]) for group, values in expected["values"].items()]
-    distance = max(float(np.max(np.abs(a - b) / np.maximum(np.abs(b), 1e-300))) for a, b in pairs)
+    distance = float(np.max([np.max(np.abs(a - b) / np.maximum(np.abs(b), 1e-300)) for a, b in pairs]))
     return {"groups": len(digests[0]), "different": differ, "largest_relative_difference": distance}
 
 
@@ -116,12 +116,13 @@ def main():
         unpack_python(options.folder)
         unpack_numpy(options.folder)
     build_package(options.folder)
-    code = "import platform as p, numpy; print(p.machine(), p.python_version(), numpy.__version__)"
-    machines = [run(sys.executable, "-c", code).split(), emulated(options.folder, "-c", code).split()]
-    found = {f"{b}{isa and ' '}{isa}, threads: {n}": compared(options.folder, b, isa, n) for b, isa, n in SETTINGS}
-    text = json.dumps(
-        {"format": "fmn_ref.portability", "version": 1, "machines": machines, "settings": found}, indent=1
+    code = (
+        "import platform as p, numpy; print(f'{p.machine()}, Python {p.python_version()}, NumPy {numpy.__version__}')"
     )
+    machines = [text.strip() for text in (run(sys.executable, "-c", code), emulated(options.folder, "-c", code))]
+    found = {f"{b}{isa and ' '}{isa}, threads: {n}": compared(options.folder, b, isa, n) for b, isa, n in SETTINGS}
+    content = {"format": "fmn_ref.portability", "version": 1, "machines": machines, "settings": found}
+    text = json.dumps(content, indent=1)
     print(text)
     if options.o:
         options.o.write_text(text + "\n")
