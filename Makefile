@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := $(wildcard fmn_ref/*.py fmn_ref/*/*.* benchmarks/*.py benchmarks/*/*.py csrc/*/*.cpp csrc/*/*.h csrc/include/fmn/*.h) pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test bench lint cpp docs extras emulate wheel release-check clean
+.PHONY: demo test bench lint cpp docs extras emulate wheel release-check clean-room clean
 
 demo: $(VENV)/installed ; $(BIN)/fmn-ref demo
 test: $(VENV)/installed ; cd tests && $(BIN)/python -m pytest --cov=fmn_ref --cov-config=../pyproject.toml --cov-report=term --cov-fail-under=90
@@ -16,6 +16,7 @@ extras: $(VENV)/installed ; .ci/extras
 emulate: $(VENV)/installed ; cd tests && $(BIN)/python -m pytest package/test_cpp.py -k 'simde or aarch64' -rs
 wheel: $(VENV)/installed ; FMN_REQUIRE_EXT=1 $(BIN)/pip wheel --no-deps -w dist .
 release-check: ; .ci/release
+clean-room: $(VENV)/installed ; .ci/release --light && rm -f benchmarks/results/clean_room.json && $(BIN)/python tests/install/clean_room.py -o benchmarks/results
 clean: ; rm -rf $(VENV) build dist *.egg-info
 
 $(VENV)/bin/python:

@@ -10,6 +10,7 @@ import importlib
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from . import _check
 from .kernels.backend import Backend, backend
 from .metrics.curves import (
     ForgettingCurves,
@@ -99,13 +100,8 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     for path, names in _LAZY.items():
         if name in names:
-            try:
+            with _check.naming_packages(f"fmn_ref.{name}"):
                 module = importlib.import_module(f".{path}", __name__)
-            except ModuleNotFoundError as error:
-                if (error.name or "").partition(".")[0] != "torch":
-                    raise
-                hint = f"fmn_ref.{name} needs torch: pip install torch (docs/installation.md: the smaller build)"
-                raise ModuleNotFoundError(hint, name="torch") from None
             globals()[name] = value = getattr(module, name, module)
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

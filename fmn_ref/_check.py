@@ -5,6 +5,8 @@ Every room may use this file; it imports none of them.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,27 @@ Bool = NDArray[np.bool_]
 Int = NDArray[np.int64]
 Float = NDArray[np.float64]
 Array = NDArray[Any]  # of any type; for probabilities a floating-point type, BFLOAT16 included
+
+# How to get a module that may be missing.
+_INSTALL = {
+    "torch": "pip install torch (docs/installation.md: the smaller build)",
+    "numba": 'pip install "fmn_ref[numba]"',
+    "fmn_ref.kernels._kernels": "install a C++ compiler, then fmn_ref again",
+    "sklearn": 'pip install "fmn_ref[demo]"',
+    **dict.fromkeys(("xgboost", "lightgbm"), 'pip install "fmn_ref[boosting]"'),
+}
+
+
+@contextlib.contextmanager
+def naming_packages(name: str) -> Iterator[None]:
+    """Where a module is missing, raise a ModuleNotFoundError that says that `name` needs it, and how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        known = [m for m in (error.name or "", (error.name or "").partition(".")[0]) if m in _INSTALL]
+        if not known:
+            raise
+        raise ModuleNotFoundError(f"{name} needs {known[0]}: {_INSTALL[known[0]]}", name=error.name) from None
 
 
 def array(x: Any, name: str, bfloat16: bool = False, kinds: str = "biuf") -> Array:

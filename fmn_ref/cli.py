@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, _arguments, _files, _stderr, cli_import
+from . import __version__, _arguments, _check, _files, _stderr, cli_import
 from .fusion.expectation import expected_gain
 from .fusion.fuse import fuse
 from .fusion.plan import FusionPlan
@@ -303,7 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         check_outputs(vars(args))
-        args.run(args)
+        with _check.naming_packages(f"fmn-ref {args.command}"):
+            args.run(args)
         _files.flush_output()
     except KeyboardInterrupt:
         _stderr.say("fmn-ref: interrupted" + "; run it again to continue" * (args.command in ("demo", "import")))

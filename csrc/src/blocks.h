@@ -61,39 +61,39 @@ inline void derive(int64_t* counts, int64_t plane, int64_t n_epochs, int64_t ref
     }
 }
 
-// Adds the statistics of a block, whose epochs begin at `base`, to the counts of its samples (rows of n).
-inline void add_block(const SampleBlock& block, int64_t size, int32_t base, int32_t length, int64_t n, int32_t* counts) {
-    int32_t *first = counts, *last = counts + n, *events = counts + 2 * n, *right = counts + 3 * n, *wrong = counts + 4 * n;
-    for (int row = 0; base == 0 && row < 5; ++row) std::fill_n(counts + row * n, size, row == 2 || row == 3 ? 0 : -1);
-    FMN_NO_ALIAS
-    for (int64_t i = 0; i < size; ++i) {
-        const int32_t n_wrong = block.wrong[i];
-        first[i] = (first[i] < 0) & (n_wrong < length) ? base + block.first[i] : first[i];
-        last[i] = n_wrong < length ? base + block.last[i] : last[i];
-        wrong[i] = n_wrong > 0 ? base + block.last_wrong[i] : wrong[i];
-        events[i] += block.events[i];
-        right[i] += length - n_wrong;
-    }
+// Into the level-2 cache: the level-1 cache is too small for the next rows.
+inline void prefetch(const uint8_t* bytes, int64_t n) {
+#ifdef __GNUC__
+    for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(bytes + i, 0, 1);
+#endif
 }
 
-// Rows of a block of samples as bytes, sample_rows at a time after the row before them: pointers into the matrix, or
-// unpacked copies.
+// Rows of a block of samples as bits in whole words: pointers into the matrix, or copies.
 class Rows {
 public:
-    Rows(const Kernels& k, const fmn_matrix* m, int64_t start, int64_t n) : k_(k), m_(m), start_(start), n_(n) {}
+    Rows(const Kernels& k, const fmn_matrix* m, int64_t start, int64_t n) : k_(k), m_(m), start_(start), n_(n) {
+        copied_ = m->format == FMN_BYTES || n % 64 > 0;
+        // Bytes are read and prefetched between the updates, so that memory and processor work at the same time.
+        step = m->format == FMN_BYTES ? 512 : SampleBlock::size;
+    }
 
-    const uint8_t* const* read(int64_t e, int n_rows) {  // call in the order of the epochs
-        const bool bits = m_->format == FMN_BITS;
-        rows_[0] = e > 0 ? previous_ : nullptr;
-        if (bits && e > 0) rows_[0] = static_cast<uint8_t*>(std::memcpy(unpacked_[0], previous_, sizeof unpacked_[0]));
-        for (int i = 1; i <= n_rows; ++i) {
-            rows_[i] = bits ? unpacked_[i] : at(m_, e + i - 1, start_);
-            if (bits) k_.unpack(at(m_, e + i - 1, start_), n_, unpacked_[i]);
+    int64_t step;  // samples of one read
+
+    // Samples from i on, at epochs e to e + n_rows - 1; the other rows are zeros.
+    const uint8_t* const* read(int64_t e, int n_rows, int64_t i) {
+        static const uint8_t zeros[SampleBlock::size / 8] = {};
+        const int64_t n = std::min(step, n_ - i);
+        for (int r = 0; r < sample_rows; ++r) {
+            rows_[r] = r < n_rows ? at(m_, e + r, start_) : zeros;
+            if (!copied_ || r >= n_rows) continue;
+            if (m_->format == FMN_BITS) std::memcpy(copies_[r], rows_[r], static_cast<size_t>(ceil_div(n_, 8)));
+            else {
+                const uint8_t* next = at(m_, std::min(e + r + sample_rows, m_->n_epochs - 1), start_) + i;
+                prefetch(next, n);
+                k_.pack(rows_[r] + i, n, copies_[r] + i / 8);
+            }
+            rows_[r] = copies_[r];
         }
-        if (e == 0) rows_[0] = rows_[1];  // nothing is forgotten at the first epoch
-        for (int64_t i = 0; i < n_rows; ++i)
-            rows_[n_rows + 1 + i] = bits ? rows_[1] : at(m_, std::min(e + n_rows + i, m_->n_epochs - 1), start_);
-        previous_ = rows_[n_rows];
         return rows_;
     }
 
@@ -101,23 +101,27 @@ private:
     const Kernels& k_;
     const fmn_matrix* m_;
     int64_t start_, n_;
-    const uint8_t* previous_ = nullptr;
-    const uint8_t* rows_[2 * sample_rows + 1] = {};
-    uint8_t unpacked_[sample_rows + 1][SampleBlock::size];
+    bool copied_;
+    const uint8_t* rows_[sample_rows];
+    uint8_t copies_[sample_rows][SampleBlock::size / 8] = {};
 };
 
 inline void count_samples(const Kernels& k, const fmn_matrix* m, int64_t start, int64_t size, int32_t* counts) {
-    SampleBlock block;
+    SampleBlock block = {};
     Rows rows(k, m, start, size);
     const int32_t n_epochs = static_cast<int32_t>(m->n_epochs);
     for (int32_t base = 0, length; base < n_epochs; base += length) {
         length = std::min(n_epochs - base, SampleBlock::max_epochs);
-        std::memset(&block, 0, sizeof block);
-        for (int32_t e = 0, n_rows; e < length; e += n_rows) {
-            n_rows = length - e >= sample_rows ? sample_rows : 1;
-            k.update_samples(rows.read(base + e, n_rows), n_rows, size, static_cast<uint8_t>(e), &block);
+        for (int32_t e = 0; e < length; e += sample_rows) {
+            const int n_rows = std::min(length - e, sample_rows);
+            for (int64_t i = 0; i < size; i += rows.step) {
+                const uint8_t* const* read = rows.read(base + e, n_rows, i);
+                k.update_samples(read, n_rows, i / 64, ceil_div(std::min(i + rows.step, size), 64), e, &block);
+            }
         }
-        add_block(block, size, base, length, m->n_samples, counts + start);
+        k.add_samples(block, size, base, length, counts + start, m->n_samples);
+        std::memset(block.planes, 0, sizeof block.planes);
+        std::memset(block.seen, 0, sizeof block.seen);
     }
 }
 

@@ -156,30 +156,8 @@ FMN_AVX2 bool compare_scores(const uint8_t* scores, fmn_type type, int64_t n_cla
     return loops::compare_scores(scores, type, n_classes, stride, labels, n, bytes);
 }
 
-// Takes 32 samples per step through eight epochs in registers: one load and eight operations per epoch. Eight rows are more
-// streams than the processor prefetches itself, so the code prefetches the next eight.
-template <int n_rows>
-FMN_AVX2 inline int64_t update_samples_by(const uint8_t* const* rows, int64_t n, uint8_t e, SampleBlock* s) {
-    const __m256i zero = _mm256_setzero_si256();
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-        __m256i was = _mm256_cmpeq_epi8(load(rows[0] + i), zero), wrong = load(s->wrong + i), first = load(s->first + i);
-        __m256i last = load(s->last + i), last_wrong = load(s->last_wrong + i), events = load(s->events + i);
-        for (int k = 0; k < n_rows; ++k) {
-            __builtin_prefetch(rows[n_rows + 1 + k] + i);
-            const __m256i now = _mm256_cmpeq_epi8(load(rows[k + 1] + i), zero);
-            const __m256i epoch = _mm256_set1_epi8(static_cast<char>(e + k));
-            wrong = _mm256_sub_epi8(wrong, now);
-            first = _mm256_sub_epi8(first, _mm256_cmpeq_epi8(wrong, _mm256_set1_epi8(static_cast<char>(e + k + 1))));
-            last = _mm256_blendv_epi8(epoch, last, now);
-            last_wrong = _mm256_blendv_epi8(last_wrong, epoch, now);
-            events = _mm256_sub_epi8(events, _mm256_andnot_si256(was, now));
-            was = now;
-        }
-        store(s->wrong + i, wrong), store(s->first + i, first), store(s->last + i, last);
-        store(s->last_wrong + i, last_wrong), store(s->events + i, events);
-    }
-    return i;
+FMN_AVX2 void update_samples(const uint8_t* const* rows, int n_rows, int64_t begin, int64_t end, int e, SampleBlock* block) {
+    loops::update_samples(rows, n_rows, begin, end, e, block);
 }
 
 // Masks of the 64-bit lanes whose bit is set, for the lower and the upper four of eight epochs.
@@ -188,6 +166,10 @@ FMN_AVX2 inline void spread(int right, __m256i lanes[2]) {
     const __m256i high = _mm256_setr_epi64x(16, 32, 64, 128);
     lanes[0] = _mm256_cmpeq_epi64(_mm256_and_si256(bits, low), low);
     lanes[1] = _mm256_cmpeq_epi64(_mm256_and_si256(bits, high), high);
+}
+
+FMN_AVX2 void add_samples(const SampleBlock& block, int64_t n, int32_t base, int32_t length, int32_t* counts, int64_t stride) {
+    loops::add_samples(block, n, base, length, counts, stride);
 }
 
 FMN_AVX2 void gather(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* out) {
@@ -238,14 +220,8 @@ FMN_AVX2 void right_at(const double* now, const double* then, int64_t n, int64_t
 
 }  // namespace
 
-FMN_AVX2 void update_samples_avx2(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t e, SampleBlock* block) {
-    const int64_t done = n_rows == sample_rows ? update_samples_by<sample_rows>(rows, n, e, block)
-                                               : update_samples_by<1>(rows, n, e, block);
-    loops::update_samples_from(done, rows, n_rows, n, e, block);
-}
-
 const Kernels avx2_kernels = {"avx2",   count_bytes,    count_bits,          count_overlaps, pack,        unpack,
-                              compare,  compare_scores, update_samples_avx2, gather, add_counts, add_weights, widen,
+                              compare,  compare_scores, update_samples, add_samples, gather, add_counts, add_weights, widen,
                               sums_to_one, interval, right_at};
 
 }  // namespace fmn

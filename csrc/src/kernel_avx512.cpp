@@ -124,6 +124,14 @@ FMN_AVX512 bool compare_scores(const uint8_t* scores, fmn_type type, int64_t n_c
     return loops::compare_scores(scores, type, n_classes, stride, labels, n, bytes);
 }
 
+FMN_AVX512 void update_samples(const uint8_t* const* rows, int n_rows, int64_t begin, int64_t end, int e, SampleBlock* block) {
+    loops::update_samples(rows, n_rows, begin, end, e, block);
+}
+
+FMN_AVX512 void add_samples(const SampleBlock& block, int64_t n, int32_t base, int32_t length, int32_t* counts, int64_t stride) {
+    loops::add_samples(block, n, base, length, counts, stride);
+}
+
 FMN_AVX512 void gather(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* out) {
     loops::gather(rows, n_rows, n, out);
 }
@@ -180,9 +188,8 @@ FMN_AVX512 void right_at(const double* now, const double* then, int64_t n, int64
 
 }  // namespace
 
-// The blocks of samples use the AVX2 kernel: 512-bit vectors were no faster on Zen 4, and memory bounds both.
 const Kernels avx512_kernels = {"avx512", count_bytes,    count_bits,          count_overlaps, pack,        unpack,
-                                compare,  compare_scores, update_samples_avx2, gather, add_counts, add_weights, widen,
+                                compare,  compare_scores, update_samples, add_samples, gather, add_counts, add_weights, widen,
                                 sums_to_one, interval, right_at};
 
 }  // namespace fmn

@@ -15,14 +15,14 @@
 
 namespace fmn {
 
-// Statistics of a block of samples over up to 248 epochs, numbered from the first of them. They are bytes: a vector then
-// holds as many samples as it has bytes, and the block stays in the level-1 and level-2 caches.
+// Statistics of a block of samples over up to 248 epochs, numbered from the first of them: bit i % 64 of word i / 64 of plane p
+// is bit p of sample i's number. Logic on whole words then counts for 64 samples or more at once.
 struct SampleBlock {
-    static constexpr int64_t size = 8192;
+    static constexpr int64_t size = 8192, words = size / 64;  // the planes stay in the level-1 and level-2 caches
     static constexpr int32_t max_epochs = 248;  // a multiple of sample_rows
-    uint8_t wrong[size], events[size];      // counts
-    uint8_t first[size];                    // epochs before the first right one
-    uint8_t last[size], last_wrong[size];   // epochs; 0 if there is none
+    enum Number { wrong, events, first, last, last_wrong, n_numbers };  // counts, then epochs, which are 0 if there is none
+    uint64_t planes[n_numbers][8][words], seen[words];  // seen: right at one of the epochs
+    uint64_t was[words];  // right at the row before
 };
 
 // Sums of one group in a tile of epochs; a cache line each.
@@ -79,9 +79,12 @@ struct Kernels {
     bool (*compare_scores)(const uint8_t* scores, fmn_type type, int64_t n_classes, int64_t stride, const int64_t* labels,
                            int64_t n, uint8_t* bytes);
 
-    // Updates n samples of a block by n_rows epochs: rows[1] to rows[n_rows], of which the first has number e. rows[0] is the
-    // epoch before. n_rows is sample_rows or 1. The n_rows pointers after them are the next rows, for prefetching.
-    void (*update_samples)(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t e, SampleBlock* block);
+    // Updates words [begin, end) of a block by n_rows epochs of bits, n_rows <= sample_rows, of which the first has number e, a
+    // multiple of sample_rows. rows has sample_rows pointers to word 0; those past n_rows point to zeros.
+    void (*update_samples)(const uint8_t* const* rows, int n_rows, int64_t begin, int64_t end, int e, SampleBlock* block);
+
+    // Adds a block of n samples, whose `length` epochs begin at `base`, to their counts: five rows, `stride` apart.
+    void (*add_samples)(const SampleBlock& block, int64_t n, int32_t base, int32_t length, int32_t* counts, int64_t stride);
 
     // Bit k of out[i] = whether rows[k][i] is nonzero, for k < n_rows <= 8; the other bits are 0.
     void (*gather)(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t* out);
@@ -110,7 +113,6 @@ extern const Kernels base_kernels;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FMN_X86 1
 extern const Kernels avx2_kernels, avx512_kernels;
-void update_samples_avx2(const uint8_t* const* rows, int n_rows, int64_t n, uint8_t e, SampleBlock* block);
 #elif defined(__aarch64__) && defined(__GNUC__)
 #define FMN_NEON 1
 extern const Kernels neon_kernels;

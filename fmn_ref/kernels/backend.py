@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from .. import _check
 from .protocol import Kernels
 
 _MODULES = {"cpp": "_kernels", "numba": "numba", "numpy": "reference", "torch": "torch"}
@@ -81,7 +82,8 @@ def import_kernels(name: str) -> Kernels:
     ImportError
         The extension was not built, or numba or torch is not installed.
     """
-    return cast(Kernels, importlib.import_module(f"fmn_ref.kernels.{_MODULES[name]}"))
+    with _check.naming_packages(f"the backend {name}"):
+        return cast(Kernels, importlib.import_module(f"fmn_ref.kernels.{_MODULES[name]}"))
 
 
 @cache

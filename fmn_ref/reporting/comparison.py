@@ -268,9 +268,10 @@ def compare(
         As `fuse` and `distill`; also if more than 1 % of the samples are in both sets. Samples are the same if the
         network is called with the same for them, whatever their batches look like.
     """
-    from ..training import data
-    from ..training.ensemble import attached_model
-    from ..training.recipe import Recipe
+    with _check.naming_packages("compare"):
+        from ..training import data
+        from ..training.ensemble import attached_model
+        from ..training.recipe import Recipe
 
     attached_model(run)
     recipe = {"epochs", *(f.name for f in fields(Recipe))}

@@ -140,10 +140,11 @@ class Probabilities(StoredPredictions):
     def __init__(
         self, run: Run, samples: Any, *, batch_size: int = 256, amp: bool = False, split: bool = False
     ) -> None:
-        from . import data
-        from .copies import independent
-        from .ensemble import attached_model
-        from .memory_format import set_channels_last
+        with _check.naming_packages("run.probabilities"):
+            from . import data
+            from .copies import independent
+            from .ensemble import attached_model
+            from .memory_format import set_channels_last
 
         self._model = independent(attached_model(run))
         set_channels_last(self._model)
