@@ -177,7 +177,7 @@ class _Unseen(NamedTuple):
         return cls(probs.argmax(1) == labels, probs[np.arange(len(labels)), labels])
 
     def log_likelihood(self, target: Target) -> float:
-        return float(np.log(np.maximum(self.of_label, FLOOR)) @ (target.each / target.total))
+        return float((np.log(np.maximum(self.of_label, FLOOR)) * (target.each / target.total)).sum())
 
 
 def _cross_validate(problem: Problem, target: Target, method: str, folds: int) -> _Estimate:
@@ -225,10 +225,9 @@ def _predict_unseen(problem: Problem, target: Target, method: str, folds: int) -
 
 def _gain_interval(before: Bool, after: Bool, target: Target) -> tuple[float, float]:
     """95 % bootstrap interval of the gain in (weighted) accuracy: samples drawn with replacement."""
-    w = np.ones(len(before)) if target.weights is None else target.weights / target.total
-    pairs = np.stack([after * 1.0 - before, w], axis=1)
+    pairs = np.stack([after * 1 - before, target.each], axis=1)
     kinds, count = np.unique(pairs, axis=0, return_counts=True)  # one multinomial draw for equal samples
     draws = np.random.default_rng(0).multinomial(len(before), count / count.sum(), _DRAWS)
-    gain = draws @ (kinds[:, 0] * kinds[:, 1]) / np.maximum(draws @ kinds[:, 1], 1e-300)
+    gain = draws @ (kinds[:, 0] * kinds[:, 1]) / np.maximum(draws @ kinds[:, 1], 1)  # of integers: exact sums
     low, high = np.quantile(gain, [0.025, 0.975])
     return float(low), float(high)

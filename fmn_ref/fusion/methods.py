@@ -158,7 +158,8 @@ def pool(problem: Problem, target: Target) -> Members:
     counted = target.each[target.each > 0]
     count = target.each * (len(counted) / counted.sum())
     weights = pool_weights(problem.probs.alike(range(problem.n_epochs)), target.labels, count, max_members=most)
-    return tuple(sorted(weights.items(), key=lambda item: -item[1]))
+    found = zip(weights, _rounded(np.array([*weights.values()])).tolist(), strict=True)
+    return tuple(sorted(((e, w) for e, w in found if w > 0), key=lambda item: -item[1]))
 
 
 def likelihood(problem: Problem, target: Target) -> Members:
@@ -194,7 +195,12 @@ def _em(components: Float, w: Float) -> Float:
     components = components + 1e-12
     for _ in range(EM_STEPS):
         q = q * (components @ (w / (q @ components))) / w.sum()
-    return np.asarray(q / q.sum())
+    return _rounded(q / q.sum())
+
+
+def _rounded(weights: Float) -> Float:
+    """Multiples of 2^-20, about 1e-6. BLAS, exponentials and logarithms have their own last bits on every processor."""
+    return np.asarray(np.rint(weights * 2**20) / 2**20)
 
 
 def coverage(problem: Problem, target: Target) -> Members:

@@ -269,7 +269,8 @@ def _prune(objective: _Objective, w: Float, most: int) -> Float:
         while len(left) > most + excess // 4:
             # removing epoch e costs w_e^2 / (2 [h^-1]_ee) once the other weights have followed
             inverse = _solve(h[np.ix_(left, left)], np.eye(len(left)))
-            left = np.delete(left, int((v[left] ** 2 / np.diag(inverse)).argmin()))
+            cost = (v[left] ** 2 / np.diag(inverse)).astype(np.float32)  # equal epochs cost the same: the first goes
+            left = np.delete(left, int(cost.argmin()))
             v[left] = _nonnegative_minimum(h[np.ix_(left, left)], c[left], v[left])
             left = left[v[left] > 0]
         w, members = np.zeros_like(w), members[left]

@@ -65,13 +65,14 @@ def expected_curves(
         more = _check.number(n_draws, 2, math.inf, "n_draws", int)
         changed = sums[1, r] * more / (more - 1)
     sums[1:3, r], sums[3, r] = changed, p[r] - changed
-    if groups is None:
-        return ForgettingCurves(sums @ w, n, n if sample_weight is None else w.sum(), r)
-    names, member = group_members(groups, n)
-    in_group = w[:, None] * (member[:, None] == np.arange(len(names)))  # (n_questions, n_groups)
+    names, member = group_members(np.zeros(n, np.int64) if groups is None else groups, n)
     size = np.bincount(member)
     total = size if sample_weight is None else np.bincount(member, w)
-    return ForgettingCurves(np.ascontiguousarray((sums @ in_group).swapaxes(1, 2)), size, total, r, names)
+    in_order = np.stack([np.bincount(member, w * row) for row in sums.reshape(-1, n)])  # BLAS would take any order
+    counts = np.ascontiguousarray(in_order.reshape(*sums.shape[:2], len(names)).swapaxes(1, 2))
+    if groups is None:
+        return ForgettingCurves(counts[:, 0], n, n if sample_weight is None else total[0], r)
+    return ForgettingCurves(counts, size, total, r, names)
 
 
 def _rates(rates: Any) -> NDArray[np.float64]:
@@ -229,7 +230,7 @@ def maj_at_k(answers: Any, correct: Any, k: Any, *, last: int = 1, seed: int = 0
         counts, is_right = _ballots(a[used, i], right[used, i], f"question {i}")
         votes, weights = _possible_votes(counts, budget[used], rng)
         most = votes == votes.max(1, keepdims=True)
-        shares[i] = weights @ ((most @ is_right) / most.sum(1))
+        shares[i] = (weights * ((most @ is_right) / most.sum(1))).sum()
     return shares
 
 

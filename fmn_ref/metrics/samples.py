@@ -62,7 +62,7 @@ class SampleStatistics:
     @cached_property
     def presentations_needed(self) -> NDArray[np.int64]:
         """Epochs until it stayed right: one past the last wrong epoch; n_epochs if it is wrong at the end."""
-        return np.asarray(self.counts[4] + np.int64(1))
+        return np.asarray(self.counts[4], np.int64) + 1
 
     @cached_property
     def forgotten(self) -> NDArray[np.bool_]:

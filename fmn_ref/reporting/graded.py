@@ -52,8 +52,9 @@ def answers_summary(
     if n_choices is not None and n_choices.any():
         by_choices = expected_curves(rates, groups=n_choices)
         forget, learned = by_choices.chance_corrected(by_choices.groups)
-        share = by_choices.n_samples / len(n_choices)
-        columns |= {"corrected_forget_fraction": share @ forget, "corrected_learned_fraction": share @ learned}
+        share = (by_choices.n_samples / len(n_choices))[:, None]
+        columns["corrected_forget_fraction"] = (share * forget).sum(0)
+        columns["corrected_learned_fraction"] = (share * learned).sum(0)
         titles += ["F_e cor.", "L_e cor."]
     names = list(map(str, range(len(draws)))) if checkpoints is None else list(checkpoints)
     temporal = temporal_forgetting(rates)
