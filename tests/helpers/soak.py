@@ -94,11 +94,18 @@ class User:
     def round(self):
         """Do everything once; keep what went wrong."""
         for act in self.acts:
+            self.act(act)
+        self.n += 1
+        soak_jobs.log(self.root / "user.jsonl", soak_jobs.measure(self.folder))
+
+    def act(self, act):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", ".*dropped the torn last record")
             try:
                 self.counts[act() or act.__name__] += 1
             except Exception:
                 self.faults.append(f"{act.__name__}, round {self.n}: {traceback.format_exc()}")
-        self.n += 1
 
     def run(self):
         return fmn.Run.open(self.trained, make_model())
@@ -209,6 +216,13 @@ class User:
         refused(fmn.FusionPlan.load, self.folder / "plan.json", "")
         refused(fmn.Recorder, self.root / "long", "a run has one writer")
 
+    def stopped(self):
+        """What the long training left: the bits of each checkpoint that it kept are those of the history."""
+        run = fmn.Run.open(self.root / "long", make_model())
+        self.counts["epochs of the long training"] = len(run.history)
+        for row, probs in zip(run.kept.history, run.kept.probabilities(self.val), strict=True):
+            assert (probs.argmax(1) == self.val[1].numpy()).tolist() == row.tolist()
+
 
 @contextlib.contextmanager
 def discarded():
@@ -235,23 +249,17 @@ def soak(root, seconds, seed):
             assert all(process.is_alive() for process in (killer, long))
             time.sleep(0.1)
         user, end = User(root), time.monotonic() + seconds
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", ".*dropped the torn last record")
-            while time.monotonic() < end or user.n < ROUNDS:
-                user.round()
-                soak_jobs.log(root / "user.jsonl", soak_jobs.measure(user.folder))
+        while time.monotonic() < end or user.n < ROUNDS:
+            user.round()
         assert all(process.is_alive() for process in (killer, long))
     finally:
         (root / "stop").touch()
         long.kill(), long.join(), killer.join()
-    run = fmn.Run.open(root / "long", make_model()).kept
-    for row, probs in enumerate(run.probabilities(user.val)):
-        assert (probs.argmax(1) == user.val[1].numpy()).tolist() == run.history[row].tolist()
-    return record(root, user, run.history.epochs[-1] + 1)
+    user.act(user.stopped)
+    return record(root, user)
 
 
-def record(root, user, long_epochs):
+def record(root, user):
     """What was done, what each process held, what grew and what went wrong."""
     actors = {path.stem: [json.loads(line) for line in path.open()] for path in sorted(root.glob("*.jsonl"))}
     ended = Counter(done["job"] for done in actors["killer"])
@@ -263,9 +271,9 @@ def record(root, user, long_epochs):
         "done": dict(sorted(user.counts.items())),
         "jobs": dict(ended),
         "kills": kills,
-        "epochs_of_the_long_training": long_epochs,
         "faults": faults[:20],
         "growth": growth,
+        "measurements": {name: len(lines) for name, lines in actors.items()},
         "held": {name: {key: summary(lines, key) for key in QUANTITIES} for name, lines in actors.items()},
     }
 
