@@ -87,7 +87,7 @@ class User:
         for name, rows in self.rows.items():
             check_numbers(fmn.Run.open(root / "unbroken" / name).history, rows)
         self.probs = np.stack(list(self.run().probabilities(self.val)))
-        self.folder.mkdir()
+        self.folder.mkdir(exist_ok=True)
         self.acts = [self.read, self.fuse, self.compare, self.average, self.record, self.bring, self.train, self.report]
         self.acts += [self.refuse]
 
@@ -256,12 +256,12 @@ def soak(root, seconds, seed):
         (root / "stop").touch()
         long.kill(), long.join(), killer.join()
     user.act(user.stopped)
-    return record(root, user)
+    return {"seconds": seconds, "seed": seed} | record(root, user)
 
 
 def record(root, user):
     """What was done, what each process held, what grew and what went wrong."""
-    actors = {path.stem: [json.loads(line) for line in path.open()] for path in sorted(root.glob("*.jsonl"))}
+    actors = {path.stem: list(map(json.loads, path.read_text().splitlines())) for path in sorted(root.glob("*.jsonl"))}
     ended = Counter(done["job"] for done in actors["killer"])
     kills = {name: sum(done["kills"] for done in actors["killer"] if done["job"] == name) for name in ended}
     faults = user.faults + [f"{done['job']}: {done['fault']}" for done in actors["killer"] if done["fault"]]
@@ -312,8 +312,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         found = soak(Path(folder), args.seconds, args.seed)
     head = {"format": "fmn_ref.soak", "version": 1, "made_with": versions()}
-    content = head | {"seconds": args.seconds, "seed": args.seed} | found
-    args.output.write_text(json.dumps(content, indent=1) + "\n")
+    args.output.write_text(json.dumps(head | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
