@@ -1,5 +1,6 @@
 """Processes beside the one of `soak`: jobs that are killed and begun again, and one training of thousands of epochs."""
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -35,15 +36,25 @@ def measure(folder):
     if hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    sizes = file_sizes(folder)
     return {
         "resident_bytes": 1024 * int(status["VmRSS"].split()[0]),
         "python_blocks": sys.getallocatedblocks(),
         "file_descriptors": len(os.listdir("/proc/self/fd")) - 1,  # that of listdir
         "threads": int(status["Threads"]),
-        "files": len(files),
-        "disk_bytes": sum(path.stat().st_size for path in files if path.name != "history.fmnh"),
+        "files": len(sizes),
+        "disk_bytes": sum(size for path, size in sizes.items() if path.name != "history.fmnh"),
     }
+
+
+def file_sizes(folder):
+    """{path: size} of the files below a folder, where another thread may delete some."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file():
+                sizes[path] = path.stat().st_size
+    return sizes
 
 
 def log(path, content):

@@ -44,7 +44,7 @@ def test_the_peak_and_the_gap(tmp_path):
     dot = drawn(figure)["peak: 80.0% at epoch 20"]
     assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([20], [0.8])
     assert "peak: 80.0% at epoch 20" in legend(figure)
-    assert texts(figure) == ["peak above final:\n40.0 points\n\n$F_e$ at the peak:\n60.0%"]
+    assert texts(figure) == ["peak above final:\n40.0 points\n\nforget fraction\nat the peak:\n60.0%"]
     bar = figure.axes[0].lines[-1]
     assert list(bar.get_ydata()) == [0.4, 0.8]
     assert min(bar.get_xdata()) > 1  # right of the axes
@@ -60,10 +60,10 @@ def test_the_peak_and_the_gap(tmp_path):
         # F_e is largest at epoch 0, accuracy at epoch 1
         (
             [[1, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 0]],
-            ["peak above final:\n20.0 points\n\n$F_e$ at the peak:\n20.0%"],
+            ["peak above final:\n20.0 points\n\nforget fraction\nat the peak:\n20.0%"],
         ),
-        ([[1], [0]], ["peak above final:\n100.0 points\n\n$F_e$ at the peak:\n100.0%"]),
-        ([[1, 0], [0, 1]], ["peak above final:\n0.0 points\n\n$F_e$ at the peak:\n50.0%"]),  # other samples
+        ([[1], [0]], ["peak above final:\n100.0 points\n\nforget fraction\nat the peak:\n100.0%"]),
+        ([[1, 0], [0, 1]], ["peak above final:\n0.0 points\n\nforget fraction\nat the peak:\n50.0%"]),  # other samples
     ],
 )
 def test_figures_of_small_runs(tmp_path, correct, gap):
