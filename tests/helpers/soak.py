@@ -7,7 +7,7 @@ Four kinds of processes use the same folders:
 - `jobs`: trainings with each kind of `keep`, and distillations. They are killed at a time or at a disk operation, and
   begun again.
 - `killer` starts the jobs and kills them. Their files must be those of undisturbed jobs: same names, same bits.
-- `long`: one training of thousands of epochs with "budget:3".
+- `long`: one training with "budget:3" that goes on for ever.
 - `user`: this process. In each round it reads the run that is being killed, fuses, averages, records, imports, trains,
   distils, reports, plots, and is refused. It compares every number with that of a plain loop, or of the first round.
 
@@ -50,7 +50,7 @@ from fmn_ref.runs import checkpoints
 
 ROUNDS = 8  # at least, so that a quarter has two
 QUANTITIES = ("resident_bytes", "python_blocks", "file_descriptors", "threads", "files", "disk_bytes")
-ALLOWED = {"resident_bytes": 2**22, "python_blocks": 1500, "disk_bytes": 2**14}  # matplotlib's caches take 20 rounds
+ALLOWED = {"resident_bytes": 2**22, "python_blocks": 1500, "disk_bytes": 2**14}  # a history has a number per epoch
 
 
 def plain_rows(path, n_samples):

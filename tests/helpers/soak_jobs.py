@@ -1,4 +1,4 @@
-"""Processes beside the one of `soak`: jobs that are killed and begun again, and one training of thousands of epochs."""
+"""Processes beside the one of `soak`: jobs that are killed and begun again, and one training that lasts."""
 
 import contextlib
 import ctypes
@@ -26,7 +26,7 @@ import fmn_ref as fmn
 
 EPOCHS = 12
 KEEP = {"all": ("all", False), "every": ("every:3", False), "budget": ("budget:3", False), "half": ("budget:4", True)}
-PAUSE = 0.06  # seconds before each of the 8 batches of an epoch of `long_training`
+PAUSE = 0.2  # seconds before each of the 8 batches of an epoch of `long_training`: 2000 epochs an hour
 LIBC = ctypes.CDLL(None)
 
 
