@@ -310,6 +310,8 @@ def main():
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="seed of the kills (default: new)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
+    if not args.output.parent.is_dir():
+        parser.error(f"{args.output}: its folder does not exist")
     print("seed", args.seed, flush=True)
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)

@@ -5,9 +5,11 @@ import ctypes
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -100,8 +102,13 @@ def kill_and_compare(root, seed):
         shutil.rmtree(folder, ignore_errors=True)
         done = {"job": name, "kills": kills, "fault": fault}
         log(root / "killer.jsonl", measure(root / "killed") | done)
-        if (root / "stop").exists():
+        if stopped(root):
             return
+
+
+def stopped(root):
+    """Tell whether the soak is over, or its process is gone."""
+    return (root / "stop").exists() or not multiprocessing.parent_process().is_alive()
 
 
 def different(folder, expected):
@@ -132,6 +139,8 @@ def long_training(root):
     last = [time.monotonic()]
 
     def augment(x):
+        if stopped(root):
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(PAUSE)
         if time.monotonic() > last[0] + 2:
             log(root / "long.jsonl", measure(root / "long"))
