@@ -191,7 +191,7 @@ def _draw_setting(axes: Any, setting: dict[str, Any], every: int) -> None:
     fused = accuracies(setting, "auto").mean() / 100
     color = COLORS[setting["library"]]
     axes.plot(rounds, setting["accuracy"], color=color, label=setting["library"])
-    axes.plot(rounds, setting["forget"], color=color, linestyle=":", label="forget fraction $F_e$")
+    axes.plot(rounds, setting["forget"], color=color, linestyle=":", label="forget fraction")
     axes.axhline(fused, color=color, linestyle="--", linewidth=0.8, label="fused (auto)")
     axes.set_title(f"{setting['dataset']}, {setting['rate']:.0%} wrong labels", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -87,7 +87,7 @@ def _draw_case(axes: Any, name: str, case: dict[str, Any]) -> None:
     mean = {k: np.mean([s[k] for s in case["seeds"]], axis=0) for k in NAMES}
     axes.plot(mean["accuracy"], color="#2563eb", label="accuracy")
     axes.plot(mean["retained"], color="#2563eb", linestyle=":", label="of it still right at the end")
-    axes.plot(mean["forget"], color="#dc2626", label="forget fraction $F_e$")
+    axes.plot(mean["forget"], color="#dc2626", label="forget fraction")
     axes.fill_between(range(len(mean["forget"])), mean["retained"], mean["accuracy"], color="#dc2626", alpha=0.12)
     axes.set_title(name, loc="left", fontsize=10)
     axes.set(xlabel="epoch", ylim=(0, 1))

@@ -84,8 +84,8 @@ def curves(correct: Any, *, fused: float | None = None, student: float | None = 
     axes.plot(epochs[peak], c.accuracy[peak], "o", color=_BLUE, label=note)
     axes.plot(epochs, c.retained, color=_BLUE, linestyle=":", label="retained: right at the end too")
     axes.fill_between(epochs, c.retained, c.accuracy, color=_RED, alpha=0.12, linewidth=0)
-    axes.plot(epochs, c.forget, color=_RED, label="forget fraction $F_e$")
-    axes.plot(epochs, c.learned, color=_GREEN, label="learned fraction $L_e$")
+    axes.plot(epochs, c.forget, color=_RED, label="forget fraction")
+    axes.plot(epochs, c.learned, color=_GREEN, label="learned fraction")
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
@@ -98,7 +98,7 @@ def _mark_gap(axes: Axes, top: float, bottom: float, forget: float) -> None:
     """Mark the gap from `top` to `bottom` at the right edge."""
     x = axes.get_yaxis_transform()  # shares of the width, values of the height
     axes.plot([1.02] * 2, [bottom, top], "_-", color=_GREY, transform=x, clip_on=False)
-    text = f"peak above final:\n{100 * (top - bottom):.1f} points\n\n$F_e$ at the peak:\n{forget:.1%}"
+    text = f"peak above final:\n{100 * (top - bottom):.1f} points\n\nforget fraction\nat the peak:\n{forget:.1%}"
     axes.text(1.04, (top + bottom) / 2, text, transform=x, va="center", fontsize=8)
 
 

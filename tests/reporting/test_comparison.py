@@ -137,7 +137,7 @@ def test_figures(run, table, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
     axes = figures["curves"].axes[0]
     drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
-    np.testing.assert_array_equal(drawn["forget fraction $F_e$"], fmn.forget_fraction(run.history))
+    np.testing.assert_array_equal(drawn["forget fraction"], fmn.forget_fraction(run.history))
     bars = [bar.get_height() for bar in figures["weights"].axes[0].patches]
     np.testing.assert_allclose(bars, list(table.plan.weights.values()))
     forgotten = fmn.sample_statistics(run.history).forgotten
