@@ -111,9 +111,11 @@ def counts_of(isa):
     same = {"FMN_ISA": isa, "FMN_BACKEND": "cpp", "FMN_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     same |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Haswell"}
     same |= {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # calls with files count the depth of the path
+        files = Path(folder, "files")  # apart from the dumps: a call that writes a file reads the names beside it
+        files.mkdir()
         valgrind = ["valgrind", "--tool=callgrind", "--dump-after=getppid", f"--callgrind-out-file={folder}/dump"]
-        command = [*valgrind, sys.executable, __file__, "--counted", folder]
+        command = [*valgrind, sys.executable, __file__, "--counted", str(files)]
         done = subprocess.run(command, env=same, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"the counted program failed on {isa}:\n{done.stderr}")
