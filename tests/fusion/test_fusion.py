@@ -130,11 +130,13 @@ def test_a_history_of_other_samples_is_refused(rng):
     p, labels = random_probs(rng)
     history = history_of(fmn.correctness(p, labels), labels=labels)
     assert fmn.fuse(p, labels, correct=history) == fmn.fuse(p, labels)
-    with pytest.raises(ValueError, match="other labels"):
+    with pytest.raises(ValueError, match=r"^correct: .*other labels, or in another order$"):
         fmn.fuse(p, labels[::-1], correct=history)
-    with pytest.raises(ValueError, match="disagrees"):
+    with pytest.raises(ValueError, match=r"^correct: .*other labels.*\(60 samples, not 59\)$"):
+        fmn.fuse(p[:, 1:], labels[1:], correct=history)
+    with pytest.raises(ValueError, match=r"^correct: .*disagrees"):
         fmn.fuse(p[:, ::-1], labels, correct=history)
-    with pytest.raises(ValueError, match="disagrees"):
+    with pytest.raises(ValueError, match=r"^correct: .*disagrees .*on 1 of 1 samples"):
         fmn.fuse(p[:, :1], labels[:1], correct=~fmn.correctness(p, labels)[:, :1])
 
 
@@ -213,17 +215,18 @@ def spoiled(value, where=(1, 2, 0)):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: fmn.fuse(P[0], Y), ValueError, r"n_epochs, n_samples, n_classes.*\(4, 2\)"),
-        (lambda: fmn.fuse(P[:0], Y), ValueError, "at least one epoch"),
-        (lambda: fmn.fuse(P[:, :0], []), ValueError, "empty"),
+        (lambda: fmn.fuse(P[0], Y), ValueError, r"probs: .*n_epochs, n_samples, n_classes.*got shape \(4, 2\)"),
+        (lambda: fmn.fuse(P[:0], Y), ValueError, r"probs: .*at least one epoch, got shape \(0, 4, 2\)"),
+        (lambda: fmn.fuse([], Y), ValueError, "probs: .*at least one epoch, got none"),
+        (lambda: fmn.fuse(P[:, :0], []), ValueError, r"probs\[2\]: .*empty"),
         (lambda: fmn.fuse(P, Y[:3]), ValueError, "labels"),
         (lambda: fmn.fuse(P, [0, 1, 0, 2]), ValueError, "labels"),
         (lambda: fmn.fuse(P, [0.0] * 4), TypeError, "labels"),
         (lambda: fmn.fuse(spoiled(np.nan), Y), ValueError, r"probs\[1\].*nan.*\(2, 0\)"),
         (lambda: fmn.fuse(spoiled(-0.1), Y), ValueError, r"probs\[1\].*-0.1"),
-        (lambda: fmn.fuse(spoiled(0.9), Y), ValueError, "sum to 1"),
-        (lambda: fmn.fuse(P.astype(int), Y), TypeError, "floating-point"),
-        (lambda: fmn.fuse(P.astype(str), Y), TypeError, "dtype"),
+        (lambda: fmn.fuse(spoiled(0.9), Y), ValueError, r"probs\[1\]: .*sum to 1"),
+        (lambda: fmn.fuse(P.astype(int), Y), TypeError, r"probs\[2\]: .*floating-point"),
+        (lambda: fmn.fuse(P.astype(str), Y), TypeError, r"probs\[2\]: .*dtype"),
         (lambda: fmn.fuse(7, Y), TypeError, "probs"),
         (lambda: fmn.fuse([P[0], P[0, :3], P[0]], Y), ValueError, r"probs\[1\].*shape"),
         (lambda: fmn.fuse(P, Y, correct=np.ones((2, 4), bool)), ValueError, "correct"),
@@ -232,18 +235,77 @@ def spoiled(value, where=(1, 2, 0)):
         (lambda: fmn.fuse(P, Y, window=-1), ValueError, "window"),
         (lambda: fmn.fuse(P, Y, window=0.5), TypeError, "window"),
         (lambda: fmn.fuse(P, Y, max_members=0), ValueError, "max_members"),
-        (lambda: fmn.fuse(P, Y, step=0.3), ValueError, "step"),
+        (lambda: fmn.fuse(P, Y, window=2**31 + 1), ValueError, "window"),
+        (lambda: fmn.fuse(P, Y, step=0.3), ValueError, "step: .*divides 1"),
+        (lambda: fmn.fuse(P, Y, step=2), ValueError, "step"),
+        (lambda: fmn.fuse(P, Y, step=5e-7), ValueError, "step"),
         (lambda: fmn.fuse(P, Y, step=0), ValueError, "step"),
         (lambda: fmn.best_epsilon(P[0], P[0, :3], Y), ValueError, "candidate"),
-        (lambda: fmn.fuse(P, Y).apply(P[:2]), ValueError, "3 epochs"),
-        (lambda: fmn.FusionPlan(((5, 0.5),), 3, 1, (0.5, 0.6)), ValueError, "epoch"),
-        (lambda: fmn.FusionPlan(((1, 5.0),), 3, 1, (0.5, 0.6)), ValueError, "eps"),
-        (lambda: fmn.FusionPlan((), 3, 1, (0.5, 0.6)), ValueError, "accuracy"),
+        (lambda: fmn.best_epsilon(P[0, :3] * 2, P[0], Y), ValueError, "current"),
+        (lambda: fmn.best_epsilon(P[0], P[0], Y, search="magic"), ValueError, "search"),
+        (lambda: fmn.best_epsilon(P[0], P[0], Y, sample_weight="magic"), ValueError, "sample_weight"),
+        (lambda: fmn.fuse(P, Y).apply(P[:2]), ValueError, "probs: .*3 epochs .* got 2"),
+        (lambda: fmn.FusionPlan.from_weights([1], 3), TypeError, "weights: .* got list"),
+        (lambda: fmn.FusionPlan.from_weights({0: 1}, 3, "magic"), ValueError, "combine"),
+        (lambda: fmn.FusionPlan.from_weights({0: 0}, 3), ValueError, "weights"),
+        (lambda: fmn.FusionPlan.from_weights({3: 1}, 3), ValueError, "epoch"),
+        (lambda: fmn.FusionPlan.from_weights({-1: 1}, 3), ValueError, "epoch"),
+        (lambda: fmn.FusionPlan.from_weights({0: -1}, 3), ValueError, "weights"),
     ],
 )
 def test_bad_input(call, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=f"^{words}"):
         call()
+
+
+def plan_of(members=((1, 0.5),), n_epochs=3, window=1, accuracy=(0.5, 0.6), **others):
+    return fmn.FusionPlan(members, n_epochs, window, accuracy, **others)
+
+
+def pool_of(*members, window=0):
+    return plan_of(members, window=window, combine="geometric")
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: plan_of((), 0, accuracy=(0.5,)), "n_epochs"),
+        (lambda: plan_of(n_epochs=2**31 + 1), "n_epochs"),
+        (lambda: plan_of(window=-1), "window"),
+        (lambda: plan_of(window=2**31 + 1), "window"),
+        (lambda: plan_of(combine="magic"), "combine"),
+        (lambda: plan_of(((3, 0.5),)), "epoch"),
+        (lambda: plan_of(((-1, 0.5),)), "epoch"),
+        (lambda: plan_of(((1, 1.5),)), "eps"),
+        (lambda: plan_of(((1, -0.5),)), "eps"),
+        (lambda: pool_of((1, -0.5)), "weight"),
+        (lambda: pool_of((1, 1e6 + 1)), "weight"),
+        (lambda: pool_of((1, 0.5), (1, 0.5)), "members"),
+        (lambda: pool_of((1, 0.5), window=1), "members"),
+        (lambda: plan_of(accuracy=(0.5,)), "accuracy: expected 2 values, got 1"),
+        (lambda: plan_of(accuracy=(0.5, 1.1)), "accuracy"),
+        (lambda: plan_of(accuracy=(-0.1, 0.5)), "accuracy"),
+        (lambda: plan_of(cv_accuracy=1.1), "accuracy"),
+        (lambda: plan_of(gain_interval=(0.2, 0.1)), "gain_interval"),
+        (lambda: plan_of(gain_interval=(-1.1, 0.1)), "gain_interval"),
+        (lambda: plan_of(gain_interval=(0, 1.1)), "gain_interval"),
+        (lambda: plan_of(method="magic"), "method"),
+        (lambda: plan_of(search="magic"), "search"),
+        (lambda: plan_of(epochs=(1, 2)), "epochs: expected 3 ascending numbers, got 2"),
+        (lambda: plan_of(epochs=(1, 3, 2)), "epochs"),
+        (lambda: plan_of(epochs=(1, 2, 2)), "epochs"),
+    ],
+)
+def test_a_plan_names_the_value_at_fault(call, name):
+    with pytest.raises(ValueError, match=f"^{name}"):
+        call()
+
+
+def test_a_plan_takes_the_ends_of_every_range():
+    plan_of(((0, 0.0), (2, 1.0)), accuracy=(0, 1, 0), gain_interval=(-1, 1), cv_accuracy=1)
+    plan_of(n_epochs=2**31, window=2**31, gain_interval=(0.1, 0.1), cv_accuracy=0, epochs=())
+    pool_of((0, 0.0), (1, 1e6))
+    plan_of((), 1, accuracy=(0.5,), epochs=(2**63 - 1,), method="weights", search="exact")
 
 
 class TestPlanFile:
@@ -309,7 +371,7 @@ class TestPlanFile:
             fmn.FusionPlan.load(plan)
         added = content["weights"] | {"0": 0.0}
         plan.write_text(json.dumps(content | {"weights": added}))
-        with pytest.raises(ValueError, match=r"plan\.json: not a valid plan: weights: expected 4 rows"):
+        with pytest.raises(ValueError, match=r"plan\.json: not a valid plan: weights: expected 4 rows .* got 5"):
             fmn.FusionPlan.load(plan)
         rounded = {row: float(f"{weight:.8g}") for row, weight in content["weights"].items()}
         plan.write_text(json.dumps(content | {"weights": rounded}))

@@ -116,11 +116,20 @@ class TestChanceCorrection:
             np.testing.assert_allclose((forget[i], learned[i]), expected)
 
     @pytest.mark.parametrize(
-        ("k", "error"), [(1, ValueError), (-2, ValueError), (2.0, TypeError), ([4, 4], ValueError)]
+        ("k", "error", "words"),
+        [
+            (1, ValueError, "n_choices: .* got 1"),
+            (-2, ValueError, "n_choices: .* got -2"),
+            (2.0, TypeError, "n_choices: .*float64"),
+            ("a", TypeError, "n_choices: "),
+            ([4, 4], ValueError, r"n_choices: .* one number or shape \(\), got \[4, 4\]"),
+        ],
     )
-    def test_bad_numbers_of_options(self, k, error):
-        with pytest.raises(error, match="n_choices"):
+    def test_bad_numbers_of_options(self, k, error, words):
+        with pytest.raises(error, match=f"^{words}"):
             fmn.forgetting_curves([[1, 0]]).chance_corrected(k)
+        with pytest.raises(error, match=r"^n_choices: .*(shape \(1,\)|integers|numbers), got"):
+            fmn.forgetting_curves([[1, 0]], groups=[3, 3]).chance_corrected(k)
 
 
 class TestTemporalForgetting:

@@ -1,6 +1,7 @@
 """The history: rows come back as they were appended; a torn last record is dropped, other damage is an error."""
 
 import contextlib
+import hashlib
 import itertools
 import os
 import struct
@@ -263,30 +264,84 @@ def test_select(path):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda h: h.append(CORRECT[0, :5]), ValueError, "correct"),
+        (lambda h: h.append(CORRECT[0, :5]), ValueError, r"correct: expected shape \(77,\), got shape \(5,\)"),
         (lambda h: h.append(CORRECT), ValueError, "correct"),
+        (lambda h: h.append(CORRECT[:0]), ValueError, "correct"),
         (lambda h: h.append(CORRECT[0].astype(float)), TypeError, "correct"),
         (lambda h: h.append(["a"] * 77), TypeError, "correct"),
         (lambda h: h.append(np.full(77, 3)), ValueError, "correct"),
-        (lambda h: h.append(CORRECT[0], epoch=4), ValueError, "epoch"),
+        (lambda h: h.append(CORRECT[0], epoch=4), ValueError, "epoch: expected a number above 4, .* got 4"),
+        (lambda h: h.append(CORRECT[0], epoch=-1), ValueError, "epoch"),
+        (lambda h: h.append(CORRECT[0], epoch=2**62 + 1), ValueError, "epoch"),
+        (lambda h: h.append(CORRECT[0], epoch=5.0), TypeError, "epoch"),
         (lambda h: h.append(CORRECT[0], epoch="five"), TypeError, "epoch"),
         (lambda h: h.truncate(6), ValueError, "n_epochs"),
-        (lambda h: h.__array__(copy=False), ValueError, "copy"),
+        (lambda h: h.truncate(-1), ValueError, "n_epochs"),
+        (lambda h: h.truncate(2.0), TypeError, "n_epochs"),
+        (lambda h: h.select([5]), ValueError, "rows"),
+        (lambda h: h.__array__(copy=False), ValueError, "a CorrectnessHistory"),
         (lambda h: CorrectnessHistory(0), ValueError, "n_samples"),
+        (lambda h: CorrectnessHistory(2**48 + 1), ValueError, "n_samples"),
         (lambda h: CorrectnessHistory(2.0), TypeError, "n_samples"),
         (lambda h: CorrectnessHistory(3, labels=[0, 1]), ValueError, "labels"),
-        (lambda h: CorrectnessHistory(3, h.path), FileExistsError, "open"),
-        (lambda h: CorrectnessHistory.open(h.path.parent / "none"), FileNotFoundError, "none"),
-        (lambda h: CorrectnessHistory(3, h.path.parent / "none" / "h.fmnh"), FileNotFoundError, "none"),
+        (lambda h: CorrectnessHistory(3, h.path), FileExistsError, r"\S+history\.fmnh exists; .*open"),
+        (lambda h: CorrectnessHistory.open(h.path.parent / "none"), FileNotFoundError, ".*none"),
+        (lambda h: CorrectnessHistory(3, h.path.parent / "none" / "h.fmnh"), FileNotFoundError, ".*none"),
     ],
 )
 def test_bad_input_loses_nothing(path, call, error, words):
     h = filled(path)
     before = path.read_bytes()
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=f"^{words}"):
         call(h)
     assert path.read_bytes() == before
     np.testing.assert_array_equal(h.correct(), CORRECT)
+
+
+def test_the_ends_of_every_range_are_taken(path):
+    assert CorrectnessHistory(2**48).n_samples == 2**48
+    for h in (CorrectnessHistory(1), CorrectnessHistory(1, path)):
+        h.append([True], 0)
+        h.append([1], 2**62)
+        assert h.epochs == (0, 2**62)
+        h.truncate(2)
+        h.truncate(0)
+        h.append([0])
+        assert h.epochs == (0,)
+    assert CorrectnessHistory.open(path).epochs == (0,)
+
+
+def test_a_history_tells_its_size_and_its_file(path):
+    assert repr(filled(None)) == "CorrectnessHistory(n_epochs=5, n_samples=77, in memory)"
+    assert repr(filled(path)) == f"CorrectnessHistory(n_epochs=5, n_samples=77, {path})"
+
+
+def test_it_becomes_an_array_of_the_type_that_is_asked_for(path):
+    for h in (filled(path), filled(None)):
+        assert np.asarray(h).dtype == bool
+        numbers = np.asarray(h, np.float32)
+        assert numbers.dtype == np.float32
+        np.testing.assert_array_equal(numbers, CORRECT)
+
+
+def test_the_warning_points_at_the_caller(path):
+    filled(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=rf"^{path}: dropped the torn last record .*\(incomplete\)") as caught:
+        CorrectnessHistory.open(path)
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_labels_are_known_by_their_values_and_their_order():
+    expected = hashlib.sha256(struct.pack("<3q", 2, 0, 1)).digest()
+    for dtype in ("i1", "u2", ">i4", "i8"):
+        assert CorrectnessHistory(3, labels=np.array([2, 0, 1], dtype)).digest == expected
+    assert CorrectnessHistory(3).digest == bytes(32)
+
+
+def test_the_digest_of_the_labels_is_stored(path):
+    made = CorrectnessHistory(3, path, labels=[2, 0, 1])
+    assert CorrectnessHistory.open(path).digest == made.digest == path.read_bytes()[24:56]
 
 
 class FullOnce:

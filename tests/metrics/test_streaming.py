@@ -15,7 +15,7 @@ from inputs import BACKENDS, history_of
 import fmn_ref as fmn
 from fmn_ref import _check
 from fmn_ref.kernels.backend import import_kernels
-from fmn_ref.metrics import matrix
+from fmn_ref.metrics import matrix, overview
 
 
 def everything(correct, groups, weights):
@@ -67,6 +67,31 @@ def test_a_mapped_file_in_blocks_gives_the_same_bits(each_backend, small_blocks,
             np.testing.assert_allclose(got, want, rtol=1e-12)
         else:
             np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "function", [fmn.forgetting_curves, fmn.forgetting_matrix, fmn.sample_statistics, overview.curves_and_forgotten]
+)
+def test_a_bar_is_shown_only_if_asked_for_and_counts_every_sample(small_blocks, tmp_path, monkeypatch, function):
+    """With None the bar decides by itself: it is shown on a terminal."""
+    np.save(tmp_path / "c.npy", np.zeros((7, 5003), bool))
+    mapped, bars, real = np.load(tmp_path / "c.npy", mmap_mode="r"), [], matrix._stderr.progress_bar
+
+    def progress_bar(*arguments, **options):
+        bars.append((arguments, options, []))
+        bar = real(*arguments, **options)
+        monkeypatch.setattr(bar, "update", bars[-1][2].append)
+        return bar
+
+    monkeypatch.setattr(matrix._stderr, "progress_bar", progress_bar)
+    function(mapped)
+    function(mapped, progress=True)
+    assert [options["progress"] for _, options, _ in bars] == [False, None]
+    for arguments, options, updates in bars:
+        assert arguments == (None, "reading", 5003)
+        assert (options["unit"], options["unit_scale"]) == (" samples", True)
+        assert sum(updates) == 5003
+        assert len(updates) > 1
 
 
 def test_pages_that_hold_data_are_not_dropped(small_blocks, tmp_path, correct):
