@@ -324,6 +324,8 @@ CURVES = fmn.forgetting_curves(GOOD)
         (lambda: fmn.forget_fraction(GOOD, sample_weight=[1e308] * 3), ValueError, "sample_weight"),
         (lambda: fmn.forget_fraction(GOOD, sample_weight=["a", "b", "c"]), TypeError, "sample_weight"),
         (lambda: fmn.forgetting_curves(GOOD, groups=[0, 1]), ValueError, "groups"),
+        (lambda: fmn.forgetting_curves(GOOD, groups=[[0], [1, 2], [3]]), TypeError, "groups"),
+        (lambda: fmn.forgetting_curves(GOOD, groups=np.zeros(3, "M8[s]")), TypeError, "groups"),
         (lambda: fmn.forgetting_curves(GOOD, groups=[0.5, 1, 2]), ValueError, "groups"),
         (lambda: fmn.sample_statistics(GOOD, never_learned="zero"), ValueError, "never_learned"),
         (lambda: fmn.correctness([0, 1], [0, 1, 2]), ValueError, "predictions"),
@@ -368,6 +370,11 @@ def test_any_epoch_may_be_the_reference(each_backend, rng):
         forget, learned = (f(correct, reference=reference) for f in (fmn.forget_fraction, fmn.learned_fraction))
         np.testing.assert_array_equal(forget, (correct & ~end).mean(1))
         np.testing.assert_array_equal(learned, (~correct & end).mean(1))
+
+
+def test_statistics_of_given_counts_have_the_default_convention():
+    counts = np.array([[0, -1], [1, -1], [3, 0], [4, 0], [2, 5]], np.int32)
+    np.testing.assert_array_equal(fmn.SampleStatistics(counts, 6).forgetting_events, [3, np.nan])
 
 
 def test_a_group_without_weight_has_no_fractions(each_backend):

@@ -1,7 +1,7 @@
 """The mutants of a file: mutmut's operators, applied by libcst, less what no test should notice.
 
 mutmut's own runner leaves out properties, decorated functions, and code at module level: much of `fmn_ref.metrics`.
-Its operators know no types of errors and no plain conditions. `_own` adds these three.
+Its operators know no types of errors, no plain conditions and no sets of letters. `_own` adds these.
 
 Not mutated, by rule:
 
@@ -91,6 +91,8 @@ def _changes(
     statement = node if isinstance(node, cst.BaseStatement | cst.SimpleStatementLine) else statement
     for mutated in (*_mutmut(node), *_own(node)):
         yield node, mutated, names, statement
+    if isinstance(node, cst.ComparisonTarget) and isinstance(node.comparator, cst.SimpleString):
+        return  # `kind in "iu"`: _own leaves letters out
     for child in node.children:
         raised = isinstance(node, cst.Raise) and isinstance(child, cst.Call)
         for change in _changes(child, names, statement):
@@ -121,12 +123,16 @@ def _is_redundant(node: cst.CSTNode, mutated: cst.CSTNode) -> bool:
 
 
 def _own(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
-    """Other type of error, other name at the beginning of a message, opposite condition."""
+    """Other type of error, other name at the beginning of a message, opposite condition, fewer of some letters."""
     if isinstance(node, cst.Raise) and isinstance(node.exc, cst.Call) and isinstance(node.exc.func, cst.Name):
         other = _ERRORS.get(node.exc.func.value, "RuntimeError")
         yield node.with_deep_changes(node.exc.func, value=other)
         if node.exc.args and (named := _otherwise_named(node.exc.args[0].value)):
             yield node.deep_replace(node.exc.args[0].value, named)
+    if isinstance(node, cst.ComparisonTarget) and isinstance(node.comparator, cst.SimpleString):
+        letters = node.comparator.evaluated_value
+        for other in [letters.replace(letter, "") for letter in letters] if len(letters) > 1 else ["XX"]:
+            yield node.with_changes(comparator=cst.SimpleString(f'"{other}"'))
     plain = not isinstance(getattr(node, "test", None), cst.Comparison | cst.BooleanOperation | cst.UnaryOperation)
     if isinstance(node, cst.If) and plain:
         test = node.test.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])

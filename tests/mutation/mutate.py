@@ -15,6 +15,7 @@ import argparse
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -195,6 +196,7 @@ class Session:
             name: test["seconds"] + FIXTURE_SECONDS * (name in training) for name, test in self.baseline.tests.items()
         }
         self.known = stored_verdicts(self.verdicts)
+        self.warm_up()
         gc.freeze()  # else a collection in a forked process copies all memory
         for file in self.files:
             self.check_untouched(file)
@@ -202,6 +204,14 @@ class Session:
             for mutant in mutants(ROOT, file):
                 self.judge(mutant, failures[mutant.function])
         return True
+
+    def warm_up(self) -> None:
+        """Run some tests here, so that the forked processes find all backends imported and their kernels compiled."""
+        tests = self.chosen(self.items, Counter(), 20)[0]
+        for name, following in itertools.pairwise([*tests, tests[0]]):
+            item = self.items[name]
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=self.items[following])
+        item.session._setupstate.teardown_exact(None)
 
     def check_untouched(self, file: str) -> None:
         """Exit if tests fail on the file itself, put into the module as a mutant is."""
