@@ -204,7 +204,7 @@ def test_curves_of_groups_of_several_types_do_not_add(each_backend):
         for g in (["0", "1", "2"], [0, 1, 2], np.array([0, 2**63, 2**63 + 1], np.uint64))
     )
     for a, b in itertools.permutations((names, numbers, large), 2):
-        with pytest.raises(ValueError, match="groups of one type"):
+        with pytest.raises(ValueError, match=r"^ForgettingCurves: .*groups of one type"):
             a + b
     small = fmn.forgetting_curves(GOOD, groups=np.array([0, 1, 200], np.uint8))
     assert (small + numbers).groups.tolist() == [0, 1, 2, 200]
@@ -327,6 +327,7 @@ CURVES = fmn.forgetting_curves(GOOD)
         (lambda: fmn.forgetting_curves(GOOD, groups=[[0], [1, 2], [3]]), TypeError, "groups"),
         (lambda: fmn.forgetting_curves(GOOD, groups=np.zeros(3, "M8[s]")), TypeError, "groups"),
         (lambda: fmn.forgetting_curves(GOOD, groups=[0.5, 1, 2]), ValueError, "groups"),
+        (lambda: fmn.forgetting_curves(GOOD, groups=[None, "a", "b"]), ValueError, "groups: .*None at sample 0"),
         (lambda: fmn.sample_statistics(GOOD, never_learned="zero"), ValueError, "never_learned"),
         (lambda: fmn.correctness([0, 1], [0, 1, 2]), ValueError, "predictions"),
         (lambda: fmn.correctness([0.1, 0.9], [0, 1]), ValueError, "scores"),

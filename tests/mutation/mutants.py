@@ -5,7 +5,8 @@ Its operators know no types of errors, no plain conditions and no sets of letter
 
 Not mutated, by rule:
 
-- docstrings, annotations, type aliases, imports, decorators, `__all__`, and assert statements (they are for mypy);
+- docstrings, annotations, type aliases, imports, decorators and `__all__`;
+- assert statements, which are for mypy, and `strict=` of `zip`: both never fail;
 - the words of a message: strings with a space, what an error is called with as a whole, and the choice between texts.
   Its first word before a colon is mutated: it names the argument or the file at fault.
 """
@@ -84,7 +85,8 @@ def _changes(
     node: cst.CSTNode, names: tuple[str, ...], statement: cst.CSTNode
 ) -> Iterator[tuple[cst.CSTNode, cst.CSTNode, tuple[str, ...], cst.CSTNode]]:
     """Yield (node, mutated node, names of the functions around it, statement that holds it)."""
-    if isinstance(node, _SKIPPED) or _is_docstring(node) or _is_alias(node) or _chooses_text(node):
+    strict = isinstance(node, cst.Arg) and node.keyword is not None and node.keyword.value == "strict"
+    if strict or isinstance(node, _SKIPPED) or _is_docstring(node) or _is_alias(node) or _chooses_text(node):
         return
     if isinstance(node, cst.FunctionDef | cst.ClassDef):
         names = (*names, node.name.value)
@@ -115,7 +117,11 @@ def _is_redundant(node: cst.CSTNode, mutated: cst.CSTNode) -> bool:
     """
     if isinstance(node, cst.SimpleString):
         return "XX" not in mutated.value
-    if not isinstance(node, cst.Call) or len(mutated.args) == len(node.args):
+    if not isinstance(node, cst.Call):
+        return False
+    if any(arg.keyword and arg.keyword.value == "strict" and arg not in mutated.args for arg in node.args):
+        return True
+    if len(mutated.args) == len(node.args):
         return False
     left_out = next(i for i, arg in enumerate(node.args) if arg not in mutated.args)
     following = node.args[left_out + 1 :]
