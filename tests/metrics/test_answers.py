@@ -271,7 +271,7 @@ class TestMajAtK:
         assert fmn.maj_at_k(answers, correct, 64, last=8).tolist() == [1, 1, 1]
 
     def test_an_answer_is_right_or_wrong(self):
-        with pytest.raises(ValueError, match="^correct: question 1 has the answer 7 both right and wrong"):
+        with pytest.raises(ValueError, match=r"^correct: question 1 has the answer 7 both right and wrong"):
             fmn.maj_at_k([[[1, 2], [7, 7]]], [[[0, 1], [0, 1]]], 1)
 
     def test_bad_seeds(self, draws):

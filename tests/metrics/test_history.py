@@ -136,7 +136,13 @@ def test_without_verifying_only_headers_are_read(path):
 )
 def test_not_a_history(path, content):
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"history\.fmnh"):
+    with pytest.raises(ValueError, match=rf"^{path}: (not a history file|corrupt header) .*offset 0\)$"):
+        CorrectnessHistory.open(path)
+
+
+def test_a_folder_is_not_a_history(path):
+    path.mkdir()
+    with pytest.raises((ValueError, OSError), match=rf"{path}.*a readable history"):
         CorrectnessHistory.open(path)
 
 
@@ -151,7 +157,7 @@ def test_a_newer_version_is_refused(path):
     raw = bytearray(path.read_bytes())
     raw[8] = 2
     write_with_checksum(path, raw)
-    with pytest.raises(ValueError, match="version 2"):
+    with pytest.raises(ValueError, match=rf"^{path}: history version 2 "):
         CorrectnessHistory.open(path)
 
 
@@ -184,7 +190,7 @@ def test_two_writers_are_noticed(path):
     b = CorrectnessHistory.open(path)
     a.append(CORRECT[0])
     for change in (lambda: b.append(CORRECT[1]), lambda: b.truncate(1)):
-        with pytest.raises(ValueError, match="one writer"):
+        with pytest.raises(ValueError, match=rf"^{path}: .*one writer"):
             change()
     np.testing.assert_array_equal(CorrectnessHistory.open(path).correct(), CORRECT[[0, 1, 2, 3, 4, 0]])
 
@@ -234,7 +240,7 @@ def test_concatenate(tmp_path):
     assert joined.epochs == parts[0].epochs
     parts[1].append([True])
     for bad in ([], parts):
-        with pytest.raises(ValueError, match="histories"):
+        with pytest.raises(ValueError, match="^histories: "):
             CorrectnessHistory.concatenate(bad)
 
 
@@ -330,6 +336,12 @@ def test_the_warning_points_at_the_caller(path):
     with pytest.warns(UserWarning, match=rf"^{path}: dropped the torn last record .*\(incomplete\)") as caught:
         CorrectnessHistory.open(path)
     assert [w.filename for w in caught] == [__file__]
+
+
+def test_an_empty_history_has_rows_of_bits(path):
+    for h in (CorrectnessHistory(9), CorrectnessHistory(9, path)):
+        assert (h.packed.shape, h.packed.dtype, h.packed.flags.writeable) == ((0, 2), np.uint8, False)
+        assert (h.correct().shape, h.correct().dtype) == ((0, 9), bool)
 
 
 def test_labels_are_known_by_their_values_and_their_order():

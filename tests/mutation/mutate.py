@@ -36,11 +36,14 @@ from mutants import Mutant, mutants
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {  # the files of a room in the order of the run, and the tests that should fail on a mutant
     "metrics": ("curves matrix scores samples groups answers history overview", "metrics"),
-    "fusion": ("epsilon methods mixtures plan pool fuse baselines expectation probabilities", "fusion"),
+    "fusion": (
+        "epsilon methods mixtures plan pool fuse baselines expectation probabilities",
+        "fusion benchmarks/test_paper.py::TestCommittedResults::test_the_rule_is_the_fitted_one",
+    ),
     "runs": ("checkpoints retention", "runs/test_checkpoints.py runs/test_retention.py runs/test_recorder.py"),
 }
-# Tests of seconds that damage a file bit by bit, or try many random problems.
-SLOW = "every_bit or TestKilled or random_problems or number_of_threads or resident_memory or many_draws"
+# Tests of seconds that damage a file bit by bit, or watch time, memory and threads.
+SLOW = "every_bit or TestKilled or number_of_threads or resident_memory or many_draws"
 FIXTURE_SECONDS = 2.0  # a training that a forked process must repeat
 
 
