@@ -140,10 +140,59 @@ def test_not_a_history(path, content):
         CorrectnessHistory.open(path)
 
 
-def test_a_folder_is_not_a_history(path):
-    path.mkdir()
-    with pytest.raises((ValueError, OSError), match=rf"{path}.*a readable history"):
-        CorrectnessHistory.open(path)
+def record(epoch, row, magic=b"EPOC", past=b""):
+    """A record as docs/reference/formats.md describes it."""
+    crc = zlib.crc32(row, zlib.crc32(struct.pack("<q", epoch)))
+    return (struct.pack("<4sIq", magic, crc, epoch) + past).ljust(64, b"\0") + row
+
+
+ROW, OTHER_ROW = bytes(9) + b"\x1f" + bytes(54), bytes(9) + b"\x20" + bytes(54)  # 77 samples end with bit 5 of byte 9
+
+
+@pytest.mark.parametrize(
+    ("damaged", "fault", "checked"),
+    [
+        (record(1, ROW, magic=b"EPIC"), "bad magic", "always"),
+        (record(1, ROW, past=b"\1"), "zeros expected after the epoch", "always"),
+        (record(1, ROW, past=bytes(47) + b"\1"), "zeros expected after the epoch", "always"),
+        (record(0, ROW), "epoch 0 after 0", "always"),
+        (record(-1, ROW), "epoch -1 after 0", "always"),
+        (record(1, OTHER_ROW)[:64] + ROW, "CRC-32 does not match", "rows"),
+        (record(2, ROW)[:8] + record(1, ROW)[8:], "CRC-32 does not match", "rows"),
+        (record(1, OTHER_ROW), "bits set past the last sample", "rows"),
+    ],
+)
+def test_a_damaged_record_is_refused_with_its_place(path, damaged, fault, checked):
+    """Amid others it is an error, as the last one it was torn. Only headers are checked if rows are not."""
+    header = struct.pack("<8sIIQ32s", b"FMNHIST\0", 1, 0, 77, bytes(32))
+    header = (header + struct.pack("<I", zlib.crc32(header))).ljust(64, b"\0")
+    for verify in (True, False):
+        path.write_bytes(header + record(0, ROW) + damaged + record(2, ROW))
+        if verify or checked == "always":
+            with pytest.raises(ValueError, match=rf"^{path}: corrupt record at offset {64 + RECORD}: {fault}$"):
+                CorrectnessHistory.open(path, verify=verify)
+        else:
+            assert CorrectnessHistory.open(path, verify=False).epochs == (0, 1, 2)
+        path.write_bytes(header + record(0, ROW) + damaged)
+        if verify or checked == "always":
+            with pytest.warns(UserWarning, match=rf"last record at offset {64 + RECORD} \({fault}\); 1 epochs kept$"):
+                assert CorrectnessHistory.open(path, verify=verify).epochs == (0,)
+        else:
+            assert CorrectnessHistory.open(path, verify=False).epochs == (0, 1)
+    path.write_bytes(header + record(5, ROW) + record(7, ROW))
+    assert CorrectnessHistory.open(path).epochs == (5, 7)
+    assert CorrectnessHistory.open(path).correct().sum(1).tolist() == [5, 5]
+
+
+def test_epochs_that_another_process_discarded_are_noticed(path):
+    filled(path)
+    opened, writer = CorrectnessHistory.open(path), CorrectnessHistory.open(path)
+    writer.truncate(1)
+    for row in CORRECT[1:]:
+        writer.append(~row)
+    with pytest.raises(ValueError, match=rf"^{path}: another process discarded epochs"):
+        opened.correct()
+    np.testing.assert_array_equal(CorrectnessHistory.open(path).correct()[1:], ~CORRECT[1:])
 
 
 def write_with_checksum(path, raw):
@@ -240,7 +289,7 @@ def test_concatenate(tmp_path):
     assert joined.epochs == parts[0].epochs
     parts[1].append([True])
     for bad in ([], parts):
-        with pytest.raises(ValueError, match="^histories: "):
+        with pytest.raises(ValueError, match=r"^histories: "):
             CorrectnessHistory.concatenate(bad)
 
 

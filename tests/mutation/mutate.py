@@ -271,6 +271,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="try survivors on tests that they have not met")
     session = Session(parser.parse_args())
     sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = str(ROOT)  # of the processes that tests start
     os.chdir(ROOT / "tests")
     tests = ROOMS[session.options.room][1].split()
     pytest.main(["-qs", "-p", "no:cacheprovider", "-k", f"not ({SLOW})", *tests], plugins=[session])
