@@ -277,6 +277,7 @@ def test_truncate(path):
     for h in (filled(path), filled(None)):
         h.truncate(2)
         np.testing.assert_array_equal(h.correct(), CORRECT[:2])
+        assert h.path is None or CorrectnessHistory.open(path).epochs == (0, 1)
         h.append(CORRECT[3])
         np.testing.assert_array_equal(h.correct(), CORRECT[[0, 1, 3]])
     assert len(CorrectnessHistory.open(path)) == 3
@@ -357,7 +358,7 @@ def test_the_ends_of_every_range_are_taken(path):
     assert CorrectnessHistory(2**48).n_samples == 2**48
     for h in (CorrectnessHistory(1), CorrectnessHistory(1, path)):
         h.append([True], 0)
-        h.append([1], 2**62)
+        h.append([[1]], 2**62)  # a row of a matrix is a row too
         assert h.epochs == (0, 2**62)
         h.truncate(2)
         h.truncate(0)
@@ -432,6 +433,7 @@ def test_what_failed_can_be_tried_again(path, monkeypatch, at):
         FullOnce(patch, at)
         with pytest.raises(OSError, match="No space"):
             h.truncate(2)
+        assert len(h) == len(CorrectnessHistory.open(path)) == (5 if at == 1 else 2)
         h.truncate(2)
     h.append(CORRECT[4])
     np.testing.assert_array_equal(h.correct(), CORRECT[[0, 1, 4]])
