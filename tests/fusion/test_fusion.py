@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from inputs import history_of, random_probs
 
 import fmn_ref as fmn
+from fmn_ref.fusion.epsilon import Target, grid_of
 from fmn_ref.fusion.mixtures import mixture
 
 
@@ -109,6 +110,24 @@ def test_exact_epsilon_of_a_single_tie():
     assert fmn.best_epsilon(current, candidate, [0, 0], search="exact") == (0.5, 1.0)
 
 
+@pytest.mark.parametrize("search", ["grid", "exact"])
+def test_epsilon_is_0_if_nothing_is_better(rng, search):
+    p, labels = random_probs(rng, n_epochs=1)
+    accuracy = (p[0].argmax(1) == labels).mean()
+    for worse in (p[0], np.eye(5)[(labels + 1) % 5]):
+        assert fmn.best_epsilon(p[0], worse, labels, search=search) == (0, accuracy)
+    certain = np.eye(5)[labels]
+    assert fmn.best_epsilon(certain, p[0], labels, search=search) == (0, 1)
+
+
+def test_the_grid_and_the_search_by_default(rng):
+    for step, points in ((0.25, [0, 0.25, 0.5, 0.75, 1]), (1, [0, 1]), (1 / 3, [0, 1 / 3, 2 / 3, 1])):
+        np.testing.assert_array_equal(grid_of(step), points)
+    assert len(grid_of(1e-6)) == 10**6 + 1
+    p, labels = random_probs(rng, n_epochs=2)
+    assert fmn.best_epsilon(*p, labels) == fmn.best_epsilon(*p, labels, search="grid", step=0.01)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_exact_is_not_below_the_grid_where_rounding_decides(seed):
     """Saturated float32 softmax against ties: differences far below the spacing of the numbers around them."""
@@ -149,6 +168,24 @@ def test_a_history_recorded_in_half_precision_is_accepted():
     probs = logits.softmax(2).numpy()
     assert (correct[-1] != fmn.correctness(probs, labels)[-1]).any()
     assert fmn.fuse(probs, labels, correct=correct).n_epochs == 3
+
+
+@pytest.mark.parametrize("n_samples", [1, 7, 1000])
+def test_weights_become_integers_whose_sum_is_exact(rng, n_samples):
+    """By a power of two, as large as 2^58 in all allows: equal ones stay equal, and none overflows."""
+    weights = rng.random(n_samples) * 10.0 ** rng.integers(-3, 3)
+    target = Target(np.zeros(n_samples, np.int64), weights)
+    scale = target.weights.max() / weights.max()
+    np.testing.assert_array_equal(target.weights, np.rint(weights * 2.0 ** np.rint(np.log2(scale))))
+    assert target.total == int(target.weights.sum()) <= 2**58
+    assert target.weights.max() > 2**56 / n_samples
+    balanced = Target(np.array([0, 0, 0, 1]), "balanced")
+    assert balanced.weights[:3].sum() == pytest.approx(balanced.weights[3], rel=1e-15)
+    plain = Target(np.arange(4))
+    assert (plain.weights, plain.total, plain.each.tolist()) == (None, 4, [1, 1, 1, 1])
+    other = balanced.weighted(np.array([5, 0, 2, 0]))
+    assert (other.total, other.each.tolist(), other.labels.tolist()) == (7, [5, 0, 2, 0], [0, 0, 0, 1])
+    assert other.score(np.array([True, True, False, True])) == 5
 
 
 def test_large_input_is_done_in_blocks(rng):
@@ -242,6 +279,8 @@ def spoiled(value, where=(1, 2, 0)):
         (lambda: fmn.fuse(P, Y, step=0), ValueError, "step"),
         (lambda: fmn.best_epsilon(P[0], P[0, :3], Y), ValueError, "candidate"),
         (lambda: fmn.best_epsilon(P[0, :3] * 2, P[0], Y), ValueError, "current"),
+        (lambda: fmn.best_epsilon(P[0], P[0], Y[:3]), ValueError, "labels: expected 4 samples, got 3"),
+        (lambda: fmn.best_epsilon(P[0], P[0], [0, 1, 0, 2]), ValueError, r"labels: .*\[0, 2\)"),
         (lambda: fmn.best_epsilon(P[0], P[0], Y, search="magic"), ValueError, "search"),
         (lambda: fmn.best_epsilon(P[0], P[0], Y, sample_weight="magic"), ValueError, "sample_weight"),
         (lambda: fmn.fuse(P, Y).apply(P[:2]), ValueError, "probs: .*3 epochs .* got 2"),

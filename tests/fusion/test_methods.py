@@ -73,6 +73,13 @@ def test_plans_give_the_same_bits_in_a_fresh_process(problem, plans, tmp_path):
         assert np.load(tmp_path / f"{method}.npy").tobytes() == plan.apply(p).tobytes()
 
 
+def test_a_pool_has_ten_members_unless_a_bound_is_given():
+    rng = np.random.default_rng(0)
+    p, labels = random_probs(rng, n_epochs=30, n_samples=400)
+    for bound, n_members in (({}, 10), ({"max_members": 12}, 12), ({"max_forward_passes": 4}, 4)):
+        assert len(fmn.fuse(p, labels, method="pool", folds=0, **bound).members) == n_members
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bound", [{"max_members": 2}, {"max_members": 1}, {"max_forward_passes": 4}])
 def test_bounds(problem, plans, method, bound):
