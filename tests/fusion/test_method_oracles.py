@@ -1,5 +1,6 @@
 """Each method against a slow twin in plain loops, with and without bounds."""
 
+import importlib
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from inputs import random_probs
 import fmn_ref as fmn
 from fmn_ref.fusion.methods import Problem
 
+fuse = importlib.import_module("fmn_ref.fusion.fuse")  # the package shows the function under this name
 BOUNDS = [{}, {"max_members": 1}, {"max_members": 3}, *({"max_forward_passes": n} for n in (1, 2, 3, 4, 5, 6, 8))]
 
 
@@ -183,3 +185,69 @@ def test_likelihood_by_many_steps_of_expectation_maximisation(window, bound):
     expected = mean_of_windows({i: v for i, v in share.items() if i < 6}, share.get(6, 0), window, 6)
     plan = fmn.fuse(p, labels, method="likelihood", window=window, folds=0, **bound)
     np.testing.assert_allclose(dense(plan), expected, atol=1e-6)
+
+
+def unseen(p, labels, method, weight, folds):
+    """Predictions for each fold by the plan that was chosen on the others."""
+    fold = np.random.default_rng(0).permutation(len(labels)) % folds
+    found = np.empty(p.shape[1:])
+    for k in range(folds):
+        others = np.where(fold == k, 0, weight)
+        plan = fmn.fuse(p, labels, method=method, sample_weight=others, folds=0)
+        found[fold == k] = plan.apply(p)[fold == k]
+    return found
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("folds", [2, 3, 5])
+@pytest.mark.parametrize("method", ["forget", "pool", "top", "auto"])
+def test_cross_validation_by_a_loop(method, folds, weighted):
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        p, labels = random_probs(rng, n_epochs=6, n_samples=90)
+        weight = rng.integers(0, 3, 90) if weighted else np.ones(90, int)
+        share = weight / weight.sum()
+        right = p[-1].argmax(1) == labels
+        fused = unseen(p, labels, "pool" if method == "auto" else method, weight, folds)
+        lost = (right * 1.0 - (fused.argmax(1) == labels)) * share
+        of_label = (np.log(np.maximum(q[np.arange(90), labels], 1e-6)) @ share for q in (fused, p[-1]))
+        better, final = of_label
+        alone = method == "auto" and not (better > final and lost.sum() <= np.sqrt(90) * lost.std())
+        expected = right @ share if alone else (fused.argmax(1) == labels) @ share
+        given = {"sample_weight": weight} if weighted else {}
+        plan = fmn.fuse(p, labels, method=method, folds=folds, **given)
+        assert plan.cv_accuracy == pytest.approx(expected)
+        assert plan.final_model_alone or not alone
+        gain = ((fused.argmax(1) == labels) * 1.0 - right) * (not alone)
+        mean = gain @ share
+        error = np.sqrt(90) * np.std((gain - mean) * share)  # of a ratio of two sums, by its linear part
+        np.testing.assert_allclose(plan.gain_interval, [mean - 1.96 * error, mean + 1.96 * error], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("n_samples", "options", "folds"),
+    [
+        (49, {}, 0),
+        (50, {}, 5),
+        (4, {"method": "auto"}, 4),
+        (49, {"method": "auto"}, 5),
+        (49, {"folds": 3}, 3),
+        (60, {"folds": 0}, 0),
+        (2, {"folds": 2}, 2),
+        (4999, {}, 5),
+        (5000, {}, 2),
+        (5000, {"method": "auto"}, 2),
+    ],
+)
+def test_the_number_of_folds(monkeypatch, n_samples, options, folds):
+    p = np.random.default_rng(0).dirichlet([1, 1], (2, n_samples))
+    labels, used = np.arange(n_samples) % 2, []
+    real = fuse._predict_unseen
+    monkeypatch.setattr(fuse, "_predict_unseen", lambda *given: used.append(given[-1]) or real(*given))
+    for given in (p, list(p), tuple(p)):
+        fmn.fuse(given, labels, **options)
+    assert used == [folds] * 3 * (folds > 0)
+    lazy = type("Lazy", (), {"__len__": lambda self: 2, "__getitem__": lambda self, e: p[e]})()
+    used.clear()
+    fmn.fuse(lazy, labels, **options)
+    assert used == ([folds] if options and folds else [])  # reading an epoch may be expensive
