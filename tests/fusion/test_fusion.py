@@ -4,6 +4,7 @@ import dataclasses
 import json
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -14,7 +15,7 @@ from inputs import history_of, random_probs
 
 import fmn_ref as fmn
 from fmn_ref.fusion.epsilon import Target, grid_of
-from fmn_ref.fusion.mixtures import mixture
+from fmn_ref.fusion.mixtures import members_from_weights, mixture
 
 
 def fuse_by_algorithm_1(p, labels, window):
@@ -345,6 +346,90 @@ def test_a_plan_takes_the_ends_of_every_range():
     plan_of(n_epochs=2**31, window=2**31, gain_interval=(0.1, 0.1), cv_accuracy=0, epochs=())
     pool_of((0, 0.0), (1, 1e6))
     plan_of((), 1, accuracy=(0.5,), epochs=(2**63 - 1,), method="weights", search="exact")
+
+
+@pytest.mark.parametrize(
+    ("weights", "final", "members"),
+    [
+        ({0: 1, 2: 3}, None, ((2, 1.0), (0, 0.25))),  # the heaviest first, each by its share of those so far
+        ({0: 1, 3: 3}, None, ((0, 0.25),)),  # the last epoch is where mixing starts
+        ({0: 1, 1: 0, 2: 1}, 2.0, ((0, 1 / 3), (2, 0.25))),
+        ({3: 1}, 1.0, ((3, 0.5),)),  # of windows, the last one beside the last epoch
+        ({3: 2}, None, ()),
+        ({}, 1.0, ()),
+        ({1: 1e300}, 0.0, ((1, 1.0),)),
+    ],
+)
+def test_members_that_give_the_weights(weights, final, members):
+    assert members_from_weights(weights, 4, final=final) == members
+
+
+def test_the_text_of_a_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = fmn.FusionPlan(((2, 0.5),), 5, 1, (0.5, 0.75))
+    rows = ["   row  weight", "     1  0.1667", "     2  0.1667", "     3  0.1667", "     4  0.5000"]
+    words = "forget: 4 checkpoints and forward passes, 75.00% on the selection set, the final model 50.00%"
+    assert str(plan).splitlines() == [*rows, f"{words}; not cross-validated (folds=5 does it)"]
+    estimated = dataclasses.replace(plan, cv_accuracy=0.625, gain_interval=(-0.025, 0.15), epochs=(5, 10, 15, 20, 25))
+    named = estimated.with_files({1: tmp_path / "a.pt", 2: Path("/elsewhere/b.pt")}.get)
+    assert named.files == {1: tmp_path / "a.pt", 2: Path("/elsewhere/b.pt")}
+    assert str(named).splitlines() == [
+        " epoch  weight  file",
+        "    10  0.1667  a.pt",
+        "    15  0.1667  /elsewhere/b.pt",
+        "    20  0.1667",
+        "    25  0.5000",
+        f"{words}; cross-validated 62.50%, -2.5 to +15.0 points from the final model's",
+    ]
+    assert [named.epoch_of(row) for row in range(5)] == [5, 10, 15, 20, 25]
+    assert [plan.epoch_of(row) for row in range(5)] == [0, 1, 2, 3, 4]
+    alone = fmn.FusionPlan((), 5, 1, (0.5,), "greedy")
+    assert str(alone) == "greedy: the final model alone is best, 50.00% on the selection set"
+    given = fmn.FusionPlan.from_weights({4: 1, 0: 1}, 5)
+    assert "cross-validated" not in str(given)
+    assert (given.method, given.search, given.accuracy, given.window) == ("weights", "grid", (0.0, 0.0), 0)
+
+
+def test_the_file_of_a_plan_is_the_documented_one(tmp_path):
+    plan = plan_of(((2, 0.5),), 4, 1, (0.5, 0.75), labels_sha256="ab", samples_sha256="cd", cv_accuracy=0.6)
+    dataclasses.replace(plan, gain_interval=(0, 0.2), epochs=(1, 3, 5, 7)).save(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "format": "fmn_ref.plan",
+        "version": 2,
+        "method": "forget",
+        "combine": "linear",
+        "search": "grid",
+        "window": 1,
+        "n_epochs": 4,
+        "members": [{"row": 2, "eps": 0.5}],
+        "weights": {"1": pytest.approx(1 / 6), "2": pytest.approx(1 / 6), "3": pytest.approx(2 / 3)},
+        "epochs": [1, 3, 5, 7],
+        "selection_accuracy": [0.5, 0.75],
+        "selection_labels_sha256": "ab",
+        "selection_samples_sha256": "cd",
+        "cv_accuracy": 0.6,
+        "gain_interval": [0, 0.2],
+    }
+    found = fmn.FusionPlan.load(tmp_path / "a.json")
+    assert (found.labels_sha256, found.samples_sha256, found.epochs) == ("ab", "cd", (1, 3, 5, 7))
+    assert (found.cv_accuracy, found.gain_interval, found.files) == (0.6, (0, 0.2), {})
+
+
+def test_the_samples_that_chose_a_plan_are_known(rng):
+    p, labels = random_probs(rng)
+    plan, order = fmn.fuse(p, labels), rng.permutation(len(labels))
+    assert plan.was_chosen_on(p, labels)
+    assert plan.was_chosen_on(p[:, order], labels[order])
+    assert plan.was_chosen_on(p.astype(np.float32), labels)
+    other = p.copy()
+    other[-1] = other[-1][:, ::-1]
+    assert not plan.was_chosen_on(other, labels)
+    other = p.copy()
+    other[:-1] = other[:-1, ::-1]
+    assert plan.was_chosen_on(other, labels)  # the last row counts
+    by_labels = dataclasses.replace(plan, samples_sha256="")
+    assert by_labels.was_chosen_on(other[:, ::-1], labels)
+    assert not by_labels.was_chosen_on(p[:, order], labels[order])
 
 
 class TestPlanFile:
