@@ -210,6 +210,26 @@ def test_a_newer_version_is_refused(path):
         CorrectnessHistory.open(path)
 
 
+@pytest.mark.parametrize(
+    ("at", "value", "error"),
+    [
+        (0, b"FMNHISTO", "not a history file"),
+        (60, b"\1", "corrupt header"),  # zeros must follow the checksum
+        (63, b"\1", "corrupt header"),
+        (16, struct.pack("<Q", 0), "corrupt header"),
+        (16, struct.pack("<Q", 2**48 + 1), "corrupt header"),
+        (8, struct.pack("<I", 0), "history version 0"),
+    ],
+)
+def test_a_header_with_a_right_checksum_is_checked_too(path, at, value, error):
+    CorrectnessHistory(77, path)
+    raw = bytearray(path.read_bytes())
+    raw[at : at + len(value)] = value
+    write_with_checksum(path, raw)
+    with pytest.raises(ValueError, match=rf"^{path}: {error}"):
+        CorrectnessHistory.open(path)
+
+
 def test_bits_past_the_last_sample_are_refused(path):
     h = CorrectnessHistory(80, path)
     h.append(np.ones(80, bool))
@@ -288,6 +308,11 @@ def test_concatenate(tmp_path):
     np.testing.assert_array_equal(CorrectnessHistory.concatenate(parts).correct(), CORRECT)
     joined = CorrectnessHistory.concatenate(parts, tmp_path / "joined.fmnh")
     assert joined.epochs == parts[0].epochs
+    np.testing.assert_array_equal(CorrectnessHistory.open(tmp_path / "joined.fmnh").correct(), CORRECT)
+    some = [history_of(CORRECT[:3], epochs=(0, 2, 9)), history_of(CORRECT[:3], epochs=(0, 2, 9))]
+    assert CorrectnessHistory.concatenate(some).epochs == (0, 2, 9)
+    with pytest.raises(ValueError, match=r"^histories: "):
+        CorrectnessHistory.concatenate([*some, history_of(CORRECT[:3])])
     parts[1].append([True])
     for bad in ([], parts):
         with pytest.raises(ValueError, match=r"^histories: "):
