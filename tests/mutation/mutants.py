@@ -13,7 +13,7 @@ Not mutated, by rule:
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,13 +52,13 @@ def mutants(root: Path, file: str) -> Iterator[Mutant]:
     source = (root / file).read_text()
     wrapper = MetadataWrapper(cst.parse_module(source))
     positions = wrapper.resolve(PositionProvider)
-    seen = {source}
+    seen, header = {source}, wrapper.module.with_changes(body=[]).code
     parts = [wrapper.module.code_for_node(part) for part in wrapper.module.body]
     for i, part in enumerate(wrapper.module.body):
         for node, mutated, names, statement in _changes(part, (), part):
             changed = wrapper.module.code_for_node(part.deep_replace(node, mutated))
-            code = "".join((wrapper.module.with_changes(body=[]).code, *parts[:i], changed, *parts[i + 1 :]))
-            if code in seen or not _compiles(code):
+            code = "".join((header, *parts[:i], changed, *parts[i + 1 :]))
+            if code in seen or not _compiles(changed):
                 continue
             seen.add(code)
             lines = range(positions[statement].start.line, positions[node].end.line + 1)
@@ -76,9 +76,13 @@ def _compiles(code: str) -> bool:
 
 
 def _difference(before: str, after: str) -> tuple[str, str]:
-    changed = list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))[3:]
-    sides = ([line[1:].strip() for line in changed if line[0] == sign] for sign in "-+")
-    return " ".join(next(sides)), " ".join(next(sides))
+    """The lines that differ, without those that both begin and end with."""
+    a, b = before.splitlines(), after.splitlines()
+    start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    ends = zip(reversed(a[start:]), reversed(b[start:]), strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+    sides = (lines[start : len(lines) - same] for lines in (a, b))
+    return tuple(" ".join(line.strip() for line in side) for side in sides)
 
 
 def _changes(

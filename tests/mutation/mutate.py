@@ -212,7 +212,7 @@ class Session:
 
     def warm_up(self) -> None:
         """Run some tests here, so that the forked processes find all backends imported and their kernels compiled."""
-        tests = self.chosen(self.items, Counter(), 8)[0]
+        tests = self.chosen(self.items, Counter(), 4)[0]
         for name, following in itertools.pairwise([*tests, tests[0]]):
             item = self.items[name]
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=self.items[following])
@@ -221,7 +221,7 @@ class Session:
     def check_untouched(self, file: str) -> None:
         """Exit if tests fail on the file itself, put into the module as a mutant is."""
         same = Mutant(file, "", "", "", range(1000), (ROOT / file).read_text(), at_import=True)
-        tests, seconds = self.chosen(self.baseline.reaching(same), Counter(), 3)
+        tests, seconds = self.chosen(self.baseline.reaching(same), Counter(), 2)
         result, failed = verdict(same, [self.items[name] for name in tests], seconds)
         if result != "survived":
             sys.exit(f"{failed} fails on {file} itself, put into the module as a mutant is")
