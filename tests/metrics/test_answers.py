@@ -105,6 +105,7 @@ class TestChanceCorrection:
         forget, learned = fmn.forgetting_curves(bits).chance_corrected(4)
         np.testing.assert_allclose(forget, [0.2 - 0.5 * 0.6 / 3, 0])
         np.testing.assert_allclose(learned, [0, 0], atol=1e-12)  # 0.1 - 0.1
+        np.testing.assert_array_equal(fmn.forgetting_curves(bits).chance_corrected(np.uint8(4))[0], forget)
 
     @pytest.mark.parametrize("k", [2, 4, 10])
     def test_guessing_forgets_nothing(self, k):

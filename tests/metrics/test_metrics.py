@@ -203,7 +203,8 @@ def test_curves_of_groups_of_several_types_do_not_add(each_backend):
         fmn.forgetting_curves(GOOD, groups=g)
         for g in (["0", "1", "2"], [0, 1, 2], np.array([0, 2**63, 2**63 + 1], np.uint64))
     )
-    for a, b in itertools.permutations((names, numbers, large), 2):
+    in_bytes = fmn.forgetting_curves(GOOD, groups=[b"0", b"1", b"2"])
+    for a, b in itertools.permutations((names, numbers, large, in_bytes), 2):
         with pytest.raises(ValueError, match=r"^ForgettingCurves: .*groups of one type"):
             a + b
     small = fmn.forgetting_curves(GOOD, groups=np.array([0, 1, 200], np.uint8))

@@ -16,7 +16,9 @@ def test_scores_are_those_of_scikit_learn_and_of_the_definition(dtype):
     y = np.where(rng.random(400) < 0.6, p.argmax(1), rng.integers(0, 6, 400))  # over- and underconfident bins
     p[(y == 0) & (rng.random(400) < 0.5), 0] = 0
     p = (p / p.sum(1, keepdims=True)).astype(dtype)
-    p[:9] = np.eye(6)[1]  # certain: in the last bin
+    sure = p.max(1) >= 13 / 15
+    y[sure] = p.argmax(1)[sure]  # right, and less than certain
+    p[:9], y[:9] = np.eye(6)[1], 0  # certain and wrong: in the last bin with some of those
     found, wide = scores(p, y), p.astype(np.float64)
     assert found.accuracy == accuracy_score(y, wide.argmax(1))
     floored = np.maximum(wide, 1e-6)
