@@ -174,7 +174,7 @@ def likelihood(problem: Problem, target: Target) -> Members:
     parts = [problem.window_of(e) for e in range(n)] + [range(n - 1, n)]
     components = np.stack([p[part.start : part.stop].mean(0) for part in parts])
     w = target.each / target.each.max()
-    alive = list(range(n + 1))
+    alive = [*(i for i in range(n) if parts[i] != parts[n]), n]  # the final model is no member
     while alive:
         q = _em(components[alive], w)
         passes = len(set().union(*(parts[i] for i in alive)))

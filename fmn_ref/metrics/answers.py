@@ -253,7 +253,7 @@ def _ballots(
     names, code = np.unique(answers, return_inverse=True)
     code = code.reshape(answers.shape)
     counts = np.stack([np.bincount(row, minlength=len(names)) for row in code])
-    is_right = np.bincount(code.ravel(), right.ravel(), len(names)) / counts.sum(0)
+    is_right = np.bincount(code.ravel(), right.ravel()) / counts.sum(0)
     unsure = (is_right > 0) & (is_right < 1)
     if unsure.any():
         raise ValueError(f"correct: {where} has the answer {names[unsure].tolist()[0]!r} both right and wrong")

@@ -93,7 +93,7 @@ def _labels_of_scores(shape: tuple[int, ...], labels: Any) -> NDArray[np.int64]:
     if len(y) != shape[-2]:
         hint = f"; {hint}" if len(y) == shape[-1] else ""
         raise ValueError(f"{expected} with {len(y)} samples as labels, got shape {shape}{hint}")
-    return _check.labels(y, n_classes=shape[-1]) if y.max() >= shape[-1] else y  # the check raises
+    return _check.labels(y, n_classes=shape[-1])
 
 
 def _first_nan(scores: Any) -> tuple[int, ...]:
@@ -225,7 +225,7 @@ class ForgettingCurves:
 
         def added(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
             out = np.zeros((*a.shape[:-1], len(groups)), np.result_type(a, b))
-            out[..., of_self] += a
+            out[..., of_self] = a
             out[..., of_other] += b
             return out
 
@@ -290,7 +290,7 @@ def forgetting_curves(
     size, total = np.bincount(member), np.bincount(member, w)
     if groups is None:
         return ForgettingCurves(sums[:, 0], n, total[0], r)
-    return ForgettingCurves(sums, size, size if w is None else total, r, names)
+    return ForgettingCurves(sums, size, total, r, names)
 
 
 def forget_fraction(correct: Any, *, reference: int = -1, sample_weight: Any = None) -> NDArray[np.float64]:

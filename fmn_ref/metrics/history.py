@@ -153,7 +153,7 @@ class CorrectnessHistory:
             raise ValueError(f"{self.path}: corrupt record at offset {offset}: {fault}")
         if fault or rest:
             torn = f"dropped the torn last record at offset {offset} ({fault or 'incomplete'})"
-            warnings.warn(f"{self.path}: {torn}; {kept} epochs kept", stacklevel=4)
+            warnings.warn(f"{self.path}: {torn}; {kept} epochs kept", stacklevel=3)
 
     def _end(self, n: int) -> int:
         """Size of the file with n records."""

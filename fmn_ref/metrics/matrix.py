@@ -72,4 +72,4 @@ def adjacent(a: Any) -> Any:
         return a
     if not a.dtype.isnative:
         a = a.astype(a.dtype.newbyteorder("="))
-    return a if a.size < 2 or a.shape[-1] == 1 or a.strides[-1] == a.itemsize else np.ascontiguousarray(a)
+    return a if a.strides[-1] == a.itemsize else np.ascontiguousarray(a)

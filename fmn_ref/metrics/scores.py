@@ -67,6 +67,6 @@ def scores(probs: Any, labels: Any) -> Scores:
     y = _check.labels(labels, *p.shape)
     confidence, right = p.max(1), p.argmax(1) == y
     bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-    gap = np.bincount(bins, right - confidence, BINS)
+    gap = np.bincount(bins, right - confidence)
     of_label = np.maximum(p[np.arange(len(y)), y], FLOOR)
     return Scores(float(right.mean()), float(-np.log(of_label).mean()), float(np.abs(gap).sum() / len(y)))

@@ -73,6 +73,13 @@ def test_plans_give_the_same_bits_in_a_fresh_process(problem, plans, tmp_path):
         assert np.load(tmp_path / f"{method}.npy").tobytes() == plan.apply(p).tobytes()
 
 
+def test_a_pool_has_ten_members_unless_a_bound_is_given():
+    rng = np.random.default_rng(0)
+    p, labels = random_probs(rng, n_epochs=30, n_samples=400)
+    for bound, n_members in (({}, 10), ({"max_members": 12}, 12), ({"max_forward_passes": 4}, 4)):
+        assert len(fmn.fuse(p, labels, method="pool", folds=0, **bound).members) == n_members
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bound", [{"max_members": 2}, {"max_members": 1}, {"max_forward_passes": 4}])
 def test_bounds(problem, plans, method, bound):
@@ -151,7 +158,7 @@ def test_a_method_sees_no_sample():
 
 @pytest.mark.parametrize("options", [{"folds": 2}, {"method": "auto"}])
 def test_one_sample_cannot_be_divided_into_folds(options):
-    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+    with pytest.raises(ValueError, match=r"^folds: .*at least 2 samples, got 1"):
         fmn.fuse([[[0.5, 0.5]]], [0], **options)
     assert fmn.fuse([[[0.5, 0.5]]], [0]).final_model_alone
 
@@ -306,7 +313,9 @@ def test_backends_agree(problem, plans, method, use_backend):
     [
         ({"folds": 1}, ValueError, "folds"),
         ({"folds": 1000}, ValueError, "folds"),
-        ({"method": "auto", "folds": 0}, ValueError, "folds"),
+        ({"folds": 151}, ValueError, r"folds: .*\[2, 150\]"),
+        ({"folds": 2.0}, TypeError, "folds"),
+        ({"method": "auto", "folds": 0}, ValueError, "folds: .*'auto'"),
         ({"max_members": 0}, ValueError, "max_members"),
         ({"max_forward_passes": 1.5}, TypeError, "max_forward_passes"),
         ({"sample_weight": "equal"}, ValueError, "sample_weight"),
@@ -316,7 +325,7 @@ def test_backends_agree(problem, plans, method, use_backend):
     ],
 )
 def test_bad_options(problem, options, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=f"^{words}"):
         fmn.fuse(*problem, **options)
 
 

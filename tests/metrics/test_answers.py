@@ -49,6 +49,10 @@ class TestExpectedCurves:
         np.testing.assert_allclose(found.counts, expected.counts, atol=1e-12)
         np.testing.assert_array_equal(found.total, expected.total)
         np.testing.assert_array_equal(found.n_samples, expected.n_samples)
+        assert (found.reference, found.total.dtype if options else type(found.total)) == (
+            expected.reference,
+            expected.total.dtype if options else type(expected.total),
+        )
 
     def test_few_draws_give_the_value_of_many_on_average(self, rng):
         """Over all pairs of five draws, at each checkpoint: unbiased, the row of the reference too."""
@@ -74,13 +78,13 @@ class TestExpectedCurves:
     @pytest.mark.parametrize(
         ("rates", "options", "words"),
         [
-            ([[0.5, 1.2]], {}, r"\[0, 1\], got 1.2 at index \(0, 1\)"),
-            ([[0.5], [np.nan]], {}, r"got nan at index \(1, 0\)"),
-            ([[-1]], {}, r"got -1.0"),
-            ([0.5, 1], {}, r"got shape \(2,\)"),
-            (np.zeros((2, 3, 4)), {}, r"correct.mean\(-1\)"),
-            (np.zeros((0, 3)), {}, "not empty"),
-            ([["a"]], {}, "booleans or numbers"),
+            ([[0.5, 1.2]], {}, r"rates: .*\[0, 1\], got 1.2 at index \(0, 1\)"),
+            ([[0.5], [np.nan]], {}, r"rates: .*got nan at index \(1, 0\)"),
+            ([[-1]], {}, r"rates: .*got -1.0"),
+            ([0.5, 1], {}, r"rates: .*got shape \(2,\)$"),
+            (np.zeros((2, 3, 4)), {}, r"rates: .*correct.mean\(-1\)"),
+            (np.zeros((0, 3)), {}, r"rates: .*not empty, got shape \(0, 3\)$"),
+            ([["a"]], {}, "rates: .*booleans or numbers"),
             ([[0.5]], {"n_draws": 1}, "n_draws"),
             ([[0.5]], {"n_draws": 2.0}, "n_draws"),
             ([[0.5]], {"reference": 1}, "reference"),
@@ -89,7 +93,8 @@ class TestExpectedCurves:
         ],
     )
     def test_bad_rates(self, rates, options, words):
-        with pytest.raises((ValueError, TypeError), match=words):
+        error = TypeError if "numbers" in words or options == {"n_draws": 2.0} else ValueError
+        with pytest.raises(error, match=f"^{words}"):
             fmn.expected_curves(rates, **options)
 
 
@@ -100,6 +105,7 @@ class TestChanceCorrection:
         forget, learned = fmn.forgetting_curves(bits).chance_corrected(4)
         np.testing.assert_allclose(forget, [0.2 - 0.5 * 0.6 / 3, 0])
         np.testing.assert_allclose(learned, [0, 0], atol=1e-12)  # 0.1 - 0.1
+        np.testing.assert_array_equal(fmn.forgetting_curves(bits).chance_corrected(np.uint8(4))[0], forget)
 
     @pytest.mark.parametrize("k", [2, 4, 10])
     def test_guessing_forgets_nothing(self, k):
@@ -116,11 +122,20 @@ class TestChanceCorrection:
             np.testing.assert_allclose((forget[i], learned[i]), expected)
 
     @pytest.mark.parametrize(
-        ("k", "error"), [(1, ValueError), (-2, ValueError), (2.0, TypeError), ([4, 4], ValueError)]
+        ("k", "error", "words"),
+        [
+            (1, ValueError, "n_choices: .* got 1"),
+            (-2, ValueError, "n_choices: .* got -2"),
+            (2.0, TypeError, "n_choices: .*float64"),
+            ("a", TypeError, "n_choices: "),
+            ([4, 4], ValueError, r"n_choices: .* one number or shape \(\), got \[4, 4\]"),
+        ],
     )
-    def test_bad_numbers_of_options(self, k, error):
-        with pytest.raises(error, match="n_choices"):
+    def test_bad_numbers_of_options(self, k, error, words):
+        with pytest.raises(error, match=f"^{words}"):
             fmn.forgetting_curves([[1, 0]]).chance_corrected(k)
+        with pytest.raises(error, match=r"^n_choices: .*(shape \(1,\)|integers|numbers), got"):
+            fmn.forgetting_curves([[1, 0]], groups=[3, 3]).chance_corrected(k)
 
 
 class TestTemporalForgetting:
@@ -143,7 +158,7 @@ def all_draws(n_draws, budget):
 
 
 BUDGETS = [(1, 1, [0, 0, 1]), (3, 1, [0, 0, 3]), (3, 2, [0, 1, 2]), (5, 3, [1, 2, 2]), (12, 3, [4, 4, 4])]
-BUDGETS += [([2, 0, 1], 1, [2, 0, 1]), (1, 3, [0, 0, 1])]
+BUDGETS += [([2, 0, 1], 1, [2, 0, 1]), (1, 3, [0, 0, 1]), ([0, 0, 4], 1, [0, 0, 4])]
 
 
 class TestPassAtK:
@@ -153,6 +168,10 @@ class TestPassAtK:
         for i in range(draws.shape[1]):
             each = [any(draws[e, i, d] for e, ds in enumerate(c) for d in ds) for c in all_draws(4, budget)]
             assert found[i] == pytest.approx(np.mean(each))
+
+    def test_the_last_checkpoint_alone_counts_by_default(self, draws):
+        np.testing.assert_array_equal(fmn.pass_at_k(draws, 2), fmn.pass_at_k(draws[-1:], 2))
+        np.testing.assert_array_equal(fmn.maj_at_k(draws, draws, 3), fmn.maj_at_k(draws[-1:], draws[-1:], 3))
 
     def test_many_draws_neither_overflow_nor_underflow(self):
         correct = np.zeros((1, 1, 2000), bool)
@@ -178,8 +197,9 @@ class TestPassAtK:
         ],
     )
     def test_bad_budgets(self, draws, k, last, words):
+        error = TypeError if k is True or np.asarray(k).dtype.kind == "f" else ValueError
         for function in (fmn.pass_at_k, lambda *a, **o: fmn.maj_at_k(draws, *a, **o)):
-            with pytest.raises((ValueError, TypeError), match=f"^{words}"):
+            with pytest.raises(error, match=f"^{words}"):
                 function(draws, k, last=last)
 
     @pytest.mark.parametrize(
@@ -228,6 +248,22 @@ class TestMajAtK:
         np.testing.assert_allclose(sampled, exact, atol=4 * 0.5 / np.sqrt(module.SAMPLES))
         assert not np.array_equal(sampled, exact)
         np.testing.assert_array_equal(fmn.maj_at_k(answers, draws, 5, last=3, seed=1), sampled)
+        unseeded = fmn.maj_at_k(answers, draws, 5, last=3)
+        np.testing.assert_array_equal(fmn.maj_at_k(answers, draws, 5, last=3, seed=0), unseeded)
+        assert fmn.maj_at_k(answers, draws, 5, last=3, seed=2**64).shape == (7,)
+
+    def test_up_to_20000_ways_are_enumerated_and_more_are_sampled_4096_times(self):
+        """Ways of counting the votes: one more than each answer's number, multiplied."""
+
+        def shares(numbers, k):
+            answers = np.repeat(np.arange(len(numbers)), numbers)[None, None]
+            return [float(fmn.maj_at_k(answers, answers == len(numbers) - 1, k, seed=seed)[0]) for seed in (0, 1)]
+
+        exact = shares([1] * 5 + [4] * 4, 5)  # 2^5 * 5^4
+        assert exact[0] == exact[1]
+        sampled = shares([143, 143], 143)  # 144^2 = 20 736
+        assert sampled[0] != sampled[1]
+        assert all((4096 * share).is_integer() for share in sampled)
 
     def test_many_draws_take_no_longer(self, rng):
         """64 draws from each of eight checkpoints, most answers different: 10^100 ways to draw 64 of them."""
@@ -236,15 +272,19 @@ class TestMajAtK:
         assert fmn.maj_at_k(answers, correct, 64, last=8).tolist() == [1, 1, 1]
 
     def test_an_answer_is_right_or_wrong(self):
-        with pytest.raises(ValueError, match="question 1 has the answer 7 both right and wrong"):
+        with pytest.raises(ValueError, match=r"^correct: question 1 has the answer 7 both right and wrong"):
             fmn.maj_at_k([[[1, 2], [7, 7]]], [[[0, 1], [0, 1]]], 1)
 
     def test_bad_seeds(self, draws):
-        for bad in (-1, None, 0.5):
-            with pytest.raises((ValueError, TypeError), match=r"^seed"):
+        for bad, error in ((-1, ValueError), (2**64 + 1, ValueError), (None, TypeError), (0.5, TypeError)):
+            with pytest.raises(error, match=r"^seed"):
                 fmn.maj_at_k(draws, draws, 1, seed=bad)
 
     def test_bad_answers(self, draws):
-        for bad in (np.zeros(draws.shape), np.zeros((3, 7), int), np.full(draws.shape, None)):
-            with pytest.raises((ValueError, TypeError), match=r"^answers"):
+        for bad, error in (
+            (np.zeros(draws.shape), TypeError),
+            (np.zeros((3, 7), int), ValueError),
+            (np.full(draws.shape, None), TypeError),
+        ):
+            with pytest.raises(error, match=r"^answers"):
                 fmn.maj_at_k(bad, draws, 1)

@@ -1,6 +1,7 @@
 """The history: rows come back as they were appended; a torn last record is dropped, other damage is an error."""
 
 import contextlib
+import hashlib
 import itertools
 import os
 import struct
@@ -135,8 +136,63 @@ def test_without_verifying_only_headers_are_read(path):
 )
 def test_not_a_history(path, content):
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"history\.fmnh"):
+    with pytest.raises(ValueError, match=rf"^{path}: (not a history file|corrupt header) .*offset 0\)$"):
         CorrectnessHistory.open(path)
+
+
+def record(epoch, row, magic=b"EPOC", past=b""):
+    """A record as docs/reference/formats.md describes it."""
+    crc = zlib.crc32(row, zlib.crc32(struct.pack("<q", epoch)))
+    return (struct.pack("<4sIq", magic, crc, epoch) + past).ljust(64, b"\0") + row
+
+
+ROW, OTHER_ROW = bytes(9) + b"\x1f" + bytes(54), bytes(9) + b"\x20" + bytes(54)  # 77 samples end with bit 5 of byte 9
+
+
+@pytest.mark.parametrize(
+    ("damaged", "fault", "checked"),
+    [
+        (record(1, ROW, magic=b"EPIC"), "bad magic", "always"),
+        (record(1, ROW, past=b"\1"), "zeros expected after the epoch", "always"),
+        (record(1, ROW, past=bytes(47) + b"\1"), "zeros expected after the epoch", "always"),
+        (record(0, ROW), "epoch 0 after 0", "always"),
+        (record(-1, ROW), "epoch -1 after 0", "always"),
+        (record(1, OTHER_ROW)[:64] + ROW, "CRC-32 does not match", "rows"),
+        (record(2, ROW)[:8] + record(1, ROW)[8:], "CRC-32 does not match", "rows"),
+        (record(1, OTHER_ROW), "bits set past the last sample", "rows"),
+    ],
+)
+def test_a_damaged_record_is_refused_with_its_place(path, damaged, fault, checked):
+    """Amid others it is an error, as the last one it was torn. Only headers are checked if rows are not."""
+    header = struct.pack("<8sIIQ32s", b"FMNHIST\0", 1, 0, 77, bytes(32))
+    header = (header + struct.pack("<I", zlib.crc32(header))).ljust(64, b"\0")
+    for verify in (True, False):
+        path.write_bytes(header + record(0, ROW) + damaged + record(2, ROW))
+        if verify or checked == "always":
+            with pytest.raises(ValueError, match=rf"^{path}: corrupt record at offset {64 + RECORD}: {fault}$"):
+                CorrectnessHistory.open(path, verify=verify)
+        else:
+            assert CorrectnessHistory.open(path, verify=False).epochs == (0, 1, 2)
+        path.write_bytes(header + record(0, ROW) + damaged)
+        if verify or checked == "always":
+            with pytest.warns(UserWarning, match=rf"last record at offset {64 + RECORD} \({fault}\); 1 epochs kept$"):
+                assert CorrectnessHistory.open(path, verify=verify).epochs == (0,)
+        else:
+            assert CorrectnessHistory.open(path, verify=False).epochs == (0, 1)
+    path.write_bytes(header + record(5, ROW) + record(7, ROW))
+    assert CorrectnessHistory.open(path).epochs == (5, 7)
+    assert CorrectnessHistory.open(path).correct().sum(1).tolist() == [5, 5]
+
+
+def test_epochs_that_another_process_discarded_are_noticed(path):
+    filled(path)
+    opened, writer = CorrectnessHistory.open(path), CorrectnessHistory.open(path)
+    writer.truncate(1)
+    for row in CORRECT[1:]:
+        writer.append(~row)
+    with pytest.raises(ValueError, match=rf"^{path}: another process discarded epochs"):
+        opened.correct()
+    np.testing.assert_array_equal(CorrectnessHistory.open(path).correct()[1:], ~CORRECT[1:])
 
 
 def write_with_checksum(path, raw):
@@ -150,7 +206,27 @@ def test_a_newer_version_is_refused(path):
     raw = bytearray(path.read_bytes())
     raw[8] = 2
     write_with_checksum(path, raw)
-    with pytest.raises(ValueError, match="version 2"):
+    with pytest.raises(ValueError, match=rf"^{path}: history version 2 "):
+        CorrectnessHistory.open(path)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "error"),
+    [
+        (0, b"FMNHISTO", "not a history file"),
+        (60, b"\1", "corrupt header"),  # zeros must follow the checksum
+        (63, b"\1", "corrupt header"),
+        (16, struct.pack("<Q", 0), "corrupt header"),
+        (16, struct.pack("<Q", 2**48 + 1), "corrupt header"),
+        (8, struct.pack("<I", 0), "history version 0"),
+    ],
+)
+def test_a_header_with_a_right_checksum_is_checked_too(path, at, value, error):
+    CorrectnessHistory(77, path)
+    raw = bytearray(path.read_bytes())
+    raw[at : at + len(value)] = value
+    write_with_checksum(path, raw)
+    with pytest.raises(ValueError, match=rf"^{path}: {error}"):
         CorrectnessHistory.open(path)
 
 
@@ -183,7 +259,7 @@ def test_two_writers_are_noticed(path):
     b = CorrectnessHistory.open(path)
     a.append(CORRECT[0])
     for change in (lambda: b.append(CORRECT[1]), lambda: b.truncate(1)):
-        with pytest.raises(ValueError, match="one writer"):
+        with pytest.raises(ValueError, match=rf"^{path}: .*one writer"):
             change()
     np.testing.assert_array_equal(CorrectnessHistory.open(path).correct(), CORRECT[[0, 1, 2, 3, 4, 0]])
 
@@ -221,6 +297,7 @@ def test_truncate(path):
     for h in (filled(path), filled(None)):
         h.truncate(2)
         np.testing.assert_array_equal(h.correct(), CORRECT[:2])
+        assert h.path is None or CorrectnessHistory.open(path).epochs == (0, 1)
         h.append(CORRECT[3])
         np.testing.assert_array_equal(h.correct(), CORRECT[[0, 1, 3]])
     assert len(CorrectnessHistory.open(path)) == 3
@@ -231,9 +308,14 @@ def test_concatenate(tmp_path):
     np.testing.assert_array_equal(CorrectnessHistory.concatenate(parts).correct(), CORRECT)
     joined = CorrectnessHistory.concatenate(parts, tmp_path / "joined.fmnh")
     assert joined.epochs == parts[0].epochs
+    np.testing.assert_array_equal(CorrectnessHistory.open(tmp_path / "joined.fmnh").correct(), CORRECT)
+    some = [history_of(CORRECT[:3], epochs=(0, 2, 9)), history_of(CORRECT[:3], epochs=(0, 2, 9))]
+    assert CorrectnessHistory.concatenate(some).epochs == (0, 2, 9)
+    with pytest.raises(ValueError, match=r"^histories: "):
+        CorrectnessHistory.concatenate([*some, history_of(CORRECT[:3])])
     parts[1].append([True])
     for bad in ([], parts):
-        with pytest.raises(ValueError, match="histories"):
+        with pytest.raises(ValueError, match=r"^histories: "):
             CorrectnessHistory.concatenate(bad)
 
 
@@ -263,30 +345,90 @@ def test_select(path):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda h: h.append(CORRECT[0, :5]), ValueError, "correct"),
+        (lambda h: h.append(CORRECT[0, :5]), ValueError, r"correct: expected shape \(77,\), got shape \(5,\)"),
         (lambda h: h.append(CORRECT), ValueError, "correct"),
+        (lambda h: h.append(CORRECT[:0]), ValueError, "correct"),
         (lambda h: h.append(CORRECT[0].astype(float)), TypeError, "correct"),
         (lambda h: h.append(["a"] * 77), TypeError, "correct"),
         (lambda h: h.append(np.full(77, 3)), ValueError, "correct"),
-        (lambda h: h.append(CORRECT[0], epoch=4), ValueError, "epoch"),
+        (lambda h: h.append(CORRECT[0], epoch=4), ValueError, "epoch: expected a number above 4, .* got 4"),
+        (lambda h: h.append(CORRECT[0], epoch=-1), ValueError, "epoch"),
+        (lambda h: h.append(CORRECT[0], epoch=2**62 + 1), ValueError, "epoch"),
+        (lambda h: h.append(CORRECT[0], epoch=5.0), TypeError, "epoch"),
         (lambda h: h.append(CORRECT[0], epoch="five"), TypeError, "epoch"),
         (lambda h: h.truncate(6), ValueError, "n_epochs"),
-        (lambda h: h.__array__(copy=False), ValueError, "copy"),
+        (lambda h: h.truncate(-1), ValueError, "n_epochs"),
+        (lambda h: h.truncate(2.0), TypeError, "n_epochs"),
+        (lambda h: h.select([5]), ValueError, "rows"),
+        (lambda h: h.__array__(copy=False), ValueError, "a CorrectnessHistory"),
         (lambda h: CorrectnessHistory(0), ValueError, "n_samples"),
+        (lambda h: CorrectnessHistory(2**48 + 1), ValueError, "n_samples"),
         (lambda h: CorrectnessHistory(2.0), TypeError, "n_samples"),
         (lambda h: CorrectnessHistory(3, labels=[0, 1]), ValueError, "labels"),
-        (lambda h: CorrectnessHistory(3, h.path), FileExistsError, "open"),
-        (lambda h: CorrectnessHistory.open(h.path.parent / "none"), FileNotFoundError, "none"),
-        (lambda h: CorrectnessHistory(3, h.path.parent / "none" / "h.fmnh"), FileNotFoundError, "none"),
+        (lambda h: CorrectnessHistory(3, h.path), FileExistsError, r"\S+history\.fmnh exists; .*open"),
+        (lambda h: CorrectnessHistory.open(h.path.parent / "none"), FileNotFoundError, ".*none"),
+        (lambda h: CorrectnessHistory(3, h.path.parent / "none" / "h.fmnh"), FileNotFoundError, ".*none"),
     ],
 )
 def test_bad_input_loses_nothing(path, call, error, words):
     h = filled(path)
     before = path.read_bytes()
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=f"^{words}"):
         call(h)
     assert path.read_bytes() == before
     np.testing.assert_array_equal(h.correct(), CORRECT)
+
+
+def test_the_ends_of_every_range_are_taken(path):
+    assert CorrectnessHistory(2**48).n_samples == 2**48
+    for h in (CorrectnessHistory(1), CorrectnessHistory(1, path)):
+        h.append([True], 0)
+        h.append([[1]], 2**62)  # a row of a matrix is a row too
+        assert h.epochs == (0, 2**62)
+        h.truncate(2)
+        h.truncate(0)
+        h.append([0])
+        assert h.epochs == (0,)
+    assert CorrectnessHistory.open(path).epochs == (0,)
+
+
+def test_a_history_tells_its_size_and_its_file(path):
+    assert repr(filled(None)) == "CorrectnessHistory(n_epochs=5, n_samples=77, in memory)"
+    assert repr(filled(path)) == f"CorrectnessHistory(n_epochs=5, n_samples=77, {path})"
+
+
+def test_it_becomes_an_array_of_the_type_that_is_asked_for(path):
+    for h in (filled(path), filled(None)):
+        assert np.asarray(h).dtype == bool
+        numbers = np.asarray(h, np.float32)
+        assert numbers.dtype == np.float32
+        np.testing.assert_array_equal(numbers, CORRECT)
+
+
+def test_the_warning_points_at_the_caller(path):
+    filled(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=rf"^{path}: dropped the torn last record .*\(incomplete\)") as caught:
+        CorrectnessHistory.open(path)
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_an_empty_history_has_rows_of_bits(path):
+    for h in (CorrectnessHistory(9), CorrectnessHistory(9, path)):
+        assert (h.packed.shape, h.packed.dtype, h.packed.flags.writeable) == ((0, 2), np.uint8, False)
+        assert (h.correct().shape, h.correct().dtype) == ((0, 9), bool)
+
+
+def test_labels_are_known_by_their_values_and_their_order():
+    expected = hashlib.sha256(struct.pack("<3q", 2, 0, 1)).digest()
+    for dtype in ("i1", "u2", ">i4", "i8"):
+        assert CorrectnessHistory(3, labels=np.array([2, 0, 1], dtype)).digest == expected
+    assert CorrectnessHistory(3).digest == bytes(32)
+
+
+def test_the_digest_of_the_labels_is_stored(path):
+    made = CorrectnessHistory(3, path, labels=[2, 0, 1])
+    assert CorrectnessHistory.open(path).digest == made.digest == path.read_bytes()[24:56]
 
 
 class FullOnce:
@@ -316,6 +458,7 @@ def test_what_failed_can_be_tried_again(path, monkeypatch, at):
         FullOnce(patch, at)
         with pytest.raises(OSError, match="No space"):
             h.truncate(2)
+        assert len(h) == len(CorrectnessHistory.open(path)) == (5 if at == 1 else 2)
         h.truncate(2)
     h.append(CORRECT[4])
     np.testing.assert_array_equal(h.correct(), CORRECT[[0, 1, 4]])

@@ -138,6 +138,24 @@ def test_curves_of_disjoint_samples_add(each_backend, correct, data):
         np.testing.assert_array_equal(row, fmn.forget_fraction(correct[:, groups == name]))
 
 
+@pytest.mark.parametrize("groups", [None, np.arange(60) % 3, np.arange(60) // 25])
+@pytest.mark.parametrize("weighted", [(), (0,), (1,), (0, 1)])
+def test_added_curves_are_those_of_all_samples(rng, groups, weighted):
+    """In every field; curves with and without weights add too, and groups may be in one part only."""
+    correct, weights, parts = rng.random((4, 60)) < 0.5, np.ones(60), []
+    for i, samples in enumerate((slice(40), slice(40, None))):
+        of_part = {} if groups is None else {"groups": groups[samples]}
+        if i in weighted:
+            weights[samples] = of_part["sample_weight"] = rng.integers(0, 9, 60)[samples]
+        parts.append(fmn.forgetting_curves(correct[:, samples], reference=1, **of_part))
+    whole = fmn.forgetting_curves(correct, reference=1, groups=groups, sample_weight=weights if weighted else None)
+    for added in (parts[0] + parts[1], parts[1] + parts[0], sum(parts)):
+        for field in ("counts", "n_samples", "total", "reference", "accuracy", "learned", "retained"):
+            np.testing.assert_array_equal(getattr(added, field), getattr(whole, field), err_msg=field)
+        assert added.counts.dtype == whole.counts.dtype
+        assert (added.groups is None) if groups is None else added.groups.tolist() == whole.groups.tolist()
+
+
 class Column:
     """Shows its values as pandas shows a column: through `__array__`, as objects."""
 
@@ -185,8 +203,9 @@ def test_curves_of_groups_of_several_types_do_not_add(each_backend):
         fmn.forgetting_curves(GOOD, groups=g)
         for g in (["0", "1", "2"], [0, 1, 2], np.array([0, 2**63, 2**63 + 1], np.uint64))
     )
-    for a, b in itertools.permutations((names, numbers, large), 2):
-        with pytest.raises(ValueError, match="groups of one type"):
+    in_bytes = fmn.forgetting_curves(GOOD, groups=[b"0", b"1", b"2"])
+    for a, b in itertools.permutations((names, numbers, large, in_bytes), 2):
+        with pytest.raises(ValueError, match=r"^ForgettingCurves: .*groups of one type"):
             a + b
     small = fmn.forgetting_curves(GOOD, groups=np.array([0, 1, 200], np.uint8))
     assert (small + numbers).groups.tolist() == [0, 1, 2, 200]
@@ -290,6 +309,7 @@ def test_bad_correctness(function, bad, error, words):
 
 
 GOOD = np.eye(3, dtype=bool)
+CURVES = fmn.forgetting_curves(GOOD)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +325,10 @@ GOOD = np.eye(3, dtype=bool)
         (lambda: fmn.forget_fraction(GOOD, sample_weight=[1e308] * 3), ValueError, "sample_weight"),
         (lambda: fmn.forget_fraction(GOOD, sample_weight=["a", "b", "c"]), TypeError, "sample_weight"),
         (lambda: fmn.forgetting_curves(GOOD, groups=[0, 1]), ValueError, "groups"),
+        (lambda: fmn.forgetting_curves(GOOD, groups=[[0], [1, 2], [3]]), TypeError, "groups"),
+        (lambda: fmn.forgetting_curves(GOOD, groups=np.zeros(3, "M8[s]")), TypeError, "groups"),
         (lambda: fmn.forgetting_curves(GOOD, groups=[0.5, 1, 2]), ValueError, "groups"),
+        (lambda: fmn.forgetting_curves(GOOD, groups=[None, "a", "b"]), ValueError, "groups: .*None at sample 0"),
         (lambda: fmn.sample_statistics(GOOD, never_learned="zero"), ValueError, "never_learned"),
         (lambda: fmn.correctness([0, 1], [0, 1, 2]), ValueError, "predictions"),
         (lambda: fmn.correctness([0.1, 0.9], [0, 1]), ValueError, "scores"),
@@ -314,19 +337,64 @@ GOOD = np.eye(3, dtype=bool)
         (lambda: fmn.correctness([[0.1, 0.9]], [0.0]), TypeError, "labels"),
         (lambda: fmn.correctness([[0.1, 0.9]], ["a"]), TypeError, "labels"),
         (lambda: fmn.correctness([[0.1, 0.9]], [[0]]), ValueError, "labels"),
-        (lambda: fmn.correctness([[0.1, np.nan]], [0]), ValueError, r"NaN at index \(0, 1\)"),
+        (lambda: fmn.correctness([[0.1, 0.9]], [0, 1]), ValueError, "scores: .* with 2 samples"),
+        (lambda: fmn.correctness([[0.1, np.nan]], [0]), ValueError, r"scores: .*NaN at index \(0, 1\)"),
         (lambda: fmn.correctness(np.zeros((1, 0)), [0]), ValueError, "scores"),
         (lambda: fmn.correctness([], []), ValueError, "scores"),
-        (lambda: fmn.correctness([True, False], [0, 1]), TypeError, "bool"),
+        (lambda: fmn.correctness(np.zeros((2, 3, 0)), [0] * 3), ValueError, "scores"),
+        (lambda: fmn.correctness(np.zeros((1, 4, 2)), [0, 0, 0, 2]), ValueError, r"labels: .*\[0, 2\)"),
+        (lambda: fmn.correctness([True, False], [0, 1]), TypeError, "predictions_or_scores: .*bool"),
         (lambda: fmn.correctness(["cat"], [0]), TypeError, "predictions_or_scores"),
-        (lambda: fmn.forgetting_curves(GOOD) + fmn.forgetting_curves(GOOD[:2]), ValueError, "epochs"),
-        (lambda: fmn.forgetting_curves(GOOD) + fmn.forgetting_curves(GOOD, groups=[0, 1, 2]), ValueError, "groups"),
-        (lambda: fmn.forgetting_curves(GOOD) + 1, TypeError, "unsupported"),
+        (lambda: CURVES + fmn.forgetting_curves(GOOD[:2], reference=1), ValueError, "ForgettingCurves: .*epochs"),
+        (lambda: CURVES + fmn.forgetting_curves(GOOD, reference=1), ValueError, "ForgettingCurves: .*reference"),
+        (lambda: CURVES + fmn.forgetting_curves(GOOD, groups=[0, 1, 2]), ValueError, "ForgettingCurves: .*groups"),
+        (lambda: fmn.forgetting_curves(GOOD, groups=[0, 1, 2]) + CURVES, ValueError, "ForgettingCurves: .*groups"),
+        (lambda: CURVES + 1, TypeError, "unsupported"),
+        (lambda: 1 + CURVES, TypeError, "unsupported"),
     ],
 )
 def test_bad_arguments(call, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=f"^{words}"):
         call()
+
+
+def test_curves_name_their_size_and_their_peak():
+    correct = [[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 0]]
+    expected = "ForgettingCurves(3 epochs, 4 samples{}, peak forget fraction {})"
+    assert repr(fmn.forgetting_curves(correct)) == expected.format("", "0.5000")
+    assert repr(fmn.forgetting_curves(correct, groups=[0, 0, 0, 1])) == expected.format(", 2 groups", "0.6667")
+
+
+def test_any_epoch_may_be_the_reference(each_backend, rng):
+    correct = rng.random((5, 40)) < 0.5
+    for reference in (0, 2, -1):
+        end = correct[reference]
+        forget, learned = (f(correct, reference=reference) for f in (fmn.forget_fraction, fmn.learned_fraction))
+        np.testing.assert_array_equal(forget, (correct & ~end).mean(1))
+        np.testing.assert_array_equal(learned, (~correct & end).mean(1))
+
+
+def test_statistics_of_given_counts_have_the_default_convention():
+    counts = np.array([[0, -1], [1, -1], [3, 0], [4, 0], [2, 5]], np.int32)
+    np.testing.assert_array_equal(fmn.SampleStatistics(counts, 6).forgetting_events, [3, np.nan])
+
+
+def test_a_group_without_weight_has_no_fractions(each_backend):
+    curves = fmn.forgetting_curves(GOOD, groups=[5, 5, 7], sample_weight=[1, 1, 0])
+    np.testing.assert_array_equal(curves.accuracy, [[0.5, 0.5, 0], [np.nan] * 3])
+
+
+def test_results_have_the_documented_types(each_backend):
+    """Counts are whole numbers and correctness is bool, also where a float or an int would be equal."""
+    for scores_or_classes in ([[0.9, 0.1], [0.2, 0.8]], [0, 1]):
+        assert fmn.correctness(scores_or_classes, [0, 1]).dtype == bool
+    plain, grouped = fmn.forgetting_curves(GOOD), fmn.forgetting_curves(GOOD, groups=[0, 1, 1])
+    weighted = fmn.forgetting_curves(GOOD, sample_weight=[1, 1, 2])
+    assert (plain.counts.dtype, grouped.counts.dtype, weighted.counts.dtype) == (np.int64, np.int64, np.float64)
+    assert (plain + plain).counts.dtype == (grouped + grouped).counts.dtype == np.int64
+    assert fmn.forgetting_matrix(GOOD).dtype == np.int64
+    types = [column.dtype for column in fmn.sample_statistics(GOOD).columns().values()]
+    assert types == [np.float64, np.float64, np.float64, np.int64, np.int64, bool]
 
 
 def test_one_epoch_one_sample(each_backend):

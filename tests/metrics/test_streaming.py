@@ -15,7 +15,7 @@ from inputs import BACKENDS, history_of
 import fmn_ref as fmn
 from fmn_ref import _check
 from fmn_ref.kernels.backend import import_kernels
-from fmn_ref.metrics import matrix
+from fmn_ref.metrics import matrix, overview
 
 
 def everything(correct, groups, weights):
@@ -67,6 +67,87 @@ def test_a_mapped_file_in_blocks_gives_the_same_bits(each_backend, small_blocks,
             np.testing.assert_allclose(got, want, rtol=1e-12)
         else:
             np.testing.assert_array_equal(got, want)
+
+
+def ends(correct):
+    """Where the blocks end that the matrix is read in; they must follow each other."""
+    parts = [(part, rows.shape[1]) for part, rows in matrix.Matrix(correct).blocks()]
+    assert [part.start for part, _ in parts] == [0, *(part.stop for part, _ in parts[:-1])]
+    return [part.stop for part, _ in parts]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "first"),
+    [
+        ((10, 9_000_000), "?", 2**26 // 10 // 512 * 512),
+        ((4, 5_000_000), "i4", 2**26 // 16),
+        ((10_000, 20_000), "?", 2**14),  # fewer would be short reads
+    ],
+)
+def test_a_mapped_file_is_read_in_blocks_of_64_mb(tmp_path, shape, dtype, first):
+    sparse = np.lib.format.open_memmap(tmp_path / "c.npy", "w+", dtype, shape)
+    assert ends(sparse) == [first, shape[1]]
+
+
+@pytest.mark.parametrize(("backend", "bits_first"), [("cpp", 4608), ("numpy", 512)])
+def test_what_needs_memory_is_read_in_blocks(small_blocks, tmp_path, use_backend, correct, backend, bits_first):
+    """Blocks of 4096 bytes: of a file, and of what must be converted. What the kernels read as it is, is one block."""
+    use_backend(backend)
+    history_of(correct, tmp_path / "h.fmnh")
+    mapped = fmn.CorrectnessHistory.open(tmp_path / "h.fmnh")
+    np.save(tmp_path / "c.npy", correct[:, :1024])
+    assert ends(correct) == ends(history_of(correct)) == [5003]
+    assert ends(mapped)[0] == bits_first
+    assert ends(mapped)[-1] == 5003
+    assert ends(correct[:2].astype("i2"))[:2] == [1024, 2048]
+    assert ends(correct[:2, :1024].astype("i2")) == [1024]
+    assert ends(correct[:2, :1025].astype("i2")) == [1024, 1025]
+    assert ends(np.load(tmp_path / "c.npy", mmap_mode="r")) == [512, 1024]
+
+
+def test_the_bits_of_a_history_are_read_directly(each_backend, monkeypatch, rng, correct):
+    """Not through an array of bool, which is eight times as large."""
+    groups, weights = rng.integers(0, 3, 5003), rng.random(5003)
+    expected, history = everything(correct, groups, weights), history_of(correct)
+    monkeypatch.setattr(fmn.CorrectnessHistory, "__array__", None)
+    monkeypatch.setattr(fmn.CorrectnessHistory, "__getitem__", None)
+    for got, want in zip(everything(history, groups, weights), expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12 if got.dtype == np.float64 else 0)
+
+
+@pytest.mark.parametrize("attribute", ["packed", "n_samples"])
+def test_an_array_with_an_attribute_of_that_name_is_no_history(attribute):
+    class Named(np.ndarray):
+        pass
+
+    named = np.eye(3, dtype=bool).view(Named)
+    setattr(named, attribute, 2)
+    np.testing.assert_array_equal(fmn.forgetting_matrix(named), 1 - np.eye(3))
+
+
+@pytest.mark.parametrize(
+    "function", [fmn.forgetting_curves, fmn.forgetting_matrix, fmn.sample_statistics, overview.curves_and_forgotten]
+)
+def test_a_bar_is_shown_only_if_asked_for_and_counts_every_sample(small_blocks, tmp_path, monkeypatch, function):
+    """With None the bar decides by itself: it is shown on a terminal."""
+    np.save(tmp_path / "c.npy", np.zeros((7, 5003), bool))
+    mapped, bars, real = np.load(tmp_path / "c.npy", mmap_mode="r"), [], matrix._stderr.progress_bar
+
+    def progress_bar(*arguments, **options):
+        bars.append((arguments, options, []))
+        bar = real(*arguments, **options)
+        monkeypatch.setattr(bar, "update", bars[-1][2].append)
+        return bar
+
+    monkeypatch.setattr(matrix._stderr, "progress_bar", progress_bar)
+    function(mapped)
+    function(mapped, progress=True)
+    assert [options["progress"] for _, options, _ in bars] == [False, None]
+    for arguments, options, updates in bars:
+        assert arguments == (None, "reading", 5003)
+        assert (options["unit"], options["unit_scale"]) == (" samples", True)
+        assert sum(updates) == 5003
+        assert len(updates) > 1
 
 
 def test_pages_that_hold_data_are_not_dropped(small_blocks, tmp_path, correct):
@@ -123,10 +204,10 @@ def test_parts_of_several_machines_add_up(each_backend, rng, correct):
     assert len(joined) == 6
     for name, whole in fmn.sample_statistics(correct).columns().items():
         np.testing.assert_array_equal(joined[name], whole)
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match=r"^parts: expected at least one"):
         fmn.SampleStatistics.concatenate([])
     for other in (fmn.sample_statistics(correct[1:]), fmn.sample_statistics(correct, never_learned="toneva")):
-        with pytest.raises(ValueError, match="one number of epochs and one never_learned"):
+        with pytest.raises(ValueError, match=r"^parts: expected one number of epochs and one never_learned"):
             fmn.SampleStatistics.concatenate([each[0], other])
 
 

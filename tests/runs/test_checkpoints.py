@@ -99,6 +99,26 @@ def test_missing_or_of_another_model(tmp_path):
         checkpoints.load_into(make_model(), tmp_path / "b.pt")
 
 
+def test_weights_of_other_shapes_are_listed(tmp_path):
+    """Three of them; where names differ too, torch's words say it."""
+    checkpoints.save_state(nn.Sequential(nn.Linear(2, 3)), tmp_path / "a.pt")
+    shapes = r"0\.weight is \(3, 2\), not \(4, 2\), 0\.bias is \(3,\), not \(4,\)$"
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/a\.pt: does not fit the model: {shapes}"):
+        checkpoints.load_into(nn.Sequential(nn.Linear(2, 4)), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"does not fit the model: .*(1\.weight|Missing)"):
+        checkpoints.load_into(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), tmp_path / "a.pt")
+    checkpoints.save_state(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 2)), tmp_path / "b.pt")
+    shapes = r"0\.weight is .*, 0\.bias is .*, 1\.weight is \(3, 3\), not \(5, 5\) and 2 more$"
+    with pytest.raises(ValueError, match=shapes):
+        checkpoints.load_into(nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 5), nn.Linear(5, 2)), tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r": 1 is \(3, 3\), not \(4, 3\)$"):
+        checkpoints.load_weights(
+            nn.ParameterList([torch.ones(1), torch.ones(4, 3)]),
+            {"0": torch.ones(1), "1": torch.ones(3, 3)},
+            tmp_path / "c.pt",
+        )
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     checkpoints.save_state(nn.Linear(2, 2), path)
