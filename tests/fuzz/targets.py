@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint.metadata
 
 import fmn_ref as fmn
 from fmn_ref.reporting.comparison import read_comparison
@@ -60,6 +61,8 @@ class Target:
         What an error may name instead of the file.
     temporary : bool
         Whether the reader makes temporary files.
+    classes : set of str
+        Classes and functions, as "MODULE.NAME", that the reader may look up for a pickle.
     """
 
     file: str
@@ -69,6 +72,7 @@ class Target:
     beside: Any = dict
     names: tuple[str, ...] = ()
     temporary: bool = False
+    classes: frozenset[str] = frozenset()
 
     def prepare(self, folder):
         """Write the files beside the one that is fuzzed; return the latter's path."""
@@ -274,6 +278,15 @@ def distributed():
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+# What torch's own writer refers to; Path objects are those of the prefix.
+OF_DISTRIBUTED = frozenset(
+    [f"torch.distributed.checkpoint.metadata.{name}" for name in dir(torch.distributed.checkpoint.metadata)]
+    + [f"torch.distributed.checkpoint.filesystem.{name}" for name in ("_StorageInfo", "_StoragePrefix")]
+    + ["torch.Size", "torch.serialization._get_layout", "collections.OrderedDict", "builtins.set"]
+    + ["pathlib.PosixPath", "pathlib.PurePosixPath"]
+)
+
+
 def read_distributed(path):
     own = model()
     load_weights(own, foreign.read_state(path.parent, own)[0], path.parent)
@@ -462,10 +475,20 @@ TARGETS = {
         "model.safetensors.index.json", each(read_weights, read_state), seeds_of_index, beside=shards, names=("files",)
     ),
     "distributed_metadata": Target(
-        ".metadata", read_distributed, lambda: [distributed()[".metadata"]], beside=distributed, names=("files",)
+        ".metadata",
+        read_distributed,
+        lambda: [distributed()[".metadata"]],
+        beside=distributed,
+        names=("files",),
+        classes=OF_DISTRIBUTED,
     ),
     "distributed_part": Target(
-        "__0_0.distcp", read_distributed, lambda: [distributed()["__0_0.distcp"]], beside=distributed, names=("files",)
+        "__0_0.distcp",
+        read_distributed,
+        lambda: [distributed()["__0_0.distcp"]],
+        beside=distributed,
+        names=("files",),
+        classes=OF_DISTRIBUTED,
     ),
     "npy": Target("a.npy", read_arrays, ARRAYS, names=LOGITS),
     "npz": Target("a.npz", read_arrays, npz, names=LOGITS),
