@@ -1,6 +1,6 @@
 """Fuzz the readers of files, one after the other, and write what was found to benchmarks/results/fuzz.json.
 
-    python tests/fuzz/fuzz.py [TARGET ...] [--seconds 60] [--seed 1] [--record]
+    python tests/fuzz/fuzz.py [TARGET ...] [--seconds 60] [--executions N] [--seed 1] [--record]
 
 Each target runs in a process of its own, with atheris where it is installed, else with the mutations of mutations.py.
 The target `c_api` needs clang.
@@ -27,21 +27,22 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "fuzz.json"
 C_API = "c_api"
-_OPTIONS = ["-timeout=20", "-rss_limit_mb=6000", "-len_control=0"]
+_OPTIONS = ["-timeout=300", "-rss_limit_mb=6000", "-len_control=0"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="TARGET")
     parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--executions", type=int, default=(1 << 31) - 1, help="after which a target ends earlier")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--record", action="store_true", help="add the result to benchmarks/results/fuzz.json")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return fuzz_here(args.targets[0], args.seconds, args.seed, args.child)
+        return fuzz_here(args.targets[0], args)
     for name in args.targets or [*_targets(), C_API]:
-        found = fuzz_c(args.seconds, args.seed) if name == C_API else fuzz_apart(name, args.seconds, args.seed)
+        found = fuzz_c(args) if name == C_API else fuzz_apart(name, args)
         print(json.dumps(found), flush=True)
         if args.record:
             add_to_record(found)
@@ -53,11 +54,12 @@ def _targets():
     return TARGETS
 
 
-def fuzz_apart(name, seconds, seed):
+def fuzz_apart(name, args):
     """Fuzz a target in another process, which a file may kill."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         result = Path(folder, "result.json")
-        command = [sys.executable, __file__, name, f"--seconds={seconds}", f"--seed={seed}", f"--child={folder}"]
+        options = [f"--{key}={vars(args)[key]}" for key in ("seconds", "executions", "seed")]
+        command = [sys.executable, __file__, name, *options, f"--child={folder}"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if result.exists():
             return json.loads(result.read_text())
@@ -75,8 +77,9 @@ def fuzz_apart(name, seconds, seed):
         return found
 
 
-def fuzz_here(name, seconds, seed, folder):
+def fuzz_here(name, args):
     """Fuzz a target in this process."""
+    seed, folder = args.seed, args.child
     atheris = None
     if importlib.util.find_spec("atheris"):
         import atheris
@@ -86,7 +89,7 @@ def fuzz_here(name, seconds, seed, folder):
     else:
         target = _targets()[name]
     run = Fuzzing(name, target, folder, seed, "mutations" if atheris is None else f"atheris {_version('atheris')}")
-    run.begin(seconds)
+    run.begin(args.seconds, args.executions)
     if atheris is None:
         from mutations import mutate
 
@@ -121,17 +124,16 @@ class Fuzzing:
     """Executions of one target, and each kind of finding once."""
 
     def __init__(self, name, target, folder, seed, engine):
-        from targets import InMemory
-
         self.name, self.target, self.folder, self.seed, self.engine = name, target, folder, seed, engine
         self.executions = self.taken = 0
+        self.most = math.inf
         self.findings, self.end, self.start = {}, math.inf, time.monotonic()
         (folder / "files").mkdir()
         os.chdir(folder / "files")
-        self.path = InMemory() if target.file == "in memory" else target.prepare(folder / "files")
+        self.path = target.prepare(folder / "files")
         self.seeds = target.seeds()
 
-    def begin(self, seconds):
+    def begin(self, seconds, most):
         """Read the first files: what is imported late is imported then."""
         for seed in self.seeds:
             self.execute(seed)
@@ -140,15 +142,19 @@ class Fuzzing:
         self.executions = self.taken = 0
         oracle.watch()
         self.start = time.monotonic()
-        self.end = self.start + seconds
+        self.end, self.most = self.start + seconds, most
         for seed in self.seeds:
             self.execute(seed)
 
     def execute(self, data):
-        if time.monotonic() > self.end:  # libFuzzer ends the process without Python's own exit
+        if (
+            time.monotonic() > self.end or self.executions >= self.most
+        ):  # libFuzzer ends the process without Python's own exit
             self.write("result.json")
-            os._exit(0)
+            os._exit(0)  # libFuzzer does not let Python end
         self.executions += 1
+        if self.executions % 10_000 == 0:  # for a process that is killed
+            self.write("state.json")
         try:
             self.taken += oracle.check(self.target, self.path, self.target.mended(bytes(data)))
         except oracle.Finding as finding:
@@ -167,7 +173,7 @@ class Fuzzing:
         (self.folder / name).write_text(json.dumps(content))
 
 
-def fuzz_c(seconds, seed):
+def fuzz_c(args):
     """Build the C library and its target with AddressSanitizer and UndefinedBehaviorSanitizer, and run libFuzzer."""
     with tempfile.TemporaryDirectory() as folder:
         sources = [*map(str, sorted((ROOT / "csrc" / "src").glob("*.cpp"))), str(HERE / "fuzz_fmn.cpp")]
@@ -180,8 +186,9 @@ def fuzz_c(seconds, seed):
         Path(folder, "corpus").mkdir()
         command = [
             f"{folder}/fuzz_fmn",
-            f"-max_total_time={seconds}",
-            f"-seed={seed}",
+            f"-max_total_time={args.seconds}",
+            f"-runs={args.executions}",
+            f"-seed={args.seed}",
             "-max_len=256",
             f"{folder}/corpus",
         ]
@@ -192,7 +199,7 @@ def fuzz_c(seconds, seed):
         count = re.search(r"number_of_executed_units: (\d+)", done.stderr)
         findings = [] if done.returncode == 0 else [{"what": done.stderr[-3000:], "input": ""}]
         return {"target": C_API, "engine": "libFuzzer, ASan, UBSan", "executions": int(count[1]) if count else 0,
-                "seconds": round(time.monotonic() - start), "seed": seed, "findings": findings}  # fmt: skip
+                "seconds": round(time.monotonic() - start), "seed": args.seed, "findings": findings}  # fmt: skip
 
 
 def add_to_record(found):

@@ -11,6 +11,8 @@ import resource
 import sys
 import time
 
+import fmn_ref
+
 ALLOWED = (ValueError, TypeError, OSError, MemoryError)
 SECONDS, MOST_MEMORY = 1.0, 512 << 20  # of the processor, and beyond the file
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -19,6 +21,8 @@ _CODE |= {"pickle.find_class", "os.putenv", "socket.connect", "socket.bind", "ct
 _CHANGES = {
     f"os.{name}" for name in ("mkdir", "remove", "rename", "rmdir", "link", "symlink", "truncate", "chmod", "chown")
 }
+_ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")  # of texts
+_ENCODINGS += ("cp437", "ascii", "latin-1", "unicode-escape", "raw-unicode-escape")  # of zip files and pickles
 _may_write = False  # temporary files
 _classes: frozenset[str] = frozenset()  # that a pickle may name
 _seen = None  # what the audited call has done; None where nothing is watched
@@ -55,9 +59,10 @@ def _in_import_statement():
 
 
 def watch():
-    """Begin to watch what the interpreter does; a hook cannot be removed. Codecs first: they are imported by name."""
-    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
+    """Begin to watch what the interpreter does; first import what code names by a value."""
+    for encoding in _ENCODINGS:
         codecs.lookup(encoding)
+    fmn_ref.backend()
     if not getattr(sys, "_fmn_audited", False):
         sys._fmn_audited = True
         sys.addaudithook(_audit)

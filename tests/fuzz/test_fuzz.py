@@ -14,7 +14,7 @@ from pathlib import Path
 import oracle
 import pytest
 from mutations import mutate
-from targets import TARGETS, InMemory, Target
+from targets import TARGETS, Target
 
 HERE = Path(__file__).parent
 SEED, MOST, SECONDS = 1, 3000, 0.3  # of the damage; executions of a target, and how long they may take
@@ -28,7 +28,7 @@ def begin(tmp_path, monkeypatch):
 
     def begin(target):
         monkeypatch.chdir(tmp_path)
-        path, seeds = InMemory() if target.file == "in memory" else target.prepare(tmp_path), target.seeds()
+        path, seeds = target.prepare(tmp_path), target.seeds()
         for seed in seeds:
             path.write_bytes(target.mended(seed))
             with contextlib.suppress(*oracle.ALLOWED):
