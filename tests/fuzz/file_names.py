@@ -38,13 +38,14 @@ class Names:
         self.folder.mkdir()
         self.names = []
         for raw in data.split(b"\n")[:MOST]:
+            parts = raw.decode("utf-8", "surrogateescape").split("/")
+            if len(parts) > 2 or {"", ".", ".."} & {*parts}:
+                continue
+            path = Path(self.folder, *parts)
             with contextlib.suppress(OSError, ValueError):  # no name that a file can have
-                path = Path(self.folder, raw.decode("utf-8", "surrogateescape"))
-                if path.parent not in (self.folder, path.parents[1]) or self.folder not in path.parents:
-                    continue
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(bytes(64))
-                self.names.append(path.relative_to(self.folder).as_posix())
+                self.names.append("/".join(parts))
 
 
 def read(path):

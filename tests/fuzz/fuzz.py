@@ -2,19 +2,21 @@
 
     python tests/fuzz/fuzz.py [TARGET ...] [--seconds 60] [--executions N] [--seed 1] [--record]
 
-Each target runs in a process of its own, with atheris where it is installed, else with the mutations of mutations.py.
+Each target runs in a process of its own, a fork, with atheris where it is installed, else with the mutations of
+mutations.py.
 The target `c_api` needs clang.
 """
 
 import argparse
 import base64
+import functools
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -27,6 +29,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "fuzz.json"
 C_API = "c_api"
+ATHERIS = importlib.util.find_spec("atheris") is not None
 _OPTIONS = ["-timeout=300", "-rss_limit_mb=6000", "-len_control=0"]
 
 
@@ -37,10 +40,7 @@ def main():
     parser.add_argument("--executions", type=int, default=(1 << 31) - 1, help="after which a target ends earlier")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--record", action="store_true", help="add the result to benchmarks/results/fuzz.json")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        return fuzz_here(args.targets[0], args)
     for name in args.targets or [*_targets(), C_API]:
         found = fuzz_c(args) if name == C_API else fuzz_apart(name, args)
         print(json.dumps(found), flush=True)
@@ -48,58 +48,55 @@ def main():
             add_to_record(found)
 
 
+@functools.cache
 def _targets():
-    from targets import TARGETS
+    """All targets; the package is instrumented where atheris is installed."""
+    if not ATHERIS:
+        from targets import TARGETS
 
-    return TARGETS
+        return TARGETS
+    import atheris
+
+    with atheris.instrument_imports(include=["fmn_ref"]):
+        from targets import TARGETS
+
+        return TARGETS
 
 
 def fuzz_apart(name, args):
-    """Fuzz a target in another process, which a file may kill."""
+    """Fuzz a target in a copy of this process, which a file may kill; all that was imported is there."""
+    _targets()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        result = Path(folder, "result.json")
-        options = [f"--{key}={vars(args)[key]}" for key in ("seconds", "executions", "seed")]
-        command = [sys.executable, __file__, name, *options, f"--child={folder}"]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        child = multiprocessing.get_context("fork").Process(target=fuzz_here, args=(name, args, Path(folder)))
+        child.start()
+        child.join()
+        result, state = Path(folder, "result.json"), Path(folder, "state.json")
         if result.exists():
             return json.loads(result.read_text())
-        state = Path(folder, "state.json")
         found = json.loads(state.read_text()) if state.exists() else {"target": name}
-        last = max(
-            (p for p in Path(folder, "files").rglob("*") if p.is_file()), key=lambda p: p.stat().st_mtime, default=None
-        )
-        found.setdefault("findings", []).append(
-            {
-                "what": f"exit status {done.returncode}: {done.stderr[-600:]}",
-                "input": "" if last is None else base64.b64encode(last.read_bytes()).decode(),
-            }
-        )
+        files = [p for p in Path(folder, "files").rglob("*") if p.is_file()]
+        last = max(files, key=lambda p: p.stat().st_mtime).read_bytes() if files else b""
+        what = f"exit status {child.exitcode}: {Path(folder, 'stderr').read_text(errors='replace')[-600:]}"
+        found.setdefault("findings", []).append({"what": what, "input": base64.b64encode(last).decode()})
         return found
 
 
-def fuzz_here(name, args):
-    """Fuzz a target in this process."""
-    seed, folder = args.seed, args.child
-    atheris = None
-    if importlib.util.find_spec("atheris"):
-        import atheris
-
-        with atheris.instrument_imports(include=["fmn_ref"]):
-            target = _targets()[name]
-    else:
-        target = _targets()[name]
-    run = Fuzzing(name, target, folder, seed, "mutations" if atheris is None else f"atheris {_version('atheris')}")
+def fuzz_here(name, args, folder):
+    """Fuzz a target in this process, until it ends."""
+    os.dup2(os.open(folder / "stderr", os.O_CREAT | os.O_WRONLY, 0o600), 2)
+    engine = f"atheris {_version('atheris')}" if ATHERIS else "mutations"
+    run = Fuzzing(name, _targets()[name], folder, args.seed, engine)
     run.begin(args.seconds, args.executions)
-    if atheris is None:
+    if not ATHERIS:
         from mutations import mutate
 
-        for data in mutate(run.seeds, seed):
+        for data in mutate(run.seeds, args.seed):
             run.execute(data)
-    else:
-        corpus = write_corpus(folder, run.seeds)
-        options = [*_OPTIONS, f"-seed={seed}", "-max_len=16384", str(corpus)]
-        atheris.Setup([name, f"-dict={folder / 'words.dict'}", *options], run.execute)
-        atheris.Fuzz()
+    import atheris
+
+    options = [*_OPTIONS, f"-seed={args.seed}", "-max_len=16384", str(write_corpus(folder, run.seeds))]
+    atheris.Setup([name, f"-dict={folder / 'words.dict'}", *options], run.execute)
+    atheris.Fuzz()
 
 
 def _version(package):

@@ -11,8 +11,6 @@ import resource
 import sys
 import time
 
-import fmn_ref
-
 ALLOWED = (ValueError, TypeError, OSError, MemoryError)
 SECONDS, MOST_MEMORY = 1.0, 512 << 20  # of the processor, and beyond the file
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -60,6 +58,8 @@ def _in_import_statement():
 
 def watch():
     """Begin to watch what the interpreter does; first import what code names by a value."""
+    import fmn_ref  # not earlier: atheris instruments what it imports itself
+
     for encoding in _ENCODINGS:
         codecs.lookup(encoding)
     fmn_ref.backend()
