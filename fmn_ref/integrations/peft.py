@@ -30,7 +30,7 @@ from ..training.ensemble import FusedModel, attached_model, plan_checkpoints
 from .transformers_checkpoints import write_fused
 
 try:
-    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+    from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 except ImportError as error:
     raise ImportError(f'{error}; pip install "fmn_ref[peft]"') from error
 
@@ -113,10 +113,23 @@ def load_fused(folder: _files.AnyPath, base: nn.Module) -> FusedModel:
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: no such file")
     try:
-        model = PeftModel.from_pretrained(base, str(paths[0].parent))
+        model = _loaded(base, paths[0])
     except Exception as error:  # of any file, and any base
         raise ValueError(f"{paths[0].parent}: not an adapter of this base: {error}") from None
     return FusedModel.of_members(_load_members(model, paths), plan)
+
+
+def _loaded(base: nn.Module, path: Path) -> Any:
+    """Load an adapter. Sizes in its settings take no memory: its weights get theirs from the file."""
+    config = PeftConfig.from_pretrained(str(path.parent))
+    changing = _changes_base(config)  # peft computes such adapters from the base first, at their full size
+    if changing and max([config.r, *config.rank_pattern.values()]) > path.stat().st_size:
+        raise ValueError("a rank is larger than the file")
+    return PeftModel.from_pretrained(base, str(path.parent), low_cpu_mem_usage=not changing)
+
+
+def _changes_base(config: Any) -> bool:
+    return str(getattr(config, "init_lora_weights", "")).lower().startswith(_CHANGING_BASE)
 
 
 def _load_members(model: nn.Module, paths: list[Path]) -> Iterator[nn.Module]:
@@ -190,8 +203,7 @@ def _check_averageable(config: Any) -> None:
     faults = {n: getattr(config, n, None) for n in ("use_rslora", "use_dora", "modules_to_save", "target_parameters")}
     faults |= {n: getattr(config, n, None) for n in ("trainable_token_indices", "lora_bias")}
     faults["bias"] = config.bias != "none" and config.bias
-    changing = str(config.init_lora_weights).lower().startswith(_CHANGING_BASE)
-    faults["init_lora_weights"] = changing and config.init_lora_weights
+    faults["init_lora_weights"] = _changes_base(config) and config.init_lora_weights
     found = [f"{n}={value}" for n, value in faults.items() if value]
     if found:
         raise ValueError(f"run: peft would average adapters with {', '.join(found)} wrongly; use FusedModel")

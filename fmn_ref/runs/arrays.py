@@ -153,7 +153,7 @@ def _write_npy(file: IO[bytes], epochs: Any) -> tuple[int, ...]:
 
 def differing_numbers(names: Sequence[str]) -> tuple[int, ...]:
     """Number in each name, if the names differ in one number and in nothing else; else empty."""
-    if len({re.sub(r"\d+", "#", name) for name in names}) != 1:
+    if len({re.sub(r"\d+", "\0", name) for name in names}) != 1:  # no name holds \0
         return ()
     numbers = zip(*(re.findall(r"\d+", name) for name in names), strict=True)
     differ = [column for column in numbers if len(set(column)) > 1]

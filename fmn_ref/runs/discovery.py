@@ -287,7 +287,7 @@ def _varying(placed: list[_Checkpoint]) -> list[tuple[str, list[int]]]:
 
 def _check_frames(placed: list[_Checkpoint]) -> None:
     """Refuse names that differ in more than numbers: two series may lie in one folder."""
-    frames = {re.sub(_NUMBER, "#", c.name, flags=re.I | re.A): c.name for c in reversed(placed)}
+    frames = {re.sub(_NUMBER, "\0", c.name, flags=re.I | re.A): c.name for c in reversed(placed)}  # no name holds \0
     if len(frames) > 1:
         first, second, *_ = sorted(frames.values())
         raise ValueError(f"{first} and {second}: names of two schemes; choose one with a pattern or a list")

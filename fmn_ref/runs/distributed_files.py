@@ -33,8 +33,9 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         import torch
 
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        found = vars(torch).get(name)  # getattr may import a part of torch, which the file would name
+        if module == "torch" and isinstance(found, torch.dtype):
+            return found
         if f"{module}.{name}" not in _ALLOWED:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint of tensors needs")
         return super().find_class(module, name)

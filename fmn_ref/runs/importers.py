@@ -113,7 +113,7 @@ def _in_order(folder: str | Path, pattern: str) -> list[Path]:
     paths = sorted(_files.absolute(folder).glob(pattern), key=lambda path: natural(path.name))
     if not paths:
         raise FileNotFoundError(f"{folder}: no {pattern} there")
-    frames = [re.sub(r"\d+", "#", path.name) for path in paths]
+    frames = [re.sub(r"\d+", "\0", path.name) for path in paths]  # no name holds \0
     usual = Counter(frames).most_common(1)[0][0]
     for path, frame in zip(paths, frames, strict=True):
         if frame != usual:

@@ -153,7 +153,7 @@ def _samples_below(folder: Path) -> dict[Path, str]:
 
 def _ordered(parents: list[Path]) -> list[Path]:
     """Sort among themselves the folders whose names differ in numbers only: a shell puts 1000 before 200."""
-    frames = [re.sub(r"\d+", "#", str(parent)) for parent in parents]
+    frames = [re.sub(r"\d+", "\0", str(parent)) for parent in parents]  # no name holds \0
     of_frame: dict[str, list[Path]] = {frame: [] for frame in frames}
     for parent, frame in zip(parents, frames, strict=True):
         of_frame[frame].append(parent)

@@ -1,20 +1,22 @@
 """Fuzz the readers of files, one after the other, and write what was found to benchmarks/results/fuzz.json.
 
-    python tests/fuzz/fuzz.py [TARGET ...] [--seconds 60] [--seed 1] [--record]
+    python tests/fuzz/fuzz.py [TARGET ...] [--seconds 60] [--executions N] [--seed 1] [--record]
 
-Each target runs in a process of its own, with atheris where it is installed, else with the mutations of mutations.py.
+Each target runs in a process of its own, a fork, with atheris where it is installed, else with the mutations of
+mutations.py.
 The target `c_api` needs clang.
 """
 
 import argparse
 import base64
+import functools
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -27,76 +29,74 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "fuzz.json"
 C_API = "c_api"
-_OPTIONS = ["-timeout=20", "-rss_limit_mb=6000", "-len_control=0"]
+ATHERIS = importlib.util.find_spec("atheris") is not None
+_OPTIONS = ["-timeout=300", "-rss_limit_mb=6000", "-len_control=0"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="TARGET")
     parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--executions", type=int, default=(1 << 31) - 1, help="after which a target ends earlier")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--record", action="store_true", help="add the result to benchmarks/results/fuzz.json")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        return fuzz_here(args.targets[0], args.seconds, args.seed, args.child)
     for name in args.targets or [*_targets(), C_API]:
-        found = fuzz_c(args.seconds, args.seed) if name == C_API else fuzz_apart(name, args.seconds, args.seed)
+        found = fuzz_c(args) if name == C_API else fuzz_apart(name, args)
         print(json.dumps(found), flush=True)
         if args.record:
             add_to_record(found)
 
 
+@functools.cache
 def _targets():
-    from targets import TARGETS
+    """All targets; the package is instrumented where atheris is installed."""
+    if not ATHERIS:
+        from targets import TARGETS
 
-    return TARGETS
+        return TARGETS
+    import atheris
+
+    with atheris.instrument_imports(include=["fmn_ref"]):
+        from targets import TARGETS
+
+        return TARGETS
 
 
-def fuzz_apart(name, seconds, seed):
-    """Fuzz a target in another process, which a file may kill."""
+def fuzz_apart(name, args):
+    """Fuzz a target in a copy of this process, which a file may kill; all that was imported is there."""
+    _targets()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        result = Path(folder, "result.json")
-        command = [sys.executable, __file__, name, f"--seconds={seconds}", f"--seed={seed}", f"--child={folder}"]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        child = multiprocessing.get_context("fork").Process(target=fuzz_here, args=(name, args, Path(folder)))
+        child.start()
+        child.join()
+        result, state = Path(folder, "result.json"), Path(folder, "state.json")
         if result.exists():
             return json.loads(result.read_text())
-        state = Path(folder, "state.json")
         found = json.loads(state.read_text()) if state.exists() else {"target": name}
-        last = max(
-            (p for p in Path(folder, "files").rglob("*") if p.is_file()), key=lambda p: p.stat().st_mtime, default=None
-        )
-        found.setdefault("findings", []).append(
-            {
-                "what": f"exit status {done.returncode}: {done.stderr[-600:]}",
-                "input": "" if last is None else base64.b64encode(last.read_bytes()).decode(),
-            }
-        )
+        files = [p for p in Path(folder, "files").rglob("*") if p.is_file()]
+        last = max(files, key=lambda p: p.stat().st_mtime).read_bytes() if files else b""
+        what = f"exit status {child.exitcode}: {Path(folder, 'stderr').read_text(errors='replace')[-600:]}"
+        found.setdefault("findings", []).append({"what": what, "input": base64.b64encode(last).decode()})
         return found
 
 
-def fuzz_here(name, seconds, seed, folder):
-    """Fuzz a target in this process."""
-    atheris = None
-    if importlib.util.find_spec("atheris"):
-        import atheris
-
-        with atheris.instrument_imports(include=["fmn_ref"]):
-            target = _targets()[name]
-    else:
-        target = _targets()[name]
-    run = Fuzzing(name, target, folder, seed, "mutations" if atheris is None else f"atheris {_version('atheris')}")
-    run.begin(seconds)
-    if atheris is None:
+def fuzz_here(name, args, folder):
+    """Fuzz a target in this process, until it ends."""
+    os.dup2(os.open(folder / "stderr", os.O_CREAT | os.O_WRONLY, 0o600), 2)
+    engine = f"atheris {_version('atheris')}" if ATHERIS else "mutations"
+    run = Fuzzing(name, _targets()[name], folder, args.seed, engine)
+    run.begin(args.seconds, args.executions)
+    if not ATHERIS:
         from mutations import mutate
 
-        for data in mutate(run.seeds, seed):
+        for data in mutate(run.seeds, args.seed):
             run.execute(data)
-    else:
-        corpus = write_corpus(folder, run.seeds)
-        options = [*_OPTIONS, f"-seed={seed}", "-max_len=16384", str(corpus)]
-        atheris.Setup([name, f"-dict={folder / 'words.dict'}", *options], run.execute)
-        atheris.Fuzz()
+    import atheris
+
+    options = [*_OPTIONS, f"-seed={args.seed}", "-max_len=16384", str(write_corpus(folder, run.seeds))]
+    atheris.Setup([name, f"-dict={folder / 'words.dict'}", *options], run.execute)
+    atheris.Fuzz()
 
 
 def _version(package):
@@ -121,17 +121,16 @@ class Fuzzing:
     """Executions of one target, and each kind of finding once."""
 
     def __init__(self, name, target, folder, seed, engine):
-        from targets import InMemory
-
         self.name, self.target, self.folder, self.seed, self.engine = name, target, folder, seed, engine
         self.executions = self.taken = 0
+        self.most = math.inf
         self.findings, self.end, self.start = {}, math.inf, time.monotonic()
         (folder / "files").mkdir()
         os.chdir(folder / "files")
-        self.path = InMemory() if target.file == "in memory" else target.prepare(folder / "files")
+        self.path = target.prepare(folder / "files")
         self.seeds = target.seeds()
 
-    def begin(self, seconds):
+    def begin(self, seconds, most):
         """Read the first files: what is imported late is imported then."""
         for seed in self.seeds:
             self.execute(seed)
@@ -140,15 +139,19 @@ class Fuzzing:
         self.executions = self.taken = 0
         oracle.watch()
         self.start = time.monotonic()
-        self.end = self.start + seconds
+        self.end, self.most = self.start + seconds, most
         for seed in self.seeds:
             self.execute(seed)
 
     def execute(self, data):
-        if time.monotonic() > self.end:  # libFuzzer ends the process without Python's own exit
+        if (
+            time.monotonic() > self.end or self.executions >= self.most
+        ):  # libFuzzer ends the process without Python's own exit
             self.write("result.json")
-            os._exit(0)
+            os._exit(0)  # libFuzzer does not let Python end
         self.executions += 1
+        if self.executions % 10_000 == 0:  # for a process that is killed
+            self.write("state.json")
         try:
             self.taken += oracle.check(self.target, self.path, self.target.mended(bytes(data)))
         except oracle.Finding as finding:
@@ -167,7 +170,7 @@ class Fuzzing:
         (self.folder / name).write_text(json.dumps(content))
 
 
-def fuzz_c(seconds, seed):
+def fuzz_c(args):
     """Build the C library and its target with AddressSanitizer and UndefinedBehaviorSanitizer, and run libFuzzer."""
     with tempfile.TemporaryDirectory() as folder:
         sources = [*map(str, sorted((ROOT / "csrc" / "src").glob("*.cpp"))), str(HERE / "fuzz_fmn.cpp")]
@@ -180,8 +183,9 @@ def fuzz_c(seconds, seed):
         Path(folder, "corpus").mkdir()
         command = [
             f"{folder}/fuzz_fmn",
-            f"-max_total_time={seconds}",
-            f"-seed={seed}",
+            f"-max_total_time={args.seconds}",
+            f"-runs={args.executions}",
+            f"-seed={args.seed}",
             "-max_len=256",
             f"{folder}/corpus",
         ]
@@ -192,7 +196,7 @@ def fuzz_c(seconds, seed):
         count = re.search(r"number_of_executed_units: (\d+)", done.stderr)
         findings = [] if done.returncode == 0 else [{"what": done.stderr[-3000:], "input": ""}]
         return {"target": C_API, "engine": "libFuzzer, ASan, UBSan", "executions": int(count[1]) if count else 0,
-                "seconds": round(time.monotonic() - start), "seed": seed, "findings": findings}  # fmt: skip
+                "seconds": round(time.monotonic() - start), "seed": args.seed, "findings": findings}  # fmt: skip
 
 
 def add_to_record(found):

@@ -1,6 +1,6 @@
 """The readers of files: what each reads, files to begin with, and frames that let damaged bytes past a checksum."""
 
-import importlib.util
+import functools
 import io
 import json
 import pickle
@@ -8,13 +8,15 @@ import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import file_names
+import frameworks
 import numpy as np
 import torch
+import torch.distributed.checkpoint.metadata
 
 import fmn_ref as fmn
 from fmn_ref.reporting.comparison import read_comparison
@@ -60,6 +62,8 @@ class Target:
         What an error may name instead of the file.
     temporary : bool
         Whether the reader makes temporary files.
+    classes : set of str
+        Classes and functions, as "MODULE.NAME", that the reader may look up for a pickle.
     """
 
     file: str
@@ -69,6 +73,7 @@ class Target:
     beside: Any = dict
     names: tuple[str, ...] = ()
     temporary: bool = False
+    classes: frozenset[str] = frozenset()
 
     def prepare(self, folder):
         """Write the files beside the one that is fuzzed; return the latter's path."""
@@ -224,7 +229,7 @@ def read_resume(path):
     """As `train` does. Nothing of the run's folder is needed but the state."""
     own = model()
     loop = Loop(own, Recipe(), 3, None, None)
-    load = partial(store._resume_state, path)
+    load = functools.partial(store._resume_state, path)
     engine._resume(loop, SimpleNamespace(load=load, folder=SimpleNamespace(path="", resume=path)))
 
 
@@ -272,6 +277,15 @@ def distributed():
         warnings.simplefilter("ignore")
         save(model().state_dict(), storage_writer=FileSystemWriter(folder, sync_files=False), no_dist=True)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+# What torch's own writer refers to; Path objects are those of the prefix.
+OF_DISTRIBUTED = frozenset(
+    [f"torch.distributed.checkpoint.metadata.{name}" for name in dir(torch.distributed.checkpoint.metadata)]
+    + [f"torch.distributed.checkpoint.filesystem.{name}" for name in ("_StorageInfo", "_StoragePrefix")]
+    + ["torch.Size", "torch.serialization._get_layout", "collections.OrderedDict", "builtins.set"]
+    + ["pathlib.PosixPath", "pathlib.PurePosixPath"]
+)
 
 
 def read_distributed(path):
@@ -372,6 +386,24 @@ def read_lm_eval(path):
     )(path)
 
 
+def read_results(path):
+    repr(lm_eval.from_lm_eval(path.parent, task="sums_draws", filter="draws").rates)
+
+
+def seeds_of_results():
+    models = "pretrained=a,seed=1", {"pretrained": "a", "seed": 1}, None, {"pretrained": "b"}
+    return dumped(
+        *({"results": {}, "config": {"model": "hf", "model_args": m}} for m in models), {}, {"config": None}
+    )()
+
+
+def two_runs():
+    """Those of two seeds, and the results of the other one."""
+    samples = lm_eval_files("sums_draws")()[0]
+    files = {f"out/samples_sums_draws_2026-11-26T06-05-3{i}.284305.jsonl": samples for i in (1, 2)}
+    return {**files, "out/results_2026-11-26T06-05-32.284305.json": seeds_of_results()[0]}
+
+
 def pickles_of_toneva():
     rows = {i: [[0.5, 0.25], [0, 1], [0.1, -0.2]] for i in range(3)} | {"train": [[], [0.5]]}
     of_numpy = {i: [[np.float32(0.5)], [np.int64(1), True], [np.float16(1)]] for i in range(2)}
@@ -414,8 +446,23 @@ def seeds_of_all():
     ]
 
 
+class InMemoryTarget(Target):
+    """A reader of bytes."""
+
+    def prepare(self, folder):
+        return InMemory()
+
+
+class NamesTarget(Target):
+    """A reader of names."""
+
+    def prepare(self, folder):
+        return file_names.Names(folder)
+
+
 TARGETS = {
-    "pickle": Target("in memory", scan, lambda: [*pickles_of_toneva(), *seeds_of_pickles()]),
+    "names": NamesTarget("names", file_names.read, lambda: file_names.SEEDS),
+    "pickle": InMemoryTarget("in memory", scan, lambda: [*pickles_of_toneva(), *seeds_of_pickles()]),
     "history": Target("history.fmnh", read_history, golden("run/history.fmnh")),
     "history_mended": Target(
         "history.fmnh", read_history, golden("run/history.fmnh", "imported/history.fmnh"), mended_history
@@ -462,10 +509,20 @@ TARGETS = {
         "model.safetensors.index.json", each(read_weights, read_state), seeds_of_index, beside=shards, names=("files",)
     ),
     "distributed_metadata": Target(
-        ".metadata", read_distributed, lambda: [distributed()[".metadata"]], beside=distributed, names=("files",)
+        ".metadata",
+        read_distributed,
+        lambda: [distributed()[".metadata"]],
+        beside=distributed,
+        names=("files",),
+        classes=OF_DISTRIBUTED,
     ),
     "distributed_part": Target(
-        "__0_0.distcp", read_distributed, lambda: [distributed()["__0_0.distcp"]], beside=distributed, names=("files",)
+        "__0_0.distcp",
+        read_distributed,
+        lambda: [distributed()["__0_0.distcp"]],
+        beside=distributed,
+        names=("files",),
+        classes=OF_DISTRIBUTED,
     ),
     "npy": Target("a.npy", read_arrays, ARRAYS, names=LOGITS),
     "npz": Target("a.npz", read_arrays, npz, names=LOGITS),
@@ -493,6 +550,9 @@ TARGETS = {
         beside=lambda: {"dynamics_epoch_0.jsonl": lines_of_cartography(0)},
     ),
     "toneva": Target("stats.pkl", importers.from_toneva, pickles_of_toneva),
+    "lm_eval_results": Target(
+        "out/results_2026-11-26T06-05-31.284305.json", read_results, seeds_of_results, beside=two_runs, names=("out",)
+    ),
     "lm_eval": Target(
         "samples_sums_draws_2026-11-26T06-05-31.284305.jsonl",
         read_lm_eval,
@@ -501,37 +561,4 @@ TARGETS = {
     ),
 }
 
-
-def keras_targets():
-    """Those of Keras, where it is installed."""
-    import keras
-
-    from fmn_ref.integrations.keras_checkpoints import Predictor
-
-    network = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
-    predictor = Predictor(network, np.zeros((2, 3), np.float32), None, False)
-
-    def saved_as(ending):
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, f"a{ending}")
-            (network.save_weights if ending == ".weights.h5" else network.save)(path)
-            return path.read_bytes()
-
-    def in_keras(data):
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w") as archive:
-            archive.writestr(zipfile.ZipInfo("model.weights.h5"), data)
-        return buffer.getvalue()
-
-    weights, whole = saved_as(".weights.h5"), saved_as(".keras")
-    return {
-        "keras_weights": Target("epoch_1.weights.h5", predictor._load, lambda: [weights], temporary=True),
-        "keras_archive": Target("epoch_1.keras", predictor._load, lambda: [whole], temporary=True),
-        "keras_archive_weights": Target("epoch_1.keras", predictor._load, lambda: [weights], in_keras, temporary=True),
-    }
-
-
-if all(map(importlib.util.find_spec, ("keras", "h5py"))):
-    TARGETS |= keras_targets()
+TARGETS |= frameworks.targets(Target)

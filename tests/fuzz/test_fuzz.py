@@ -1,17 +1,20 @@
 """A short run of the fuzzers: every reader with files that broke one before, and with many damaged ones."""
 
 import contextlib
+import importlib
 import itertools
 import os
+import pickle
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import oracle
 import pytest
 from mutations import mutate
-from targets import TARGETS, InMemory, Target
+from targets import TARGETS, Target
 
 HERE = Path(__file__).parent
 SEED, MOST, SECONDS = 1, 3000, 0.3  # of the damage; executions of a target, and how long they may take
@@ -25,7 +28,7 @@ def begin(tmp_path, monkeypatch):
 
     def begin(target):
         monkeypatch.chdir(tmp_path)
-        path, seeds = InMemory() if target.file == "in memory" else target.prepare(tmp_path), target.seeds()
+        path, seeds = target.prepare(tmp_path), target.seeds()
         for seed in seeds:
             path.write_bytes(target.mended(seed))
             with contextlib.suppress(*oracle.ALLOWED):
@@ -83,6 +86,63 @@ def test_the_oracle_finds(what, begin):
     path, _ = begin(target)
     with pytest.raises(oracle.Finding):
         oracle.check(target, path, b"")
+
+
+OF_THE_FILE = b"ccolorsys\nrgb_to_hls\n."  # a pickle that names a module
+
+
+def _import_statement(path):
+    import colorsys
+
+    del colorsys
+
+
+def _slow_import_statement(path):
+    if "colorsys" not in sys.modules:
+        _slow(path)
+    _import_statement(path)
+
+
+IMPORTS_OF_THE_FILE = {
+    "pickle": lambda path: pickle.loads(path.read_bytes()),
+    "pickle in Python": lambda path: pickle._loads(path.read_bytes()),
+    "import_module": lambda path: importlib.import_module(path.read_bytes()[1:9].decode()),
+    "__import__": lambda path: __import__(path.read_bytes()[1:9].decode()),
+}
+
+
+@pytest.mark.parametrize("how", IMPORTS_OF_THE_FILE)
+def test_an_import_that_the_file_names_is_a_finding(how, tmp_path, monkeypatch):
+    oracle.watch()
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with pytest.raises(oracle.Finding, match=r"import|find_class|exec"):
+        oracle.check(Target("file", IMPORTS_OF_THE_FILE[how], list), tmp_path / "file", OF_THE_FILE)
+
+
+def test_a_pickle_that_names_what_is_already_imported_is_a_finding(tmp_path):
+    oracle.watch()
+    import colorsys  # noqa: F401
+
+    with pytest.raises(oracle.Finding, match="find_class"):
+        oracle.check(Target("file", IMPORTS_OF_THE_FILE["pickle"], list), tmp_path / "file", OF_THE_FILE)
+
+
+@pytest.mark.parametrize("read", [_import_statement, _slow_import_statement])
+def test_a_late_import_by_installed_code_is_none_of_the_file(read, tmp_path, monkeypatch):
+    oracle.watch()
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    assert oracle.check(Target("file", read, list), tmp_path / "file", OF_THE_FILE)
+
+
+def test_an_import_does_not_excuse_what_follows(tmp_path, monkeypatch):
+    def read(path):
+        _import_statement(path)
+        exec("1")
+
+    oracle.watch()
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with pytest.raises(oracle.Finding, match="exec"):
+        oracle.check(Target("file", read, list), tmp_path / "file", b"")
 
 
 def test_mutations_are_those_of_their_seed():

@@ -738,6 +738,21 @@ def test_settings_that_are_damaged_are_refused(trained, tmp_path, text):
         imported(kind, tmp_path / "out", tmp_path / "run")
 
 
+@pytest.mark.parametrize("init", [True, "olora"])
+def test_a_rank_in_the_settings_that_the_file_has_no_weights_for_takes_no_memory(tmp_path, init):
+    """It took 3 GiB once, before the refusal."""
+    resource = pytest.importorskip("resource")
+    base = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path / "member_00000")
+    fmn.FusionPlan.from_weights({0: 1.0}, 1).save(tmp_path / "plan.json")
+    path = tmp_path / "member_00000" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 1 << 27, "init_lora_weights": init}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"(?s)member_00000: not an adapter of this base: .*(size mismatch|a rank)"):
+        load_fused(tmp_path, torch.nn.Sequential(torch.nn.Linear(3, 4)))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10  # of KiB
+
+
 def test_the_guide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(tmp_path, "gpt2", adapted("gpt2"), num_train_epochs=3)

@@ -18,6 +18,7 @@ from folders import contents
 
 import fmn_ref as fmn
 from fmn_ref.cli import main
+from fmn_ref.runs import distributed_files
 
 ROOT = Path(__file__).parents[2]
 NEWEST = ROOT / "tests" / "golden" / "0.1.0rc1"
@@ -203,6 +204,16 @@ def test_no_file_is_opened_by_pickle():
             )
     assert unpicklers == {"distributed_files.py", "importers.py"}
     assert "torch.load" in seen
+
+
+def test_the_metadata_of_a_checkpoint_does_not_make_torch_import_a_part_of_it(tmp_path, monkeypatch):
+    """`torch.onnx` and others are imported when somebody asks for them."""
+    monkeypatch.setattr(torch, "__getattr__", lambda name: pytest.fail(f"torch was asked for {name}"))
+    for name in ("onnx", "_inductor", "no_such_name"):
+        (tmp_path / ".metadata").write_bytes(f"\x80\2ctorch\n{name}\n.".encode("latin-1"))
+        monkeypatch.delitem(vars(torch), name, raising=False)
+        with pytest.raises(ValueError, match=rf"\.metadata.*refers to torch\.{name}"):
+            distributed_files.read_metadata(tmp_path)
 
 
 def test_the_page_names_a_test_for_each_threat():

@@ -202,3 +202,11 @@ class TestManyFiles:
         files = fmn.epoch_files(".")
         monkeypatch.chdir("/")
         np.testing.assert_array_equal(files[3], self.probs[3])
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers"),
+    [(("a_1", "a_10"), (1, 10)), (("#1", "2#"), ()), (("a_1", "b_2"), ()), (("1_1", "2_2"), ()), (("a_1", "a_#"), ())],
+)
+def test_numbers_of_names_are_those_that_differ_alone(names, numbers):
+    assert arrays.differing_numbers(names) == numbers

@@ -105,6 +105,12 @@ class TestEpochFiles:
             fmn.epoch_files(tmp_path)
         assert len(fmn.epoch_files(tmp_path, "epoch_[0-9].npy")) == 2
 
+    def test_a_number_sign_is_no_number(self, tmp_path):
+        for name in ("#1.npy", "2#.npy"):
+            np.save(tmp_path / name, np.full((3, 2), 0.5))
+        with pytest.raises(ValueError, match=r"#1\.npy: not an epoch like 2#\.npy"):
+            fmn.epoch_files(tmp_path)
+
     def test_one_epoch_is_not_counted_twice(self, tmp_path):
         for name in ("epoch_1.npy", "epoch_01.npy", "epoch_2.npy"):
             np.save(tmp_path / name, np.full((3, 2), 0.5))

@@ -194,6 +194,14 @@ def two_series(folder):
 
 
 @case
+def a_number_sign_in_the_place_of_a_number(folder):
+    """The placeholder of numbers in our comparison was a number sign once: the names looked like one series."""
+    for name in ("run_1.5.6.pt", "run_1.5.#.pt"):
+        torch.save(weights(1), folder / name)
+    return Refused("run_1.5.#.pt and run_1.5.6.pt: names of two schemes")
+
+
+@case
 def no_numbers_but_epochs_inside(folder):
     for name, epoch in (("a", 12), ("b", 3), ("c", 20)):
         torch.save({"epoch": epoch, "model": weights(epoch)}, folder / f"{name}.pt")
