@@ -398,7 +398,7 @@ def test_plans_are_equal_if_they_predict_the_same():
     assert same == plan
     for change in ({"method": "greedy"}, {"search": "exact"}, {"window": 0}, {"labels_sha256": "ab"}):
         assert dataclasses.replace(plan, **change) != plan
-    assert not any(f"{name}=" in repr(same) for name in ("labels_sha256", *known))
+    assert not any(f", {name}=" in repr(same) for name in ("labels_sha256", *known))
     assert "cv_accuracy=0.5, gain_interval=(0, 0.1)" in repr(same)
 
 
