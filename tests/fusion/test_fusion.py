@@ -390,6 +390,18 @@ def test_the_text_of_a_plan(tmp_path, monkeypatch):
     assert (given.method, given.search, given.accuracy, given.window) == ("weights", "grid", (0.0, 0.0), 0)
 
 
+def test_plans_are_equal_if_they_predict_the_same():
+    """Estimates, and what the rows and the samples are called, do not count."""
+    plan = plan_of()
+    known = {"epochs": (1, 2, 3), "samples_sha256": "ab", "files": {1: Path("a.pt")}}
+    same = dataclasses.replace(plan, cv_accuracy=0.5, gain_interval=(0, 0.1), **known)
+    assert same == plan
+    for change in ({"method": "greedy"}, {"search": "exact"}, {"window": 0}, {"labels_sha256": "ab"}):
+        assert dataclasses.replace(plan, **change) != plan
+    assert not any(f", {name}=" in repr(same) for name in ("labels_sha256", *known))
+    assert "cv_accuracy=0.5, gain_interval=(0, 0.1)" in repr(same)
+
+
 def test_the_file_of_a_plan_is_the_documented_one(tmp_path):
     plan = plan_of(((2, 0.5),), 4, 1, (0.5, 0.75), labels_sha256="ab", samples_sha256="cd", cv_accuracy=0.6)
     dataclasses.replace(plan, gain_interval=(0, 0.2), epochs=(1, 3, 5, 7)).save(tmp_path / "a.json")

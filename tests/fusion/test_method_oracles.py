@@ -114,10 +114,10 @@ def test_bagging_is_the_mean_of_greedy_plans(window, bound):
 def test_coverage_by_a_loop(bound, weighted):
     for seed in range(8):
         rng = np.random.default_rng(seed)
-        p, labels = random_probs(rng, n_epochs=9, n_samples=300)
-        w = rng.integers(0, 4, 300) if weighted else np.ones(300)
+        p, labels = random_probs(rng, n_epochs=9, n_samples=200)  # a sample is a share of 0.005, the least that counts
+        w = rng.integers(0, 4, 200) if weighted else np.ones(200)
         right = p.argmax(2) == labels
-        share, covered = {}, np.zeros(300, bool)
+        share, covered = {}, np.zeros(200, bool)
         for e in sorted(range(9), key=lambda e: -w[right[e]].sum()):
             share[e] = w[right[e] & ~covered].sum() / w.sum()
             covered |= right[e]

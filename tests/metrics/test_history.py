@@ -241,6 +241,18 @@ def test_bits_past_the_last_sample_are_refused(path):
         CorrectnessHistory.open(path)
 
 
+@pytest.mark.parametrize("n_samples", [7, 8, 63, 64, 72, 511, 512])
+def test_bits_past_the_last_sample_are_looked_for_in_every_width(path, n_samples):
+    filled(path, np.ones((2, n_samples), bool))
+    assert CorrectnessHistory.open(path).correct().all()
+    if n_samples % 8:
+        raw = bytearray(path.read_bytes())
+        raw[16:24] = struct.pack("<Q", n_samples - 1)
+        write_with_checksum(path, raw)
+        with pytest.raises(ValueError, match="past the last sample"):
+            CorrectnessHistory.open(path)
+
+
 def test_a_full_disk_leaves_the_history_as_it_was(path, monkeypatch):
     h = filled(path)
     before = path.read_bytes()
@@ -309,6 +321,7 @@ def test_concatenate(tmp_path):
     joined = CorrectnessHistory.concatenate(parts, tmp_path / "joined.fmnh")
     assert joined.epochs == parts[0].epochs
     np.testing.assert_array_equal(CorrectnessHistory.open(tmp_path / "joined.fmnh").correct(), CORRECT)
+    np.testing.assert_array_equal(CorrectnessHistory.concatenate(parts[:1]).correct(), CORRECT[:, :30])
     some = [history_of(CORRECT[:3], epochs=(0, 2, 9)), history_of(CORRECT[:3], epochs=(0, 2, 9))]
     assert CorrectnessHistory.concatenate(some).epochs == (0, 2, 9)
     with pytest.raises(ValueError, match=r"^histories: "):
