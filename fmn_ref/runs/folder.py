@@ -204,10 +204,15 @@ class RunFolder:
 
     def remove_unrecorded(self, epochs: tuple[int, ...], suffix: str) -> None:
         """Delete checkpoints of epochs that are not among `epochs`: a crash left them."""
-        recorded = {self.checkpoint(e, suffix) for e in epochs}
-        for path in self._checkpoint_files(suffix):
-            if path not in recorded:
+        recorded = set(epochs)
+        for epoch, path in self.stored(suffix).items():
+            if epoch not in recorded:
                 remove_checkpoint(path)
+
+    def stored(self, suffix: str) -> dict[int, Path]:
+        """{epoch: path} of the checkpoints in the folder; a path for each recorded epoch would cost time and memory."""
+        files = {int(p.name.removeprefix("epoch_").removesuffix(suffix)): p for p in self._checkpoint_files(suffix)}
+        return {epoch: path for epoch, path in files.items() if path == self.checkpoint(epoch, suffix)}
 
     def _delete_run(self) -> None:
         """Delete the run's files: first what others begin with, so that a kill leaves no half of a run."""

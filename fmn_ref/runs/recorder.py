@@ -212,13 +212,13 @@ class Recorder:
 
     def _prune(self) -> None:
         """Delete the checkpoints that `keep` does not keep. The epoch is recorded: an error is only logged."""
-        paths = [self.folder.checkpoint(e, self._suffix) for e in self._epochs]
-        rows = [row for row, path in enumerate(paths) if path.exists()]
-        if self._history is None or not self._keep.limited or not rows:
+        if self._history is None or not self._keep.limited:
             return
         try:
+            stored = {epoch: path for epoch, path in self.folder.stored(self._suffix).items() if path.exists()}
+            rows = [row for row, epoch in enumerate(self._epochs) if epoch in stored]
             for row in self._keep.dropped(rows, self._history.select(rows).correct()):
-                remove_checkpoint(paths[row])
+                remove_checkpoint(stored[self._epochs[row]])
                 _files.sync(self.folder.checkpoints)
         except OSError as error:
             logger.error("%s; deleted after the next epoch instead", error)

@@ -301,7 +301,7 @@ def grown(lines):
         before, after = quarters([line[key] for line in lines])
         middle = statistics.median if key in ALLOWED else min
         if middle(after) > middle(before) + ALLOWED.get(key, 0):
-            yield f"{key}: {before}, then {after}"
+            yield f"{key}: {middle(before)}, then {middle(after)}"
 
 
 def main():
