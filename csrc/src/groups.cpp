@@ -86,9 +86,9 @@ void count_part(const fmn_matrix* m, int64_t reference, const int64_t* groups, i
         const std::lock_guard<std::mutex> lock(adding);
         int64_t *right = counts + g * m->n_epochs, *retained = right + 3 * n_groups * m->n_epochs;
         for (int64_t e = 0; e < m->n_epochs; ++e) {
-            const CountLines& of = lines[static_cast<size_t>(e / count_lanes * n_groups + g)];
-            right[e] += of.right[e % count_lanes];
-            retained[e] += of.retained[e % count_lanes];
+            const auto& of = lines[static_cast<size_t>(e / count_lanes * n_groups + g)].counts;
+            right[e] += of[0][e % count_lanes] + of[1][e % count_lanes];
+            retained[e] += of[1][e % count_lanes];
         }
         for (int64_t tile = 0; tile < tiles; ++tile) lines[static_cast<size_t>(tile * n_groups + g)] = {};
         sizes[static_cast<size_t>(g)] = 0;

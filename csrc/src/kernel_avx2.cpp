@@ -187,16 +187,12 @@ FMN_AVX2 void add_counts(const GroupBlock& b, const uint8_t* const* right, Count
     loops::CountBits bits;
     bits.read(b, right);
     for (const Run* run = b.runs; run < b.runs + b.n_runs; ++run) {
-        uint16_t* rows[2] = {lines[run->group].right, lines[run->group].retained};
-        __m256i now[2] = {load(rows[0]), load(rows[0] + 16)}, retained[2] = {load(rows[1]), load(rows[1] + 16)};
-        for (int64_t k = run->begin; k < run->end; ++k) {
-            add_bits(bits.right[b.order[k]], now);
-            add_bits(bits.retained[b.order[k]], retained);
-        }
-        for (int half = 0; half < 2; ++half) {
-            store(rows[0] + 16 * half, now[half]);
-            store(rows[1] + 16 * half, retained[half]);
-        }
+        auto& counts = lines[run->group].counts;
+        __m256i sums[2][2] = {{load(counts[0]), load(counts[0] + 16)}, {load(counts[1]), load(counts[1] + 16)}};
+        for (int64_t k = run->begin; k < run->end; ++k)
+            for (int end = 0; end < 2; ++end) add_bits(bits.right[end][b.order[k]], sums[end]);
+        for (int end = 0; end < 2; ++end)
+            for (int half = 0; half < 2; ++half) store(counts[end] + 16 * half, sums[end][half]);
     }
 }
 

@@ -140,13 +140,12 @@ FMN_AVX512 void add_counts(const GroupBlock& b, const uint8_t* const* right, Cou
     bits.read(b, right);
     const __m512i one = _mm512_set1_epi16(1);
     for (const Run* run = b.runs; run < b.runs + b.n_runs; ++run) {
-        __m512i now = load(lines[run->group].right), retained = load(lines[run->group].retained);
-        for (int64_t k = run->begin; k < run->end; ++k) {
-            now = _mm512_mask_add_epi16(now, bits.right[b.order[k]], now, one);
-            retained = _mm512_mask_add_epi16(retained, bits.retained[b.order[k]], retained, one);
-        }
-        store(lines[run->group].right, now);
-        store(lines[run->group].retained, retained);
+        auto& counts = lines[run->group].counts;
+        __m512i sums[2] = {load(counts[0]), load(counts[1])};
+        for (int64_t k = run->begin; k < run->end; ++k)
+            for (int end = 0; end < 2; ++end)
+                sums[end] = _mm512_mask_add_epi16(sums[end], bits.right[end][b.order[k]], sums[end], one);
+        for (int end = 0; end < 2; ++end) store(counts[end], sums[end]);
     }
 }
 

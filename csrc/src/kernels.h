@@ -28,7 +28,7 @@ struct SampleBlock {
 // Sums of one group in a tile of epochs.
 constexpr int count_lanes = 32, weight_lanes = 8;
 struct alignas(64) CountLines {
-    uint16_t right[count_lanes], retained[count_lanes];
+    uint16_t counts[2][count_lanes];  // of the samples that are wrong at the reference epoch, and of the others
 };
 struct alignas(64) WeightLines {
     double sums[4][weight_lanes];  // right, forgotten, learned, retained

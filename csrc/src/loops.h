@@ -32,8 +32,12 @@ FMN_INLINE int64_t popcount(uint64_t v) {
 
 // Eight bytes to eight bits: each nonzero byte to 1, then one multiplication that moves byte k's to bit k of the top byte.
 FMN_INLINE uint8_t pack8(const uint8_t* bytes) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
     uint64_t v = 0;
-    for (int k = 0; k < 8; ++k) v |= uint64_t(bytes[k]) << 8 * k;  // one load, on a little-endian machine
+    for (int k = 0; k < 8; ++k) v |= uint64_t(bytes[k]) << 8 * k;
+#else
+    uint64_t v = load<uint64_t>(bytes);
+#endif
     v = ((((v & 0x7F7F7F7F7F7F7F7Fu) + 0x7F7F7F7F7F7F7F7Fu) | v) >> 7) & 0x0101010101010101u;
     return static_cast<uint8_t>(v * 0x0102040810204080u >> 56);
 }

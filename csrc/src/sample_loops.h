@@ -114,35 +114,34 @@ FMN_INLINE void add_samples(const SampleBlock& block, int64_t n, int32_t base, i
     }
 }
 
-// The epochs at which each sample is right, and right at the reference epoch too.
+// The epochs at which each sample is right; only of those that are wrong, or right, at the reference epoch.
 struct CountBits {
-    uint32_t right[GroupBlock::size], retained[GroupBlock::size];
+    uint32_t right[2][GroupBlock::size];
 
     FMN_INLINE void read(const GroupBlock& b, const uint8_t* const* bytes) {
         const uint8_t* const bits[4] = {bytes[0], bytes[1], bytes[2], bytes[3]};
         FMN_NO_ALIAS
         for (int64_t i = 0; i < b.n_samples; ++i) {
-            right[i] = bits[0][i] | uint32_t(bits[1][i]) << 8 | uint32_t(bits[2][i]) << 16 | uint32_t(bits[3][i]) << 24;
-            retained[i] = right[i] & (0 - uint32_t(b.at_end[i]));
+            const uint32_t all = bits[0][i] | uint32_t(bits[1][i]) << 8 | uint32_t(bits[2][i]) << 16 | uint32_t(bits[3][i]) << 24;
+            right[1][i] = all & (0 - uint32_t(b.at_end[i]));
+            right[0][i] = all ^ right[1][i];
         }
     }
 };
-
-FMN_INLINE void add_bits(uint32_t bits, uint16_t* counts) {
-    for (int half = 0; half < 2; ++half, bits >>= 16, counts += 16) {
-        const uint16_t now = static_cast<uint16_t>(bits);
-        FMN_NO_ALIAS
-        for (int j = 0; j < 16; ++j) counts[j] = static_cast<uint16_t>(counts[j] + ((now & static_cast<uint16_t>(1 << j)) != 0));
-    }
-}
 
 FMN_INLINE void add_counts(const GroupBlock& b, const uint8_t* const* right, CountLines* lines) {
     CountBits bits;
     bits.read(b, right);
     for (const Run* run = b.runs; run < b.runs + b.n_runs; ++run)
         for (int64_t k = run->begin; k < run->end; ++k) {
-            add_bits(bits.right[b.order[k]], lines[run->group].right);
-            add_bits(bits.retained[b.order[k]], lines[run->group].retained);
+            const int at_end = b.at_end[b.order[k]];
+            uint16_t* counts = lines[run->group].counts[at_end];
+            for (int half = 0; half < 2; ++half, counts += 16) {
+                const uint16_t now = static_cast<uint16_t>(bits.right[at_end][b.order[k]] >> 16 * half);
+                FMN_NO_ALIAS
+                for (int j = 0; j < 16; ++j)
+                    counts[j] = static_cast<uint16_t>(counts[j] + ((now & static_cast<uint16_t>(1 << j)) != 0));
+            }
         }
 }
 
