@@ -158,13 +158,13 @@ FMN_AVX512 void add_weights(const GroupBlock& b, const uint8_t* right, WeightLin
         for (int row = 0; row < 4; ++row) sums[row] = _mm512_loadu_pd(line[row]);
         for (int64_t k = run->begin; k < run->end; ++k) {
             const int64_t i = b.order[k];
-            const __mmask8 now = right[i];
+            const uint8_t now = right[i], not_now = static_cast<uint8_t>(~now);
             const __m512d w = _mm512_set1_pd(b.weights[i]);
             const __m512i bits = _mm512_castpd_si512(w), end_bits = _mm512_and_si512(bits, _mm512_set1_epi64(masks[b.at_end[i]]));
             const __m512d w_end = _mm512_castsi512_pd(end_bits), w_not = _mm512_castsi512_pd(_mm512_xor_si512(bits, end_bits));
             sums[0] = _mm512_mask_add_pd(sums[0], now, sums[0], w);
             sums[1] = _mm512_mask_add_pd(sums[1], now, sums[1], w_not);
-            sums[2] = _mm512_mask_add_pd(sums[2], static_cast<__mmask8>(~now), sums[2], w_end);
+            sums[2] = _mm512_mask_add_pd(sums[2], not_now, sums[2], w_end);
             sums[3] = _mm512_mask_add_pd(sums[3], now, sums[3], w_end);
         }
         for (int row = 0; row < 4; ++row) _mm512_storeu_pd(line[row], sums[row]);
