@@ -195,7 +195,7 @@ def two_series(folder):
 
 @case
 def a_number_sign_in_the_place_of_a_number(folder):
-    """The placeholder of numbers in our comparison was a number sign once: the names looked like one series."""
+    """A sign that stands for numbers when names are compared must be one that no name holds."""
     for name in ("run_1.5.6.pt", "run_1.5.#.pt"):
         torch.save(weights(1), folder / name)
     return Refused("run_1.5.#.pt and run_1.5.6.pt: names of two schemes")
