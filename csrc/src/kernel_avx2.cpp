@@ -168,11 +168,11 @@ FMN_AVX2 inline void spread(int right, __m256i lanes[2]) {
     lanes[1] = _mm256_cmpeq_epi64(_mm256_and_si256(bits, high), high);
 }
 
-FMN_AVX2 void add_samples(const SampleBlock& block, int64_t n, int32_t base, int32_t length, int32_t* counts, int64_t stride) {
-    loops::add_samples(block, n, base, length, counts, stride);
-}
-
 FMN_AVX2 void transpose(const uint8_t* const* rows, int64_t n, uint8_t* out) { loops::transpose(rows, n, out); }
+
+FMN_AVX2 void add_samples(const SampleBlock& block, int64_t n, int32_t base, int32_t length, int32_t* counts, int64_t stride) {
+    loops::add_samples<transpose>(block, n, base, length, counts, stride);
+}
 
 // Adds the bits of 32 epochs to as many counts.
 FMN_AVX2 inline void add_bits(uint32_t bits, __m256i counts[2]) {

@@ -128,11 +128,21 @@ FMN_AVX512 void update_samples(const uint8_t* const* rows, int n_rows, int64_t b
     loops::update_samples(rows, n_rows, begin, end, e, block);
 }
 
-FMN_AVX512 void add_samples(const SampleBlock& block, int64_t n, int32_t base, int32_t length, int32_t* counts, int64_t stride) {
-    loops::add_samples(block, n, base, length, counts, stride);
+// 64 bits of a row are the mask of 64 bytes.
+FMN_AVX512 void transpose(const uint8_t* const* rows, int64_t n, uint8_t* out) {
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        __m512i v = _mm512_setzero_si512();
+        for (int k = 0; k < 8; ++k)
+            v = _mm512_mask_add_epi8(v, loops::load<uint64_t>(rows[k] + i / 8), v, _mm512_set1_epi8(static_cast<char>(1 << k)));
+        store(out + i, v);
+    }
+    loops::transpose_from(i, rows, n, out);
 }
 
-FMN_AVX512 void transpose(const uint8_t* const* rows, int64_t n, uint8_t* out) { loops::transpose(rows, n, out); }
+FMN_AVX512 void add_samples(const SampleBlock& block, int64_t n, int32_t base, int32_t length, int32_t* counts, int64_t stride) {
+    loops::add_samples<transpose>(block, n, base, length, counts, stride);
+}
 
 // The bits of 32 epochs are the mask.
 FMN_AVX512 void add_counts(const GroupBlock& b, const uint8_t* const* right, CountLines* lines) {

@@ -76,9 +76,9 @@ FMN_INLINE void update_samples(const uint8_t* const* rows, int n_rows, int64_t b
 }
 
 // Eight bytes at a time, as the rows of 8 x 8 bits; swaps blocks of one, two and four bits.
-FMN_INLINE void transpose(const uint8_t* const* rows, int64_t n, uint8_t* out) {
+FMN_INLINE void transpose_from(int64_t begin, const uint8_t* const* rows, int64_t n, uint8_t* out) {
     FMN_NO_ALIAS
-    for (int64_t i = 0; i < (n + 7) / 8; ++i) {
+    for (int64_t i = begin / 8; i < (n + 7) / 8; ++i) {
         uint64_t v = 0;
         for (int k = 0; k < 8; ++k) v |= uint64_t(rows[k][i]) << 8 * k;
         uint64_t t = (v ^ v >> 7) & 0x00AA00AA00AA00AAu;
@@ -90,7 +90,9 @@ FMN_INLINE void transpose(const uint8_t* const* rows, int64_t n, uint8_t* out) {
         for (int k = 0; k < 8; ++k) out[8 * i + k] = static_cast<uint8_t>(v >> 8 * k);
     }
 }
+FMN_INLINE void transpose(const uint8_t* const* rows, int64_t n, uint8_t* out) { transpose_from(0, rows, n, out); }
 
+template <void (*transpose)(const uint8_t* const* rows, int64_t n, uint8_t* out)>
 FMN_INLINE void add_samples(const SampleBlock& block, int64_t n, int32_t base, int32_t length, int32_t* counts,
                             int64_t stride) {
     using B = SampleBlock;
