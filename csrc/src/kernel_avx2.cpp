@@ -171,7 +171,7 @@ FMN_AVX2 inline void spread(int right, __m256i lanes[2]) {
 FMN_AVX2 void transpose(const uint8_t* const* rows, int64_t n, uint8_t* out) { loops::transpose(rows, n, out); }
 
 FMN_AVX2 void add_samples(const SampleBlock& block, int64_t n, int32_t base, int32_t length, int32_t* counts, int64_t stride) {
-    loops::add_samples<transpose>(block, n, base, length, counts, stride);
+    loops::add_samples<loops::transpose>(block, n, base, length, counts, stride);
 }
 
 // Adds the bits of 32 epochs to as many counts.
