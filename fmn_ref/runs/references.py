@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from .. import _files
@@ -38,6 +38,8 @@ def read_reference(path: AnyPath) -> dict[str, Any]:
     target, key, files = content.get("path"), content.get("key"), content.get("files")
     if not (isinstance(target, str) and isinstance(key, str) and isinstance(files, dict)):
         raise ValueError(f"{path}: not a {FORMAT} file: it lacks path, key or files")
+    if not PureWindowsPath(target).root:  # a run may have come from another system
+        raise ValueError(f"{path}: expected an absolute path, got {target!r}")
     if not all(map(_is_stamp, files.values())):
         raise ValueError(f"{path}: not a {FORMAT} file: expected size and mtime_ns of each file as integers")
     return content

@@ -142,7 +142,7 @@ def seeds_of_reference():
     stamp = {"size": 3, "mtime_ns": 1_700_000_000_000_000_000}
     base = {"format": "fmn_ref.reference", "version": 1, "key": "model"}
     files = [{"target.pt": stamp}, {"target.pt": {"size": 1e300, "mtime_ns": 1e300}}, {"target.pt": 3}, {}]
-    return dumped(*({**base, "path": "target.pt", "files": f} for f in files))()
+    return dumped(*({**base, "path": "/proc/self/cwd/target.pt", "files": f} for f in files))()
 
 
 def read_targets(path):

@@ -508,7 +508,8 @@ def test_a_network_that_cannot_be_copied(folder, tmp_path, copies):
         '{"format": "fmn_ref.reference", "version": 2}',
         '{"format": "fmn_ref.reference", "version": 1, "path": 3, "key": "", "files": {}}',
         '{"format": "fmn_ref.reference", "version": 1, "path": "/gone\\u0000", "key": "", "files": {}}',
-        '{"format": "fmn_ref.reference", "version": 1, "path": "gone.pt", "key": "", "files": {}}',
+        '{"format": "fmn_ref.reference", "version": 1, "path": "/gone.pt", "key": "", "files": {}}',
+        '{"format": "fmn_ref.reference", "version": 1, "path": "", "key": "", "files": {}}',
     ],
 )
 def test_a_damaged_reference_is_named(folder, tmp_path, text):
@@ -516,6 +517,19 @@ def test_a_damaged_reference_is_named(folder, tmp_path, text):
     run = fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
     run.checkpoint(0).write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=r"epoch_00001\.ref\.json|gone"):
+        run.probabilities(VAL)[0]
+
+
+def test_a_reference_with_a_relative_path_is_refused(folder, tmp_path, monkeypatch):
+    """It would stand for another file in each working directory."""
+    plain(folder, 1)
+    run = fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
+    content = json.loads(run.checkpoint(0).read_text())
+    monkeypatch.chdir(folder)
+    content["path"] = Path(content["path"]).name
+    assert Path(content["path"]).exists()
+    run.checkpoint(0).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"epoch_00001\.ref\.json: expected an absolute path"):
         run.probabilities(VAL)[0]
 
 
