@@ -303,20 +303,35 @@ class CorrectnessHistory:
             joined.append(np.concatenate([h[i] for h in histories]), epoch)
         return joined
 
-    def select(self, rows: Any) -> CorrectnessHistory:
-        """Copy some rows, in ascending order, to a history in memory.
+    def select(self, rows: Any = None, *, samples: slice = slice(None)) -> CorrectnessHistory:
+        """Copy some rows, in ascending order, or some samples of each, to a history in memory.
+
+        Parameters
+        ----------
+        rows : sequence of int, optional
+            Default: all.
+        samples : slice, optional
+            Begins at a multiple of 8. Default: all. The per-sample statistics of more samples than fit in memory come
+            a slice at a time.
 
         Raises
         ------
         TypeError, ValueError
-            Rows out of range or not ascending.
+            Rows out of range or not ascending; samples that do not begin at a multiple of 8, or are none.
         """
-        chosen = [_check.index(i, len(self), "rows") for i in rows]
+        chosen = [_check.index(i, len(self), "rows") for i in (range(len(self)) if rows is None else rows)]
         if chosen != sorted(set(chosen)):
             raise ValueError(f"rows: expected them ascending, got {chosen}")
-        part = CorrectnessHistory(self.n_samples)
-        part.digest = self.digest
-        part._rows = np.ascontiguousarray(self.packed[chosen])
+        try:
+            start, stop, step = samples.indices(self.n_samples)
+        except (AttributeError, TypeError, ValueError):
+            raise TypeError(f"samples: expected a slice of integers, got {samples!r}") from None
+        if start % 8 or stop <= start or step != 1:
+            raise ValueError(f"samples: expected a slice from a multiple of 8, in steps of 1, got {samples}")
+        part = CorrectnessHistory(stop - start)
+        part.digest = self.digest if part.n_samples == self.n_samples else NO_LABELS
+        part._rows = np.ascontiguousarray(self.packed[chosen, start // 8 : -(-stop // 8)])
+        part._rows[:, -1] &= 0xFF >> -stop % 8  # zeros past the last sample
         part._numbers = [self._numbers[i] for i in chosen]
         return part
 

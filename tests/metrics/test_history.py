@@ -340,6 +340,44 @@ def test_truncate(path):
     assert len(CorrectnessHistory.open(path)) == 3
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 8), (8, 77), (64, 65), (16, 40), (0, 77), (72, 1000)])
+def test_select_some_samples(path, start, stop):
+    for h in (filled(path), filled(None)):
+        part = h.select(samples=slice(start, stop))
+        np.testing.assert_array_equal(part.correct(), CORRECT[:, start:stop])
+        np.testing.assert_array_equal(part.packed, np.packbits(CORRECT[:, start:stop], axis=1, bitorder="little"))
+        np.testing.assert_array_equal(
+            h.select([1, 4], samples=slice(start, stop)).correct(), CORRECT[[1, 4], start:stop]
+        )
+        part.append(CORRECT[0, start:stop])
+        assert (part.epochs, len(h)) == ((0, 1, 2, 3, 4, 5), 5)
+
+
+@pytest.mark.parametrize("samples", [slice(4, 20), slice(16, 16), slice(80, 99), slice(0, 16, 2), slice(16, 0, -1)])
+def test_select_refuses_samples_that_are_no_whole_bytes(samples):
+    with pytest.raises(ValueError, match="samples: expected a slice from a multiple of 8"):
+        filled(None).select(samples=samples)
+
+
+@pytest.mark.parametrize("samples", [8, None, [0, 8], "0:8", slice(0, 8.0), slice(0, 8, 0)])
+def test_select_takes_samples_as_a_slice(samples):
+    with pytest.raises(TypeError, match="samples: expected a slice of integers, got"):
+        filled(None).select(samples=samples)
+
+
+def test_select_of_a_history_without_epochs(path):
+    for h in (CorrectnessHistory(77, path), CorrectnessHistory(77)):
+        part = h.select(samples=slice(8, 20))
+        assert (len(part), part.n_samples, part.packed.shape) == (0, 12, (0, 2))
+
+
+def test_a_part_of_the_samples_has_other_labels():
+    h = CorrectnessHistory(77, labels=np.arange(77))
+    h.append(CORRECT[0])
+    assert h.select(samples=slice(0, 77)).digest == h.digest
+    assert h.select(samples=slice(0, 76)).digest == bytes(32)
+
+
 def test_concatenate(tmp_path):
     parts = [filled(None, CORRECT[:, :30]), filled(None, CORRECT[:, 30:31]), filled(tmp_path / "c", CORRECT[:, 31:])]
     np.testing.assert_array_equal(CorrectnessHistory.concatenate(parts).correct(), CORRECT)
