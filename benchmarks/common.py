@@ -74,7 +74,8 @@ def device_name(device: str) -> str:
 
 def peak_kib() -> int:
     """Peak memory of this process in KiB. Linux only; getrusage would include the parent process."""
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 
 def machine() -> dict[str, Any]:

@@ -98,7 +98,7 @@ def metric_options(add: Add) -> None:
 
 
 def bench_options(suites: list[str], add: Add) -> None:
-    what = "metric: kernels; fusion: searches; training: training loop; the others: experiments"
+    what = "metric: kernels; fusion: searches; scale: cost by size; training: training loop; the others: experiments"
     add("suite", choices=suites, help=what)
     add("--epochs", type=int, default=200, help="metric: epochs of the large matrix (default 200)")
     add("--samples", type=int, default=1_281_167, help="metric: its samples (default 1281167)")
@@ -108,7 +108,7 @@ def bench_options(suites: list[str], add: Add) -> None:
     add("--data", help=f"paper, descent, training: folder that contains {folders}")
     device = "training: default cuda if available; paper: default cuda at scale gpu, else cpu"
     add("--device", choices=["cpu", "cuda"], help=f"metric: time torch tensors of this device; {device}")
-    add("--only", default="", help="training, paper: regular expression; run only the pieces whose names match")
+    add("--only", default="", help="scale, training, paper: regular expression; run only the pieces whose names match")
     add("--quick", action="store_true", help="training, paper: few images or epochs, to try it")
     add("--jobs", type=int, default=1, help="paper: pieces to run at the same time (default 1)")
     add("--seeds", type=int, default=3, help="paper, descent: seeds per setting (default 3)")

@@ -53,6 +53,7 @@ from .runs.text import BYTES, read_ids
 SUITES: dict[str, tuple[str, Callable[[Any, argparse.Namespace], Any]]] = {
     "metric": ("speed.metric", lambda run, a: run(a.epochs, a.samples, a.output, a.device)),
     "fusion": ("speed.fusion", lambda run, a: run(a.output)),
+    "scale": ("speed.scale", lambda run, a: run(a.output, a.only)),
     "training": ("speed.training", lambda run, a: run(a.data, a.output, a.quick, a.device, a.only)),
     "paper": (
         "experiments.suite",

@@ -69,6 +69,12 @@ class Target:
         return kernels().best_epsilons(current, epochs, self.labels, self.weights, windows, grid)
 
 
+def weight_right(right: Bool, weights: Int) -> Int:
+    """Weight of the samples that each epoch has right."""
+    # A product of integer matrices takes 3 to 16 times as long: the more samples, the longer for each.
+    return np.asarray(np.einsum("en,n->e", right, weights))
+
+
 def grid_of(step: float) -> Float:
     """0, step, ..., 1."""
     n_steps = round(1 / _check.number(step, 1e-6, 1, "step"))

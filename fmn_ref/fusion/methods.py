@@ -16,7 +16,7 @@ import numpy as np
 from .._check import Array, Bool, Float, Int
 from ..kernels.mixing import widened
 from . import baselines
-from .epsilon import SEARCHES, Target
+from .epsilon import SEARCHES, Target, weight_right
 from .mixtures import Members, members_from_weights, mix, mixture, window_epochs
 from .pool import pool_weights
 from .probabilities import ProbabilityReader
@@ -93,8 +93,9 @@ def forget(problem: Problem, target: Target) -> Members:
     """
 
     def most_forgotten(current: Float, candidates: list[int], best: int) -> _Found | None:
-        wrong = current.argmax(1) != target.labels
-        forgotten = problem.right[:, wrong] @ target.each[wrong]  # n * F_e against the current predictor
+        wrong = np.flatnonzero(current.argmax(1) != target.labels)
+        # n * F_e against the current predictor
+        forgotten = weight_right(problem.right.take(wrong, axis=1), target.each[wrong])
         epoch = max(candidates, key=forgotten.__getitem__)
         window = problem.probs.alike(problem.window_of(epoch))
         eps, right = SEARCHES[problem.search](current, window, target, problem.grid)
@@ -209,7 +210,7 @@ def coverage(problem: Problem, target: Target) -> Members:
     VISTA, arXiv 2604.12044.
     """
     w = target.each
-    order = np.argsort(-(problem.right @ w), kind="stable")
+    order = np.argsort(-weight_right(problem.right, w), kind="stable")
     covered = np.zeros(len(w), bool)
     share = np.zeros(problem.n_epochs)
     for e in order:
@@ -262,7 +263,7 @@ def best_last(problem: Problem, target: Target) -> Members:
 
 def best_top(problem: Problem, target: Target) -> Members:
     """The plain mean of the k epochs with the best selection accuracy, with the best k."""
-    order = np.argsort(-(problem.right @ target.each), kind="stable")
+    order = np.argsort(-weight_right(problem.right, target.each), kind="stable")
     return _best_mean(problem, target, _prefixes(problem, order))
 
 

@@ -86,7 +86,8 @@ class CorrectnessHistory:
         self.n_samples: int = _check.number(n_samples, 1, 2**48, "n_samples", int)
         self.digest = NO_LABELS if labels is None else labels_digest(labels, self.n_samples)
         self.path = None if path is None else _files.absolute(path)
-        self.epochs: tuple[int, ...] = ()
+        self._numbers: list[int] = []  # of the epochs: `append` would copy a tuple
+        self._epochs: tuple[int, ...] = ()  # the same, as far as they were read
         self._width = -(-self.n_samples // 8)
         self._rows = np.zeros((0, self._width), np.uint8)  # of a history in memory; grows by doubling
         self._record_size: int = _PAD + -(-self._width // _PAD) * _PAD
@@ -147,7 +148,7 @@ class CorrectnessHistory:
                 break
             epochs.append(_RECORD.unpack(record[:16].tobytes())[2])
             _files.drop_pages(mapping)
-        self.epochs = tuple(epochs)
+        self._numbers = epochs
         kept, offset = len(epochs), self._end(len(epochs))
         if fault and (rest or kept < n - 1):
             raise ValueError(f"{self.path}: corrupt record at offset {offset}: {fault}")
@@ -170,6 +171,12 @@ class CorrectnessHistory:
                     f"{self.path}: another process discarded epochs since it was opened here; open it again"
                 )
             return np.memmap(file, np.uint8, "r", offset=_PAD, shape=(n, self._record_size))
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        if len(self._epochs) != len(self._numbers):
+            self._epochs = tuple(self._numbers)
+        return self._epochs
 
     @property
     def packed(self) -> NDArray[np.uint8]:
@@ -200,7 +207,7 @@ class CorrectnessHistory:
         row = _check.bool_matrix(a[None] if a.ndim == 1 else a)
         if row.shape != (1, self.n_samples):
             raise ValueError(f"correct: expected shape ({self.n_samples},), got shape {a.shape}")
-        last = self.epochs[-1] if self.epochs else -1
+        last = self._numbers[-1] if self._numbers else -1
         epoch = last + 1 if epoch is None else _check.number(epoch, 0, 2**62, "epoch", int)
         if epoch <= last:
             raise ValueError(f"epoch: expected a number above {last}, the last epoch of this history, got {epoch}")
@@ -209,7 +216,7 @@ class CorrectnessHistory:
             self._append_in_memory(packed)
         else:
             self._append_to_file(packed, epoch)
-        self.epochs += (epoch,)
+        self._numbers.append(epoch)
 
     def _append_in_memory(self, packed: NDArray[np.uint8]) -> None:
         n = len(self)
@@ -254,9 +261,13 @@ class CorrectnessHistory:
             finally:  # it is there even if its folder could not be synced
                 self._state = _state(self.path)
                 if self._state[0] == len(kept):
-                    self.epochs = self.epochs[:n]
+                    self._drop_from(n)
         self._rows = self._rows.copy()  # views of the old rows keep their values
-        self.epochs = self.epochs[:n]
+        self._drop_from(n)
+
+    def _drop_from(self, n: int) -> None:
+        """Drop the numbers of row n and all later ones."""
+        self._numbers, self._epochs = self._numbers[:n], self.epochs[:n]
 
     def check_unchanged(self) -> None:
         """Raise ValueError if another writer changed the file since it was opened here."""
@@ -292,25 +303,40 @@ class CorrectnessHistory:
             joined.append(np.concatenate([h[i] for h in histories]), epoch)
         return joined
 
-    def select(self, rows: Any) -> CorrectnessHistory:
-        """Copy some rows, in ascending order, to a history in memory.
+    def select(self, rows: Any = None, *, samples: slice = slice(None)) -> CorrectnessHistory:
+        """Copy some rows, in ascending order, or some samples of each, to a history in memory.
+
+        Parameters
+        ----------
+        rows : sequence of int, optional
+            Default: all.
+        samples : slice, optional
+            Begins at a multiple of 8. Default: all. The per-sample statistics of more samples than fit in memory come
+            a slice at a time.
 
         Raises
         ------
         TypeError, ValueError
-            Rows out of range or not ascending.
+            Rows out of range or not ascending; samples that do not begin at a multiple of 8, or are none.
         """
-        chosen = [_check.index(i, len(self), "rows") for i in rows]
+        chosen = [_check.index(i, len(self), "rows") for i in (range(len(self)) if rows is None else rows)]
         if chosen != sorted(set(chosen)):
             raise ValueError(f"rows: expected them ascending, got {chosen}")
-        part = CorrectnessHistory(self.n_samples)
-        part.digest = self.digest
-        part._rows = np.ascontiguousarray(self.packed[chosen])
-        part.epochs = tuple(self.epochs[i] for i in chosen)
+        try:
+            start, stop, step = samples.indices(self.n_samples)
+        except (AttributeError, TypeError, ValueError):
+            raise TypeError(f"samples: expected a slice of integers, got {samples!r}") from None
+        if start % 8 or stop <= start or step != 1:
+            raise ValueError(f"samples: expected a slice from a multiple of 8, in steps of 1, got {samples}")
+        part = CorrectnessHistory(stop - start)
+        part.digest = self.digest if part.n_samples == self.n_samples else NO_LABELS
+        part._rows = np.ascontiguousarray(self.packed[chosen, start // 8 : -(-stop // 8)])
+        part._rows[:, -1] &= 0xFF >> -stop % 8  # zeros past the last sample
+        part._numbers = [self._numbers[i] for i in chosen]
         return part
 
     def __len__(self) -> int:
-        return len(self.epochs)
+        return len(self._numbers)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:

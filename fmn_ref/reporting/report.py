@@ -26,6 +26,7 @@ from ..fusion.expectation import expected_gain
 from ..fusion.methods import summaries
 from ..fusion.plan import FusionPlan
 from ..metrics.curves import ForgettingCurves, forgetting_curves, forgetting_matrix
+from ..metrics.groups import group_members
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from ..metrics.overview import first_samples
 from ..metrics.samples import SampleStatistics, sample_statistics
@@ -249,8 +250,7 @@ def _samples_section(
     forgotten = np.flatnonzero(s.forgotten)
     if not len(forgotten):
         return "\n<p>None: every sample that was right at some epoch is right at the end.</p>"
-    # Right at most epochs and wrong at the end; among equals, first the one that was wrong for longest.
-    chosen = forgotten[np.lexsort((s.last_correct[forgotten], -s.correctness[forgotten]))[:CARDS]]
+    chosen = _most_often_right(s, forgotten)
     kinds = [""] * CARDS if y is None else [f"class {names[k]}, " for k in y[chosen].tolist()]
     cards = _cards(history, s, chosen, kinds, images)
     shown, rest = cards[: CARDS // 2], cards[CARDS // 2 :]
@@ -260,6 +260,14 @@ def _samples_section(
 <p class="muted">The bar shows the epochs at which the sample was right, from the first to the last.</p>
 <ul class="cards">{"".join(shown)}</ul>
 {more if rest else ""}"""
+
+
+def _most_often_right(s: SampleStatistics, forgotten: Int) -> Int:
+    """Samples for the cards: right at most epochs; among equals, first the one that was wrong for longest."""
+    score = s.correctness[forgotten] * s.n_epochs - s.counts[1, forgotten]
+    least = np.partition(score, -CARDS)[-CARDS] if len(score) > CARDS else score.min()
+    best = np.flatnonzero(score >= least)  # few, so that sorting them costs little
+    return np.asarray(forgotten[best[np.argsort(-score[best], kind="stable")[:CARDS]]])
 
 
 def _cards(
@@ -279,8 +287,8 @@ def _cards(
 
 def _class_table(forgotten: Bool, y: Int, names: dict[int, str]) -> str:
     """Share of each class that was forgotten; of many classes, the highest shares first."""
-    classes, member, size = np.unique(y, return_inverse=True, return_counts=True)
-    n = np.bincount(member, forgotten).astype(np.int64)
+    classes, member = group_members(y, len(y))
+    size, n = np.bincount(member), np.bincount(member, forgotten).astype(np.int64)
     share = n / size
     order = np.argsort(-share, kind="stable")
     worst = np.sort(order[:20]) if len(classes) <= 20 else order[:12]

@@ -10,7 +10,8 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,9 +205,8 @@ class RunFolder:
 
     def remove_unrecorded(self, epochs: tuple[int, ...], suffix: str) -> None:
         """Delete checkpoints of epochs that are not among `epochs`: a crash left them."""
-        recorded = set(epochs)
         for epoch, path in self.stored(suffix).items():
-            if epoch not in recorded:
+            if row_of(epoch, epochs) is None:
                 remove_checkpoint(path)
 
     def stored(self, suffix: str) -> dict[int, Path]:
@@ -256,6 +256,12 @@ def check_same(what: str, found: dict[str, Any], given: dict[str, Any]) -> None:
             if any(re.fullmatch("[0-9a-f]{16,}", str(content.get(key))) for content in (found, given)):
                 differ = f"{what} made with other {key} (the digests differ; the order counts)"
             raise ValueError(f"{key}: {differ}; choose another folder")
+
+
+def row_of(epoch: int, epochs: Sequence[int]) -> int | None:
+    """Row of an epoch among ascending numbers; None if it is not there."""
+    row = bisect_left(epochs, epoch)
+    return row if row < len(epochs) and epochs[row] == epoch else None
 
 
 def remove_checkpoint(path: Path) -> None:

@@ -18,7 +18,7 @@ from .. import _check, _files
 from .._check import Bool, Int
 from ..metrics.curves import correctness, forget_fraction
 from ..metrics.history import CorrectnessHistory, labels_digest
-from .folder import AnyPath, RunFolder, checked_suffix, remove_checkpoint
+from .folder import AnyPath, RunFolder, checked_suffix, remove_checkpoint, row_of
 from .lock import RunLock
 from .retention import Keep
 from .run import Run
@@ -215,10 +215,11 @@ class Recorder:
         if self._history is None or not self._keep.limited:
             return
         try:
-            stored = {epoch: path for epoch, path in self.folder.stored(self._suffix).items() if path.exists()}
-            rows = [row for row, epoch in enumerate(self._epochs) if epoch in stored]
+            found = self.folder.stored(self._suffix).items()
+            stored = {row_of(epoch, self._epochs): path for epoch, path in found if path.exists()}
+            rows = sorted(row for row in stored if row is not None)
             for row in self._keep.dropped(rows, self._history.select(rows).correct()):
-                remove_checkpoint(stored[self._epochs[row]])
+                remove_checkpoint(stored[row])
                 _files.sync(self.folder.checkpoints)
         except OSError as error:
             logger.error("%s; deleted after the next epoch instead", error)

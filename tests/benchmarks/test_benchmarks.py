@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fmn_ref.benchmarks.speed import fusion, metric, metric_tensors, training
+import fmn_ref as fmn
+from fmn_ref.benchmarks.speed import fusion, metric, metric_tensors, scale, training
 from fmn_ref.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,63 @@ def test_what_a_device_lacks_does_not_stop_the_other_rows(monkeypatch, capsys):
 def test_a_benchmark_on_a_gpu_needs_one(suite, capsys):
     assert main(["bench", suite, "--device", "cuda"]) == 1
     assert "--device cuda: torch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_the_cost_by_size_is_as_committed():
+    result = json.loads((RESULTS / "scale.json").read_text())
+    assert scale.markdown(result) == (RESULTS / "scale.md").read_text()
+    assert all(table in (ROOT / "docs" / "speed.md").read_text() for table in scale.tables(result))
+    pieces = result["pieces"]
+    assert {c["work"] for name, c in pieces.items() if name != "tokens"} == set(scale.WORKS)
+    assert (pieces["tokens"]["epochs"], pieces["tokens"]["samples"]) == scale.TOKENS
+
+
+def a_point(name, sizes):
+    """Seconds as the square of the size that grows, in place of a new process."""
+    scale.point(name, sizes | {"samples": 100})  # the work itself runs too
+    seconds = sizes["epochs"] ** 2 / 1e5
+    return {"seconds": seconds, "cpu": seconds, "prepared": 0.0, "peak_mib": 1, "added_mib": 1, "files_mib": 0}
+
+
+def test_scale(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scale, "in_new_process", lambda function, *args: a_point(*args))
+    assert main(["bench", "scale", "--only", "^(sample_stat|Corr).*epochs", "-o", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "scale.json").read_text())["pieces"]
+    assert list(found) == ["sample_statistics: epochs", "CorrectnessHistory.open: epochs"]
+    curve = found["sample_statistics: epochs"]
+    assert [p["size"] for p in curve["points"]] == [10, 100, 1000]  # the next step would take a hundred times 10 s
+    assert (curve["growth"], curve["end"]) == (pytest.approx(2), "time")
+    assert capsys.readouterr().out.strip() == (tmp_path / "scale.md").read_text().strip()
+    assert main(["bench", "scale", "--only", "write_report: epochs", "-o", str(tmp_path)]) == 0
+    assert len(json.loads((tmp_path / "scale.json").read_text())["pieces"]) == 3  # the others stay
+    assert main(["bench", "scale", "--only", "nothing"]) == 1
+    assert "--only: no piece matches 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", scale.WORKS)
+def test_every_work_is_measured(name):
+    sizes = {axis: 2 * scale.STARTS[axis] for axis in scale.WORKS[name].sizes}
+    point = scale.point(name, sizes)
+    assert 0 < point["cpu"] < 2 * point["seconds"] + 1
+    assert ("found" in point) == name.startswith("fuse")
+
+
+def test_a_curve_ends_where_memory_does(monkeypatch):
+    point = {"seconds": 1e-3, "cpu": 1e-3, "prepared": 1e-3, "peak_mib": 1e9, "added_mib": 1e9, "files_mib": 0}
+    monkeypatch.setattr(scale, "in_new_process", lambda function, *args: point)
+    assert scale.curve("sample_statistics", "samples")["end"] == "memory"
+
+
+def test_a_large_history(monkeypatch):
+    """Slices of samples that do not divide their number. Each step compares what it counts with what was appended."""
+    monkeypatch.setattr(scale, "TOKENS", (5, 3001))
+    monkeypatch.setattr(scale, "SLICE", 1000)
+    monkeypatch.setattr(scale, "in_new_process", lambda function, *args: function(*args))
+    steps = scale.tokens()["steps"]
+    assert [s["step"] for s in steps] == ["append", "open", "curves", "statistics"]
+    monkeypatch.setattr(fmn.CorrectnessHistory, "select", lambda self, samples: self)
+    with pytest.raises(AssertionError, match="statistics: the history does not give back"):
+        scale.tokens()
 
 
 def test_a_part_of_the_training_benchmark(tmp_path):

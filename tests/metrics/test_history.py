@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import struct
+import tracemalloc
 import zlib
 
 import hypothesis.strategies as st
@@ -305,6 +306,30 @@ def test_rows(path, on_disk):
         history["1"]
 
 
+def test_appending_costs_no_more_after_many_epochs():
+    """A tuple of all epochs, made anew by each append, took sixteen times as long after 100 000 of them."""
+    h = CorrectnessHistory(8)
+    for _ in range(20_000):
+        h.append(CORRECT[0, :8])
+    tracemalloc.start()
+    try:
+        h.append(CORRECT[0, :8])
+        assert tracemalloc.get_traced_memory()[1] < 40_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_epochs_follow_what_was_truncated_and_appended(path, in_memory):
+    h = filled(None if in_memory else path)
+    before = h.epochs
+    h.truncate(3)
+    h.append(CORRECT[0], epoch=7)
+    h.append(CORRECT[1])
+    assert h.epochs == (0, 1, 2, 7, 8)
+    assert before == (0, 1, 2, 3, 4)
+
+
 def test_truncate(path):
     for h in (filled(path), filled(None)):
         h.truncate(2)
@@ -313,6 +338,44 @@ def test_truncate(path):
         h.append(CORRECT[3])
         np.testing.assert_array_equal(h.correct(), CORRECT[[0, 1, 3]])
     assert len(CorrectnessHistory.open(path)) == 3
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 8), (8, 77), (64, 65), (16, 40), (0, 77), (72, 1000)])
+def test_select_some_samples(path, start, stop):
+    for h in (filled(path), filled(None)):
+        part = h.select(samples=slice(start, stop))
+        np.testing.assert_array_equal(part.correct(), CORRECT[:, start:stop])
+        np.testing.assert_array_equal(part.packed, np.packbits(CORRECT[:, start:stop], axis=1, bitorder="little"))
+        np.testing.assert_array_equal(
+            h.select([1, 4], samples=slice(start, stop)).correct(), CORRECT[[1, 4], start:stop]
+        )
+        part.append(CORRECT[0, start:stop])
+        assert (part.epochs, len(h)) == ((0, 1, 2, 3, 4, 5), 5)
+
+
+@pytest.mark.parametrize("samples", [slice(4, 20), slice(16, 16), slice(80, 99), slice(0, 16, 2), slice(16, 0, -1)])
+def test_select_refuses_samples_that_are_no_whole_bytes(samples):
+    with pytest.raises(ValueError, match="samples: expected a slice from a multiple of 8"):
+        filled(None).select(samples=samples)
+
+
+@pytest.mark.parametrize("samples", [8, None, [0, 8], "0:8", slice(0, 8.0), slice(0, 8, 0)])
+def test_select_takes_samples_as_a_slice(samples):
+    with pytest.raises(TypeError, match="samples: expected a slice of integers, got"):
+        filled(None).select(samples=samples)
+
+
+def test_select_of_a_history_without_epochs(path):
+    for h in (CorrectnessHistory(77, path), CorrectnessHistory(77)):
+        part = h.select(samples=slice(8, 20))
+        assert (len(part), part.n_samples, part.packed.shape) == (0, 12, (0, 2))
+
+
+def test_a_part_of_the_samples_has_other_labels():
+    h = CorrectnessHistory(77, labels=np.arange(77))
+    h.append(CORRECT[0])
+    assert h.select(samples=slice(0, 77)).digest == h.digest
+    assert h.select(samples=slice(0, 76)).digest == bytes(32)
 
 
 def test_concatenate(tmp_path):

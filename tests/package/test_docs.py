@@ -228,7 +228,7 @@ def test_arrays_and_command_line(capsys):
     np.save("labels.npy", labels[:30])
     np.save("test_probs.npy", p[:, 30:])
     np.save("test_labels.npy", labels[30:])
-    first, larger, parts, groups = blocks(text)
+    first, larger, slices, parts, groups = blocks(text)
     exec(first, names)
     np.testing.assert_array_equal(names["fused"], fmn.FusionPlan.load("plan.json").apply(p[:, 30:]))
     whole = names["samples"]
@@ -236,6 +236,8 @@ def test_arrays_and_command_line(capsys):
     history_of(names["correct"], "history.fmnh")
     exec(larger, names)
     expected = names["curves"]
+    exec(slices, names)
+    np.testing.assert_array_equal(names["events"], whole.forgetting_events)
     exec(parts, names)
     np.testing.assert_array_equal(names["curves"].counts, expected.counts)
     np.testing.assert_array_equal(names["samples"].forgotten, whole.forgotten)
