@@ -42,21 +42,18 @@ public:
         mean(&m->current, m->current_type, 1, begin, end, now.data());
     }
 
-    // Fetches an epoch into the cache: the processor does not do it for a rival's score here and there.
-    void fetch(int64_t e) const {
-        const int64_t bytes = n * type_size(m->type);
-        prefetch(static_cast<const uint8_t*>(m->epochs[e]) + start * bytes, (stop - start) * bytes);
-    }
-
     const double* current(int64_t i) const { return &now[static_cast<size_t>((i - start) * n)]; }
 
-    // Calls work(sample, mean scores of the window's epochs) for the samples with weight that `needed` accepts.
+    // Calls work(sample, mean scores of the window's epochs) for the samples with weight that `needed` accepts. Fetches epoch
+    // `next`, if there is one, into the cache at the same time: a few rows of each epoch are no pattern for the processor.
     template <class Needed, class Work>
-    void each(int64_t first, int64_t last, const Needed& needed, const Work& work) {
+    void each(int64_t first, int64_t last, int64_t next, const Needed& needed, const Work& work) {
         bool need[unit + 1] = {};
         for (int64_t i = start; i < stop; ++i) need[i - start] = weight(m, i) != 0 && needed(i);
+        const int64_t bytes = n * type_size(m->type);
         for (int64_t i = start, end; i < stop; i = end + 1) {  // runs of them
             for (end = i; need[end - start]; ++end) {}
+            if (next >= 0) prefetch(static_cast<const uint8_t*>(m->epochs[next]) + i * bytes, (std::min(end + 1, stop) - i) * bytes);
             if (i < end) mean(m->epochs + first, m->type, last - first + 1, i, end, then.data());
             for (int64_t at = i; at < end; ++at) work(at, &then[static_cast<size_t>((at - i) * n)]);
         }
@@ -146,10 +143,12 @@ struct Ends {
 
     void add(int64_t i, const Interval& v, int64_t w) {
         const auto u = static_cast<size_t>(i / unit), begin = u * unit;
-        if (v.lo > v.hi) return;
-        if (v.lo > 0) starts[begin + static_cast<size_t>(n_starts[u]++)] = {v.lo, w};
-        else from_zero[u] += w;
-        if (v.hi < 1) stops[begin + static_cast<size_t>(n_stops[u]++)] = {v.hi, w};
+        const bool some = v.lo <= v.hi;  // no branches: nobody can predict them
+        starts[begin + static_cast<size_t>(n_starts[u])] = {v.lo, w};
+        n_starts[u] += some & (v.lo > 0);
+        stops[begin + static_cast<size_t>(n_stops[u])] = {v.hi, w};
+        n_stops[u] += some & (v.hi < 1);
+        from_zero[u] += w & -int64_t(some & !(v.lo > 0));
     }
 
     // Returns the weight that is right in the best stretch of [0, 1], and writes its middle. Counts in buckets first: only the
@@ -228,7 +227,7 @@ private:
 
 // Number of points of an ascending grid in [0, 1] below x, or up to x if `or_equal`: a guess, then steps.
 int64_t points_below(const double* grid, int64_t n, double x, bool or_equal) {
-    int64_t i = x > 0 ? static_cast<int64_t>(x * static_cast<double>(n)) : 0;
+    int64_t i = x > 0 ? static_cast<int64_t>(x * static_cast<double>(n - 1)) : 0;
     while (i < n && (or_equal ? grid[i] <= x : grid[i] < x)) ++i;
     while (i > 0 && (or_equal ? grid[i - 1] > x : grid[i - 1] >= x)) --i;
     return i;
@@ -252,9 +251,9 @@ bool best_of(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, co
             for (int64_t c = 0; c < n_windows; ++c) {
                 const int64_t first = windows[2 * c], last = windows[2 * c + 1];
                 Ends& of = ends[static_cast<size_t>(c)];
-                if (c + 1 < n_windows) block.fetch(windows[2 * c + 3]);
+                const int64_t next = c + 1 < n_windows ? windows[2 * c + 3] : -1;
                 const auto may_be_right = [&](int64_t i) { return n_windows == 1 || rivals.may_be_right(i, first, last); };
-                block.each(first, last, may_be_right, [&](int64_t i, const double* then) {
+                block.each(first, last, next, may_be_right, [&](int64_t i, const double* then) {
                     const Interval v = k.interval(block.current(i), then, m->n_classes, m->labels[i], n_grid > 0);
                     of.add(i, v, weight(m, i));
                     if (n_grid == 0) return;
@@ -283,9 +282,9 @@ fmn_status fmn_check_probabilities(const void* scores, int32_t type, int64_t n_s
     if (!is_float(type) || !valid_sizes(n_samples, n_classes) || n_classes < 1 || (!scores && n_samples > 0) || !sound)
         return FMN_INVALID_ARGUMENT;
     const auto& k = kernels();
-    const double read = 1.0 * n_samples * n_classes * type_size(type);
+    const double work = 8.0 * n_samples * (n_classes + 8.0);
     std::atomic<bool> all{true};
-    const bool done = split_allocating(n_samples, read, n_threads, [&](int64_t begin, int64_t end) {
+    const bool done = split_allocating(n_samples, work, n_threads, [&](int64_t begin, int64_t end) {
         const int64_t at_once = std::max<int64_t>(1, (1 << 11) / n_classes), bytes = n_classes * type_size(type);
         std::vector<double> rows(static_cast<size_t>(at_once * n_classes));
         for (int64_t i = begin; i < end && all; i += at_once) {
@@ -313,7 +312,7 @@ fmn_status fmn_mixture_right(const fmn_mixture* m, int64_t first, int64_t last, 
         for (int64_t start = begin, stop; start < end; start = stop) {
             stop = std::min(start + block.size, end);
             block.read(start, stop);
-            block.each(first, last, [](int64_t) { return true; }, [&](int64_t i, const double* then) {
+            block.each(first, last, -1, [](int64_t) { return true; }, [&](int64_t i, const double* then) {
                 for (int64_t j = 0; j < n_epsilons; j += most) {
                     const int64_t n = std::min(most, n_epsilons - j);
                     k.right_at(block.current(i), then, m->n_classes, m->labels[i], epsilon + j, n, is_right);
