@@ -238,8 +238,8 @@ FMN_AVX2 void mean(const void* const* rows, int64_t offset, fmn_type type, int64
 }
 
 // Loops of the mixtures, vectorised by the compiler.
-FMN_AVX2 bool sum_to_one(const double* rows, int64_t n_rows, int64_t n, double tolerance) {
-    return loops::sum_to_one(rows, n_rows, n, tolerance);
+FMN_AVX2 bool sums_to_one(const double* row, int64_t n, double tolerance) {
+    return loops::sums_to_one(row, n, tolerance);
 }
 FMN_AVX2 Interval interval(const double* now, const double* then, int64_t n, int64_t label, bool widest) {
     return loops::interval(now, then, n, label, widest);
@@ -253,7 +253,7 @@ FMN_AVX2 void right_at(const double* now, const double* then, int64_t n, int64_t
 
 const Kernels avx2_kernels = {"avx2",   count_bytes,    count_bits,          count_overlaps, pack,        unpack,
                               compare,  compare_scores, update_samples, add_samples, transpose, add_counts, add_weights, mean,
-                              sum_to_one, interval, right_at};
+                              sums_to_one, interval, right_at};
 
 }  // namespace fmn
 #endif

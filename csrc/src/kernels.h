@@ -95,8 +95,8 @@ struct Kernels {
     // divided by n_rows.
     void (*mean)(const void* const* rows, int64_t offset, fmn_type type, int64_t n_rows, int64_t n, double* out);
 
-    // Whether each of n_rows rows of n numbers is not negative and has a sum within `tolerance` of 1; false for NaN.
-    bool (*sum_to_one)(const double* rows, int64_t n_rows, int64_t n, double tolerance);
+    // Whether a row of n numbers is not negative and has a sum within `tolerance` of 1; false for NaN.
+    bool (*sums_to_one)(const double* row, int64_t n, double tolerance);
 
     // For epsilon * then + (1 - epsilon) * now, rows of n scores: the interval in which it is right (with the widest one only
     // if `widest`), and whether it is right at each epsilon.

@@ -266,12 +266,6 @@ FMN_INLINE bool sums_to_one(const double* row, int64_t n, double tolerance) {
     return !bad && sum >= 1 - tolerance && sum <= 1 + tolerance;
 }
 
-FMN_INLINE bool sum_to_one(const double* rows, int64_t n_rows, int64_t n, double tolerance) {
-    bool all = true;
-    for (int64_t i = 0; i < n_rows; ++i) all &= sums_to_one(rows + i * n, n, tolerance);
-    return all;
-}
-
 // The lead over another class k is the label's score minus that of k; in a mixture it is a + epsilon * (b - a) for leads a now
 // and b then. A mixture is right if its lead is positive over classes before the label and not negative over those after it.
 // A lead that is lost at one end only is lost on one side of its crossing.
@@ -285,10 +279,13 @@ struct Leads {
 
     FMN_INLINE void look(const double* p, const double* q, int64_t n) {
         never = crosses = surely_never = 0;
-        for (int64_t k = 0; k < n; ++k) {
-            const int64_t before = -int64_t(k < label);
-            const int64_t lost_now = -int64_t(p[k] > now) | (-int64_t(p[k] == now) & before);
-            const int64_t lost_then = -int64_t(q[k] > then) | (-int64_t(q[k] == then) & before);
+        for (int64_t k = 0; k < label; ++k) {
+            const int64_t lost_now = -int64_t(p[k] >= now), lost_then = -int64_t(q[k] >= then);
+            never |= lost_now & lost_then;
+            crosses |= lost_now | lost_then;
+        }
+        for (int64_t k = label + 1; k < n; ++k) {
+            const int64_t lost_now = -int64_t(p[k] > now), lost_then = -int64_t(q[k] > then);
             never |= lost_now & lost_then;
             crosses |= lost_now | lost_then;
         }

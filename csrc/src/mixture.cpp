@@ -285,12 +285,13 @@ fmn_status fmn_check_probabilities(const void* scores, int32_t type, int64_t n_s
     const double work = 8.0 * n_samples * (n_classes + 8.0);
     std::atomic<bool> all{true};
     const bool done = split_allocating(n_samples, work, n_threads, [&](int64_t begin, int64_t end) {
-        const int64_t at_once = std::max<int64_t>(1, (1 << 11) / n_classes), bytes = n_classes * type_size(type);
+        const int64_t at_once = std::max<int64_t>(1, (1 << 9) / n_classes), bytes = n_classes * type_size(type);
         std::vector<double> rows(static_cast<size_t>(at_once * n_classes));
         for (int64_t i = begin; i < end && all; i += at_once) {
             const int64_t n = std::min(at_once, end - i);
             k.mean(&scores, i * bytes, static_cast<fmn_type>(type), 1, n * n_classes, rows.data());
-            if (!k.sum_to_one(rows.data(), n, n_classes, tolerance)) all = false;
+            for (int64_t row = 0; row < n; ++row)
+                if (!k.sums_to_one(&rows[static_cast<size_t>(row * n_classes)], n_classes, tolerance)) all = false;
         }
     });
     *sound = all;
