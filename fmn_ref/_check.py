@@ -60,6 +60,8 @@ def array(x: Any, name: str, bfloat16: bool = False, kinds: str = "biuf") -> Arr
 
 
 def _viewed(x: Any, bfloat16: bool) -> Array:
+    if type(x) is np.ndarray and x.dtype.isbuiltin == 1:
+        return x
     if is_tensor(x):
         x = x.detach().cpu()
         if str(x.dtype) == "torch.bfloat16":
@@ -157,7 +159,9 @@ def draws(x: Any, name: str = "correct") -> Bool:
     return np.asarray(zeros_and_ones(a, name))
 
 
-def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, name: str = "labels") -> Int:
+def labels(
+    x: Any, n_samples: int | None = None, n_classes: int | None = None, name: str = "labels", copy: bool = True
+) -> Int:
     """(n_samples,) int64 in [0, n_classes)."""
     a = array(x, name, kinds="biufcmMOSUV")  # the hint comes with the dtype
     if a.dtype.kind not in "iu":
@@ -177,7 +181,7 @@ def labels(x: Any, n_samples: int | None = None, n_classes: int | None = None, n
         raise ValueError(f"{name}: expected classes in [0, {bound}), got values from {a.min()} to {a.max()}{hint}")
     if a.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name}: expected classes below 2^63, got {a.max()}")
-    return a.astype(np.int64)
+    return a.astype(np.int64, copy=copy)
 
 
 def class_names(x: Any, classes: Int) -> list[str]:

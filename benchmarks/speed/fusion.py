@@ -1,5 +1,7 @@
 """Speed of the fusion: the search of one epsilon beside a grid in torch, and every method on a large run.
 
+Beside them: a comparison of all methods, and the recording of an epoch compared with its packing alone.
+
     fmn-ref bench fusion [-o benchmarks/results]
 
 The grid in torch is the code that a user would write: 101 mixtures, each with an arg-max and a count, on all threads.
@@ -12,7 +14,9 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from numpy.typing import NDArray
 
 import fmn_ref as fmn
 from fmn_ref.fusion.methods import method_names
+from fmn_ref.kernels.backend import kernels
 from fmn_ref.reporting.tables import markdown_table
 from fmn_ref.runs.importers import softmax
 
@@ -29,10 +34,12 @@ from ..common import in_new_process, machine, median_seconds, peak_kib, write_re
 
 SIZES = [(n, k) for n in (10_000, 50_000) for k in (10, 100, 1000)]  # samples, classes
 LARGE = 200, 10_000, 100  # epochs, samples, classes
+RECORDED = 1_281_167, 1000  # samples, classes
 METHODS = tuple(m for m in method_names() if m not in ("equal", "last"))  # those two cost what "top" costs
 
 Probs = NDArray[np.float32]
 Labels = NDArray[np.int64]
+Call = Callable[[], object]
 
 
 def predictions(n: int, k: int, rng: np.random.Generator) -> tuple[list[Probs], Labels]:
@@ -106,8 +113,45 @@ def fuse_row(method: str, folds: int, path: str) -> dict[str, Any]:
     }
 
 
-def fuse_rows() -> list[dict[str, Any]]:
-    """Measure every method on a large run, each in a process of its own."""
+def compare_row(path: str) -> dict[str, Any]:
+    """Time a comparison of all methods, with the probabilities as selection set and as test set."""
+    probs, labels = np.load(path), np.load(path.replace("probs", "labels"))
+    start = time.perf_counter()
+    fmn.compare_probabilities(probs, labels, probs, labels, allow_overlap=True)
+    took = 1e3 * (time.perf_counter() - start)
+    return {"call": "compare_probabilities", "shape": list(probs.shape), "ms": took, "packing_ms": None}
+
+
+def record_rows(n: int, k: int) -> list[dict[str, Any]]:
+    """Time the recording of an epoch of float16 logits, and of its correctness in memory, beside the packing alone."""
+    rng = np.random.default_rng(0)
+    some = rng.normal(0, 1, (min(n, 20_000), k)).astype(np.float16)
+    logits, labels = np.resize(some, (n, k)), rng.integers(0, k, n)
+    correct, history, epochs = fmn.correctness(logits, labels), fmn.CorrectnessHistory(n), count()
+    pack = kernels()
+    with tempfile.TemporaryDirectory() as folder, fmn.Recorder(folder) as recorder:
+        calls: list[tuple[str, tuple[int, ...], Call, Call]] = [
+            ("CorrectnessHistory.append", (n,), partial(history.append, correct), partial(pack.pack, correct[None], n)),
+            (
+                "Recorder.record",
+                (n, k),
+                lambda: recorder.record(next(epochs), logits, labels),
+                partial(pack.pack_scores, logits, labels),
+            ),
+        ]
+        return [
+            {
+                "call": name,
+                "shape": list(shape),
+                "ms": 1e3 * median_seconds(call, 3, most=100),
+                "packing_ms": 1e3 * median_seconds(packing, 3, most=100),
+            }
+            for name, shape, call, packing in calls
+        ]
+
+
+def large_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measure every method, and the calls beside them, each in a process of its own."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probs.npy"
@@ -117,7 +161,8 @@ def fuse_rows() -> list[dict[str, Any]]:
         for method in METHODS:
             for folds in (5,) if method == "auto" else (0, 5):
                 rows.append(in_new_process(fuse_row, method, folds, str(path)))
-    return rows
+        compared = in_new_process(compare_row, str(path))
+    return rows, [compared, *in_new_process(record_rows, *RECORDED)]
 
 
 def benchmark(output: str | None = None) -> dict[str, Any]:
@@ -125,14 +170,15 @@ def benchmark(output: str | None = None) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     searches = [search_row(n, k, "float32", rng) for n, k in SIZES]
     searches += [search_row(*SIZES[1], dtype, rng) for dtype in ("float16", "bfloat16", "float64")]
-    result = {"machine": machine(), "shape": list(LARGE), "search": searches, "fuse": fuse_rows()}
+    fusions, calls = large_rows()
+    result = {"machine": machine(), "shape": list(LARGE), "search": searches, "fuse": fusions, "calls": calls}
     if output is not None:
         write_result(output, "fusion_speed", result, markdown(result))
     return result
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Two tables: the search of one epsilon, and whole fusions."""
+    """Three tables: the search of one epsilon, whole fusions, and the calls beside them."""
     e, n, k = result["shape"]
     mib = result["fuse"][0]["probabilities_mib"]
     return "\n".join(
@@ -142,6 +188,8 @@ def markdown(result: dict[str, Any]) -> str:
             _search_table(result["search"]),
             f"One fusion of {e} epochs x {n} samples x {k} classes, float16. With 5 folds it runs 5 more times.\n",
             _fuse_table(result["fuse"]),
+            "A comparison of all methods on these arrays; recording in memory and on disk, beside the packing alone.\n",
+            _call_table(result["calls"]),
             f"The probabilities take {mib:.0f} MiB. Machine: {json.dumps(result['machine'])}\n",
         ]
     )
@@ -160,6 +208,17 @@ def _search_table(rows: list[dict[str, Any]]) -> str:
         ]
         for r in rows
     ]
+    return markdown_table(columns, cells, 2)
+
+
+def _call_table(rows: list[dict[str, Any]]) -> str:
+    columns = ["call", "shape", "ms", "packing, ms", "call / packing"]
+    cells = []
+    for r in rows:
+        packing = "", ""
+        if r["packing_ms"] is not None:
+            packing = f"{r['packing_ms']:.3g}", f"{r['ms'] / r['packing_ms']:.2f}"
+        cells.append([r["call"], " x ".join(map(str, r["shape"])), f"{r['ms']:.4g}", *packing])
     return markdown_table(columns, cells, 2)
 
 

@@ -8,6 +8,9 @@
 #include "blocks.h"
 #include "threads.h"
 
+#ifdef FMN_X86
+#include <cpuid.h>
+#endif
 #ifdef __linux__
 #include <sched.h>
 #endif
@@ -15,6 +18,13 @@
 namespace {
 
 using namespace fmn;
+
+#ifdef FMN_X86
+bool has_f16c() {  // some compilers do not know the name in __builtin_cpu_supports
+    unsigned a, b, c = 0, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 // Finds the kernels that this processor can run, the best first.
 int available(const Kernels* found[3]) {
@@ -24,9 +34,10 @@ int available(const Kernels* found[3]) {
 #ifdef FMN_SIMDE
     found[n++] = &avx512_kernels;  // emulated
 #else
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vpopcntdq")) found[n++] = &avx512_kernels;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vpopcntdq") && has_f16c())
+        found[n++] = &avx512_kernels;
 #endif
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt")) found[n++] = &avx2_kernels;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") && has_f16c()) found[n++] = &avx2_kernels;
 #elif defined(FMN_NEON)
     found[n++] = &neon_kernels;
 #endif

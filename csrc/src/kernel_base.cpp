@@ -6,6 +6,6 @@ namespace fmn {
 const Kernels base_kernels = {
     "base",        loops::count_bytes,    loops::count_bits,     loops::count_overlaps, loops::pack,       loops::unpack,
     loops::compare, loops::compare_scores, loops::update_samples, loops::add_samples<loops::transpose>, loops::transpose, loops::add_counts,     loops::add_weights,
-    loops::widen, loops::sums_to_one, loops::interval,       loops::right_at};
+    loops::mean, loops::sums_to_one, loops::interval,       loops::right_at};
 
 }  // namespace fmn

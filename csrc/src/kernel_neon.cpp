@@ -89,7 +89,7 @@ void pack(const uint8_t* bytes, int64_t n, uint8_t* bits) {
 const Kernels neon_kernels = {
     "neon",        count_bytes,           count_bits,            count_overlaps,    pack,              loops::unpack,
     loops::compare, loops::compare_scores, loops::update_samples, loops::add_samples<loops::transpose>, loops::transpose, loops::add_counts, loops::add_weights,
-    loops::widen, loops::sums_to_one, loops::interval, loops::right_at};
+    loops::mean, loops::sums_to_one, loops::interval, loops::right_at};
 
 }  // namespace fmn
 #endif

@@ -91,8 +91,9 @@ struct Kernels {
     void (*add_counts)(const GroupBlock& block, const uint8_t* const* right, CountLines* lines);
     void (*add_weights)(const GroupBlock& block, const uint8_t* right, WeightLines* lines);
 
-    // Converts n floating-point numbers to double.
-    void (*widen)(const void* scores, fmn_type type, int64_t n, double* out);
+    // Mean of n_rows rows of n floating-point numbers, each `offset` bytes behind its pointer: their sum in order as double,
+    // divided by n_rows.
+    void (*mean)(const void* const* rows, int64_t offset, fmn_type type, int64_t n_rows, int64_t n, double* out);
 
     // Whether a row of n numbers is not negative and has a sum within `tolerance` of 1; false for NaN.
     bool (*sums_to_one)(const double* row, int64_t n, double tolerance);

@@ -197,41 +197,54 @@ FMN_INLINE bool compare_scores(const uint8_t* scores, fmn_type type, int64_t n_c
     }
 }
 
-template <class T>
-FMN_INLINE void widen_from(const uint8_t* p, int64_t n, double* out) {
-    FMN_NO_ALIAS
-    for (int64_t i = 0; i < n; ++i) out[i] = load<T>(p + i * static_cast<int64_t>(sizeof(T)));
-}
-
 FMN_INLINE double as_double(int64_t bits) { return load<double>(&bits); }
+
+// Floating-point types: `at` loads number i as double.
+template <class T>
+struct Wide {
+    static FMN_INLINE double at(const uint8_t* p, int64_t i) { return load<T>(p + i * static_cast<int64_t>(sizeof(T))); }
+};
 
 // Converts half by its bits: moves exponent and fraction to their places in a double and corrects the exponent's bias. A
 // subnormal is built as 2^-14 plus its value; then 2^-14 is subtracted.
-FMN_INLINE void widen_half(const uint8_t* p, int64_t n, double* out) {
-    FMN_NO_ALIAS
-    for (int64_t i = 0; i < n; ++i) {
+struct Half {
+    static FMN_INLINE double at(const uint8_t* p, int64_t i) {
         const int64_t bits = load<uint16_t>(p + 2 * i), fraction = (bits & 0x7FFF) << 42;
         const double normal = as_double(fraction + (int64_t(1008) << 52));
         const double subnormal = as_double(fraction + (int64_t(1009) << 52)) - 1.0 / 16384;
         const double magnitude = bits & 0x7C00 ? normal : subnormal;
-        out[i] = bits & 0x8000 ? -magnitude : magnitude;
+        return bits & 0x8000 ? -magnitude : magnitude;
     }
-}
+};
 
-FMN_INLINE void widen_bfloat16(const uint8_t* p, int64_t n, double* out) {
-    FMN_NO_ALIAS
-    for (int64_t i = 0; i < n; ++i) {
+struct Bfloat16 {
+    static FMN_INLINE double at(const uint8_t* p, int64_t i) {
         const uint32_t bits = uint32_t(load<uint16_t>(p + 2 * i)) << 16;
-        out[i] = load<float>(&bits);
+        return load<float>(&bits);
     }
+};
+
+template <class Type>
+FMN_INLINE void mean_of(const void* const* rows, int64_t offset, int64_t n_rows, int64_t n, double* out) {
+    const auto row = [=](int64_t r) { return static_cast<const uint8_t*>(rows[r]) + offset; };
+    const uint8_t *p = row(0);
+    FMN_NO_ALIAS
+    for (int64_t i = 0; i < n; ++i) out[i] = Type::at(p, i);
+    if (n_rows == 1) return;
+    for (int64_t r = 1; r < n_rows; ++r) {
+        p = row(r);
+        FMN_NO_ALIAS
+        for (int64_t i = 0; i < n; ++i) out[i] += Type::at(p, i);
+    }
+    const double count = static_cast<double>(n_rows);
+    for (int64_t i = 0; i < n; ++i) out[i] /= count;
 }
 
-FMN_INLINE void widen(const void* scores, fmn_type type, int64_t n, double* out) {
-    const auto* p = static_cast<const uint8_t*>(scores);
-    if (type == FMN_FLOAT16) return widen_half(p, n, out);
-    if (type == FMN_BFLOAT16) return widen_bfloat16(p, n, out);
-    if (type == FMN_FLOAT32) return widen_from<float>(p, n, out);
-    widen_from<double>(p, n, out);
+FMN_INLINE void mean(const void* const* rows, int64_t offset, fmn_type type, int64_t n_rows, int64_t n, double* out) {
+    if (type == FMN_FLOAT16) return mean_of<Half>(rows, offset, n_rows, n, out);
+    if (type == FMN_BFLOAT16) return mean_of<Bfloat16>(rows, offset, n_rows, n, out);
+    if (type == FMN_FLOAT32) return mean_of<Wide<float>>(rows, offset, n_rows, n, out);
+    mean_of<Wide<double>>(rows, offset, n_rows, n, out);
 }
 
 // Whether n numbers are not negative and have a sum within `tolerance` of 1.

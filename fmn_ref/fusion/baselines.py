@@ -51,7 +51,10 @@ def best_window(probs: Any, labels: NDArray[np.int64], window: int) -> Weights:
     held: dict[int, NDArray[np.float64]] = {}
     for w in windows:  # hold one window at a time
         held = {e: held[e] if e in held else np.asarray(probs[e], np.float64) for e in w}
-        n_right.append(int((np.sum(list(held.values()), axis=0).argmax(1) == labels).sum()))
+        total = held[w[0]].copy()
+        for e in w[1:]:
+            total += held[e]
+        n_right.append(int((total.argmax(1) == labels).sum()))
     return equal_weights(windows[int(np.argmax(n_right))])
 
 

@@ -10,7 +10,6 @@ from .. import _check
 from .._check import Array, Bool, Float, Int
 from ..kernels import mixing
 from ..kernels.backend import kernels
-from ..metrics.curves import correctness
 from .probabilities import stored_probabilities
 
 _TOTAL = 1 << 58  # sum of the weights as integers: their sums are exact in any order
@@ -94,8 +93,7 @@ def best_exactly(current: Array, epochs: list[Array], target: Target, grid: Floa
     """The same over [0, 1], never below the grid; epsilon is 0 if nothing is better than `current`."""
     all_epochs = np.array([[0, len(epochs) - 1]])
     found, bound, on_grid = target.best_epsilons(current, epochs, all_epochs, grid)
-    right = int(target.mixture_right(current, epochs, found)[0])
-    at_zero = target.score(correctness(current, target.labels))
+    right, at_zero = target.mixture_right(current, epochs, np.array([found[0], 0])).tolist()
     eps, best = (float(found[0]), right) if right > at_zero else (0.0, at_zero)
     if max(int(bound[0]), int(on_grid[0])) > best:  # equal scores, which rounding may decide: look closer
         return _closer(mixing.widened(current), mixing.mean(epochs), target, grid, (eps, best))

@@ -29,7 +29,9 @@ def window_epochs(epoch: int, window: int, n_epochs: int) -> range:
 
 def mix(current: Float, candidate: Float, eps: float) -> Float:
     """One mixing step (arXiv 2412.12968, Algorithm 1)."""
-    return eps * candidate + (1 - eps) * current
+    mixed = eps * candidate
+    mixed += (1 - eps) * current
+    return mixed
 
 
 def replay(probs: ProbabilityReader, members: Members, window: int, combine: str) -> Iterator[Float]:

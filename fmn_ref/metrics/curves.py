@@ -93,7 +93,7 @@ def _labels_of_scores(shape: tuple[int, ...], labels: Any) -> NDArray[np.int64]:
     if len(y) != shape[-2]:
         hint = f"; {hint}" if len(y) == shape[-1] else ""
         raise ValueError(f"{expected} with {len(y)} samples as labels, got shape {shape}{hint}")
-    return _check.labels(y, n_classes=shape[-1])
+    return _check.labels(y, n_classes=shape[-1], copy=False)
 
 
 def _first_nan(scores: Any) -> tuple[int, ...]:

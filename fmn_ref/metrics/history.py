@@ -28,6 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check, _files
+from ..kernels.backend import kernels
+from .matrix import adjacent
 
 _HEADER = struct.Struct("<8sIIQ32s")
 _RECORD = struct.Struct("<4sIq")
@@ -38,7 +40,8 @@ NO_LABELS = bytes(32)
 
 def labels_digest(labels: Any, n_samples: int | None = None) -> bytes:
     """SHA-256 of the labels as little-endian int64: equal for two files of the same samples in the same order."""
-    return hashlib.sha256(_check.labels(labels, n_samples).astype("<i8", copy=False).data).digest()
+    y = _check.labels(labels, n_samples, copy=False)
+    return hashlib.sha256(np.ascontiguousarray(y, "<i8").data).digest()
 
 
 class CorrectnessHistory:
@@ -211,7 +214,7 @@ class CorrectnessHistory:
         epoch = last + 1 if epoch is None else _check.number(epoch, 0, 2**62, "epoch", int)
         if epoch <= last:
             raise ValueError(f"epoch: expected a number above {last}, the last epoch of this history, got {epoch}")
-        packed = np.packbits(row[0], bitorder="little")
+        packed = kernels().pack(adjacent(row), self.n_samples)[0]
         if self.path is None:
             self._append_in_memory(packed)
         else:

@@ -198,8 +198,10 @@ def _mixing_methods(
         for name, w in _controls(select, y, len(plan.weights), **options).items()
     ]
     plans = {"KF(1)": FusionPlan(plan.members[:1], plan.n_epochs, plan.window, plan.accuracy[:2]), "KF": plan}
-    for method in OTHER_METHODS:
-        plans[method] = fuse(select, y, method=method, folds=None if method == AUTO else 0, **options)
+    auto = fuse(select, y, method=AUTO, **options)
+    for method in OTHER_METHODS:  # "auto" has found the plan of the method that it chose
+        known = method == AUTO or (auto.members and method == auto.method)
+        plans[method] = auto if known else fuse(select, y, method=method, folds=0, **options)
     for name, p in plans.items():
         rows.append(Row(name, p.forward_passes, p.accuracy[-1], *scores(p.apply(test), y_test)))
     notes = ["The test samples may include samples that the methods were selected on."] if allow_overlap else []

@@ -173,13 +173,13 @@ class Recorder:
             The state_dict to store; default: the current one of `model`.
         """
         correct = _check.bool_matrix(_check.array(correct, "correct")[None])[0]
-        _check.labels(labels, len(correct))
+        digest = labels_digest(labels, len(correct))
         epoch = _check.number(epoch, 0, 2**62, "epoch", int)
         with self._taken_lock().turn:
+            self._check_new(epoch, len(correct), digest)
             self._store(epoch, correct, labels, weights)
 
     def _store(self, epoch: int, correct: Any, labels: Any, weights: dict[str, Any] | None) -> None:
-        self._check_new(epoch, correct, labels)
         stores = self._keep.rule != "none" and not (self._save is None and weights is None and self.model is None)
         if stores:
             write = self._writer(weights)
@@ -224,15 +224,15 @@ class Recorder:
         except OSError as error:
             logger.error("%s; deleted after the next epoch instead", error)
 
-    def _check_new(self, epoch: int, correct: Any, labels: Any) -> None:
+    def _check_new(self, epoch: int, n_samples: int, digest: bytes) -> None:
         """Refuse, before anything is written, an epoch that cannot follow what is on disk."""
         if self._history is None and self.folder.history.exists():
             raise ValueError(f"{self.folder.history}: made since this Recorder was; a run has one writer")
         if self._history is not None:
             self._history.check_unchanged()
-            if self._history.digest != labels_digest(labels):
-                was, now = self._history.n_samples, len(correct)
-                differ = "" if was == now else f": {now} samples, not {was}"
+            if self._history.digest != digest:
+                was = self._history.n_samples
+                differ = "" if was == n_samples else f": {n_samples} samples, not {was}"
                 raise ValueError(f"labels: not the labels (or not in the order) that this run has recorded{differ}")
         if epoch < self.next_epoch:
             hint = f"go on with {self.next_epoch} (recorder.next_epoch), or drop it with recorder.rewind({epoch})"

@@ -325,10 +325,16 @@ def test_fusion_speed_on_small_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(fusion, "median_seconds", lambda call, seconds=0, most=0, pause=0: (call(), 1.0)[1])
     monkeypatch.setattr(fusion, "METHODS", ("forget", "auto"))
     monkeypatch.setattr(fusion, "LARGE", (4, 100, 5))
+    monkeypatch.setattr(fusion, "RECORDED", (300, 4))
     result = fusion.benchmark(str(tmp_path))
     assert [r["dtype"] for r in result["search"]] == ["float32", "float32", "float16", "bfloat16", "float64"]
     assert all(r["accuracy"]["exact"] >= r["accuracy"]["torch_grid"] for r in result["search"])
     assert [(r["method"], r["folds"]) for r in result["fuse"]] == [("forget", 0), ("forget", 5), ("auto", 5)]
+    assert [(r["call"], r["shape"]) for r in result["calls"]] == [
+        ("compare_probabilities", [4, 100, 5]),
+        ("CorrectnessHistory.append", [300]),
+        ("Recorder.record", [300, 4]),
+    ]
     assert (tmp_path / "fusion_speed.md").read_text() == fusion.markdown(result)
 
 

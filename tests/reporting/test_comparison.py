@@ -49,6 +49,27 @@ def test_rows_are_what_they_say(run, table):
         table["bagging"]
 
 
+@pytest.mark.parametrize("calibrated", [False, True], ids=["auto chooses the pool", "auto keeps the final model"])
+def test_the_rows_of_the_methods_are_what_fuse_finds(calibrated):
+    """Labels that are drawn from a calibrated final model's own probabilities leave nothing to find."""
+    rng = np.random.default_rng(2)
+    p, labels = random_probs(rng, n_samples=300)
+    if calibrated:
+        labels = (p[-1].cumsum(1) > rng.random((300, 1))).argmax(1)
+    table = fmn.compare_probabilities(p[:, :150], labels[:150], p[:, 150:], labels[150:])
+    kept = {}
+    for method in comparison.OTHER_METHODS:
+        folds = None if method == "auto" else 0
+        plan = fmn.fuse(p[:, :150], labels[:150], method=method, folds=folds)
+        fused = plan.apply(p[:, 150:])
+        assert table[method].forward_passes == plan.forward_passes
+        assert table[method].selection_accuracy == plan.accuracy[-1]
+        assert table[method].test_accuracy == (fused.argmax(1) == labels[150:]).mean()
+        kept[method] = plan.members
+    assert kept["pool"]
+    assert kept["auto"] == (() if calibrated else kept["pool"])
+
+
 def test_formats(table):
     assert len(list(csv.DictReader(io.StringIO(table.to_csv())))) == len(table.rows)
     content = json.loads(table.to_json())
