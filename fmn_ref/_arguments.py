@@ -157,7 +157,8 @@ def compare_options(add: Add) -> None:
 def predict_options(add: Add) -> None:
     add("run_dir", help="run directory")
     maker = {"required": True, "metavar": "MODULE:FUNCTION"}
-    add("--model", **maker, help="function that returns the run's network, or the network; MODULE may lie here")
+    network = "function that returns the run's network, or the network; MODULE may be a .py file of the current folder"
+    add("--model", **maker, help=network)
     add("--data", **maker, help="function that returns (inputs, labels), a Dataset or a DataLoader, or one of these")
     add("--forward-fn", metavar="MODULE:FUNCTION", help="function (model, batch) -> (logits, labels)")
     add("--batch-size", type=int, default=256, help="samples at a time (default 256)")

@@ -26,7 +26,7 @@ def import_options(add: Callable[..., object]) -> None:
     formats = "dynamics_epoch_*.jsonl (cartography), or with samples_*.jsonl: one per checkpoint (lm-eval)"
     checkpoints = "folder, or files (checkpoints)"
     add("path", nargs="+", help=f"{checkpoints}; file of pickled example statistics (toneva); folder with {formats}")
-    add("-o", "--output", help="run directory for checkpoints, else the file to write (default history.npz)")
+    add("-o", "--output", help="checkpoints: run directory, required; else the file to write (default history.npz)")
     add("--model", metavar="MODULE:FUNCTION", help="checkpoints: function that returns the network")
     data = "function that returns labelled data: (inputs, labels), a Dataset or a DataLoader"
     add("--data", metavar="MODULE:FUNCTION", help=f"checkpoints: {data}")

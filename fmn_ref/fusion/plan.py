@@ -104,7 +104,7 @@ class FusionPlan:
 
         Parameters
         ----------
-        weights : {epoch: weight}
+        weights : {row: weight}
             Not negative. Linear weights are scaled to sum 1; geometric ones are taken as they are.
         n_epochs : int
             Number of epochs of the run.
@@ -114,7 +114,7 @@ class FusionPlan:
         Raises
         ------
         TypeError, ValueError
-            Negative or zero weights, epochs out of range.
+            Negative or zero weights, rows out of range.
 
         Examples
         --------
@@ -141,7 +141,7 @@ class FusionPlan:
 
     @property
     def weights(self) -> dict[int, float]:
-        """{epoch: weight} of single epochs, without zeros, for the formula of `combine`. Linear weights sum to 1."""
+        """{row: weight} of single epochs, without zeros, for the formula of `combine`. Linear weights sum to 1."""
         if self.combine == "geometric":
             return {epoch: weight for epoch, weight in sorted(self.members) if weight > 0}
         epochs = np.concatenate([np.arange(part.start, part.stop) for part in self._covered])  # few of n_epochs

@@ -35,6 +35,7 @@ def crop_flip(padding: int, flip: bool = True) -> Callable[[Tensor], Tensor]:
 
     Examples
     --------
+    >>> import torch
     >>> crop_flip(4)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 3, 32, 32])
 
