@@ -1,0 +1,72 @@
+"""Logarithms of probabilities in every type, members of given weights, and what the registry says of each method."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fmn_ref as fmn
+from fmn_ref._check import BFLOAT16
+from fmn_ref.fusion.methods import AUTO, METHODS, summaries
+from fmn_ref.fusion.mixtures import floored_log, members_from_weights
+from fmn_ref.metrics.scores import FLOOR
+
+VALUES = [0.0, 6e-8, 1e-6, 2.0**-14, 0.1, 0.3, 0.5, 0.999, 1.0, 1.0078125]  # a rounded row may exceed 1
+
+
+@pytest.mark.parametrize("into", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, "bfloat16"])
+def test_logarithms_by_a_loop(dtype, into):
+    if dtype == "bfloat16":
+        tensor = torch.tensor(VALUES, dtype=torch.bfloat16)
+        stored, values = tensor.view(torch.int16).numpy().view(BFLOAT16), tensor.double().tolist()
+    else:
+        stored = np.array(VALUES, dtype)
+        values = stored.astype(float).tolist()
+    expected = [math.log(min(max(value, FLOOR), 1)) for value in values]
+    for shaped, order in ((stored, range(10)), (stored.reshape(2, 5).T, [0, 5, 1, 6, 2, 7, 3, 8, 4, 9])):
+        out = np.full(10, np.nan) if into else None
+        found = floored_log(shaped, out)
+        assert (found.shape, found.dtype) == ((10,), np.float64)
+        assert not into or found is out
+        np.testing.assert_allclose(found, np.array(expected)[order], rtol=1e-15)
+
+
+def test_every_number_of_16_bits_has_its_logarithm():
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    within = every[(every >= 0) & (every <= 1)]
+    np.testing.assert_allclose(floored_log(within), [math.log(max(float(v), FLOOR)) for v in within], rtol=1e-15)
+
+
+@pytest.mark.parametrize("row", [-1, 4, 5, 6])
+def test_weights_of_rows_that_are_not_there(row):
+    with pytest.raises(ValueError, match=rf"^epoch: expected a value in \[0, 3\], got {row}"):
+        members_from_weights({0: 1.0, row: 1.0}, 4)
+
+
+def test_the_registry_of_methods():
+    windowed, controls = {"forget", "greedy", "bagged", "likelihood"}, {"equal", "last", "top"}
+    assert {m.name for m in METHODS.values() if m.windowed} == windowed
+    assert {m.name for m in METHODS.values() if m.control} == controls
+    assert {m.name for m in METHODS.values() if m.exact} == {"greedy"}
+    assert {m.name for m in METHODS.values() if m.combine == "geometric"} == {"pool"}
+    assert {*METHODS} == windowed | controls | {"pool", "coverage"}
+
+
+def test_the_docstring_of_fuse_lists_the_methods():
+    lines = [line.strip() for line in fmn.fuse.__doc__.splitlines()]
+    listed = [f'- "{name}": {text}' for name, text in summaries().items()]
+    first = lines.index(listed[0])
+    assert lines[first : first + len(listed)] == listed
+    assert listed[-1].startswith(f'- "{AUTO}"')
+    assert lines[first - 2].endswith('"auto", which needs folds.')
+
+
+def test_the_search_that_a_plan_names(rng):
+    p = rng.dirichlet(np.ones(3), (4, 30))
+    labels = rng.integers(0, 3, 30)
+    for method in ("forget", "greedy", "pool", "top"):
+        for search in ("grid", "exact"):
+            expected = "exact" if method == "greedy" else search
+            assert fmn.fuse(p, labels, method=method, search=search, folds=0).search == expected
