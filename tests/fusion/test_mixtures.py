@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from inputs import random_probs
 
 import fmn_ref as fmn
 from fmn_ref._check import BFLOAT16
+from fmn_ref.fusion import baselines
 from fmn_ref.fusion.methods import AUTO, METHODS, summaries
 from fmn_ref.fusion.mixtures import floored_log, members_from_weights
 from fmn_ref.metrics.scores import FLOOR
@@ -70,3 +72,43 @@ def test_the_search_that_a_plan_names(rng):
         for search in ("grid", "exact"):
             expected = "exact" if method == "greedy" else search
             assert fmn.fuse(p, labels, method=method, search=search, folds=0).search == expected
+
+
+@pytest.mark.parametrize("n_epochs", [3, 40, 500])
+def test_of_many_equal_epochs_the_earliest_are_taken(n_epochs):
+    assert baselines.top_epochs(np.ones((n_epochs, 4), bool), 3) == dict.fromkeys(range(3), 1 / 3)
+    p = np.full((n_epochs, n_epochs, 2), [0.9, 0.1])
+    p[np.arange(n_epochs), np.arange(n_epochs)] = [0.1, 0.9]  # each is right on one sample
+    if n_epochs <= 200:  # each adds a share that counts
+        plan = fmn.fuse(p, np.ones(n_epochs, int), method="coverage", max_members=3, folds=0)
+        assert plan.weights == pytest.approx(dict.fromkeys(range(3), 1 / 3))
+
+
+def test_more_than_a_hundred_equal_windows_keep_their_weights():
+    """None is light beside the others, though each has less than the least weight."""
+    p = np.tile([[0.6, 0.4], [0.3, 0.7]], (120, 1, 1))
+    plan = fmn.fuse(p, [0, 1], method="likelihood", window=0, folds=0)
+    assert plan.weights == pytest.approx(dict.fromkeys(range(120), 1 / 120), abs=1e-5)
+
+
+def test_members_of_a_pool():
+    """The heaviest first; the prior goes by the samples that count."""
+    p, labels = random_probs(np.random.default_rng(4), n_epochs=7, n_samples=80)
+    counts = np.arange(80) % 3 > 0
+    plan = fmn.fuse(p, labels, method="pool", sample_weight=counts * 1.0, folds=0)
+    weights = [w for _, w in plan.members]
+    assert weights == sorted(weights, reverse=True)
+    assert [e for e, _ in plan.members] != sorted(e for e, _ in plan.members)
+    assert min(weights) > 0
+    assert plan.members == fmn.fuse(p[:, counts], labels[counts], method="pool", folds=0).members
+
+
+def test_auto_takes_a_pool_that_changes_no_answer():
+    """It makes the final model's probabilities sharper: better likelihood, equal accuracy."""
+    labels = np.arange(200) % 3
+    p = np.where(labels[:, None] == np.arange(3), 0.5, 0.25)
+    p[:4] = [0.3, 0.35, 0.35]  # wrong on a few
+    plan = fmn.fuse(np.stack([p, p]), labels, method="auto")
+    assert not plan.final_model_alone
+    assert plan.gain_interval == (0, 0)
+    assert sum(plan.weights.values()) > 1.5
