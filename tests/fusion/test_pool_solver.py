@@ -241,3 +241,23 @@ def test_removals_leave_the_epoch_that_helps_alone(probs, labels, chosen):
     weights = pool.pool_weights(probs, labels, shrinkage=0, max_members=1)
     alone = minimize_scalar(lambda w: value_of(probs[[chosen]], labels, np.ones(len(labels)), [w], 0), (0, 1))
     assert weights == pytest.approx({chosen: alone.x}, rel=1e-3)
+
+
+def test_a_step_that_changes_nothing_is_the_last(monkeypatch):
+    """Rounding may keep the bound of the distance from the minimum above the tolerance."""
+    p, labels, weight = problem(0)
+    objective, start, tried = objective_of(p, labels, weight), np.full(5, 0.3), []
+    monkeypatch.setattr(pool, "_newton", lambda _, w, *others: tried.append(others) or w.copy())
+    np.testing.assert_array_equal(pool._minimise(objective, start, -1.0), start)
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize("gone", [[], [5], [5, 9], [0, 1], [38, 39], [5, 6, 9]])
+def test_samples_left_out_here_and_there(gone):
+    p, labels, weight = problem(4)
+    rows, w = np.delete(np.arange(40), gone), np.array([0.3, 0.0, 0.5, 0.0, 0.7])
+    value, gradient = objective_of(p, labels, weight, rows)(w, np.arange(5))
+    given = p[:, rows], labels[rows], weight[rows]
+    assert value == pytest.approx(value_of(*given, w), rel=1e-13)
+    differences = [(value_of(*given, w + d) - value_of(*given, w - d)) / 2e-5 for d in 1e-5 * np.eye(5)]
+    np.testing.assert_allclose(gradient, differences, atol=1e-8)

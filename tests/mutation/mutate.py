@@ -41,7 +41,11 @@ ROOMS = {  # the files of a room in the order of the run, and the tests that sho
         "epsilon methods mixtures plan pool fuse baselines expectation probabilities",
         "fusion benchmarks/test_paper.py::TestCommittedResults::test_the_rule_is_the_fitted_one",
     ),
-    "runs": ("checkpoints retention", "runs/test_checkpoints.py runs/test_retention.py runs/test_recorder.py"),
+    "runs": (
+        "checkpoints retention",
+        "runs/test_checkpoints.py runs/test_checkpoint_parts.py runs/test_retention.py runs/test_recorder.py "
+        "runs/test_references.py",
+    ),
 }
 # Tests of seconds that damage a file bit by bit, or watch time, memory and threads.
 SLOW = "every_bit or TestKilled or number_of_threads or resident_memory or many_draws"
