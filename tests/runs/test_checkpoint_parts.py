@@ -1,5 +1,4 @@
-"""Parts of a checkpoint's way to the disk and back: names of compiled parts, what 16 bits may lose, depth, shared memory,
-and a state that does not fit into memory."""
+"""Names of compiled parts, what 16 bits may lose, depth of a state, shared memory, a state larger than memory."""
 
 from collections import OrderedDict, namedtuple
 
@@ -257,5 +256,5 @@ def test_every_tensor_of_nested_containers():
 def test_rules_that_delete_checkpoints():
     assert [Keep.of(text).limited for text in ("all", "none", "every:2", "budget:2")] == [False, False, True, True]
     for text in (None, 3, ["every:2"]):
-        with pytest.raises(ValueError, match="^keep: expected 'all'"):
+        with pytest.raises(ValueError, match=r"^keep: expected 'all'"):
             Keep.of(text)
