@@ -56,13 +56,15 @@ def test_the_registry_of_methods():
     assert {*METHODS} == windowed | controls | {"pool", "coverage"}
 
 
-def test_the_docstring_of_fuse_lists_the_methods():
+def test_the_docstring_of_fuse_lists_the_methods_that_it_takes():
     lines = [line.strip() for line in fmn.fuse.__doc__.splitlines()]
     listed = [f'- "{name}": {text}' for name, text in summaries().items()]
     first = lines.index(listed[0])
     assert lines[first : first + len(listed)] == listed
     assert listed[-1].startswith(f'- "{AUTO}"')
     assert lines[first - 2].endswith('"auto", which needs folds.')
+    for name in summaries():
+        assert fmn.fuse(np.full((2, 4, 2), 0.5), [0, 1, 0, 1], method=name, folds=2).n_epochs == 2
 
 
 def test_the_search_that_a_plan_names(rng):

@@ -171,10 +171,10 @@ def test_the_options_by_default_and_their_largest_values(rng):
             fmn.fuse(p, labels, **{name: 2**31 + 1})
 
 
-def test_a_history_may_differ_from_the_probabilities_where_two_scores_are_close():
+def test_a_history_may_differ_from_the_probabilities_where_the_two_best_scores_are_close():
     """By rounding; on one sample in a hundred elsewhere too."""
     for gap, n_different, accepted in ((0.019, 200, True), (0.03, 2, True), (0.03, 3, False)):
-        p = np.tile([0.1, 0.35 - gap / 2, 0.2, 0.35 + gap / 2], (2, 200, 1))  # the third score is far from both
+        p = np.tile([0.05, 0.35 - gap / 2, 0.2, 0.35 + gap / 2, 0.05], (2, 200, 1))  # the third is far from both
         labels = np.where(np.arange(200) < n_different, 1, 3)
         correct = np.ones((2, 200), bool)
         if accepted:
