@@ -62,6 +62,13 @@ def test_a_single_point():
     assert epsilon._closer(current, candidate, target, grid, (0.0, 2)) == (0.0, 2)  # nothing is better
 
 
+def test_a_sample_that_is_right_at_one_point_alone():
+    """All three scores are equal there, and the first one counts."""
+    current, candidate = np.array([[4.0, 5.0, 3.0]]), np.array([[4.0, 1.0, 7.0]])
+    target = epsilon.Target(np.array([0]))
+    assert epsilon._closer(current, candidate, target, np.array([0.0, 1.0]), (0.0, 0)) == (0.25, 1)
+
+
 @pytest.mark.parametrize("n_samples", [1, 3, 4, 7, 8, 1000])
 def test_equal_weights_use_the_range_of_integers(n_samples):
     """At least a quarter of it: 2^58 is the bound of their sum."""
