@@ -43,8 +43,7 @@ ROOMS = {  # the files of a room in the order of the run, and the tests that sho
     ),
     "runs": (
         "checkpoints retention",
-        "runs/test_checkpoints.py runs/test_checkpoint_parts.py runs/test_retention.py runs/test_recorder.py "
-        "runs/test_references.py",
+        "runs/test_checkpoints.py runs/test_checkpoint_parts.py runs/test_retention.py runs/test_recorder.py",
     ),
 }
 # Tests of seconds that damage a file bit by bit, or watch time, memory and threads.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmn_ref.runs import checkpoints
+from fmn_ref.runs import checkpoints, references
 from fmn_ref.runs.retention import Keep
 
 
@@ -206,6 +206,20 @@ def test_values_without_a_shape_do_not_fit(tmp_path):
     state = WithExtra(2, 3).state_dict()
     with pytest.raises(ValueError, match=r"a\.pt: does not fit the model: weight is \(3, 2\), not \(2, 2\), bias is"):
         checkpoints.load_weights(WithExtra(2, 2), state, tmp_path / "a.pt")
+
+
+def test_a_checkpoint_that_another_program_wrote(tmp_path):
+    """Its weights are under a key, with names of a compiled model; errors name that file, not the reference."""
+    target, reference = tmp_path / "other.pt", tmp_path / "epoch_00000.ref.json"
+    written = nn.Linear(2, 3)
+    torch.save({"model": compiled(written).state_dict(), "epoch": 3}, target)
+    references.write_reference(reference, target=target, key="model", files=references.stamp(target))
+    for path in (reference, str(reference)):
+        found = nn.Linear(2, 3)
+        assert checkpoints.load_into(found, path) is found
+        assert torch.equal(found.weight, written.weight)
+        with pytest.raises(ValueError, match=rf"^{target}: does not fit the model: weight is \(3, 2\), not \(2, 2\)"):
+            checkpoints.load_into(nn.Linear(2, 2), path)
 
 
 def test_loading_keeps_the_modes_of_the_parts(tmp_path):
