@@ -60,7 +60,7 @@ def pool_weights(
     -------
     dict
         {epoch: weight}, zeros left out, in the order of the epochs. Where `max_members` removes none, the objective is
-        within 1e-8 of its minimum.
+        within 1e-8 of its minimum. Empty if no epoch is better than equal probabilities of all classes.
 
     References
     ----------
@@ -273,8 +273,12 @@ def _prune(objective: _Objective, w: Float, most: int) -> Float:
             left = np.delete(left, int(cost.argmin()))
             v[left] = _nonnegative_minimum(h[np.ix_(left, left)], c[left], v[left])
             left = left[v[left] > 0]
-        w, members = np.zeros_like(w), members[left]
-        w[members] = v[left]
-        least = TOLERANCE * objective.ridge if len(members) <= most else 1e-4
-        w = _newton(objective, w, members, *objective(w, members), least)
+        least = TOLERANCE * objective.ridge if len(left) <= most else 1e-4
+        w, kept = np.zeros_like(w), members[left]
+        w[kept] = v[left]
+        if len(kept):
+            w = _newton(objective, w, kept, *objective(w, kept), least)
+        if not w.any():  # each of them helped only beside a removed one: the epoch that helps most alone
+            kept = members[[objective(w, members)[1].argmin()]]
+            w = _newton(objective, w, kept, *objective(w, kept), least)
     return w

@@ -64,3 +64,13 @@ def test_the_best_window_against_all_of_them(rng, window):
         n_right = [(p[list(w)].sum(0).argmax(1) == labels).sum() for w in windows]
         chosen = windows[int(np.argmax(n_right))]
         assert baselines.best_window(p, labels, window) == dict.fromkeys(chosen, 1 / len(chosen))
+
+
+def test_the_mean_of_a_window_is_not_rounded_to_16_bits():
+    for seed in range(10):
+        p, labels = random_probs(
+            np.random.default_rng(seed), n_epochs=30, n_samples=400, n_classes=10, dtype=np.float16
+        )
+        p = (p * 0.01 + 0.099).astype(np.float16)  # close scores
+        expected = baselines.best_window(p.astype(float), labels, 4)
+        assert baselines.best_window(p, labels, 4) == expected

@@ -190,5 +190,9 @@ def _is_alias(node: cst.CSTNode) -> bool:
     if not isinstance(node, cst.Assign):
         return False
     target, value = node.targets[0].target, node.value
-    of_types = isinstance(value, cst.Subscript) and isinstance(value.value, cst.Name) and value.value.value[0].isupper()
+    of_types = isinstance(value, cst.Subscript) and isinstance(value.value, cst.Name) and _is_type(value.value.value)
     return of_types or (isinstance(target, cst.Name) and target.value == "__all__")
+
+
+def _is_type(name: str) -> bool:
+    return name[0].isupper() or name in ("dict", "list", "set", "tuple")

@@ -41,7 +41,10 @@ ROOMS = {  # the files of a room in the order of the run, and the tests that sho
         "epsilon methods mixtures plan pool fuse baselines expectation probabilities",
         "fusion benchmarks/test_paper.py::TestCommittedResults::test_the_rule_is_the_fitted_one",
     ),
-    "runs": ("checkpoints retention", "runs/test_checkpoints.py runs/test_retention.py runs/test_recorder.py"),
+    "runs": (
+        "checkpoints retention",
+        "runs/test_checkpoints.py runs/test_checkpoint_parts.py runs/test_retention.py runs/test_recorder.py",
+    ),
 }
 # Tests of seconds that damage a file bit by bit, or watch time, memory and threads.
 SLOW = "every_bit or TestKilled or number_of_threads or resident_memory or many_draws"
@@ -100,12 +103,24 @@ def transplant(old: Any, new: Any, constants: bool) -> None:
         if function and mutated:
             function.__code__ = mutated.__code__
             function.__defaults__, function.__kwdefaults__ = mutated.__defaults__, mutated.__kwdefaults__
+            function.__doc__ = mutated.__doc__
+            _give_cells(function, mutated)
+            if hasattr(current, "cache_clear"):
+                current.cache_clear()
         elif isinstance(value, type) and value.__module__ == getattr(new, "__module__", new.__name__):
             transplant(current, value, constants)
         elif constants and not name.startswith("__") and not isinstance(value, types.ModuleType | type):
             for module in [old, *_package()] if isinstance(old, types.ModuleType) else [old]:
                 if vars(module).get(name) is current:
                     setattr(module, name, value)
+
+
+def _give_cells(old: types.FunctionType, new: types.FunctionType) -> None:
+    """Give a function what another one has in its closure: `default_factory` of a dataclass."""
+    cells = zip(new.__code__.co_freevars, old.__closure__ or (), new.__closure__ or (), strict=True)
+    for name, cell, other in cells:
+        if name != "__class__":  # of `super()`
+            cell.cell_contents = other.cell_contents
 
 
 def _package() -> list[types.ModuleType]:
@@ -119,6 +134,7 @@ def _function(value: Any) -> types.FunctionType | None:
         value = value.func
     elif isinstance(value, classmethod | staticmethod):
         value = value.__func__
+    value = getattr(value, "__wrapped__", value)  # of `cache`, `contextmanager`, and `__repr__` of a dataclass
     return value if isinstance(value, types.FunctionType) else None
 
 
