@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._check import BFLOAT16, Array, Bool, Float, Int
+from . import reference
 from .protocol import Bits
 from .reference import best_epsilons, check_probabilities, four_outcomes, mixture_right  # noqa: F401
 
@@ -83,8 +84,8 @@ def overlap_counts(rows: Any, n_samples: int, counts: Int) -> None:
 
 
 def pack(rows: Any, n_samples: int) -> Any:
-    """Return the rows themselves: matrix products need no bits."""
-    return rows
+    """Bits of an array. A tensor stays: matrix products need no bits."""
+    return rows if isinstance(rows, Tensor) else reference.pack(rows, n_samples)
 
 
 def unpack(rows: Any, n_samples: int) -> Bool:
