@@ -118,10 +118,10 @@ def _in_words(stamp: Any) -> str:
 
 
 def stamp(target: Path) -> dict[str, dict[str, int]]:
-    """Size and time of each file of a checkpoint, by name."""
+    """Size and time of each file of a checkpoint that is there, by name."""
     from . import foreign  # loaded late: opening a run needs none of it
 
-    found = {path.name: path.stat() for path in foreign.files_of(target)}
+    found = {path.name: path.stat() for path in foreign.files_of(target) if path.exists()}
     return {name: {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in found.items()}
 
 

@@ -836,3 +836,17 @@ def test_the_canary_sings(tmp_path, monkeypatch):
     monkeypatch.setenv("FMN_CANARY", str(tmp_path / "RAN"))
     pickle.loads(pickle.dumps(Canary()))
     assert (tmp_path / "RAN").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_that_lost_its_metadata_has_changed(tmp_path):
+    place = save_distributed(tmp_path / "checkpoints")
+    run = fmn.from_checkpoints(tmp_path / "checkpoints", nn.Linear(N_IN, N_OUT), (X, Y), tmp_path / "run")
+    (place / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"step-1: \.metadata changed since .* now not there"):
+        run.probabilities((X, Y))[0]
+    reference = run.checkpoint(0)  # of a stranger: it says that there are no files
+    reference.write_text(json.dumps(json.loads(reference.read_text()) | {"files": {}}))
+    (place / next(place.glob("*.distcp"))).unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=r"step-1"):
+        run.probabilities((X, Y))[0]
