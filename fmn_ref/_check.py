@@ -24,7 +24,7 @@ Array = NDArray[Any]  # of any type; for probabilities a floating-point type, BF
 _INSTALL = {
     "torch": "pip install torch (docs/installation.md: the smaller build)",
     "numba": 'pip install "fmn_ref[numba]"',
-    "fmn_ref.kernels._kernels": "install a C++ compiler, then fmn_ref again",
+    "fmn_ref.kernels._kernels": "install a C++ compiler, then fmn_ref again; in the checkout, run Python elsewhere",
     "sklearn": 'pip install "fmn_ref[demo]"',
     **dict.fromkeys(("xgboost", "lightgbm"), 'pip install "fmn_ref[boosting]"'),
 }

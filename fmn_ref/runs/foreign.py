@@ -133,15 +133,19 @@ def read_state(
 
 def _states(content: Any, name: str, depth: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield each dict that holds tensors, with its key."""
-    import torch
-
     if not isinstance(content, Mapping) or depth == 0:
         return
     texts = {key: value for key, value in content.items() if isinstance(key, str)}
-    if any(isinstance(value, (torch.Tensor, FileTensor)) for value in texts.values()):
+    if _n_tensors(texts):
         yield name, texts
     for key, value in texts.items():
         yield from _states(value, f"{name}.{key}" if name else key, depth - 1)
+
+
+def _n_tensors(state: Mapping[str, Any]) -> int:
+    import torch
+
+    return sum(isinstance(value, (torch.Tensor, FileTensor)) for value in state.values())
 
 
 def _choose(path: Path, fitting: Mapping[str, Any]) -> str:
@@ -187,10 +191,10 @@ class _Names:
     def differences(self, found: Mapping[str, Mapping[str, Any]]) -> str:
         """List what is missing and left over in the dict of the file that fits best."""
 
-        def shared(names: Mapping[str, str]) -> int:
-            return len(set(names.values()) & set(self.own))
+        def closeness(key: str, names: Mapping[str, str]) -> tuple[int, int]:
+            return len(set(names.values()) & set(self.own)), _n_tensors(found[key])
 
-        key, names = max(((k, n) for k, s in found.items() for n in _stripped(s)), key=lambda pair: shared(pair[1]))
+        key, names = max(((k, n) for k, s in found.items() for n in _stripped(s)), key=lambda pair: closeness(*pair))
         twice = [name for name, count in Counter(names.values()).items() if count > 1]
         parts = {"missing": self.missing({self.own[n]: n for n in names.values() if n in self.own})}
         parts |= {"left over": [name for name, n in names.items() if n not in self.own], "there twice": twice}

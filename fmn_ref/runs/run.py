@@ -70,7 +70,9 @@ class Run:
         path = self.checkpoints[row]
         if not references.exists(path):
             gone = references.target_of(path) if path.exists() else path
-            raise FileNotFoundError(f"{gone}: no such checkpoint; run.kept is the run with only those that are there")
+            moved = "if it moved, give from_checkpoints its new folder; " if gone != path else ""
+            kept = "run.kept is the run with only those that are there"
+            raise FileNotFoundError(f"{gone}: no such checkpoint; {moved}{kept}")
         return path
 
     @property

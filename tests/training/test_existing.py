@@ -264,11 +264,19 @@ def test_a_changed_file_is_noticed(folder, tmp_path):
     run.probabilities(VAL)[0]
 
 
+def test_a_loss_beside_the_weights_is_not_taken_for_them(folder, tmp_path):
+    """Where nothing fits, the message is about the dict with the weights."""
+    torch.save({"epoch": 1, "state_dict": make_model().state_dict(), "loss": torch.ones(())}, folder / "epoch_1.pt")
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Identity(), torch.nn.Identity(), torch.nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"does not fit the model: missing 3\.weight.*left over .*in 'state_dict'"):
+        fmn.from_checkpoints(folder, other, VAL, tmp_path / "run")
+
+
 def test_a_file_that_is_gone_is_named(folder, tmp_path):
     plain(folder, 3)
     run = fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
     (folder / "epoch_2.pt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"old/epoch_2\.pt: no such checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"old/epoch_2\.pt: no such checkpoint; if it moved, give from_check"):
         run.probabilities(VAL)[1]
     assert run.kept.history.epochs == (1, 3)
     assert fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run").history.epochs == (1, 2, 3)
