@@ -83,14 +83,18 @@ class Program:
             return traceback.format_exc()
 
     def losses(self, draw, share):
-        """Cut the power in a random share of the moments and modes, a third of it where no sync follows.
+        """Cut the power in a share of each job's moments and modes, a third of it where no sync follows.
 
-        Yields (job, what it had done, mode, fault or None).
+        The draw says which: every job has its share, whatever the draw. Yields (job, what it had done, mode, fault or
+        None).
         """
+        due = {job: draw.random() for job in crash_jobs.JOBS}
         with _quick():
             for disk, job, done, sync in self.moments():
-                for mode in MODES:
-                    if draw.random() < (share if sync else share / 3):
+                for mode in draw.sample(MODES, len(MODES)):
+                    due[job] += share if sync else share / 3
+                    if due[job] >= 1:
+                        due[job] -= 1
                         yield job, done, mode, self.check(disk, job, done, mode, draw)
 
 
