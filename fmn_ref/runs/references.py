@@ -52,7 +52,15 @@ def _is_stamp(found: Any) -> bool:
 
 def exists(path: Path) -> bool:
     """Tell whether a checkpoint is there: the file itself, or what it refers to."""
-    return path.exists() and (not is_reference(path) or Path(read_reference(path)["path"]).exists())
+    return path.exists() and (not is_reference(path) or _is_there(target_of(path), path))
+
+
+def _is_there(target: Path, reference: Path) -> bool:
+    """Tell whether what a reference refers to is there; an OSError, as of too long a path, names both."""
+    try:
+        return target.exists()
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; {reference} refers to it", str(target)) from error
 
 
 def target_of(path: Path) -> Path:
@@ -77,9 +85,11 @@ def check_unchanged(path: Path) -> Path:
         It is gone.
     ValueError
         Its size or its time changed.
+    OSError
+        The system refuses its path.
     """
     target = target_of(path)
-    if not target.exists():
+    if not _is_there(target, path):
         raise FileNotFoundError(f"{target}: no such checkpoint; {path} refers to it")
     _compare(path, target)
     return target
