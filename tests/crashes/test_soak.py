@@ -40,8 +40,9 @@ def test_in_a_short_soak_nothing_grows_and_no_number_is_wrong(soaked):
     # writes files while they are counted.
     sharp = tuple(f"{of}: {name}:" for of in ("killer", "user") for name in ("file_descriptors", "threads", "files"))
     assert [line for line in found["growth"] if line.startswith(sharp)] == []
+    assert found["rounds"] >= ROUNDS
     for act in ("fuse", "compare", "average", "record", "bring", "train", "report", "refuse"):
-        assert found["done"][act] == ROUNDS, act
+        assert found["done"][act] == found["rounds"], act
     assert found["jobs"]
     assert found["done"]["epochs of the long training"] > 0
 
@@ -52,7 +53,7 @@ def test_leaks_are_found(user):
 
     def leak():
         kept.append((user.folder / "recorded" / "run.json").open())
-        kept.append(np.ones(2**21, np.uint8))
+        kept.append(np.ones(2**23, np.uint8))
         kept.append([object() for _ in range(1000)])
         threading.Thread(target=end.wait).start()
         (user.folder / f".plan.json.{user.n:08x}.tmp").touch()

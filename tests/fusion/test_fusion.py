@@ -85,7 +85,7 @@ def exact_accuracy(current, candidate, m, labels, eps):
     return right / len(labels)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(epsilon_problems())
 def test_exact_epsilon_against_rational_arithmetic(problem):
     current, candidate, m, labels = problem

@@ -49,6 +49,7 @@ from fmn_ref.reporting.report import write_report
 from fmn_ref.runs import checkpoints
 
 ROUNDS = 8  # at least, so that a quarter has two
+LINES = 4  # of measurements of each other process, at least, so that a quarter has one
 QUANTITIES = ("resident_bytes", "python_blocks", "file_descriptors", "threads", "files", "disk_bytes")
 ALLOWED = {"resident_bytes": 2**22, "python_blocks": 1500, "disk_bytes": 2**14}  # a history has a number per epoch
 
@@ -253,14 +254,20 @@ def soak(root, seconds, seed):
             assert all(process.is_alive() for process in (killer, long))
             time.sleep(0.1)
         user, end = User(root), time.monotonic() + seconds
-        while time.monotonic() < end or user.n < ROUNDS:
+        while time.monotonic() < end or user.n < ROUNDS or fewest(root) < LINES:
             user.round()
-        assert all(process.is_alive() for process in (killer, long))
+            assert all(process.is_alive() for process in (killer, long))
     finally:
         (root / "stop").touch()
         long.kill(), long.join(), killer.join()
     user.act(user.stopped)
     return {"seconds": seconds, "seed": seed} | record(root, user)
+
+
+def fewest(root):
+    """Number of measurements of the process that has the fewest."""
+    logs = [root / f"{name}.jsonl" for name in ("killer", "long")]
+    return min(len(path.read_text().splitlines()) if path.exists() else 0 for path in logs)
 
 
 def record(root, user):

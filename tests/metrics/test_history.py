@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from folders import flip_bit, full_disk
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 from inputs import history_of
 
@@ -32,7 +32,7 @@ def path(tmp_path):
     return tmp_path / "history.fmnh"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(correct=st.tuples(st.integers(1, 20), st.integers(1, 1100)).flatmap(lambda s: arrays(bool, s)))
 def test_round_trip(tmp_path, correct):
     path = tmp_path / f"{np.random.default_rng().integers(2**60)}.fmnh"
@@ -308,15 +308,15 @@ def test_rows(path, on_disk):
 
 def test_appending_costs_no_more_after_many_epochs():
     """A tuple of all epochs, made anew by each append, took sixteen times as long after 100 000 of them."""
-    h = CorrectnessHistory(8)
-    for _ in range(20_000):
+    h, peaks = CorrectnessHistory(8), []
+    for n in range(20_005):
+        if n >= 20_000:
+            tracemalloc.start()
         h.append(CORRECT[0, :8])
-    tracemalloc.start()
-    try:
-        h.append(CORRECT[0, :8])
-        assert tracemalloc.get_traced_memory()[1] < 40_000
-    finally:
-        tracemalloc.stop()
+        if n >= 20_000:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert min(peaks) < 40_000  # at some appends a list finds a larger place
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

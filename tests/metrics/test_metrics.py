@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis.extra.numpy import arrays
 from inputs import BACKENDS, awkward, history_of
 
@@ -104,7 +104,6 @@ def added(kernel, shape, *args):
 matrices = st.tuples(st.integers(1, 9), st.integers(1, 70)).flatmap(lambda shape: arrays(bool, shape))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(correct=matrices, data=st.data())
 def test_identities(each_backend, correct, data):
     reference = data.draw(st.integers(-len(correct), len(correct) - 1))
@@ -121,7 +120,6 @@ def test_identities(each_backend, correct, data):
     np.testing.assert_array_equal(s.forgotten, ~np.isnan(s.last_correct) & (s.last_correct < len(correct) - 1))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(correct=matrices, data=st.data())
 def test_curves_of_disjoint_samples_add(each_backend, correct, data):
     n = correct.shape[1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fresh_process import python
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 from inputs import BACKENDS, history_of
 
@@ -285,7 +285,7 @@ def test_correctness_of_every_dtype(each_backend, rng, dtype):
             np.testing.assert_array_equal(fmn.correctness(form, labels), expected)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_view_gives_the_counts_of_the_definition(data, use_backend):
     """Every backend, on any strided view of any small matrix."""

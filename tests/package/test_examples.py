@@ -64,7 +64,7 @@ def run(*command, n_ranks=1):
     command = [sys.executable, *(launcher if n_ranks > 1 else []), *command] if command[0].suffix == ".py" else command
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     env = os.environ | {"OMP_NUM_THREADS": "1"} | (alone if n_ranks == 1 else {})
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600, check=False)
 
 
 def table(correct):

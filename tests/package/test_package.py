@@ -30,9 +30,10 @@ def test_importing_loads_neither_torch_nor_numba():
 
 
 def test_importing_is_fast():
-    """Under 60 ms of processor time above NumPy's own import, in the best of five processes."""
-    code = "import time, numpy; start = time.process_time(); import fmn_ref; print(time.process_time() - start)"
-    assert min(float(python(code)) for _ in range(5)) < 0.06
+    """It takes less than half of the processor time of NumPy's own import, in the best of five processes."""
+    code = "from time import process_time as now; start = now(); import numpy; middle = now(); import fmn_ref\n"
+    code += "print((now() - middle) / (middle - start))"
+    assert min(float(python(code)) for _ in range(5)) < 0.5
 
 
 def test_metric_fusion_plan_and_recorder_work_without_torch(tmp_path):

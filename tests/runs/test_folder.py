@@ -27,18 +27,19 @@ from fmn_ref.runs.lock import RunLock
 
 LABELS = [0, 1, 1]
 HOLD = """
-import sys, time, fmn_ref as fmn
+import sys, fmn_ref as fmn
 recorder = fmn.Recorder(sys.argv[1])
 recorder.record(0, [0, 1, 1], [0, 1, 1])
 print("recorded", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
 @contextlib.contextmanager
 def another_process(folder):
     """A process that has recorded epoch 0, and holds the folder's lock until it is killed."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], **pipes) as process:
         assert process.stdout.readline() == "recorded\n"
         yield process
         process.kill()

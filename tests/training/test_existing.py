@@ -170,16 +170,17 @@ def test_called_again_it_adds_what_is_new(folder, tmp_path, monkeypatch):
 
 
 PROGRAM = """
-import sys, time, torch, fmn_ref as fmn
+import pathlib, sys, time, torch, fmn_ref as fmn
 from networks import make_data, make_model
-class Slow(torch.nn.Module):
+class Waits(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.model = make_model()
     def forward(self, x):
-        time.sleep(0.05)
+        if pathlib.Path(sys.argv[3]).exists():
+            time.sleep(600)
         return self.model(x)
-fmn.from_checkpoints(sys.argv[1], Slow(), make_data()[1], sys.argv[2], keep_predictions=True)
+fmn.from_checkpoints(sys.argv[1], Waits(), make_data()[1], sys.argv[2], keep_predictions=True)
 """
 
 
@@ -196,9 +197,10 @@ def test_killed_it_resumes(folder, tmp_path):
     for epoch, (state, _) in enumerate(states(20), 1):
         torch.save({f"model.{name}": t for name, t in state.items()}, folder / f"epoch_{epoch}.pt")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, folder, tmp_path / "run"], env=environment)
-    history = tmp_path / "run" / "predictions" / "epoch_00004.npy"
-    while not history.exists() and process.poll() is None:
+    predictions = tmp_path / "run" / "predictions" / "epoch_00004.npy"  # with them it waits
+    command = [sys.executable, "-c", PROGRAM, folder, tmp_path / "run", predictions]
+    process = subprocess.Popen(command, env=environment)
+    while not predictions.exists() and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     process.wait()

@@ -194,8 +194,8 @@ def no_longer(x, calls=[0]):  # noqa: B006
     "augment",
     [
         lambda x: x + torch.from_numpy(np.random.rand(len(x), 1)).float(),  # noqa: NPY002
-        lambda x: x * random.random(),
-        lambda x: x[:, torch.from_numpy(np.random.default_rng().permutation(6))].int(),
+        lambda x: x + torch.tensor([random.random() for _ in range(6)]),
+        lambda x: (x + torch.from_numpy(np.random.default_rng().integers(100, size=x.shape))).int(),
         no_longer,
     ],
     ids=["NumPy", "Python", "a generator of its own", "state"],
