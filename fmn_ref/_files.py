@@ -243,7 +243,8 @@ def opened(path: AnyPath, flags: int = _NO_WAITING) -> IO[bytes]:
 def naming(path: AnyPath, what: str) -> Iterator[None]:
     """Turn any error into a ValueError of one line: the file's name, "not `what`", and the cause.
 
-    A MemoryError stays one, and says how much was needed. Warnings pass.
+    A MemoryError stays one, and says how much was needed. Warnings pass. That the file is gone, or that the process may
+    open no more files, is no damage: it stays an OSError.
     """
     try:
         yield
@@ -251,6 +252,11 @@ def naming(path: AnyPath, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         text, unmapped = cause(error), getattr(error, "errno", None) == errno.ENOMEM
+        for limit in (errno.EMFILE, errno.ENFILE):
+            if os.strerror(limit) in text:  # torch makes a RuntimeError of it
+                raise OSError(limit, os.strerror(limit), str(absolute(path))) from error
+        if _is_about(error, path) and not unmapped:
+            raise
         if unmapped or isinstance(error, MemoryError):
             needed = f"reading {os.path.getsize(absolute(path))} bytes needs more memory"
             raise MemoryError(f"{path}: {needed if unmapped or not str(error) else text}") from error
@@ -269,6 +275,12 @@ def reading(path: AnyPath, what: str) -> Iterator[IO[bytes]]:
     """
     with opened(path) as file, naming(path, what):
         yield file
+
+
+def _is_about(error: BaseException, path: AnyPath) -> bool:
+    """Tell whether the system names this file, or one below this folder, in an error."""
+    name = error.filename if isinstance(error, OSError) else None
+    return isinstance(name, (str, os.PathLike)) and absolute(name).is_relative_to(absolute(path))
 
 
 def cause(error: BaseException) -> str:

@@ -168,7 +168,7 @@ class CorrectnessHistory:
         if n == 0:
             return np.zeros((0, self._record_size), np.uint8)
         assert self.path is not None
-        with _files.opened(self.path) as file:
+        with _files.reading(self.path, "a readable history") as file:
             if _state(file.fileno())[1:] != self._state[1:]:
                 raise ValueError(
                     f"{self.path}: another process discarded epochs since it was opened here; open it again"

@@ -19,6 +19,7 @@ import pytest
 from crash_jobs import EPOCHS, JOBS, LABELS, record
 from folders import contents
 from kill_runs import final_files, identical
+from networks import make_data, make_model
 from resumable import File
 from training_runs import fresh, same_weights, trained
 
@@ -164,33 +165,60 @@ def test_a_write_that_is_cut_short_tells_the_cause(tmp_path):
     assert fmn.CorrectnessHistory.open(tmp_path / "a").correct().sum(1).tolist() == [600, 0]
 
 
-def no_more_files():
+def files_left(n):
+    """Let this process open n more files at most."""
     gc.collect()  # what is collected later could free a descriptor
-    free = os.dup(0)
-    os.close(free)
-    return limited(resource.RLIMIT_NOFILE, free)
+    free = [os.dup(0) for _ in range(n + 1)]
+    for descriptor in free:
+        os.close(descriptor)
+    return limited(resource.RLIMIT_NOFILE, max(free))
+
+
+def error_of(call):
+    """Number and file of the OSError of a call, whose lock is released; or None."""
+    found = None
+    try:
+        call()
+    except OSError as error:
+        found = error.errno, str(error.filename)
+    gc.collect()
+    return found
 
 
 def test_without_file_descriptors_nothing_is_taken_for_damage(tmp_path):
-    run = trained(tmp_path / "run", 3)
+    """With no descriptor, with one, and so on, until the call has enough."""
+    run, (_, val, _) = trained(tmp_path / "run", 3), make_data()
     recorder = fmn.Recorder(tmp_path / "mine")
     recorder.record(0, LABELS, LABELS)
-    before = contents(tmp_path)
+    mean, source, quiet = tmp_path / "mean", run.folder.checkpoints, {"progress": False}
+    fmn.from_checkpoints(source, make_model(), val, tmp_path / "kept", keep_predictions=True, **quiet)
+    kept = fmn.Run.open(tmp_path / "kept", make_model())
+    kept.probabilities(val)[0]  # this and the next load what is loaded late
+    fmn.average_checkpoints(run, {1: 0.5, 2: 0.5}, tmp_path / "first", **quiet)
+    before, fewest = contents(tmp_path), {}
     calls = {
         "history": lambda: run.history.correct(),
         "open": lambda: fmn.Run.open(tmp_path / "run"),
+        "predictions": lambda: kept.probabilities(val)[1],
+        "resume": lambda: trained(tmp_path / "run", 3),
         "record": lambda: recorder.record(1, LABELS, LABELS),
-        "train": lambda: trained(tmp_path / "run", 3),
-        "claim": lambda: fmn.Recorder(tmp_path / "new"),
+        "average": lambda: fmn.average_checkpoints(run, {1: 0.5, 2: 0.5}, mean, **quiet),
+        "import": lambda: fmn.from_checkpoints(source, make_model(), val, tmp_path / "new", **quiet),
     }
     for name, call in calls.items():
-        with no_more_files(), pytest.raises(OSError, match="Too many open files") as caught:
-            call()
-        assert caught.value.errno == errno.EMFILE, name
-        assert str(caught.value.filename).startswith(str(tmp_path)), name
-    assert contents(tmp_path) == before
-    recorder.record(1, LABELS, LABELS)
+        for fewest[name] in range(12):
+            with files_left(fewest[name]):
+                error = error_of(call)
+            if error is None:
+                break
+            assert error[0] == errno.EMFILE, name
+            assert error[1].startswith(str(tmp_path)), name
+            assert name == "import" or contents(tmp_path) == before, name  # an import goes on where it ended
+        before = contents(tmp_path)
+    assert min(fewest.values()) > 0
+    assert max(fewest.values()) < 11
     assert same_weights(trained(tmp_path / "run", 3).model, run.model)
+    np.testing.assert_array_equal(fmn.Run.open(tmp_path / "new").history.correct(), run.history.correct())
 
 
 MEMORY = """

@@ -232,6 +232,15 @@ class TestReading:
         with fault, _files.reading(tmp_path / "a", "a poem"):
             raise error
 
+    def test_a_file_that_is_gone_is_not_taken_for_damage(self, tmp_path):
+        """It may go between two looks at it. Another file that lacks is the fault of this one."""
+        (tmp_path / "a").write_text("b")
+        with pytest.raises(ValueError, match="/a: not a poem"), _files.reading(tmp_path / "a", "a poem"):
+            (tmp_path / "b").stat()
+        with pytest.raises(FileNotFoundError, match=r"/a'$"), _files.reading(tmp_path / "a", "a poem"):  # noqa: PT012
+            (tmp_path / "a").unlink()
+            (tmp_path / "a").stat()
+
     @pytest.mark.parametrize(
         ("text", "words"), [("", "reading 1 bytes needs more memory"), ("allocate 3 GiB", "3 GiB")]
     )
