@@ -184,7 +184,7 @@ def test_two_processes_give_the_history_of_one(scores, tmp_path):
     for p in both:
         p.start()
     for p in both:
-        p.join(200)
+        p.join(600)
         assert p.exitcode == 0
     one = ForgetFraction()
     for p in probs[:3]:

@@ -698,8 +698,6 @@ class Browser:
         os.close(its_in)
         os.close(its_out)
         self.commands, self.answers = os.fdopen(commands, "wb", buffering=0), os.fdopen(answers, "rb")
-        self.watchdog = threading.Timer(300, self.process.kill)  # a browser that hangs fails the test
-        self.watchdog.start()
         self.n, self.session = 0, {}
 
     def open_tab(self):
@@ -716,13 +714,20 @@ class Browser:
         return answer["result"]
 
     def message(self):
-        return json.loads(b"".join(iter(lambda: self.answers.read(1) or b"\0", b"\0")))
+        watchdog = threading.Timer(300, self.process.kill)  # a browser that hangs fails the test
+        watchdog.start()
+        try:
+            return json.loads(b"".join(iter(lambda: self.answers.read(1) or b"\0", b"\0")))
+        finally:
+            watchdog.cancel()
 
     def show(self, path, width, height, scheme):
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
         self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self("Page.navigate", url=path.as_uri())
+        end = time.monotonic() + 300
         while self.ask("location.href + document.readyState") != path.as_uri() + "complete":
+            assert time.monotonic() < end, f"{path} is not loaded"
             time.sleep(0.02)
 
     def ask(self, expression):
@@ -737,7 +742,6 @@ class Browser:
         self.answers.close()
         with contextlib.suppress(subprocess.TimeoutExpired):  # on a busy machine
             self.process.wait(30)
-        self.watchdog.cancel()
         self.process.kill()
         self.process.wait()
 
