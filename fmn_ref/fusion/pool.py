@@ -3,27 +3,33 @@
     p(k | x)  proportional to  exp( sum_e w_e log p_e(k | x) ),   w_e >= 0
 
 The weights maximise the likelihood of the labels under a Gaussian prior around the final model: a convex problem with
-one unknown per epoch. Sums run in one fixed order and no product calls BLAS, so the weights do not depend on the number
-of threads.
+one unknown per epoch. Threads share out blocks of samples and rows of the Hessian. Sums run in one fixed order and no
+product calls BLAS, so the weights do not depend on the number of threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .._check import Array, Float, Int
+from ..kernels.backend import kernels
 from .mixtures import floored_log, softmax
 
 TOLERANCE = 1e-8  # largest distance of the objective from its minimum
 SHRINKAGE = 3.0  # precision of the prior, see `pool_weights`
 _RIDGE = 1e-8  # smallest curvature; it bounds the weights of an epoch that is right on every sample
 _BLOCK = 16384  # probabilities of one epoch that are processed together: 128 KiB of logarithms
+_BUFFERS = 1 << 22  # logarithms that several threads hold together: 32 MiB
+_LEAST = 1 << 20  # multiplications for which a thread is started: half a millisecond to two
 _COARSE = 50_000  # probabilities of one epoch from which the Hessian is estimated
 _NEW_EPOCHS = 64  # epochs that join the working set in one round
 _ROUNDS = 50
+_Result = TypeVar("_Result")
 
 
 def pool_weights(
@@ -98,6 +104,7 @@ class _Objective:
         self.probs, self.labels, self.weight, self.rows, self.ridge = probs, labels, weight, rows, ridge
         self.n_classes = probs[0].shape[1]
         self.whole = len(rows) == rows[-1] - rows[0] + 1
+        self.block_size = max(_BLOCK, self.n_classes)
         self.coarse = self
         self.buffer = np.empty(0)  # for logarithms: allocating them anew costs more than computing them
         enough = max(500, _COARSE // self.n_classes)
@@ -112,45 +119,62 @@ class _Objective:
             rows = self.rows[start : start + step]
             yield slice(start, start + len(rows)), slice(rows[0], rows[-1] + 1) if self.whole else rows
 
-    def fused(self, w: Float, epochs: Int, index: Any) -> tuple[Float, Float, Float]:
+    def buffers(self, n: int, size: int) -> Float:
+        """(n, size): room for the logarithms of n blocks."""
+        if len(self.buffer) < n * size:
+            self.buffer = np.empty(n * size)
+        return self.buffer[: n * size].reshape(n, size)
+
+    def fused(self, w: Float, epochs: Int, index: Any, buffer: Float) -> tuple[Float, Float, Float]:
         """Log-probabilities (n_epochs, samples * n_classes), the pool's probabilities and their logarithms."""
         parts = [self.probs[epoch][index] for epoch in epochs]
-        needed = len(parts) * parts[0].size
-        if len(self.buffer) < needed:
-            self.buffer = np.empty(needed)
-        logs = self.buffer[:needed].reshape(len(parts), -1)
+        logs = buffer[: len(parts) * parts[0].size].reshape(len(parts), -1)
         for p, log in zip(parts, logs, strict=True):
             floored_log(p, log)
         return logs, *softmax(np.einsum("e,ej->j", w[epochs], logs).reshape(-1, self.n_classes))
 
     def __call__(self, w: Float, epochs: Int) -> tuple[float, Float]:
         """Value and gradient with respect to the weights of `epochs`; all others are 0."""
+        members, blocks = np.flatnonzero(w) if w.any() else epochs[:1], [*self.blocks()]
+        n_logs = len(members) * self.block_size
+        work = len(self.rows) * self.n_classes * (len(members) + len(epochs))
+        n_threads = _n_threads(work, min(len(blocks), _BUFFERS // n_logs))
+        buffers = self.buffers(n_threads, n_logs)
+
+        def of_block(i: int, thread: int) -> tuple[float, Float]:
+            return self._of_block(w, members, epochs, *blocks[i], buffers[thread])
+
         value, gradient = 0.0, np.zeros(len(epochs))
-        members = np.flatnonzero(w) if w.any() else epochs[:1]
-        for part, index in self.blocks():
-            logs, q, log_q = self.fused(w, members, index)
-            of_label = np.arange(len(q)), self.labels[part]
-            value -= float((log_q[of_label] * self.weight[part]).sum())
-            q[of_label] -= 1
-            residual = (q * self.weight[part, None]).reshape(-1)
-            known, scratch = dict(zip(members, logs, strict=True)), np.empty(len(residual))
-            for i, epoch in enumerate(epochs):  # one at a time: its logarithms are still in the cache
-                log = known[epoch] if epoch in known else floored_log(self.probs[epoch][index], scratch)
-                gradient[i] += np.einsum("j,j->", log, residual)
+        for log_likelihood, slope in _in_order(of_block, len(blocks), n_threads):
+            value -= log_likelihood
+            gradient += slope
         shift = w.copy()
         shift[-1] -= 1
         return value + self.ridge / 2 * float((shift * shift).sum()), gradient + self.ridge * shift[epochs]
 
+    def _of_block(
+        self, w: Float, members: Int, epochs: Int, part: slice, index: Any, buffer: Float
+    ) -> tuple[float, Float]:
+        """Log-likelihood of a block of samples, and minus its gradient."""
+        logs, q, log_q = self.fused(w, members, index, buffer)
+        of_label = np.arange(len(q)), self.labels[part]
+        log_likelihood = float((log_q[of_label] * self.weight[part]).sum())
+        q[of_label] -= 1
+        residual = (q * self.weight[part, None]).reshape(-1)
+        known, scratch, slope = dict(zip(members, logs, strict=True)), np.empty(len(residual)), np.empty(len(epochs))
+        for i, epoch in enumerate(epochs):  # one at a time: its logarithms are still in the cache
+            log = known[epoch] if epoch in known else floored_log(self.probs[epoch][index], scratch)
+            slope[i] = np.einsum("j,j->", log, residual)
+        return log_likelihood, slope
+
     def hessian(self, w: Float, epochs: Int) -> Float:
         """(n_epochs, n_epochs): the covariance of the log-probabilities under the pool."""
-        h = np.zeros((len(epochs), len(epochs)))
+        h, buffer = np.zeros((len(epochs), len(epochs))), self.buffers(1, len(epochs) * self.block_size)[0]
         for part, index in self.blocks():
-            logs, q, _ = self.fused(w, epochs, index)
+            logs, q, _ = self.fused(w, epochs, index, buffer)
             logs = logs.reshape(len(epochs), *q.shape)
-            centred = (logs - np.einsum("ejk,jk->ej", logs, q)[:, :, None]).reshape(len(epochs), -1)
-            weighted = centred * (q * self.weight[part, None]).reshape(-1)
-            for i in range(len(epochs)):
-                h[i, : i + 1] += np.einsum("ej,j->e", weighted[: i + 1], centred[i])
+            logs -= np.einsum("ejk,jk->ej", logs, q)[:, :, None]
+            _add_products(h, logs.reshape(len(epochs), -1), (q * self.weight[part, None]).reshape(-1))
         return np.asarray(h + np.tril(h, -1).T + self.ridge * np.eye(len(h)))
 
     def gap(self, w: Float, gradient: Float) -> float:
@@ -161,6 +185,38 @@ class _Objective:
         """
         d = np.maximum(-gradient / self.ridge, -w)
         return -float((gradient * d + self.ridge / 2 * d * d).sum())
+
+
+def _n_threads(size: int, most: int) -> int:
+    """Threads that share out `size` multiplications."""
+    return max(1, min(kernels().threads(), size // _LEAST, most))
+
+
+def _in_order(work: Callable[[int, int], _Result], n_items: int, n_threads: int) -> list[_Result]:
+    """Return [work(0, thread), work(1, thread), ...]; `thread`, from 0, is the one that calls.
+
+    The threads end with the call. Where the system gives none, one thread does it all.
+    """
+
+    def share(thread: int) -> list[_Result]:
+        return [work(i, thread) for i in range(thread, n_items, n_threads)]
+
+    if n_threads > 1:
+        with suppress(RuntimeError), ThreadPoolExecutor(n_threads) as executor:
+            shares = list(executor.map(share, range(n_threads)))
+            return [shares[i % n_threads][i // n_threads] for i in range(n_items)]
+    return [work(i, 0) for i in range(n_items)]
+
+
+def _add_products(h: Float, a: Float, weight: Float) -> None:
+    """Add a diag(weight) a' to the lower triangle of h."""
+    weighted, n = a * weight, len(a)
+
+    def row(i: int, thread: int) -> Float:
+        return np.asarray(np.einsum("ej,j->e", weighted[: i + 1], a[i]))
+
+    for i, products in enumerate(_in_order(row, n, _n_threads(n * n // 2 * len(weight), n))):
+        h[i, : i + 1] += products
 
 
 def _minimise(objective: _Objective, w: Float, tolerance: float = TOLERANCE, rounds: int = _ROUNDS) -> Float:
