@@ -9,27 +9,24 @@ product calls BLAS, so the weights do not depend on the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from .._check import Array, Float, Int
-from ..kernels.backend import kernels
+from ..kernels.threads import in_order, n_threads_for
 from .mixtures import floored_log, softmax
 
 TOLERANCE = 1e-8  # largest distance of the objective from its minimum
 SHRINKAGE = 3.0  # precision of the prior, see `pool_weights`
 _RIDGE = 1e-8  # smallest curvature; it bounds the weights of an epoch that is right on every sample
 _BLOCK = 16384  # probabilities of one epoch that are processed together: 128 KiB of logarithms
-_BUFFERS = 1 << 22  # logarithms that several threads hold together: 32 MiB
-_LEAST = 1 << 20  # multiplications for which a thread is started: half a millisecond to two
+_CHUNK = 8  # blocks of a thread's turn: threads hinder each other in calls of NumPy under 0.1 ms
+_BUFFERS = 320  # blocks of logarithms that all threads hold together: 40 MiB
 _COARSE = 50_000  # probabilities of one epoch from which the Hessian is estimated
 _NEW_EPOCHS = 64  # epochs that join the working set in one round
 _ROUNDS = 50
-_Result = TypeVar("_Result")
 
 
 def pool_weights(
@@ -104,7 +101,7 @@ class _Objective:
         self.probs, self.labels, self.weight, self.rows, self.ridge = probs, labels, weight, rows, ridge
         self.n_classes = probs[0].shape[1]
         self.whole = len(rows) == rows[-1] - rows[0] + 1
-        self.block_size = max(_BLOCK, self.n_classes)
+        self.step = max(1, _BLOCK // self.n_classes)  # samples of a block
         self.coarse = self
         self.buffer = np.empty(0)  # for logarithms: allocating them anew costs more than computing them
         enough = max(500, _COARSE // self.n_classes)
@@ -112,66 +109,76 @@ class _Objective:
             few = slice(None, None, len(rows) // enough)
             self.coarse = _Objective(probs, labels[few], weight[few] / weight[few].sum(), rows[few], ridge)
 
-    def blocks(self) -> Iterator[tuple[slice, Any]]:
-        """Samples to process together, and their index into the rows of `probs`."""
-        step = max(1, _BLOCK // self.n_classes)
-        for start in range(0, len(self.rows), step):
-            rows = self.rows[start : start + step]
-            yield slice(start, start + len(rows)), slice(rows[0], rows[-1] + 1) if self.whole else rows
+    def chunks(self, n_blocks: int) -> list[slice]:
+        """Samples to process together: a number of blocks. The last block is alone if it is smaller."""
+        n, full = len(self.rows), len(self.rows) // self.step * self.step
+        return [slice(a, b) for a, b in pairwise([*range(0, full, n_blocks * self.step), full, n]) if a < b]
 
-    def buffers(self, n: int, size: int) -> Float:
-        """(n, size): room for the logarithms of n blocks."""
-        if len(self.buffer) < n * size:
-            self.buffer = np.empty(n * size)
-        return self.buffer[: n * size].reshape(n, size)
+    def buffers(self, n: int, n_blocks: int) -> Float:
+        """(n, ...): room for the logarithms of a number of blocks, for each of n threads."""
+        needed = n * n_blocks * self.step * self.n_classes
+        if len(self.buffer) < needed:
+            self.buffer = np.empty(needed)
+        return self.buffer[:needed].reshape(n, -1)
 
-    def fused(self, w: Float, epochs: Int, index: Any, buffer: Float) -> tuple[Float, Float, Float]:
-        """Log-probabilities (n_epochs, samples * n_classes), the pool's probabilities and their logarithms."""
-        parts = [self.probs[epoch][index] for epoch in epochs]
-        logs = buffer[: len(parts) * parts[0].size].reshape(len(parts), -1)
-        for p, log in zip(parts, logs, strict=True):
-            floored_log(p, log)
-        return logs, *softmax(np.einsum("e,ej->j", w[epochs], logs).reshape(-1, self.n_classes))
+    def logs(self, epochs: Int, part: slice, buffer: Float) -> Float:
+        """Log-probabilities (n_epochs, samples * n_classes), in the buffer."""
+        rows = self.rows[part]
+        index = slice(rows[0], rows[-1] + 1) if self.whole else rows
+        logs = buffer[: len(epochs) * len(rows) * self.n_classes].reshape(len(epochs), -1)
+        for epoch, log in zip(epochs, logs, strict=True):
+            floored_log(self.probs[epoch][index], log)
+        return logs
+
+    def fused(self, w: Float, logs: Float) -> tuple[Float, Float]:
+        """The pool's probabilities (samples, n_classes) and their logarithms."""
+        return softmax(np.einsum("e,ej->j", w, logs).reshape(-1, self.n_classes))
 
     def __call__(self, w: Float, epochs: Int) -> tuple[float, Float]:
         """Value and gradient with respect to the weights of `epochs`; all others are 0."""
-        members, blocks = np.flatnonzero(w) if w.any() else epochs[:1], [*self.blocks()]
-        n_logs = len(members) * self.block_size
+        members, chunks = np.flatnonzero(w) if w.any() else epochs[:1], self.chunks(_CHUNK)
+        others, n_logs = np.setdiff1d(epochs, members), max(len(members), _CHUNK)
         work = len(self.rows) * self.n_classes * (len(members) + len(epochs))
-        n_threads = _n_threads(work, min(len(blocks), _BUFFERS // n_logs))
+        n_threads = n_threads_for(work, min(len(self.rows) // (_CHUNK * self.step), _BUFFERS // n_logs))
         buffers = self.buffers(n_threads, n_logs)
 
-        def of_block(i: int, thread: int) -> tuple[float, Float]:
-            return self._of_block(w, members, epochs, *blocks[i], buffers[thread])
+        def of_chunk(i: int, thread: int) -> list[tuple[float, Float]]:
+            return self._of_chunk(w, members, others, chunks[i], buffers[thread])
 
-        value, gradient = 0.0, np.zeros(len(epochs))
-        for log_likelihood, slope in _in_order(of_block, len(blocks), n_threads):
-            value -= log_likelihood
-            gradient += slope
+        value, slope = 0.0, np.zeros(len(w))
+        for blocks in in_order(of_chunk, len(chunks), n_threads):
+            for log_likelihood, added in blocks:
+                value -= log_likelihood
+                slope += added
         shift = w.copy()
         shift[-1] -= 1
-        return value + self.ridge / 2 * float((shift * shift).sum()), gradient + self.ridge * shift[epochs]
+        return value + self.ridge / 2 * float((shift * shift).sum()), slope[epochs] + self.ridge * shift[epochs]
 
-    def _of_block(
-        self, w: Float, members: Int, epochs: Int, part: slice, index: Any, buffer: Float
-    ) -> tuple[float, Float]:
-        """Log-likelihood of a block of samples, and minus its gradient."""
-        logs, q, log_q = self.fused(w, members, index, buffer)
-        of_label = np.arange(len(q)), self.labels[part]
-        log_likelihood = float((log_q[of_label] * self.weight[part]).sum())
-        q[of_label] -= 1
-        residual = (q * self.weight[part, None]).reshape(-1)
-        known, scratch, slope = dict(zip(members, logs, strict=True)), np.empty(len(residual)), np.empty(len(epochs))
-        for i, epoch in enumerate(epochs):  # one at a time: its logarithms are still in the cache
-            log = known[epoch] if epoch in known else floored_log(self.probs[epoch][index], scratch)
-            slope[i] = np.einsum("j,j->", log, residual)
-        return log_likelihood, slope
+    def _of_chunk(self, w: Float, members: Int, others: Int, chunk: slice, buffer: Float) -> list[tuple[float, Float]]:
+        """Log-likelihood of each block and minus its gradient (n_epochs,), 0 for epochs not asked for."""
+        starts = range(chunk.start, chunk.stop, self.step)
+        slopes, log_likelihoods, residuals = np.zeros((len(starts), len(w))), [], []
+        for slope, start in zip(slopes, starts, strict=True):
+            part = slice(start, min(start + self.step, chunk.stop))
+            logs = self.logs(members, part, buffer)
+            q, log_q = self.fused(w[members], logs)
+            of_label = np.arange(len(q)), self.labels[part]
+            log_likelihoods.append(float((log_q[of_label] * self.weight[part]).sum()))
+            q[of_label] -= 1
+            residuals.append((q * self.weight[part, None]).reshape(-1))
+            slope[members] = _products("ej,j->e", logs, residuals[-1])
+        residual = np.stack(residuals)
+        for epoch in others:  # one at a time: its logarithms are still in the cache
+            logs = self.logs(np.array([epoch]), chunk, buffer).reshape(residual.shape)
+            slopes[:, epoch] = _products("bj,bj->b", logs, residual)
+        return list(zip(log_likelihoods, slopes, strict=True))
 
     def hessian(self, w: Float, epochs: Int) -> Float:
         """(n_epochs, n_epochs): the covariance of the log-probabilities under the pool."""
-        h, buffer = np.zeros((len(epochs), len(epochs))), self.buffers(1, len(epochs) * self.block_size)[0]
-        for part, index in self.blocks():
-            logs, q, _ = self.fused(w, epochs, index, buffer)
+        h, buffer = np.zeros((len(epochs), len(epochs))), self.buffers(1, len(epochs))[0]
+        for part in self.chunks(1):
+            logs = self.logs(epochs, part, buffer)
+            q, _ = self.fused(w[epochs], logs)
             logs = logs.reshape(len(epochs), *q.shape)
             logs -= np.einsum("ejk,jk->ej", logs, q)[:, :, None]
             _add_products(h, logs.reshape(len(epochs), -1), (q * self.weight[part, None]).reshape(-1))
@@ -187,25 +194,10 @@ class _Objective:
         return -float((gradient * d + self.ridge / 2 * d * d).sum())
 
 
-def _n_threads(size: int, most: int) -> int:
-    """Threads that share out `size` multiplications."""
-    return max(1, min(kernels().threads(), size // _LEAST, most))
-
-
-def _in_order(work: Callable[[int, int], _Result], n_items: int, n_threads: int) -> list[_Result]:
-    """Return [work(0, thread), work(1, thread), ...]; `thread`, from 0, is the one that calls.
-
-    The threads end with the call. Where the system gives none, one thread does it all.
-    """
-
-    def share(thread: int) -> list[_Result]:
-        return [work(i, thread) for i in range(thread, n_items, n_threads)]
-
-    if n_threads > 1:
-        with suppress(RuntimeError), ThreadPoolExecutor(n_threads) as executor:
-            shares = list(executor.map(share, range(n_threads)))
-            return [shares[i % n_threads][i // n_threads] for i in range(n_items)]
-    return [work(i, 0) for i in range(n_items)]
+def _products(subscripts: str, a: Float, b: Float) -> Float:
+    """Products of rows of a with b. 8192 columns are added at a time: NumPy does so with single rows."""
+    columns = [slice(start, start + 8192) for start in range(0, b.shape[-1], 8192)]
+    return np.asarray(sum(np.einsum(subscripts, a[:, c], b[..., c]) for c in columns))
 
 
 def _add_products(h: Float, a: Float, weight: Float) -> None:
@@ -215,7 +207,7 @@ def _add_products(h: Float, a: Float, weight: Float) -> None:
     def row(i: int, thread: int) -> Float:
         return np.asarray(np.einsum("ej,j->e", weighted[: i + 1], a[i]))
 
-    for i, products in enumerate(_in_order(row, n, _n_threads(n * n // 2 * len(weight), n))):
+    for i, products in enumerate(in_order(row, n, n_threads_for(n * n // 2 * len(weight), n))):
         h[i, : i + 1] += products
 
 
