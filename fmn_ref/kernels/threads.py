@@ -21,8 +21,8 @@ def n_threads_for(size: int, most: int) -> int:
 def in_order(work: Callable[[int, int], _Result], n_items: int, n_threads: int) -> list[_Result]:
     """Return [work(0, thread), work(1, thread), ...], where `thread` is the number of the calling one, from 0.
 
-    The order is that of the items, for any number of threads. The threads end with the call. Where the system gives
-    none, the caller does all.
+    The order is that of the items, for any number of threads. The threads end with the call. If one fails, or the
+    system gives none, the caller does all: so the error that it raises is that of the first item that fails.
 
     Examples
     --------
@@ -34,7 +34,7 @@ def in_order(work: Callable[[int, int], _Result], n_items: int, n_threads: int) 
         return [work(item, thread) for item in range(thread, n_items, n_threads)]
 
     if n_threads > 1:
-        with suppress(RuntimeError), ThreadPoolExecutor(n_threads) as executor:
+        with suppress(Exception), ThreadPoolExecutor(n_threads) as executor:
             shares = list(executor.map(share, range(n_threads)))
             return [shares[item % n_threads][item // n_threads] for item in range(n_items)]
     return [work(item, 0) for item in range(n_items)]
