@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -121,13 +122,18 @@ class _Objective:
             self.buffer = np.empty(needed)
         return self.buffer[:needed].reshape(n, -1)
 
+    def index(self, part: slice) -> Any:
+        """Index of samples into the rows of `probs`."""
+        rows = self.rows[part]
+        return slice(rows[0], rows[-1] + 1) if self.whole else rows
+
     def logs(self, epochs: Int, part: slice, buffer: Float) -> Float:
         """Log-probabilities (n_epochs, samples * n_classes), in the buffer."""
-        rows = self.rows[part]
-        index = slice(rows[0], rows[-1] + 1) if self.whole else rows
-        logs = buffer[: len(epochs) * len(rows) * self.n_classes].reshape(len(epochs), -1)
-        for epoch, log in zip(epochs, logs, strict=True):
-            floored_log(self.probs[epoch][index], log)
+        index = self.index(part)
+        parts = [self.probs[epoch][index] for epoch in epochs]
+        logs = buffer[: len(parts) * parts[0].size].reshape(len(parts), -1)
+        for p, log in zip(parts, logs, strict=True):
+            floored_log(p, log)
         return logs
 
     def fused(self, w: Float, logs: Float) -> tuple[Float, Float]:
@@ -137,7 +143,9 @@ class _Objective:
     def __call__(self, w: Float, epochs: Int) -> tuple[float, Float]:
         """Value and gradient with respect to the weights of `epochs`; all others are 0."""
         members, chunks = np.flatnonzero(w) if w.any() else epochs[:1], self.chunks(_CHUNK)
-        others, n_logs = np.setdiff1d(epochs, members), max(len(members), _CHUNK)
+        other, n_logs = np.ones(len(w), bool), max(len(members), _CHUNK)
+        other[members] = False
+        others = epochs[other[epochs]]
         work = len(self.rows) * self.n_classes * (len(members) + len(epochs))
         n_threads = n_threads_for(work, min(len(self.rows) // (_CHUNK * self.step), _BUFFERS // n_logs))
         buffers = self.buffers(n_threads, n_logs)
@@ -156,7 +164,7 @@ class _Objective:
 
     def _of_chunk(self, w: Float, members: Int, others: Int, chunk: slice, buffer: Float) -> list[tuple[float, Float]]:
         """Log-likelihood of each block and minus its gradient (n_epochs,), 0 for epochs not asked for."""
-        starts = range(chunk.start, chunk.stop, self.step)
+        starts, index = range(chunk.start, chunk.stop, self.step), self.index(chunk)
         slopes, log_likelihoods, residuals = np.zeros((len(starts), len(w))), [], []
         for slope, start in zip(slopes, starts, strict=True):
             part = slice(start, min(start + self.step, chunk.stop))
@@ -166,11 +174,12 @@ class _Objective:
             log_likelihoods.append(float((log_q[of_label] * self.weight[part]).sum()))
             q[of_label] -= 1
             residuals.append((q * self.weight[part, None]).reshape(-1))
-            slope[members] = _products("ej,j->e", logs, residuals[-1])
-        residual = np.stack(residuals)
+            slope[members] = sum(np.einsum("ej,j->e", logs[:, c], r) for c, r in _columns(residuals[-1]))
+        columns = _columns(np.stack(residuals))
         for epoch in others:  # one at a time: its logarithms are still in the cache
-            logs = self.logs(np.array([epoch]), chunk, buffer).reshape(residual.shape)
-            slopes[:, epoch] = _products("bj,bj->b", logs, residual)
+            p = self.probs[epoch][index]
+            log = floored_log(p, buffer[: p.size]).reshape(len(starts), -1)
+            slopes[:, epoch] = sum(np.einsum("bj,bj->b", log[:, c], r) for c, r in columns)
         return list(zip(log_likelihoods, slopes, strict=True))
 
     def hessian(self, w: Float, epochs: Int) -> Float:
@@ -194,10 +203,10 @@ class _Objective:
         return -float((gradient * d + self.ridge / 2 * d * d).sum())
 
 
-def _products(subscripts: str, a: Float, b: Float) -> Float:
-    """Products of rows of a with b. 8192 columns are added at a time: NumPy does so with single rows."""
-    columns = [slice(start, start + 8192) for start in range(0, b.shape[-1], 8192)]
-    return np.asarray(sum(np.einsum(subscripts, a[:, c], b[..., c]) for c in columns))
+def _columns(x: Float) -> list[tuple[slice, Float]]:
+    """Columns, and x there, whose products NumPy adds at once: 8192, as of one row alone."""
+    parts = [slice(start, start + 8192) for start in range(0, x.shape[-1], 8192)]
+    return [(part, x[..., part]) for part in parts]
 
 
 def _add_products(h: Float, a: Float, weight: Float) -> None:
