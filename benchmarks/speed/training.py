@@ -24,6 +24,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,6 +32,7 @@ import fmn_ref as fmn
 from fmn_ref.reporting.tables import mean_and_error
 from fmn_ref.training import engine
 from fmn_ref.training.data import Batches, device_of, predict
+from fmn_ref.training.memory_format import set_channels_last
 
 from ..common import check_device, device_name, in_new_process, machine, peak_kib, write_result
 from ..experiments.datasets import Split
@@ -143,6 +145,7 @@ def time_evaluation(s: Setting, root: str | None, repetitions: int) -> dict[str,
         run, plan = nine_checkpoints(s, split, folder)
         ways: dict[str, Callable[[], Any]] = {
             "plain loop": partial(plain_loop.evaluate, s, run, split.test),
+            "forward passes alone": forward_passes(s, run, split.test[0]),
             "run.probabilities": lambda: np.stack(run.probabilities(split.test)[:]),
             "FusedModel": lambda: predict(fmn.FusedModel(plan, run), split.test)[0].cpu().numpy(),
         }
@@ -151,6 +154,20 @@ def time_evaluation(s: Setting, root: str | None, repetitions: int) -> dict[str,
     took = {name: [seconds[name] for seconds in rounds] for name in ways}
     rates = {name: relative(times, took["plain loop"]) for name, times in took.items()}
     return {**s._asdict(), "seconds": took, "relative": rates}
+
+
+def forward_passes(s: Setting, run: fmn.Run, images: Tensor) -> Callable[[], NDArray[np.float32]]:
+    """Load all networks and images; return what then predicts with all of them, in channels_last: a lower bound."""
+    nets = [fmn.checkpoints.load_into(s.make_model(), path).eval() for path in run.checkpoints]
+    for net in nets:
+        set_channels_last(net)
+    batches = [x.to(s.device).contiguous(memory_format=torch.channels_last) for x in torch.split(images, 256)]
+
+    @torch.inference_mode()
+    def predict_all() -> NDArray[np.float32]:
+        return torch.stack([torch.cat([net(x).softmax(1) for x in batches]) for net in nets]).cpu().numpy()
+
+    return predict_all
 
 
 def compare_predictions(ways: dict[str, Callable[[], Any]], tolerance: float) -> None:

@@ -41,7 +41,8 @@ def expected_gain(correct: Any) -> tuple[float, float]:
     Returns
     -------
     gain, error : float, float
-        As shares of the samples. The rule is linear and was fitted on image classifiers (docs/results.md): a hint.
+        As shares of the samples. The rule is linear and was fitted on image classifiers (Results in the documentation
+        says how): a hint.
 
     Examples
     --------

@@ -15,7 +15,6 @@ import numpy as np
 
 from .. import _check
 from .._check import Bool, Float, Int
-from ..metrics.curves import correctness
 from ..metrics.history import NO_LABELS, CorrectnessHistory, labels_digest
 from ..metrics.scores import FLOOR
 from .epsilon import SEARCHES, Target, grid_of
@@ -143,7 +142,7 @@ def _number_of_folds(folds: Any, method: str, reader: ProbabilityReader, n_sampl
 def _correctness_of(reader: ProbabilityReader, correct: Any, y: Int, final: Float) -> Bool:
     """Correctness of every epoch: from its probabilities, or as given, after checks that it is of these samples."""
     if correct is None:
-        return np.stack([correctness(reader.stored(e), y) for e in range(len(reader))])
+        return reader.correctness(y)
     if isinstance(correct, CorrectnessHistory) and correct.digest not in (NO_LABELS, labels_digest(y)):
         counts = f" ({correct.n_samples} samples, not {len(y)})" if correct.n_samples != len(y) else ""
         raise ValueError(f"correct: a history of other labels, or in another order{counts}")

@@ -3,24 +3,28 @@
     p(k | x)  proportional to  exp( sum_e w_e log p_e(k | x) ),   w_e >= 0
 
 The weights maximise the likelihood of the labels under a Gaussian prior around the final model: a convex problem with
-one unknown per epoch. Sums run in one fixed order and no product calls BLAS, so the weights do not depend on the number
-of threads.
+one unknown per epoch. Threads share out blocks of samples and rows of the Hessian. Sums run in one fixed order and no
+product calls BLAS, so the weights do not depend on the number of threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from .._check import Array, Float, Int
+from ..kernels.threads import in_order, n_threads_for
 from .mixtures import floored_log, softmax
 
 TOLERANCE = 1e-8  # largest distance of the objective from its minimum
 SHRINKAGE = 3.0  # precision of the prior, see `pool_weights`
 _RIDGE = 1e-8  # smallest curvature; it bounds the weights of an epoch that is right on every sample
 _BLOCK = 16384  # probabilities of one epoch that are processed together: 128 KiB of logarithms
+_CHUNK = 8  # blocks of a thread's turn: threads hinder each other in calls of NumPy under 0.1 ms
+_BUFFERS = 320  # blocks of logarithms that all threads hold together: 40 MiB
 _COARSE = 50_000  # probabilities of one epoch from which the Hessian is estimated
 _NEW_EPOCHS = 64  # epochs that join the working set in one round
 _ROUNDS = 50
@@ -98,6 +102,7 @@ class _Objective:
         self.probs, self.labels, self.weight, self.rows, self.ridge = probs, labels, weight, rows, ridge
         self.n_classes = probs[0].shape[1]
         self.whole = len(rows) == rows[-1] - rows[0] + 1
+        self.step = max(1, _BLOCK // self.n_classes)  # samples of a block
         self.coarse = self
         self.buffer = np.empty(0)  # for logarithms: allocating them anew costs more than computing them
         enough = max(500, _COARSE // self.n_classes)
@@ -105,52 +110,87 @@ class _Objective:
             few = slice(None, None, len(rows) // enough)
             self.coarse = _Objective(probs, labels[few], weight[few] / weight[few].sum(), rows[few], ridge)
 
-    def blocks(self) -> Iterator[tuple[slice, Any]]:
-        """Samples to process together, and their index into the rows of `probs`."""
-        step = max(1, _BLOCK // self.n_classes)
-        for start in range(0, len(self.rows), step):
-            rows = self.rows[start : start + step]
-            yield slice(start, start + len(rows)), slice(rows[0], rows[-1] + 1) if self.whole else rows
+    def chunks(self, n_blocks: int) -> list[slice]:
+        """Samples to process together: a number of blocks. The last block is alone if it is smaller."""
+        n, full = len(self.rows), len(self.rows) // self.step * self.step
+        return [slice(a, b) for a, b in pairwise([*range(0, full, n_blocks * self.step), full, n]) if a < b]
 
-    def fused(self, w: Float, epochs: Int, index: Any) -> tuple[Float, Float, Float]:
-        """Log-probabilities (n_epochs, samples * n_classes), the pool's probabilities and their logarithms."""
-        parts = [self.probs[epoch][index] for epoch in epochs]
-        needed = len(parts) * parts[0].size
+    def buffers(self, n: int, n_blocks: int) -> Float:
+        """(n, ...): room for the logarithms of a number of blocks, for each of n threads."""
+        needed = n * n_blocks * self.step * self.n_classes
         if len(self.buffer) < needed:
             self.buffer = np.empty(needed)
-        logs = self.buffer[:needed].reshape(len(parts), -1)
+        return self.buffer[:needed].reshape(n, -1)
+
+    def index(self, part: slice) -> Any:
+        """Index of samples into the rows of `probs`."""
+        rows = self.rows[part]
+        return slice(rows[0], rows[-1] + 1) if self.whole else rows
+
+    def logs(self, epochs: Int, part: slice, buffer: Float) -> Float:
+        """Log-probabilities (n_epochs, samples * n_classes), in the buffer."""
+        index = self.index(part)
+        parts = [self.probs[epoch][index] for epoch in epochs]
+        logs = buffer[: len(parts) * parts[0].size].reshape(len(parts), -1)
         for p, log in zip(parts, logs, strict=True):
             floored_log(p, log)
-        return logs, *softmax(np.einsum("e,ej->j", w[epochs], logs).reshape(-1, self.n_classes))
+        return logs
+
+    def fused(self, w: Float, logs: Float) -> tuple[Float, Float]:
+        """The pool's probabilities (samples, n_classes) and their logarithms."""
+        return softmax(np.einsum("e,ej->j", w, logs).reshape(-1, self.n_classes))
 
     def __call__(self, w: Float, epochs: Int) -> tuple[float, Float]:
         """Value and gradient with respect to the weights of `epochs`; all others are 0."""
-        value, gradient = 0.0, np.zeros(len(epochs))
-        members = np.flatnonzero(w) if w.any() else epochs[:1]
-        for part, index in self.blocks():
-            logs, q, log_q = self.fused(w, members, index)
-            of_label = np.arange(len(q)), self.labels[part]
-            value -= float((log_q[of_label] * self.weight[part]).sum())
-            q[of_label] -= 1
-            residual = (q * self.weight[part, None]).reshape(-1)
-            known, scratch = dict(zip(members, logs, strict=True)), np.empty(len(residual))
-            for i, epoch in enumerate(epochs):  # one at a time: its logarithms are still in the cache
-                log = known[epoch] if epoch in known else floored_log(self.probs[epoch][index], scratch)
-                gradient[i] += np.einsum("j,j->", log, residual)
+        members, chunks = np.flatnonzero(w) if w.any() else epochs[:1], self.chunks(_CHUNK)
+        other, n_logs = np.ones(len(w), bool), max(len(members), _CHUNK)
+        other[members] = False
+        others = epochs[other[epochs]]
+        work = len(self.rows) * self.n_classes * (len(members) + len(epochs))
+        n_threads = n_threads_for(work, min(len(self.rows) // (_CHUNK * self.step), _BUFFERS // n_logs))
+        buffers = self.buffers(n_threads, n_logs)
+
+        def of_chunk(i: int, thread: int) -> list[tuple[float, Float]]:
+            return self._of_chunk(w, members, others, chunks[i], buffers[thread])
+
+        value, slope = 0.0, np.zeros(len(w))
+        for blocks in in_order(of_chunk, len(chunks), n_threads):
+            for log_likelihood, added in blocks:
+                value -= log_likelihood
+                slope += added
         shift = w.copy()
         shift[-1] -= 1
-        return value + self.ridge / 2 * float((shift * shift).sum()), gradient + self.ridge * shift[epochs]
+        return value + self.ridge / 2 * float((shift * shift).sum()), slope[epochs] + self.ridge * shift[epochs]
+
+    def _of_chunk(self, w: Float, members: Int, others: Int, chunk: slice, buffer: Float) -> list[tuple[float, Float]]:
+        """Log-likelihood of each block and minus its gradient (n_epochs,), 0 for epochs not asked for."""
+        starts, index = range(chunk.start, chunk.stop, self.step), self.index(chunk)
+        slopes, log_likelihoods, residuals = np.zeros((len(starts), len(w))), [], []
+        for slope, start in zip(slopes, starts, strict=True):
+            part = slice(start, min(start + self.step, chunk.stop))
+            logs = self.logs(members, part, buffer)
+            q, log_q = self.fused(w[members], logs)
+            of_label = np.arange(len(q)), self.labels[part]
+            log_likelihoods.append(float((log_q[of_label] * self.weight[part]).sum()))
+            q[of_label] -= 1
+            residuals.append((q * self.weight[part, None]).reshape(-1))
+            slope[members] = sum(np.einsum("ej,j->e", logs[:, c], r) for c, r in _columns(residuals[-1]))
+        columns = _columns(np.stack(residuals))
+        for epoch in others:  # one at a time: its logarithms are still in the cache
+            p = self.probs[epoch][index]
+            log = floored_log(p, buffer[: p.size]).reshape(len(starts), -1)
+            slopes[:, epoch] = sum(np.einsum("bj,bj->b", log[:, c], r) for c, r in columns)
+        return list(zip(log_likelihoods, slopes, strict=True))
 
     def hessian(self, w: Float, epochs: Int) -> Float:
         """(n_epochs, n_epochs): the covariance of the log-probabilities under the pool."""
-        h = np.zeros((len(epochs), len(epochs)))
-        for part, index in self.blocks():
-            logs, q, _ = self.fused(w, epochs, index)
+        h, buffer = np.zeros((len(epochs), len(epochs))), self.buffers(1, len(epochs))[0]
+        for part in self.chunks(1):
+            logs = self.logs(epochs, part, buffer)
+            q, _ = self.fused(w[epochs], logs)
             logs = logs.reshape(len(epochs), *q.shape)
-            centred = (logs - np.einsum("ejk,jk->ej", logs, q)[:, :, None]).reshape(len(epochs), -1)
-            weighted = centred * (q * self.weight[part, None]).reshape(-1)
-            for i in range(len(epochs)):
-                h[i, : i + 1] += np.einsum("ej,j->e", weighted[: i + 1], centred[i])
+            logs -= np.einsum("ejk,jk->ej", logs, q)[:, :, None]
+            _add_products(h, logs.reshape(len(epochs), -1), (q * self.weight[part, None]).reshape(-1))
         return np.asarray(h + np.tril(h, -1).T + self.ridge * np.eye(len(h)))
 
     def gap(self, w: Float, gradient: Float) -> float:
@@ -161,6 +201,23 @@ class _Objective:
         """
         d = np.maximum(-gradient / self.ridge, -w)
         return -float((gradient * d + self.ridge / 2 * d * d).sum())
+
+
+def _columns(x: Float) -> list[tuple[slice, Float]]:
+    """Columns, and x there, whose products NumPy adds at once: 8192, as of one row alone."""
+    parts = [slice(start, start + 8192) for start in range(0, x.shape[-1], 8192)]
+    return [(part, x[..., part]) for part in parts]
+
+
+def _add_products(h: Float, a: Float, weight: Float) -> None:
+    """Add a diag(weight) a' to the lower triangle of h."""
+    weighted, n = a * weight, len(a)
+
+    def row(i: int, thread: int) -> Float:
+        return np.asarray(np.einsum("ej,j->e", weighted[: i + 1], a[i]))
+
+    for i, products in enumerate(in_order(row, n, n_threads_for(n * n // 2 * len(weight), n))):
+        h[i, : i + 1] += products
 
 
 def _minimise(objective: _Objective, w: Float, tolerance: float = TOLERANCE, rounds: int = _ROUNDS) -> Float:

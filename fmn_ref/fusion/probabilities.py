@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from .. import _check
-from .._check import Array, Float
+from .._check import Array, Bool, Float, Int
 from ..kernels.backend import kernels
 from ..kernels.mixing import mean, widened
+from ..kernels.threads import in_order, n_threads_for
+from ..metrics.curves import correctness
 from ..runs.arrays import MOST_MAPPED
 
 
@@ -79,6 +81,12 @@ class ProbabilityReader:
             if self._few and not p.flags.owndata:  # a view: keeping it needs no memory
                 self._views[epoch] = p
         return p
+
+    def correctness(self, labels: Int) -> Bool:
+        """(n_epochs, n_samples): whether the arg-max of each epoch is the label."""
+        size = self._probs.size if isinstance(self._probs, np.ndarray) else 0  # reading others may be no thread's work
+        n_threads = n_threads_for(size, len(self))
+        return np.stack(in_order(lambda epoch, _: correctness(self.stored(epoch), labels), len(self), n_threads))
 
     def alike(self, epochs: Iterable[int]) -> list[Array]:
         """The probabilities of several epochs in one type: as stored, or float64 if their types differ."""

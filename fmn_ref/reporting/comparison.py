@@ -187,8 +187,11 @@ def _mixing_methods(
     select: Any, labels: Any, test: Any, test_labels: Any, search: str, allow_overlap: bool, **options: Any
 ) -> tuple[Comparison, dict[str, FusionPlan]]:
     """Compare the methods that mix predictions; also return the plans of those that fuse."""
-    plan = fuse(select, labels, search=search, folds=0, **options)
-    y = _check.labels(labels)
+    select = ProbabilityReader.of(select)
+    y = _check.labels(labels, *select[-1].shape)
+    if options.get("correct") is None:
+        options["correct"] = select.correctness(y)  # reads every epoch once, for all methods
+    plan = fuse(select, y, search=search, folds=0, **options)
     n_test, n_classes = np.shape(test[-1])
     if (len(test), n_classes) != (plan.n_epochs, np.shape(select[-1])[1]):
         raise ValueError("test_probs: expected as many epochs and classes as select_probs")
@@ -210,17 +213,16 @@ def _mixing_methods(
     return Comparison(rows, plan, len(y), len(y_test), notes), plans
 
 
-def _controls(probs: Any, y: Int, k: int, window: int, correct: Any = None) -> dict[str, dict[int, float]]:
+def _controls(probs: Any, y: Int, k: int, window: int, correct: Any) -> dict[str, dict[int, float]]:
     """Weights of the epochs in each control; k is the number of checkpoints in the plan of KF."""
     n = len(probs)
-    right = np.stack([np.argmax(probs[e], 1) == y for e in range(n)]) if correct is None else correct
     return {
         "last": baselines.last_epochs(n),
-        "best epoch": baselines.best_epoch(right),
+        "best epoch": baselines.best_epoch(correct),
         "best window": baselines.best_window(probs, y, window),
         "last-k": baselines.last_epochs(n, k),
         "equally spaced": baselines.equally_spaced(n, k),
-        "top-k": baselines.top_epochs(right, k),
+        "top-k": baselines.top_epochs(correct, k),
     }
 
 

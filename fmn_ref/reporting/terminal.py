@@ -121,11 +121,14 @@ def metric_text(columns: dict[str, list[Any]], summary: dict[str, Any], referenc
         lines.append(f"{epoch:6d} " + " ".join(f"{v:9.4f}" for v in values))
     if len(rows) < n:
         lines.append(f"{len(rows)} of {n} epochs; --all prints the others")
+    lines.append(f"F_e: right at the epoch, wrong at epoch {reference}; L_e: the reverse; retained: right at both")
     peak = f"peak forget fraction {summary['peak_forget_fraction']:.2%} at epoch {summary['peak_epoch']}"
     share = f"{summary['forgotten_samples']} of {summary['n_samples']} samples"
     lines.append(f"{peak}; {share} were right once and are wrong at epoch {reference}")
     gain = f"{100 * summary['expected_gain']:.0f} ± {100 * summary['expected_gain_error']:.0f} points"
-    lines.append(f"fusing the checkpoints may add about {gain} (a rule fitted on image classifiers: docs/results.md)")
+    lines.append(
+        f"fusing the checkpoints may add about {gain} (fmn_ref.expected_gain: a rule fitted on image classifiers)"
+    )
     return "\n".join(lines)
 
 

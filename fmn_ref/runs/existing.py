@@ -51,12 +51,12 @@ def record_each(
     """Call `record(epoch, path)`, which returns the accuracy, for each checkpoint, with one progress bar.
 
     The peak forget fraction needs the whole history each time: it is computed as often as the time of the pass allows,
-    and at its end.
+    and after the last checkpoint.
     """
     with _stderr.progress_bar(new.items(), "checkpoints", progress=progress if new else False) as bar:
         due = peak = 0.0
-        for n, (epoch, path) in enumerate(bar, 1):
+        for n_done, (epoch, path) in enumerate(bar, 1):
             accuracy, now = record(epoch, path), time.monotonic()
-            if (now >= due or n == len(new)) and not bar.disable:
+            if (now >= due or n_done == len(new)) and not bar.disable:
                 peak, due = recorder.peak_forget_fraction, (1 + _SHARE) * time.monotonic() - _SHARE * now
             bar.set_postfix_str(f"epoch {epoch}, accuracy {accuracy:.1%}, peak F_e {peak:.1%}")

@@ -156,8 +156,8 @@ class RunFolder:
         if not resume:
             raise FileExistsError(f"{self.path} holds a run; resume=True continues it, or choose another run_dir")
         if found.suffix != suffix:
-            ends = f"the checkpoints in {self.path} end in {found.suffix!r}, not {suffix!r}"
-            raise ValueError(f"suffix: {ends}; choose another folder")
+            ends = f"holds a run whose checkpoints end in {found.suffix!r}, not {suffix!r}"
+            raise ValueError(f"{self.given}: {ends}; choose another folder")
         if config is not None:
             check_same(f"the run in {self.given} was", found.config, config)
 

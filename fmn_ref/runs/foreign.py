@@ -116,7 +116,8 @@ def read_state(
         if known == [""] and key:
             raise ValueError(f"{path}: no state_dict at key {key!r}; the file itself is one, which needs no key")
         wanted = "a state_dict" if key is None else f"a state_dict at key {key!r}"
-        raise ValueError(f"{path}: expected {wanted}, got {_some(known) or type(content).__name__}")
+        places = [repr(name) if name else "the file itself (key '')" for name in known]
+        raise ValueError(f"{path}: expected {wanted}, got {_some(places) or type(content).__name__}")
     adapters.check_config(model, path.parent)
     names = _Names(model)
     fitting = {name: fit for name, state in found.items() if (fit := names.fit(state)) is not None}

@@ -115,6 +115,8 @@ def _compare(path: Path, target: Path) -> None:
         was, is_ = recorded.get(name), now.get(name)
         if was != is_:
             hint = "restore it, or evaluate the checkpoints again into another run_dir"
+            if was and is_ and was["size"] == is_["size"]:
+                hint = f"if it is a copy, copy it with its time (cp -p, rsync -t); otherwise {hint}"
             file = f"{name} " if name != target.name else ""
             words = f"{file}changed since it was recorded (then {_in_words(was)}, now {_in_words(is_)})"
             raise ValueError(f"{target}: {words}; {hint}")

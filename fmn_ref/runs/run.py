@@ -89,7 +89,8 @@ class Run:
         """
         rows = [i for i, path in enumerate(self.checkpoints) if references.exists(path)]
         if not rows:
-            raise FileNotFoundError(f"{self.folder.checkpoints}: no checkpoint of the run is there")
+            hint = "; if they moved, give from_checkpoints their new folder" * (self.suffix == references.SUFFIX)
+            raise FileNotFoundError(f"{self.folder.checkpoints}: no checkpoint of the run is there{hint}")
         if len(rows) == len(self.history):
             return self
         return Run(self.folder, self.history.select(rows), self.model, self.forward_fn)

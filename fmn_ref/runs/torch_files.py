@@ -65,7 +65,7 @@ def load(path: AnyPath, scan: bool = False, foreign: bool = False, mapped: bool 
             raise
         except Exception as error:
             kind = MemoryError if "allocate memory" in str(error) else ValueError  # torch raises a RuntimeError
-            raise kind(reason(error) + _hint(error) * foreign) from error
+            raise kind(reason(error) + _hint(error, foreign)) from error
 
 
 def reason(error: Exception) -> str:
@@ -74,9 +74,11 @@ def reason(error: Exception) -> str:
     return re.sub(r"\x1b\[\d*m", "", text.partition(" Please use ")[0])
 
 
-def _hint(error: Exception) -> str:
-    """How to save a pickled object as a state_dict."""
+def _hint(error: Exception, foreign: bool) -> str:
+    """What to do with a file that holds other objects than tensors."""
     if "Unsupported global" not in str(error):
         return ""
+    if not foreign:
+        return " A state_dict alone is expected here; fmn_ref.from_checkpoints reads files that hold more."
     line = "torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)"
     return f" If this is a pickled network that you trust, re-save it where its code is installed: {line}"

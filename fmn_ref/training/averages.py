@@ -182,7 +182,7 @@ def _untied(sources: list[Source]) -> tuple[list[str], dict[str, str]]:
     first, tied = dict[Any, str](), dict[str, str]()
     for name, value in sources[-1].state.items():
         if not tensors.is_dense(value):
-            hint = "give files that hold a state_dict alone"
+            hint = "give files that hold a state_dict alone, or a run of from_checkpoints"
             raise ValueError(f"{sources[-1].path}: expected tensors, but {name!r} is a {_kind(value)}; {hint}")
         places = tuple(_place(source.state[name]) for source in sources)
         kept = first.setdefault(places, name)

@@ -217,7 +217,7 @@ import numpy as np
 from fmn_ref.fusion.mixtures import log_linear_pool
 from fmn_ref.fusion.pool import pool_weights
 rng = np.random.default_rng(0)
-z = rng.normal(0, 1, (12, 2500, 100)) + 2 * rng.normal(0, 1, (2500, 100))
+z = rng.normal(0, 1, (12, 4500, 100)) + 2 * rng.normal(0, 1, (4500, 100))
 y = z.sum(0).argmax(1)
 p = np.exp(z); p /= p.sum(-1, keepdims=True)
 w = pool_weights(p.astype(np.float16), y, max_members=8)
@@ -227,8 +227,8 @@ print(len(w), [v.hex() for v in w.values()], log_linear_pool(p, w).tobytes().hex
 
 def test_the_number_of_threads_does_not_matter():
     def run(threads):
-        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "FMN_NUM_THREADS")
         environment = os.environ | dict.fromkeys(names, threads)
         return subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, check=True).stdout
 
-    assert run("1") == run("2")
+    assert run("1") == run("2") == run("3")

@@ -1,5 +1,7 @@
 """The parts of the pool's solver, each against SciPy or a formula in plain NumPy: the pool itself hides a slow step."""
 
+import threading
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar, nnls
@@ -261,3 +263,44 @@ def test_samples_left_out_here_and_there(gone):
     assert value == pytest.approx(value_of(*given, w), rel=1e-13)
     differences = [(value_of(*given, w + d) - value_of(*given, w - d)) / 2e-5 for d in 1e-5 * np.eye(5)]
     np.testing.assert_allclose(gradient, differences, atol=1e-8)
+
+
+@pytest.mark.parametrize("n_classes", [4, 5])
+@pytest.mark.parametrize("some", [False, True])
+def test_threads_change_no_bit(monkeypatch, n_classes, some):
+    """Samples in blocks of three, in chunks of one to eight blocks, with a smaller block at the end."""
+    p, labels, weight = problem(2, n_epochs=9, n=100, n_classes=n_classes)
+    rows = np.delete(np.arange(100), [0, 17, 60]) if some else np.arange(100)
+    monkeypatch.setattr(pool, "_BLOCK", 3 * n_classes)
+    w, used = np.array([0.3, 0, 0.5, 0, 0.7, 0, 0, 0.1, 0]), set()
+
+    def results(n_threads, chunk):
+        monkeypatch.setattr(pool, "_CHUNK", chunk)
+        monkeypatch.setattr(pool, "n_threads_for", lambda size, most: max(1, min(most, n_threads)))
+        objective = objective_of(p, labels, weight, rows)
+        found = [objective(w, epochs) for epochs in (np.arange(9), np.array([1, 2, 8]))]
+        return [np.hstack(x).tobytes() for x in (*found, objective.hessian(w, np.arange(9)))]
+
+    floored_log = pool.floored_log
+    monkeypatch.setattr(pool, "floored_log", lambda *a: used.add(threading.get_ident()) or floored_log(*a))
+    expected = results(1, 8)
+    assert used == {threading.get_ident()}
+    for n_threads in (2, 3, 8):
+        for chunk in (1, 2, 8):
+            assert results(n_threads, chunk) == expected
+    assert len(used) > 1
+
+
+def test_an_error_in_a_thread_reaches_the_caller_and_no_thread_stays(monkeypatch):
+    def no_memory(*_):
+        raise MemoryError("no room")
+
+    p, labels, weight = problem(3)
+    monkeypatch.setattr(pool, "_BLOCK", 4)
+    monkeypatch.setattr(pool, "_CHUNK", 1)
+    monkeypatch.setattr(pool, "n_threads_for", lambda size, most: 2)
+    monkeypatch.setattr(pool, "floored_log", no_memory)
+    before = threading.active_count()
+    with pytest.raises(MemoryError, match="no room"):
+        objective_of(p, labels, weight)(np.full(5, 0.4), np.arange(5))
+    assert threading.active_count() == before

@@ -2,12 +2,14 @@
 
 import hashlib
 import struct
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from fmn_ref._check import BFLOAT16
+from fmn_ref.fusion import probabilities
 from fmn_ref.fusion.probabilities import ProbabilityReader, samples_digest, stored_probabilities
 from fmn_ref.runs.arrays import MOST_MAPPED
 
@@ -187,3 +189,28 @@ def test_the_digest_of_the_samples_is_that_of_their_bits():
     expected = hashlib.sha256(struct.pack("<4Q", *sums)).hexdigest()
     assert samples_digest(P.reshape(-1, 3)) == samples_digest(P[::-1, ::-1].reshape(-1, 3)) == expected
     assert samples_digest(P[0]) != samples_digest(P[0][:, ::-1])
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_correctness_on_several_threads(monkeypatch, n_threads):
+    monkeypatch.setattr(probabilities, "n_threads_for", lambda size, most: n_threads)
+    rng = np.random.default_rng(0)
+    p, labels = rng.dirichlet(np.ones(4), (7, 30)), rng.integers(0, 4, 30)
+    np.testing.assert_array_equal(ProbabilityReader(p).correctness(labels), p.argmax(2) == labels)
+    p[[3, 4, 5], [1, 0, 0]] = np.nan  # the first epoch at fault is named, whichever thread reads it
+    with pytest.raises(ValueError, match=r"probs\[3\].* at \(1, 0\)"):
+        ProbabilityReader(p).correctness(labels)
+
+
+def test_a_sequence_is_read_in_order_by_the_caller(monkeypatch):
+    monkeypatch.setenv("FMN_NUM_THREADS", "3")
+    large, threads = np.full((2**18, 4), 0.25, np.float16), set()
+
+    class Watched(Lazy):
+        def __getitem__(self, epoch):
+            threads.add(threading.get_ident())
+            return super().__getitem__(epoch)
+
+    given = Watched([large] * 4, views=True)
+    ProbabilityReader(given).correctness(np.zeros(2**18, np.int64))
+    assert (given.read, threads) == ([0, 1, 2, 3], {threading.get_ident()})

@@ -123,7 +123,7 @@ def test_models_and_arguments_that_are_refused():
     recorder.record(0, y_val, y_val)
     with pytest.raises(ValueError, match="not recorded with Keras"):
         probabilities(recorder.run, make_model(), x_val)
-    with pytest.raises(ValueError, match=r"suffix: the checkpoints in .*torch end in"):
+    with pytest.raises(ValueError, match=r"torch: holds a run whose checkpoints end in"):
         RecorderCallback("torch", x_val, y_val)
 
 
@@ -369,7 +369,7 @@ def test_the_end_of_checkpoint_names():
     recorder = fmn.Recorder("run", save=lambda path: path.write_bytes(b""), suffix=".weights.h5")
     recorder.record(0, [0, 1], [0, 1])
     assert [path.name for path in fmn.Run.open("run").checkpoints] == ["epoch_00000.weights.h5"]
-    with pytest.raises(ValueError, match=r"suffix: the checkpoints in .*run end in '\.weights\.h5', not '\.pt'"):
+    with pytest.raises(ValueError, match=r"run: holds a run whose checkpoints end in '\.weights\.h5', not '\.pt'"):
         fmn.Recorder("run")
     with pytest.raises(ValueError, match=r"suffix: '\.h5' needs `save`"):
         fmn.Recorder("other", suffix=".h5")

@@ -821,11 +821,11 @@ def test_long_histories_are_summarised_unless_all_is_asked_for(tmp_path, capsys)
     np.save(tmp_path / "c.npy", correct)
     peak = int(fmn.forget_fraction(correct).argmax())
     lines = run(capsys, "metric", tmp_path / "c.npy").splitlines()
-    shown = [int(line.split()[0]) for line in lines[1:-3]]
+    shown = [int(line.split()[0]) for line in lines[1:-4]]
     assert len(shown) <= 21
     assert {0, peak, 199} <= set(shown)
     assert f"{len(shown)} of 200 epochs; --all prints the others" in lines
-    assert len(run(capsys, "metric", tmp_path / "c.npy", "--all").splitlines()) == 203
+    assert len(run(capsys, "metric", tmp_path / "c.npy", "--all").splitlines()) == 204
     assert len(json.loads(run(capsys, "metric", tmp_path / "c.npy", "--json"))["epoch"]) == 200
 
 

@@ -11,7 +11,7 @@ from inputs import random_probs
 from networks import RECIPE, make_data, make_model
 
 import fmn_ref as fmn
-from fmn_ref.fusion import baselines
+from fmn_ref.fusion import baselines, probabilities
 from fmn_ref.fusion.mixtures import mixture
 from fmn_ref.reporting import comparison, plot
 
@@ -47,6 +47,14 @@ def test_rows_are_what_they_say(run, table):
     assert all(r.forward_passes == 1 for r in table.rows[-6:])
     with pytest.raises(KeyError, match="there are last"):
         table["bagging"]
+
+
+def test_a_comparison_finds_the_correctness_of_each_epoch_once(monkeypatch):
+    p, labels = random_probs(np.random.default_rng(3), n_samples=100)
+    seen = []
+    monkeypatch.setattr(probabilities, "correctness", lambda a, y: seen.append(len(a)) or fmn.correctness(a, y))
+    fmn.compare_probabilities(p[:, :60], labels[:60], p[:, 60:], labels[60:])
+    assert seen == [60] * len(p)
 
 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["auto chooses the pool", "auto keeps the final model"])

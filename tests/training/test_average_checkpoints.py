@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from collections import OrderedDict
 
 import pytest
@@ -161,6 +162,7 @@ BAD = {
     "float8": ({"w": torch.ones(2).to(torch.float8_e4m3fn)}, {"w": torch.zeros(2).to(torch.float8_e4m3fn)}, "8 bits"),
     "adapter": ({"a.lora_A.weight": torch.ones(2)}, {"a.lora_A.weight": torch.zeros(2)}, "factor of a product"),
     "container": ({"model": W, "epoch": 1}, {"model": W, "epoch": 2}, "expected tensors, but 'model' is a dict"),
+    "other classes": ({"model": W, "args": Namespace(lr=0.1)}, W, "argparse.Namespace .*from_checkpoints reads files"),
     "no dict": ([torch.ones(2)], W, "expected a state_dict of tensors, got list"),
     "empty": ({}, {}, "holds no tensor"),
     "sparse": ({"w": torch.eye(2).to_sparse()},) * 2 + ("'w' is a tensor of torch.sparse_coo",),

@@ -485,7 +485,7 @@ def one_of_two_networks(folder):
 @case
 def an_unknown_key(folder):
     save_all(folder, content=lambda e: {"model": weights(e)})
-    return Refused("expected a state_dict at key 'net', got model", {"key": "net"})
+    return Refused("expected a state_dict at key 'net', got 'model'", {"key": "net"})
 
 
 @case

@@ -5,6 +5,7 @@ import copy
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from torch import nn
 
 import fmn_ref as fmn
 from fmn_ref.cli import main
+from fmn_ref.runs import existing
 
 TRAIN, VAL, TEST = make_data()
 
@@ -290,8 +292,27 @@ def test_a_folder_that_moved_is_followed(folder, tmp_path):
     moved = folder.rename(tmp_path / "new")
     with pytest.raises(FileNotFoundError, match="old/epoch_1"):
         fmn.Run.open(tmp_path / "run", make_model()).probabilities(VAL)[0]
+    with pytest.raises(FileNotFoundError, match="no checkpoint of the run is there; if they moved, give from_check"):
+        _ = fmn.Run.open(tmp_path / "run").kept
     run = fmn.from_checkpoints(moved, make_model(), VAL, tmp_path / "run")
     assert run.probabilities(VAL)[0].shape == (240, 4)
+
+
+def test_a_copy_needs_the_time_of_each_file(folder, tmp_path):
+    plain(folder, 2)
+    fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "new", copy_function=shutil.copyfile)
+    with pytest.raises(ValueError, match=r"epoch_1\.pt: changed since.*if it is a copy, copy it with its time \(cp -p"):
+        fmn.from_checkpoints(tmp_path / "new", make_model(), VAL, tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "kept")
+    assert fmn.from_checkpoints(tmp_path / "kept", make_model(), VAL, tmp_path / "run").history.epochs == (1, 2)
+
+
+def test_a_training_does_not_go_on_in_an_imported_run(folder, tmp_path):
+    plain(folder, 2)
+    fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run: holds a run whose checkpoints end in '\.ref\.json', not '\.pt'"):
+        fmn.train(make_model(), TRAIN, VAL, epochs=1, run_dir=tmp_path / "run", progress=False)
 
 
 def test_other_checkpoints_in_the_same_run_are_refused(folder, tmp_path):
@@ -466,14 +487,12 @@ def test_what_is_left_out_or_guessed_is_said(folder, tmp_path, caplog):
 
 
 def test_one_progress_bar(folder, tmp_path, capsys, monkeypatch):
-    """The last line has the peak of all epochs, also where the peak takes so long that some lines repeat it."""
+    monkeypatch.setattr(existing, "_SHARE", 1e9)  # no time for a peak between the first and the last checkpoint
     plain(folder, 3)
-    peak = fmn.Recorder.peak_forget_fraction.fget
-    monkeypatch.setattr(fmn.Recorder, "peak_forget_fraction", property(lambda r: (time.sleep(0.1), peak(r))[1]))
     run = fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "run", progress=True)
     printed = capsys.readouterr().err
-    expected = fmn.forget_fraction(run.history).max()
-    assert f"epoch 3, accuracy {run.history[2].mean():.1%}, peak F_e {expected:.1%}" in printed
+    peak = fmn.forget_fraction(run.history).max()
+    assert f"epoch 3, accuracy {run.history[2].mean():.1%}, peak F_e {peak:.1%}" in printed
     assert "3/3" in printed
     fmn.from_checkpoints(folder, make_model(), VAL, tmp_path / "quiet", progress=False)
     assert capsys.readouterr().err == ""
