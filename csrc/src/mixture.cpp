@@ -29,7 +29,7 @@ class Block {
 public:
     explicit Block(const fmn_mixture* m)
         : size(std::max<int64_t>(1, std::min<int64_t>(unit, (1 << 14) / m->n_classes))), m(m), k(kernels()), n(m->n_classes),
-          now(static_cast<size_t>(size * n)), then(now.size()) {}
+          now(static_cast<size_t>(size * n) + interval_lanes), then(now.size()) {}
 
     const int64_t size;  // most samples at a time
 
@@ -126,7 +126,7 @@ private:
     enum : uint16_t { nothing = 0, tight = 1, wins = tight, beats = 2 };  // beats + 2 * k, or that + tight: class k beats the label
 
     static uint16_t code(int64_t k, int is_tight) {
-        return static_cast<uint16_t>(k <= (UINT16_MAX - beats) / 2 - 1 ? beats + 2 * k + is_tight : nothing);
+        return static_cast<uint16_t>(k <= (UINT16_MAX - beats) / 2 - 1 ? beats + 2 * k + is_tight : int64_t(nothing));
     }
 
     // As in Leads: with `widest`, beaten whatever rounding does.
