@@ -58,6 +58,7 @@ extension = Pybind11Extension(
         "csrc/include/fmn/fmn.h",
         "csrc/src/kernels.h",
         "csrc/src/loops.h",
+        "csrc/src/ends.h",
         "csrc/src/sample_loops.h",
         "csrc/src/blocks.h",
         "csrc/src/threads.h",

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <new>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -190,7 +191,8 @@ py::array mixture_right(const py::array& current, const std::vector<py::array>& 
 }
 
 py::tuple best_epsilons(const py::array& current, const std::vector<py::array>& epochs, const Array<int64_t>& labels,
-                        const py::object& weights, const Array<int64_t>& windows, const Array<double>& grid) {
+                        const py::object& weights, const Array<int64_t>& windows, const Array<double>& grid,
+                        std::optional<py::array_t<uint16_t>> seen, bool exact) {
     const Mixture mixture(current, epochs, labels, weights);
     if (windows.ndim() != 2 || windows.shape(1) != 2) throw py::value_error("windows: expected shape (n_windows, 2)");
     const int64_t n = windows.shape(0);
@@ -199,7 +201,14 @@ py::tuple best_epsilons(const py::array& current, const std::vector<py::array>& 
     auto *eps = epsilon.mutable_data();
     auto *r = right.mutable_data(), *g = on_grid.mutable_data();
     std::fill_n(g, n, 0);
-    run([&] { return fmn_best_epsilon(&mixture.m, windows.data(), n, grid.data(), grid.size(), 0, eps, r, g); });
+    if (seen && (seen->ndim() != 2 || seen->shape(0) != n || seen->shape(1) != mixture.m.n_samples ||
+                 !(seen->flags() & py::array::c_style)))
+        throw py::value_error("seen: expected adjacent values, shape (n_windows, n_samples)");
+    uint16_t* s = seen ? seen->mutable_data() : nullptr;
+    run([&] {
+        if (s) return fmn_best_epsilon_seen(&mixture.m, windows.data(), n, exact, 0, s, eps, r);
+        return fmn_best_epsilon(&mixture.m, windows.data(), n, grid.data(), grid.size(), 0, eps, r, g);
+    });
     return py::make_tuple(epsilon, right, on_grid);
 }
 
@@ -222,7 +231,8 @@ PYBIND11_MODULE(_kernels, m, py::mod_gil_not_used()) {
     m.def("pack_scores", pack_scores, "scores"_a, "labels"_a);
     m.def("check_probabilities", check_probabilities, "scores"_a, "tolerance"_a);
     m.def("mixture_right", mixture_right, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "epsilon"_a);
-    m.def("best_epsilons", best_epsilons, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "windows"_a, "grid"_a);
+    m.def("best_epsilons", best_epsilons, "current"_a, "epochs"_a, "labels"_a, "weights"_a, "windows"_a, "grid"_a,
+          "seen"_a.noconvert() = py::none(), "exact"_a = true);
     m.attr("reads_bits") = true;
     m.def("instruction_set", fmn_instruction_set);
     m.def("threads", fmn_threads);

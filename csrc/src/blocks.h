@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels.h"
+#include "loops.h"
 
 namespace fmn {
 
@@ -61,8 +61,9 @@ inline void derive(int64_t* counts, int64_t plane, int64_t n_epochs, int64_t ref
     }
 }
 
-// Into the level-2 cache: the level-1 cache is too small for the next rows.
-inline void prefetch(const uint8_t* bytes, int64_t n) {
+// Into the level-2 cache: the level-1 cache is too small for the next rows. GCC takes a function that only prefetches for one
+// without effect, and drops its calls unless they are inlined first.
+FMN_INLINE void prefetch(const uint8_t* bytes, int64_t n) {
 #ifdef __GNUC__
     for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(bytes + i, 0, 1);
 #endif

@@ -99,13 +99,13 @@ struct Kernels {
     bool (*sums_to_one)(const double* row, int64_t n, double tolerance);
 
     // For epsilon * then + (1 - epsilon) * now, rows of n scores: the interval in which it is right (with the widest one only
-    // if `widest`), and whether it is right at each epsilon.
+    // if `widest`), and whether it is right at each epsilon. `interval` may read interval_lanes numbers past the ends.
     Interval (*interval)(const double* now, const double* then, int64_t n, int64_t label, bool widest);
     void (*right_at)(const double* now, const double* then, int64_t n, int64_t label, const double* epsilon,
                      int64_t n_epsilons, bool* right);
 };
 
-constexpr int count_rows = 4, sample_rows = 8, overlap_rows = 4, overlap_columns = 4;
+constexpr int count_rows = 4, sample_rows = 8, overlap_rows = 4, overlap_columns = 4, interval_lanes = 8;
 constexpr int64_t compare_block = 4096;
 
 extern const Kernels base_kernels;

@@ -321,6 +321,16 @@ struct Leads {
     }
 
     static FMN_INLINE int64_t bits(double v) { return load<int64_t>(&v); }
+
+    // The ends for one class that is lost at one end only.
+    static FMN_INLINE double start(double a, double b, bool before) {
+        const int64_t at = bits(a / (a - b)), up = (at > 1 ? at : 1) + before, one = bits(1.0);
+        return as_double(up < one ? up : one);
+    }
+    static FMN_INLINE double stop(double a, double b, bool before) {
+        const int64_t at = bits(a / (a - b));
+        return as_double((at > 1 ? at : 1) - before);
+    }
 };
 
 FMN_INLINE Interval interval(const double* now, const double* then, int64_t n, int64_t label, bool widest) {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "blocks.h"
-#include "loops.h"
+#include "ends.h"
 #include "threads.h"
 
 namespace {
@@ -24,16 +24,12 @@ bool valid_window(const fmn_mixture* m, int64_t first, int64_t last) {
     return 0 <= first && first <= last && last < m->n_epochs;
 }
 
-int64_t weight(const fmn_mixture* m, int64_t i) { return m->weights ? m->weights[i] : 1; }
-
-constexpr int64_t unit = 64;  // samples: one thread gathers the intervals of a unit
-
 // Scores of the current predictor and of a window as double, for as many samples as stay in the level-2 cache.
 class Block {
 public:
     explicit Block(const fmn_mixture* m)
         : size(std::max<int64_t>(1, std::min<int64_t>(unit, (1 << 14) / m->n_classes))), m(m), k(kernels()), n(m->n_classes),
-          now(static_cast<size_t>(size * n)), then(now.size()) {}
+          now(static_cast<size_t>(size * n) + interval_lanes), then(now.size()) {}
 
     const int64_t size;  // most samples at a time
 
@@ -53,8 +49,9 @@ public:
         const int64_t bytes = n * type_size(m->type);
         for (int64_t i = start, end; i < stop; i = end + 1) {  // runs of them
             for (end = i; need[end - start]; ++end) {}
-            if (next >= 0) prefetch(static_cast<const uint8_t*>(m->epochs[next]) + i * bytes, (std::min(end + 1, stop) - i) * bytes);
-            if (i < end) mean(m->epochs + first, m->type, last - first + 1, i, end, then.data());
+            if (i == end) continue;
+            if (next >= 0) prefetch(static_cast<const uint8_t*>(m->epochs[next]) + i * bytes, (end - i) * bytes);
+            mean(m->epochs + first, m->type, last - first + 1, i, end, then.data());
             for (int64_t at = i; at < end; ++at) work(at, &then[static_cast<size_t>((at - i) * n)]);
         }
     }
@@ -70,8 +67,9 @@ private:
     std::vector<double> now, then;
 };
 
-// For each sample of a block, the class with the highest current score if it is not the label. Where it beats the label in a
-// window too, no mixture is right: two scores tell it instead of all.
+// Settles samples without reading all classes of a window. The rival of a sample is the class with the highest current score,
+// if it beats the label. Where it beats the label in the window too, no mixture is right. What was `seen` of the sample in the
+// window tells more: that the label wins there, or a class that beats it, `tight` if its crossing ended the interval.
 class Rivals {
 public:
     Rivals(const fmn_mixture* m, bool widest) : m(m), widest(widest) {}
@@ -79,21 +77,68 @@ public:
     void read(const Block& block, int64_t begin, int64_t end) {
         start = begin;
         for (int64_t i = begin; i < end; ++i) {
-            const double *row = block.current(i), own = row[m->labels[i]];
-            const int64_t k = std::max_element(row, row + m->n_classes) - row;
-            rival[i - begin] = k != m->labels[i] && beaten(own, row[k], k < m->labels[i]) ? k : -1;
+            const double* row = block.current(i);
+            const int64_t k = std::max_element(row, row + m->n_classes) - row, label = m->labels[i];
+            rival[i - begin] = k != label && beaten(row[label], row[k], k < label) ? k : -1;
         }
     }
 
-    bool may_be_right(int64_t i, int64_t first, int64_t last) const {
+    bool may_be_right(int64_t i, int64_t first, int64_t last, int64_t next) const {
         const int64_t k = rival[i - start], label = m->labels[i];
+        if (k >= 0) fetch(next, i, {label, k});
         return k < 0 || !beaten(mean(i, label, first, last), mean(i, k, first, last), k < label);
     }
 
+    // Writes the interval if it is known without all classes; unless `exact`, one that contains it is enough.
+    bool settle(const Block& block, int64_t i, int64_t first, int64_t last, int64_t next, bool exact, uint16_t* seen,
+                Interval* v) const {
+        const double* row = block.current(i);
+        const int64_t label = m->labels[i], now = rival[i - start], then = *seen < beats ? -1 : (*seen - beats) / 2;
+        *v = {1, 0, 1, 0};
+        if (then >= 0 && beaten(row[label], row[then], then < label)) return true;
+        if (now < 0 && *seen == wins) return *v = {0, 1, 0, 1}, true;
+        const bool enough = !exact && (*seen & tight);
+        if (now < 0 && !enough) return false;
+        fetch(next, i, {label, now, then});
+        const double own = mean(i, label, first, last), of_now = now < 0 ? 0 : mean(i, now, first, last);
+        if (now >= 0 && beaten(own, of_now, now < label)) return *seen = code(now, 0), true;
+        if (!enough) return false;
+        v->lo = now < 0 ? 0 : loops::Leads::start(row[label] - row[now], own - of_now, now < label);
+        v->hi = then < 0 ? 1 : loops::Leads::stop(row[label] - row[then], own - mean(i, then, first, last), then < label);
+        return true;
+    }
+
+    // What is seen of a sample in a window with these scores: of the classes that beat the label, the one that ends the interval.
+    uint16_t see(const double* now, const double* then, int64_t label) const {
+        uint16_t found = wins;
+        double end = 2;
+        for (int64_t k = 0; k < m->n_classes; ++k) {
+            const bool before = k < label;
+            if (k == label || !beaten(then[label], then[k], before)) continue;
+            if (beaten(now[label], now[k], before)) return code(k, tight);
+            const double at = loops::Leads::stop(now[label] - now[k], then[label] - then[k], before);
+            if (at < end) end = at, found = code(k, tight);
+        }
+        return found;
+    }
+
 private:
+    enum : uint16_t { nothing = 0, tight = 1, wins = tight, beats = 2 };  // beats + 2 * k, or that + tight: class k beats the label
+
+    static uint16_t code(int64_t k, int is_tight) {
+        return static_cast<uint16_t>(k <= (UINT16_MAX - beats) / 2 - 1 ? beats + 2 * k + is_tight : int64_t(nothing));
+    }
+
     // As in Leads: with `widest`, beaten whatever rounding does.
     bool beaten(double own, double other, bool before) const {
         return widest ? own - other + loops::Leads::rounding < 0 : before ? other >= own : other > own;
+    }
+
+    // Scores at the last epoch of the next window, if there is one, into the cache: memory limits all of this.
+    FMN_INLINE void fetch(int64_t next, int64_t i, std::initializer_list<int64_t> classes) const {
+        for (int64_t k : classes)
+            if (next >= 0 && k >= 0)
+                prefetch(static_cast<const uint8_t*>(m->epochs[next]) + (i * m->n_classes + k) * type_size(m->type), 1);
     }
 
     double mean(int64_t i, int64_t c, int64_t first, int64_t last) const {
@@ -117,125 +162,9 @@ private:
     int64_t start = 0, rival[unit];
 };
 
-struct End {
-    double at;
-    int64_t weight;
-};
-
-// The intervals of one window. The ends of a unit stand at the front of its part of `starts` and `stops`.
-struct Ends {
-    std::vector<End> starts, stops;     // those above 0, those below 1
-    std::vector<int32_t> n_starts, n_stops;  // number in each unit
-    std::vector<int64_t> from_zero;     // of each unit: weight that is right at 0
-    std::vector<int32_t> grid_first, grid_end;  // of each sample: points of the grid at which it may be right
-
-    Ends(int64_t n, bool grid) {
-        const auto size = static_cast<size_t>(n), units = static_cast<size_t>(ceil_div(n, unit));
-        starts.resize(size), stops.resize(size), n_starts.resize(units), n_stops.resize(units), from_zero.resize(units);
-        if (grid) grid_first.resize(size), grid_end.resize(size);
-    }
-
-    void clear(int64_t begin, int64_t end) {  // of samples; begin is a multiple of unit
-        for (auto u = begin / unit; u < ceil_div(end, unit); ++u)
-            n_starts[static_cast<size_t>(u)] = n_stops[static_cast<size_t>(u)] = 0, from_zero[static_cast<size_t>(u)] = 0;
-        if (!grid_end.empty()) std::fill(grid_end.begin() + begin, grid_end.begin() + end, 0);
-    }
-
-    void add(int64_t i, const Interval& v, int64_t w) {
-        const auto u = static_cast<size_t>(i / unit), begin = u * unit;
-        const bool some = v.lo <= v.hi;  // no branches: nobody can predict them
-        starts[begin + static_cast<size_t>(n_starts[u])] = {v.lo, w};
-        n_starts[u] += some & (v.lo > 0);
-        stops[begin + static_cast<size_t>(n_stops[u])] = {v.hi, w};
-        n_stops[u] += some & (v.hi < 1);
-        from_zero[u] += w & -int64_t(some & !(v.lo > 0));
-    }
-
-    // Returns the weight that is right in the best stretch of [0, 1], and writes its middle. Counts in buckets first: only the
-    // ends in buckets that may hold the best stretch are sorted.
-    int64_t best(double* epsilon) const {
-        std::vector<int64_t> up(buckets + 1), down(up), before(up);
-        each(starts, n_starts, [&](const End& e) { up[bucket(e)] += e.weight; });
-        each(stops, n_stops, [&](const End& e) { down[bucket(e)] += e.weight; });
-        int64_t now = 0, most = 0;
-        for (int64_t w : from_zero) most = now += w;
-        for (size_t b = 0; b <= buckets; now += up[b] - down[b], ++b) {
-            before[b] = now;
-            if (up[b] > 0) most = std::max(most, now + up[b] - down[b]);  // at the bucket's last start it is that, or more
-        }
-        bool chosen[buckets + 1], stops_chosen[buckets + 1], open = true;  // open: the stop after a chosen start is missing
-        for (size_t b = 0; b <= buckets; ++b) {
-            chosen[b] = up[b] > 0 && before[b] + up[b] >= most;
-            stops_chosen[b] = chosen[b] || open;
-            open = chosen[b] || (open && down[b] == 0);
-        }
-        return sweep(sorted(starts, n_starts, chosen), sorted(stops, n_stops, stops_chosen), before, epsilon);
-    }
-
-    int64_t most_on_grid(int64_t n_grid, const fmn_mixture* m) const {
-        std::vector<int64_t> change(static_cast<size_t>(n_grid) + 1);
-        for (size_t i = 0; i < grid_first.size(); ++i)
-            if (grid_first[i] < grid_end[i]) {
-                change[static_cast<size_t>(grid_first[i])] += weight(m, static_cast<int64_t>(i));
-                change[static_cast<size_t>(grid_end[i])] -= weight(m, static_cast<int64_t>(i));
-            }
-        int64_t now = 0, most = 0;
-        for (int64_t c : change) most = std::max(most, now += c);
-        return most;
-    }
-
-private:
-    static constexpr size_t buckets = 512;  // of [0, 1]
-
-    static size_t bucket(const End& e) { return static_cast<size_t>(e.at * buckets); }
-
-    template <class Work>
-    static void each(const std::vector<End>& ends, const std::vector<int32_t>& sizes, const Work& work) {
-        for (size_t u = 0; u < sizes.size(); ++u)
-            std::for_each(&ends[u * unit], &ends[u * unit] + sizes[u], work);
-    }
-
-    static std::vector<End> sorted(const std::vector<End>& ends, const std::vector<int32_t>& sizes, const bool* chosen) {
-        std::vector<End> out;
-        each(ends, sizes, [&](const End& e) { if (chosen[bucket(e)]) out.push_back(e); });
-        std::sort(out.begin(), out.end(), [](const End& a, const End& b) { return a.at < b.at; });
-        return out;
-    }
-
-    // The best stretch that begins at 0 or at one of some starts. `before` is the weight that is right before each bucket.
-    static int64_t sweep(const std::vector<End>& starts, const std::vector<End>& stops, const std::vector<int64_t>& before,
-                         double* epsilon) {
-        size_t start = 0, stop = 0, last = 0;
-        int64_t now = before[0], most = -1;
-        bool long_enough = false;
-        for (double at = 0;;) {
-            const size_t b = bucket({at, 0});
-            if (b > last) {
-                for (now = before[last = b]; stop < stops.size() && bucket(stops[stop]) < b; ++stop) {}
-            }
-            for (; stop < stops.size() && stops[stop].at < at; ++stop) now -= stops[stop].weight;
-            for (; start < starts.size() && starts[start].at <= at; ++start) now += starts[start].weight;
-            const double end = stop < stops.size() ? stops[stop].at : 1;
-            const bool is_long = end - at > 1e-12;
-            if (now > most || (now == most && is_long && !long_enough))
-                most = now, long_enough = is_long, *epsilon = (at + end) / 2;
-            if (start == starts.size()) return most;
-            at = starts[start].at;
-        }
-    }
-};
-
-// Number of points of an ascending grid in [0, 1] below x, or up to x if `or_equal`: a guess, then steps.
-int64_t points_below(const double* grid, int64_t n, double x, bool or_equal) {
-    int64_t i = x > 0 ? static_cast<int64_t>(x * static_cast<double>(n - 1)) : 0;
-    while (i < n && (or_equal ? grid[i] <= x : grid[i] < x)) ++i;
-    while (i > 0 && (or_equal ? grid[i - 1] > x : grid[i - 1] >= x)) --i;
-    return i;
-}
-
 // The best epsilon of some windows: first the intervals, split over the samples; then the windows one by one.
 bool best_of(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, const double* grid, int64_t n_grid,
-             int n_threads, std::vector<Ends>& ends, double* epsilon, int64_t* right, int64_t* on_grid) {
+             int n_threads, std::vector<Ends>& ends, bool exact, uint16_t* seen, double* epsilon, int64_t* right, int64_t* on_grid) {
     const auto& k = kernels();
     const int64_t n = m->n_samples;
     const double work = 64.0 * n * (m->n_classes + 16.0) * n_windows;
@@ -247,15 +176,24 @@ bool best_of(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, co
         for (int64_t start = begin * unit, stop; start < end; start = stop) {
             stop = std::min(start + block.size, end);
             block.read(start, stop);
-            if (n_windows > 1) rivals.read(block, start, stop);
+            if (n_windows > 1 || seen) rivals.read(block, start, stop);
             for (int64_t c = 0; c < n_windows; ++c) {
                 const int64_t first = windows[2 * c], last = windows[2 * c + 1];
                 Ends& of = ends[static_cast<size_t>(c)];
                 const int64_t next = c + 1 < n_windows ? windows[2 * c + 3] : -1;
-                const auto may_be_right = [&](int64_t i) { return n_windows == 1 || rivals.may_be_right(i, first, last); };
-                block.each(first, last, next, may_be_right, [&](int64_t i, const double* then) {
+                uint16_t* in_window = seen ? seen + c * n : nullptr;
+                if (seen && next >= 0) prefetch(reinterpret_cast<const uint8_t*>(in_window + n + start), 2 * (stop - start));
+                const auto needed = [&](int64_t i) {
+                    if (!seen) return n_windows == 1 || rivals.may_be_right(i, first, last, next);
+                    Interval v;
+                    if (!rivals.settle(block, i, first, last, next, exact, in_window + i, &v)) return true;
+                    of.add(i, v, weight(m, i));
+                    return false;
+                };
+                block.each(first, last, next, needed, [&](int64_t i, const double* then) {
                     const Interval v = k.interval(block.current(i), then, m->n_classes, m->labels[i], n_grid > 0);
                     of.add(i, v, weight(m, i));
+                    if (seen) in_window[i] = rivals.see(block.current(i), then, m->labels[i]);
                     if (n_grid == 0) return;
                     const auto at = static_cast<size_t>(i);
                     of.grid_first[at] = static_cast<int32_t>(points_below(grid, n_grid, v.widest_lo, false));
@@ -271,6 +209,27 @@ bool best_of(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, co
             right[c] = of.best(epsilon + c);
         }
     });
+}
+
+// Both functions of the C API. With `seen`, see fmn_window_bounds, `right` is a bound.
+fmn_status best_epsilon(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, const double* grid, int64_t n_grid,
+                        int n_threads, bool exact, uint16_t* seen, double* epsilon, int64_t* right, int64_t* on_grid) {
+    if (!valid(m) || n_windows < 0 || n_grid < 0 || n_grid > INT32_MAX) return FMN_INVALID_ARGUMENT;
+    if (n_windows > 0 && (!windows || !epsilon || !right)) return FMN_INVALID_ARGUMENT;
+    if (n_grid > 0 && (!grid || (!on_grid && n_windows > 0))) return FMN_INVALID_ARGUMENT;
+    for (int64_t c = 0; c < n_windows; ++c)
+        if (!valid_window(m, windows[2 * c], windows[2 * c + 1])) return FMN_INVALID_ARGUMENT;
+    const int64_t at_once = std::max<int64_t>(1, (int64_t(1) << 18) / std::max<int64_t>(8, m->n_samples));
+    try {
+        std::vector<Ends> ends(static_cast<size_t>(std::min(at_once, n_windows)), Ends(m->n_samples, n_grid > 0));
+        for (int64_t c = 0; c < n_windows; c += at_once)
+            if (!best_of(m, windows + 2 * c, std::min(at_once, n_windows - c), grid, n_grid, n_threads, ends,
+                         exact, seen ? seen + c * m->n_samples : nullptr, epsilon + c, right + c, on_grid ? on_grid + c : nullptr))
+                return FMN_OUT_OF_MEMORY;
+    } catch (const std::exception&) {
+        return FMN_OUT_OF_MEMORY;
+    }
+    return FMN_OK;
 }
 
 }  // namespace
@@ -330,22 +289,13 @@ fmn_status fmn_mixture_right(const fmn_mixture* m, int64_t first, int64_t last, 
 
 fmn_status fmn_best_epsilon(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, const double* grid, int64_t n_grid,
                             int n_threads, double* epsilon, int64_t* right, int64_t* on_grid) {
-    if (!valid(m) || n_windows < 0 || n_grid < 0 || n_grid > INT32_MAX) return FMN_INVALID_ARGUMENT;
-    if (n_windows > 0 && (!windows || !epsilon || !right)) return FMN_INVALID_ARGUMENT;
-    if (n_grid > 0 && (!grid || (!on_grid && n_windows > 0))) return FMN_INVALID_ARGUMENT;
-    for (int64_t c = 0; c < n_windows; ++c)
-        if (!valid_window(m, windows[2 * c], windows[2 * c + 1])) return FMN_INVALID_ARGUMENT;
-    const int64_t at_once = std::max<int64_t>(1, (int64_t(1) << 18) / std::max<int64_t>(8, m->n_samples));
-    try {
-        std::vector<Ends> ends(static_cast<size_t>(std::min(at_once, n_windows)), Ends(m->n_samples, n_grid > 0));
-        for (int64_t c = 0; c < n_windows; c += at_once)
-            if (!best_of(m, windows + 2 * c, std::min(at_once, n_windows - c), grid, n_grid, n_threads, ends, epsilon + c,
-                         right + c, on_grid ? on_grid + c : nullptr))
-                return FMN_OUT_OF_MEMORY;
-    } catch (const std::exception&) {
-        return FMN_OUT_OF_MEMORY;
-    }
-    return FMN_OK;
+    return best_epsilon(m, windows, n_windows, grid, n_grid, n_threads, true, nullptr, epsilon, right, on_grid);
+}
+
+fmn_status fmn_best_epsilon_seen(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, int exact, int n_threads,
+                                 uint16_t* seen, double* epsilon, int64_t* right) {
+    if (!seen && n_windows > 0) return FMN_INVALID_ARGUMENT;
+    return best_epsilon(m, windows, n_windows, nullptr, 0, n_threads, exact, seen, epsilon, right, nullptr);
 }
 
 }  // extern "C"

@@ -10,6 +10,7 @@ from .. import _check
 from .._check import Array, Bool, Float, Int
 from ..kernels import mixing
 from ..kernels.backend import kernels
+from ..kernels.protocol import Seen
 from .probabilities import stored_probabilities
 
 _TOTAL = 1 << 58  # sum of the weights as integers: their sums are exact in any order
@@ -66,6 +67,13 @@ class Target:
     def best_epsilons(self, current: Array, epochs: list[Array], windows: Int, grid: Float) -> tuple[Float, Int, Int]:
         """For windows of `epochs`, which have one type: the results of `Kernels.best_epsilons`."""
         return kernels().best_epsilons(current, epochs, self.labels, self.weights, windows, grid)
+
+    def best_windows(
+        self, current: Array, epochs: list[Array], windows: Int, seen: Seen, *, exact: bool
+    ) -> tuple[Float, Int]:
+        """The same for the searches of one method: epsilons, and weights or, unless `exact`, upper bounds."""
+        arrays = current, epochs, self.labels, self.weights
+        return kernels().best_epsilons(*arrays, windows, np.empty(0), seen, exact)[:2]
 
 
 def weight_right(right: Bool, weights: Int) -> Int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
 
 from .._check import Array, Bool, Float, Int
 from ..kernels.mixing import widened
+from ..kernels.protocol import Seen
 from . import baselines
 from .epsilon import SEARCHES, Target, weight_right
 from .mixtures import Members, members_from_weights, mix, mixture, window_epochs
@@ -45,6 +46,11 @@ class Problem:
     @property
     def n_epochs(self) -> int:
         return len(self.probs)
+
+    @cached_property
+    def seen(self) -> Seen:
+        """What the kernel knows about each epoch's window and sample, for all rounds, folds and bags."""
+        return np.zeros((self.n_epochs, len(self.final)), np.uint16)
 
     def window_of(self, epoch: int) -> range:
         """The epochs of a member."""
@@ -113,17 +119,44 @@ def greedy(problem: Problem, target: Target) -> Members:
 def _best_candidate(
     problem: Problem, target: Target, epochs: list[Array], current: Float, candidates: list[int], best: int
 ) -> _Found | None:
-    """The best window with its exact epsilon; None if no window is better than `best`."""
-    windows = np.array([[r[0], r[-1]] for r in map(problem.window_of, candidates)], np.int64)
-    eps, bound, _ = target.best_epsilons(current, epochs, windows, np.empty(0))
-    found = None
-    for c in np.argsort(-bound, kind="stable"):
-        if bound[c] <= best:
-            break
-        first, last = windows[c]
-        right = int(target.mixture_right(current, epochs[first : last + 1], np.array([eps[c]]))[0])
+    """The best window with its exact epsilon; None if no window is better than `best`.
+
+    Exact searches go by descending bound: two at first, then twice as many each time, in case bounds are far off.
+    """
+    search, at_once, found = partial(_search_windows, problem, target, epochs, current, candidates), 1, None
+    eps, bound = search(np.arange(len(candidates)), exact=False)
+    eps[:] = np.nan
+    while bound.max() > best:
+        c = int(bound.argmax())
+        if np.isnan(eps[c]):
+            at_once *= 2
+            open_ = np.flatnonzero(np.isnan(eps) & (bound > best))
+            some = open_[np.argsort(-bound[open_], kind="stable")][:at_once]
+            eps[some], bound[some] = search(some, exact=True)
+            continue
+        window, bound[c] = problem.window_of(candidates[c]), 0
+        right = int(target.mixture_right(current, epochs[window.start : window.stop], eps[c : c + 1])[0])
         if right > best:  # rounding may make it less than the bound
             found, best = (candidates[c], float(eps[c]), right), right
+    return found
+
+
+def _search_windows(
+    problem: Problem,
+    target: Target,
+    epochs: list[Array],
+    current: Float,
+    candidates: list[int],
+    some: Int,
+    *,
+    exact: bool,
+) -> tuple[Float, Int]:
+    """For the windows of some candidates: epsilons and weights, or upper bounds of the weights unless `exact`."""
+    chosen = np.array(candidates)[some]
+    windows = np.array([[r[0], r[-1]] for r in map(problem.window_of, chosen.tolist())], np.int64)
+    seen = problem.seen[chosen]
+    found = target.best_windows(current, epochs, windows, seen, exact=exact)
+    problem.seen[chosen] = seen
     return found
 
 

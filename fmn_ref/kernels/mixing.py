@@ -95,6 +95,8 @@ def best_epsilons(
     weights: Int | None,
     windows: Int,
     grid: Float,
+    seen: Array | None = None,
+    exact: bool = True,
 ) -> tuple[Float, Int, Int]:
     """The kernel `Kernels.best_epsilons`, with `intervals` or a faster function of the same results."""
     if weights is not None:  # a sample without weight changes nothing

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from .._check import Array, Bool, Float, Int
 
 Bits = NDArray[np.uint8]
+Seen = NDArray[np.uint16]
 Rows = Any  # an array of bool or of bits; a tensor on an accelerator
 
 
@@ -85,7 +86,15 @@ class Kernels(Protocol):
         """
 
     def best_epsilons(
-        self, current: Array, epochs: list[Array], labels: Int, weights: Int | None, windows: Int, grid: Float
+        self,
+        current: Array,
+        epochs: list[Array],
+        labels: Int,
+        weights: Int | None,
+        windows: Int,
+        grid: Float,
+        seen: Seen | None = None,
+        exact: bool = True,
     ) -> tuple[Float, Int, Int]:
         """The best epsilon in [0, 1] for each window, the weight that is right there, and a bound for the grid.
 
@@ -93,4 +102,7 @@ class Kernels(Protocol):
         The best epsilon is the middle of the first stretch of [0, 1] in which the most weight is right and which is
         longer than 1e-12; the middle of the first stretch if none is longer. The third result bounds from above the
         weight that is right at any point of `grid`; 0 for an empty grid.
+
+        `seen` (n_windows, n_samples), zeros at first, saves time in calls that differ in `current` and `weights` only,
+        with an empty grid. Unless `exact`, a backend may give an upper bound of the weight, and any epsilon.
         """

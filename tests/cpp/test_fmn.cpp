@@ -425,12 +425,40 @@ static void check_best_epsilon(const Mixture& x, Rng& rng) {
     }
 }
 
+// With what earlier calls have seen of the windows, for other predictors too: the same results, and upper bounds.
+static void check_seen(const Mixture& x, Rng& rng) {
+    fmn_mixture m = x.m;
+    const int64_t n_windows = pick(rng, 1, 3), n = x.m.n_samples;
+    std::vector<int64_t> windows, right(n_windows), bound(n_windows), expected(n_windows);
+    for (int64_t c = 0; c < n_windows; ++c) {
+        windows.push_back(pick(rng, 0, x.m.n_epochs - 1));
+        windows.push_back(pick(rng, windows.back(), x.m.n_epochs - 1));
+    }
+    std::vector<double> epsilon(n_windows), expected_epsilon(n_windows), now(n * x.m.n_classes);
+    std::vector<uint16_t> seen(n_windows * n + 1);
+    for (int round = 0; round < 3; ++round) {
+        CHECK(fmn_best_epsilon(&m, windows.data(), n_windows, nullptr, 0, 1, expected_epsilon.data(), expected.data(),
+                               nullptr) == FMN_OK);
+        for (const int exact : {0, 1, 0}) {
+            auto& out = exact ? right : bound;
+            CHECK(fmn_best_epsilon_seen(&m, windows.data(), n_windows, exact, 1 + 2 * exact, seen.data(), epsilon.data(),
+                                        out.data()) == FMN_OK);
+            for (int64_t c = 0; c < n_windows; ++c) CHECK(out[c] >= expected[c]);
+            if (exact) CHECK(right == expected && epsilon == expected_epsilon);
+        }
+        for (auto& score : now) score = 0.125 * static_cast<double>(pick(rng, 0, 8));
+        m.current = now.data(), m.current_type = FMN_FLOAT64;
+    }
+    CHECK(seen.back() == 0);
+}
+
 static void check_mixture(Rng& rng) {
     const int64_t n = pick(rng, 0, rng() % 4 ? 20 : rng() % 4 ? 140 : 600);  // past 64 ends of intervals, buckets sort them
     const int64_t k = pick(rng, 1, rng() % 4 ? 12 : 40);
     const Mixture x(rng, n, k, pick(rng, 1, 5));
     check_mixture_right(x, rng);
     check_best_epsilon(x, rng);
+    check_seen(x, rng);
 }
 
 // Rows of 64ths, which every type holds and which add up without rounding. One row has an error, or nearly has one.
@@ -682,6 +710,7 @@ static void check_mixture_errors() {
     const auto bad = FMN_INVALID_ARGUMENT;
     int sound = 7;
     int64_t right[2] = {7, 7}, on_grid[2] = {7, 7};
+    uint16_t seen[4] = {};
     double epsilon[2] = {7, 7};
     const fmn_mixture good = {p, epochs, 2, FMN_FLOAT32, FMN_FLOAT32, 2, 3, labels, nullptr};
     const auto both_bad = [&](const fmn_mixture* m) {
@@ -713,6 +742,9 @@ static void check_mixture_errors() {
     CHECK(fmn_best_epsilon(&good, windows, 2, points, 2, 0, nullptr, right, on_grid) == bad);
     CHECK(fmn_best_epsilon(&good, windows, 2, points, 2, 0, epsilon, nullptr, on_grid) == bad);
     CHECK(fmn_best_epsilon(&good, windows, 2, points, 2, 0, epsilon, right, nullptr) == bad);
+    CHECK(fmn_best_epsilon_seen(&good, windows, 2, 1, 0, nullptr, epsilon, right) == bad);
+    CHECK(fmn_best_epsilon_seen(nullptr, windows, 2, 1, 0, seen, epsilon, right) == bad);
+    CHECK(fmn_best_epsilon_seen(&good, windows, 2, 0, 0, seen, epsilon, nullptr) == bad);
     CHECK(fmn_check_probabilities(p, FMN_INT8, 2, 3, 1, 0, &sound) == bad);
     CHECK(fmn_check_probabilities(p, FMN_FLOAT32, 2, 0, 1, 0, &sound) == bad);
     CHECK(fmn_check_probabilities(p, FMN_FLOAT32, -1, 3, 1, 0, &sound) == bad);

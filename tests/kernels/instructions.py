@@ -59,6 +59,8 @@ def kernel_calls():
         mixture = p[0, :1000], list(p[1:, :1000]), labels[:1000], None
         yield f"mixture_right {dtype}", partial(k.mixture_right, *mixture, grid)
         yield f"best_epsilons {dtype}", partial(k.best_epsilons, *mixture, windows, grid)
+        seen = np.zeros((2, 1000), np.uint16)
+        yield f"best_epsilons {dtype}, bounds", partial(k.best_epsilons, *mixture, windows, np.empty(0), seen, False)
 
 
 def public_calls(folder):

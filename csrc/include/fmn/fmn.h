@@ -17,8 +17,8 @@
  * The library keeps no state between calls: several threads may call it at once.
  *
  * Memory. Only these functions allocate: fmn_group_counts and fmn_group_sums less than the size of their output or 256 bytes a
- * group, if that is more; fmn_check_probabilities, fmn_mixture_right and fmn_best_epsilon buffers for a block of samples, and
- * what the comment of fmn_best_epsilon says. If there is not enough memory, nothing was added.
+ * group, if that is more; fmn_check_probabilities, fmn_mixture_right and the two functions fmn_best_epsilon buffers for a block of
+ * samples, and what the comment of fmn_best_epsilon says. If there is not enough memory, nothing was added.
  *
  * Results. The same input gives the same output, bit for bit, for any number of threads and any instruction set.
  *
@@ -138,6 +138,12 @@ fmn_status fmn_mixture_right(const fmn_mixture* mixture, int64_t first, int64_t 
  * Allocates up to 64 MiB, or 32 bytes per sample if that is more. */
 fmn_status fmn_best_epsilon(const fmn_mixture* mixture, const int64_t* windows, int64_t n_windows, const double* grid,
                             int64_t n_grid, int n_threads, double* epsilon, int64_t* right, int64_t* on_grid);
+
+/* As fmn_best_epsilon without a grid, for several calls that differ in current and weights only. The calls write to `seen`
+ * (n_windows, n_samples), zeros before the first one, which class beats the label in a window, and save time by it. Unless
+ * `exact`, which takes longest, right[c] is an upper bound, and epsilon[c] means nothing. */
+fmn_status fmn_best_epsilon_seen(const fmn_mixture* mixture, const int64_t* windows, int64_t n_windows, int exact,
+                                 int n_threads, uint16_t* seen, double* epsilon, int64_t* right);
 
 /* The instruction set in use: "avx512", "avx2", "neon" or "base". The environment variable FMN_ISA, read once, asks for one.
  * If the processor or the operating system lacks it, the best available one is used: compare the result. */
