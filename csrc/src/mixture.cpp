@@ -211,7 +211,7 @@ bool best_of(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, co
     });
 }
 
-// Both functions of the C API. With `seen`, see fmn_window_bounds, `right` is a bound.
+// Both functions of the C API. Without `exact`, `right` is an upper bound.
 fmn_status best_epsilon(const fmn_mixture* m, const int64_t* windows, int64_t n_windows, const double* grid, int64_t n_grid,
                         int n_threads, bool exact, uint16_t* seen, double* epsilon, int64_t* right, int64_t* on_grid) {
     if (!valid(m) || n_windows < 0 || n_grid < 0 || n_grid > INT32_MAX) return FMN_INVALID_ARGUMENT;
