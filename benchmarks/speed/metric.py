@@ -346,7 +346,7 @@ def benchmark(epochs: int, samples: int, output: str | None = None, device: str 
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The compiled kernels' rows on all threads, as the README shows them."""
+    """The compiled kernels' rows on all threads, as docs/speed.md shows them."""
     columns = ["function", "input", "epochs x samples", "ms", "GB/s", "of read bandwidth"]
     columns += ["x NumPy", "x numba", "x torch", "x NumKong"]
     keys = "function", "input", "shape"

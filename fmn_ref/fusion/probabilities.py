@@ -16,6 +16,8 @@ from ..kernels.threads import in_order, n_threads_for
 from ..metrics.curves import correctness
 from ..runs.arrays import MOST_MAPPED
 
+_LARGE = 1 << 17  # probabilities of an epoch, whose arg-maxima take 0.1 ms: threads pay
+
 
 class ProbabilityReader:
     """Probabilities of all epochs; ``reader[epoch]`` is (n_samples, n_classes) float64.
@@ -84,8 +86,8 @@ class ProbabilityReader:
 
     def correctness(self, labels: Int) -> Bool:
         """(n_epochs, n_samples): whether the arg-max of each epoch is the label."""
-        size = self._probs.size if isinstance(self._probs, np.ndarray) else 0  # reading others may be no thread's work
-        n_threads = n_threads_for(size, len(self))
+        large = isinstance(self._probs, np.ndarray) and self._probs[0].size >= _LARGE  # reading others is one thread's
+        n_threads = n_threads_for(self._probs.size, len(self)) if large else 1
         return np.stack(in_order(lambda epoch, _: correctness(self.stored(epoch), labels), len(self), n_threads))
 
     def alike(self, epochs: Iterable[int]) -> list[Array]:

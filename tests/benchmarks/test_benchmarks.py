@@ -22,6 +22,15 @@ def test_the_page_on_speed_quotes_the_committed_results():
     assert metric.markdown(result) == (RESULTS / "metric_throughput.md").read_text()
 
 
+def test_the_readme_quotes_the_speed_of_the_metric():
+    rows = json.loads((RESULTS / "metric_throughput.json").read_text())["rows"]
+    keys = {"function": "forget fraction", "input": "bool", "shape": "200 x 1281167", "program": "cpp", "threads": 2}
+    (row,) = (row for row in rows if keys.items() <= row.items())
+    share = f"{100 * row['share of read bandwidth']:.0f} % of read bandwidth"
+    speed = f"in {row['ms']:.0f} ms: {share}, {row['x numpy']:.0f} times NumPy's rate"
+    assert speed in (ROOT / "README.md").read_text()
+
+
 def test_the_speed_of_the_fusion_is_as_committed():
     result = json.loads((RESULTS / "fusion_speed.json").read_text())
     assert fusion.markdown(result) == (RESULTS / "fusion_speed.md").read_text()

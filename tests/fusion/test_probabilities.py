@@ -193,6 +193,7 @@ def test_the_digest_of_the_samples_is_that_of_their_bits():
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
 def test_correctness_on_several_threads(monkeypatch, n_threads):
+    monkeypatch.setattr(probabilities, "_LARGE", 1)
     monkeypatch.setattr(probabilities, "n_threads_for", lambda size, most: n_threads)
     rng = np.random.default_rng(0)
     p, labels = rng.dirichlet(np.ones(4), (7, 30)), rng.integers(0, 4, 30)
