@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+import fmn_ref as fmn
 from fmn_ref.fusion import epsilon
 from fmn_ref.kernels import mixing
 
@@ -75,3 +76,12 @@ def test_equal_weights_use_the_range_of_integers(n_samples):
     weights = epsilon.Target(np.zeros(n_samples, np.int64), np.ones(n_samples)).weights
     assert 2**56 < n_samples * int(weights[0]) <= 2**58
     assert (weights == weights[0]).all()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_weight_counts_like_repeated_samples(seed):
+    rng = np.random.default_rng(seed)
+    current, candidate = rng.dirichlet(np.ones(4), (2, 60))
+    labels, times = rng.integers(0, 4, 60), rng.integers(0, 4, 60)
+    expected = fmn.best_epsilon(*(np.repeat(a, times, 0) for a in (current, candidate, labels)), search="exact")
+    assert fmn.best_epsilon(current, candidate, labels, search="exact", sample_weight=times) == pytest.approx(expected)

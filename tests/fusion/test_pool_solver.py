@@ -56,6 +56,18 @@ def test_derivatives_against_differences_in_blocks_of_any_size(monkeypatch, bloc
         np.testing.assert_allclose(objective.hessian(w, epochs), expected, atol=1e-7)
 
 
+@pytest.mark.parametrize("few", [0, 3])
+def test_gradient_of_more_probabilities_than_numpy_adds_at_once(few):
+    """Blocks of 16 200 probabilities, against one product in plain NumPy; also where most weights are 0."""
+    p, labels, weight = problem(2, n=200, n_classes=200)
+    w = np.array([0.3, 0.2, 0.5, 0.1, 0.7]) * (np.arange(5) >= few)
+    z = np.tensordot(w, np.log(np.clip(p, FLOOR, 1)), 1)
+    q = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    residual = (q - np.eye(200)[labels]) * (weight / weight.sum())[:, None]
+    expected = (np.log(np.clip(p, FLOOR, 1)) * residual).sum((1, 2)) + RIDGE * (w - np.eye(5)[-1])
+    np.testing.assert_allclose(objective_of(p, labels, weight)(w, np.arange(5))[1], expected, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("n", "n_classes", "rows"),
     [

@@ -203,6 +203,15 @@ def test_correctness_on_several_threads(monkeypatch, n_threads):
         ProbabilityReader(p).correctness(labels)
 
 
+def test_correctness_of_large_epochs(monkeypatch):
+    """Two million values: enough for two threads."""
+    monkeypatch.setenv("FMN_NUM_THREADS", "2")
+    p, labels = np.full((8, 2**17, 2), 0.5, np.float16), np.arange(2**17) % 2
+    p[:, 1::4] = [0.25, 0.75]
+    expected = np.arange(2**17) % 2 == np.isin(np.arange(2**17) % 4, 1)
+    np.testing.assert_array_equal(ProbabilityReader(p).correctness(labels), np.broadcast_to(expected, (8, 2**17)))
+
+
 def test_a_sequence_is_read_in_order_by_the_caller(monkeypatch):
     monkeypatch.setenv("FMN_NUM_THREADS", "3")
     large, threads = np.full((2**18, 4), 0.25, np.float16), set()
