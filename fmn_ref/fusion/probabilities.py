@@ -86,7 +86,7 @@ class ProbabilityReader:
 
     def correctness(self, labels: Int) -> Bool:
         """(n_epochs, n_samples): whether the arg-max of each epoch is the label."""
-        large = isinstance(self._probs, np.ndarray) and self._probs[0].size >= _LARGE  # reading others is one thread's
+        large = isinstance(self._probs, np.ndarray) and self._probs[0].size >= _LARGE  # one thread reads sequences
         n_threads = n_threads_for(self._probs.size, len(self)) if large else 1
         return np.stack(in_order(lambda epoch, _: correctness(self.stored(epoch), labels), len(self), n_threads))
 
